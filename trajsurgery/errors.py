@@ -1,0 +1,21 @@
+"""The errors that users see. Each says what was received, where, which rule it breaks and how to mend it."""
+
+
+class SurgeryError(Exception):
+    """Whatever trajsurgery refuses."""
+
+
+class PlanError(SurgeryError, ValueError):
+    """A plan that breaks a rule of the language, or that does not fit the trajectory it is run on."""
+
+
+class SamplerError(SurgeryError, RuntimeError):
+    """A sampler, a field or a pipeline that the surgery can't be performed on."""
+
+
+class RewardError(SurgeryError, ValueError):
+    """A reward, or what was handed to it, that can't give a gradient."""
+
+
+class RecipeError(SurgeryError, ValueError):
+    """A recipe whose run can't start, or can't go on."""
