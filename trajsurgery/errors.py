@@ -6,7 +6,14 @@ class SurgeryError(Exception):
 
 
 class PlanError(SurgeryError, ValueError):
-    """A plan that breaks a rule of the language, or that does not fit the trajectory it is run on."""
+    """A plan that breaks a rule of the language, or that does not fit the trajectory it is run on.
+
+    `rules` holds the ids of the broken rules (`trajsurgery.check.RULES`).
+    """
+
+    def __init__(self, message: str, rules: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.rules = rules
 
 
 class SamplerError(SurgeryError, RuntimeError):

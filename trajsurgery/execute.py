@@ -1,0 +1,188 @@
+"""One run of a plan: the values of its nodes, each computed once what it needs is known.
+
+Apart from model calls a plan is linear. The ways of running differ only in what stands in the place of a model call: the
+call itself (retain), a Function that runs it again in the backward pass (recompute), or a leaf whose gradient the staged
+sweep collects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from trajsurgery import ops
+from trajsurgery.errors import PlanError, SamplerError
+from trajsurgery.graph import is_faithful, needs_gradient, reached
+from trajsurgery.linear import value
+from trajsurgery.node import Advance, Leap, Node, Velocity
+from trajsurgery.params import Fields, Params, leaves, named
+from trajsurgery.plan import Plan
+from trajsurgery.trajectory import Trajectory
+
+Memory = Literal["retain", "recompute"]
+
+Call = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor | None], Tensor]
+"""What stands for a model call: (the model at one time, x [batch, *latent], the recorded value if there is one) -> v."""
+
+
+class Execution:
+    """The values of a plan's nodes on a trajectory that may still grow.
+
+    `settle` computes all that needs no model call and is called as the rollout goes on; `adopt` takes in one of the
+    rollout's own calls; `finish` makes the calls that are left.
+    """
+
+    def __init__(
+        self, plan: Plan, trajectory: Trajectory, generator: torch.Generator | None = None, gradient: bool = True
+    ) -> None:
+        self.plan = plan.prepared(trajectory.steps)
+        self.trajectory = trajectory
+        self.generator = generator
+        outputs = self.plan.outputs
+        self.live: set[Node] = needs_gradient(outputs) & set(reached(outputs)) if gradient else set()
+        self.tensors: dict[Node, Tensor] = {}
+        self.faithful: set[Node] = set()
+
+    def settle(self) -> None:
+        """Computes every node that is ready without a model call."""
+        for node in self.plan.nodes:
+            if (
+                node not in self.tensors
+                and all(parent in self.tensors for parent in node.parents)
+                and self._recorded(node)
+            ):
+                faithful = is_faithful(node, self.faithful, self.trajectory.is_step)
+                if not isinstance(node, Velocity) or (faithful and node not in self.live):
+                    self._compute(node, faithful)
+
+    def wanted(self, t: int, fixed: bool = False) -> Velocity | None:
+        """The call of the plan that the rollout's own call at t can be.
+
+        Args:
+            fixed: the model's input at t can't be replaced, so that only a call whose input has no gradient fits.
+        """
+        for node in self.plan.nodes:
+            open_call = isinstance(node, Velocity) and node.t == t and node in self.live and node not in self.tensors
+            if open_call and is_faithful(node, self.faithful, self.trajectory.is_step) and node.x in self.tensors:
+                if not (fixed and self.tensors[node.x].requires_grad):
+                    return node
+        return None
+
+    def adopt(self, node: Velocity, v: Tensor) -> None:
+        """Takes the rollout's own call as the plan's."""
+        self.tensors[node] = v
+        self.faithful.add(node)
+
+    def finish(self, fields: Fields, call: Call) -> tuple[Tensor, ...]:
+        """The outputs, with `call` for the model calls that are still to be made and that the gradient reaches."""
+        for node in self.plan.nodes:
+            if node in self.tensors:
+                continue
+            faithful = is_faithful(node, self.faithful, self.trajectory.is_step)
+            if isinstance(node, Velocity) and not (faithful and node not in self.live):
+                self._call(node, faithful, fields, call)
+            else:
+                self._compute(node, faithful)
+        return tuple(self.tensors[output] for output in self.plan.outputs)
+
+    def distances(self) -> dict[int, Tensor]:
+        """{t: [batch]}: mean |x_t - prediction| of the leaps and advances that land on t; see `surgery.distances`."""
+        found: dict[int, list[Tensor]] = {}
+        for node in self.plan.nodes:
+            if isinstance(node, Leap | Advance):
+                t = _time(node)
+                misses = found.setdefault(t, [])
+                if node not in self.faithful:
+                    real = self.trajectory[t]
+                    wide = torch.promote_types(real.dtype, torch.float32)
+                    misses.append((real.to(wide) - self.tensors[node].detach()).abs().flatten(1).mean(1))
+        zero = self.trajectory[0].new_zeros(len(self.trajectory[0]))
+        return {t: torch.stack(found[t]).mean(0) if found[t] else zero for t in sorted(found, reverse=True)}
+
+    def _recorded(self, node: Node) -> bool:
+        """Whether what the node reads from the trajectory is there yet."""
+        if node.op in ("recorded", "velocity"):
+            return node.t in self.trajectory.velocities
+        needed = 0 if node.op in ("renoise", "recover") else node.t
+        return needed in self.trajectory.latents
+
+    def _compute(self, node: Node, faithful: bool) -> None:
+        with torch.set_grad_enabled(node in self.live):
+            found = value(node, self.tensors, self.trajectory, faithful, self.generator)
+        self._keep(node, found, faithful)
+
+    def _call(self, node: Velocity, faithful: bool, fields: Fields, call: Call) -> None:
+        field, sigma, x = named(fields, node.field), self.trajectory.sigma(_time(node)), self.tensors[node.x]
+        if node not in self.live:
+            with torch.no_grad():
+                self._keep(node, _shaped(field(x, sigma), x, node), faithful)
+            return
+        known = self.trajectory.velocity(_time(node)) if faithful else None
+        with torch.enable_grad():
+            found = call(lambda x: field(x, sigma), x, known)
+        self._keep(node, _shaped(found, x, node), faithful)
+
+    def _keep(self, node: Node, found: Tensor, faithful: bool) -> None:
+        self.tensors[node] = found if node in self.live else found.detach()
+        if faithful:
+            self.faithful.add(node)
+
+
+def retained(call: Callable[[Tensor], Tensor], x: Tensor, known: Tensor | None) -> Tensor:
+    """The call itself: its activations are kept."""
+    return call(x)
+
+
+def outputs(
+    plan: Plan, trajectory: Trajectory, fields: Fields, memory: Memory, execution: Execution, params: Params
+) -> tuple[Tensor, ...]:
+    """The outputs of a run, with the calls that are left made in the way of `memory`."""
+    if memory not in ("retain", "recompute"):
+        raise PlanError(f'memory={memory!r}: it is "retain" or "recompute"; the staged sweep is trajsurgery.backward.')
+    if memory == "retain" or _transforming():
+        return execution.finish(fields, retained)
+    trained = recompute_leaves(execution, fields, params)
+    return execution.finish(fields, lambda call, x, known: ops.recompute(call, x, trained, known))
+
+
+def recompute_leaves(execution: Execution, fields: Fields, params: Params) -> tuple[Tensor, ...]:
+    """The leaves of every field that the plan calls with gradient.
+
+    Raises:
+        SamplerError: they are sharded.
+    """
+    calls = [node for node in execution.plan.nodes if isinstance(node, Velocity) and node in execution.live]
+    found: dict[int, Tensor] = {}
+    for name in dict.fromkeys(node.field for node in calls):
+        t = next(_time(node) for node in calls if node.field == name)
+        for leaf in leaves(named(fields, name), execution.trajectory[t], execution.trajectory.sigma(t), params):
+            found[id(leaf)] = leaf
+    if any(hasattr(leaf, "device_mesh") for leaf in found.values()):
+        raise SamplerError(
+            "memory='recompute' returns parameter gradients from an autograd.Function, which sharded (DTensor) parameters "
+            "silently drop. Use trajsurgery.backward(plan, trajectory, field, cotangent), the staged sweep."
+        )
+    return tuple(found.values())
+
+
+def _transforming() -> bool:
+    """Whether a torch.func transform or forward-mode AD is at work: a Function over captured parameters gives zeros there."""
+    dual = torch.autograd.forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage]
+    return dual or torch._C._are_functorch_transforms_active()  # pyright: ignore
+
+
+def _shaped(v: Tensor, x: Tensor, node: Velocity) -> Tensor:
+    if v.shape != x.shape:
+        raise SamplerError(
+            f"the field returned shape {tuple(v.shape)} for a latent of shape {tuple(x.shape)}, at t = {node.t}: a velocity "
+            "has its latent's shape."
+        )
+    return v
+
+
+def _time(node: Node) -> int:
+    assert isinstance(node.t, int), f"{node!r} was not bound by Plan.prepared"
+    return node.t

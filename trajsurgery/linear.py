@@ -1,0 +1,122 @@
+"""The value of each primitive but the model call: all of them linear in their parents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trajsurgery import ops
+from trajsurgery.errors import SamplerError
+from trajsurgery.interpolant import Interpolant, RectifiedFlow, weights
+from trajsurgery.node import (
+    Advance,
+    Connect,
+    Detach,
+    DetachVelocity,
+    Discount,
+    Latent,
+    Leap,
+    Node,
+    Noise,
+    Recorded,
+    Recover,
+    Renoise,
+    Scale,
+    Velocity,
+    walk,
+)  # fmt: skip
+from trajsurgery.trajectory import Trajectory
+
+Of = Mapping[Node, Tensor]
+
+
+def value(node: Node, of: Of, trajectory: Trajectory, faithful: bool, generator: torch.Generator | None) -> Tensor:
+    """The node's value, [batch, *latent], given its parents' in `of`.
+
+    Args:
+        faithful: whether the rollout recorded the value (`graph.is_faithful`).
+        generator: draws the noises that the trajectory does not hold yet.
+    """
+    return _VALUES[type(node)](node, of, trajectory, faithful, generator)
+
+
+def predict(interpolant: Interpolant, x: Tensor, v: Tensor, k: Tensor, j: Tensor) -> Tensor:
+    """A x + B v: the one-step prediction at sigma j from x and v at sigma k (Eq. 3, Eq. 20)."""
+    a, b = interpolant.leap(k, j, torch)
+    start = x if isinstance(interpolant, RectifiedFlow) else _times(a, x)
+    return start + _times(b, v)
+
+
+def _times(coefficient: Any, x: Tensor) -> Tensor:
+    """coefficient * x in x's dtype; a per-sample coefficient [batch] is spread over the latent's dimensions."""
+    if isinstance(coefficient, Tensor) and coefficient.dim() == 1:
+        coefficient = coefficient.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+    return coefficient * x
+
+
+def _leap(node: Leap, of: Of, trajectory: Trajectory, faithful: bool, _: Any) -> Tensor:
+    k, j = trajectory.sigma(_int(node.x.t)), trajectory.sigma(_int(node.to))
+    found = predict(trajectory.interpolant, of[node.x], of[node.v], k, j)
+    return ops.connect(found, trajectory[_int(node.to)]) if faithful else found
+
+
+def _advance(node: Advance, of: Of, trajectory: Trajectory, *_: Any) -> Tensor:
+    order = sorted(node.velocities, key=lambda v: -_int(v.t))
+    supports = [trajectory.sigma(_int(v.t)) for v in order]
+    ws = weights(node.rule, supports, trajectory.sigma(_int(node.x.t)), trajectory.sigma(_int(node.to)))
+    total = of[node.x]
+    for w, v in zip(ws, order, strict=True):
+        total = total + _times(w, of[v])
+    return total
+
+
+def _renoise(node: Renoise, of: Of, trajectory: Trajectory, _: bool, generator: torch.Generator | None) -> Tensor:
+    to = trajectory.sigma(_int(node.to))
+    eps = trajectory.noise(node.draw, _int(node.to), generator)
+    alpha, beta = trajectory.interpolant.alpha(to, torch), trajectory.interpolant.beta(to, torch)
+    return _times(alpha, of[node.x]) + _times(beta, eps)
+
+
+def _recover(node: Recover, of: Of, trajectory: Trajectory, _: bool, generator: torch.Generator | None) -> Tensor:
+    t = _int(node.x.t)
+    alpha, beta = (f(trajectory.sigma(t), torch) for f in (trajectory.interpolant.alpha, trajectory.interpolant.beta))
+    if bool((alpha.abs() < torch.finfo(alpha.dtype).eps).any()):
+        raise SamplerError(
+            f"recover from t = {t}, where the image's share alpha_t is 0: recover from an earlier step (t < T)."
+        )
+    drawn = [_int(up.to) for up in walk([node]) if isinstance(up, Renoise) and up.draw == node.draw]
+    eps = trajectory.noise(node.draw, drawn[0] if drawn else t, generator)
+    return _times(1 / alpha, of[node.x] - _times(beta, eps))
+
+
+def _noise(node: Noise, of: Of, trajectory: Trajectory, *_: Any) -> Tensor:
+    if trajectory.start is None or not trajectory.start.requires_grad:
+        raise SamplerError(
+            "noise() gives its gradient to x_T, which requires none: hand rollout() or sample() a noise with requires_grad_()."
+        )
+    return trajectory.start
+
+
+def _int(t: object) -> int:
+    assert isinstance(t, int), f"{t!r} was not bound by Plan.prepared"
+    return t
+
+
+_VALUES: dict[type[Node], Callable[..., Tensor]] = {
+    Latent: lambda node, of, trajectory, *_: trajectory[node.time],
+    Noise: _noise,
+    Recorded: lambda node, of, trajectory, *_: trajectory.velocity(node.time),
+    Velocity: lambda node, of, trajectory, *_: trajectory.velocity(node.t),  # a faithful call that trains nothing
+    Leap: _leap,
+    Advance: _advance,
+    Connect: lambda node, of, trajectory, *_: ops.connect(of[node.x], trajectory[node.t]),
+    Discount: lambda node, of, *_: ops.scale(of[node.x], node.a),
+    Scale: lambda node, of, *_: ops.scale(of[node.v], node.a),
+    Detach: lambda node, of, *_: of[node.x].detach(),
+    DetachVelocity: lambda node, of, *_: of[node.v].detach(),
+    Renoise: _renoise,
+    Recover: _recover,
+}

@@ -1,0 +1,34 @@
+"""ReFL (Xu et al., 2023, arXiv 2304.05977): one late step, one leap to the image, the reward on the prediction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from trajsurgery.methods.draws import uniform
+from trajsurgery.node import Time
+from trajsurgery.plan import Plan, latent
+
+
+def refl(t: Time) -> Plan:
+    """x_t -> x^_0|t: ReFL as in LeapAlign's Algorithm 1.
+
+    Gradient: - t dv(x_t)/dtheta. Deviation from the original: no pre-training loss (as the paper, appendix E).
+    """
+    return Plan(latent(t).leap(0))
+
+
+@dataclass(frozen=True)
+class ReFL:
+    """Draws the early-stop time uniformly among the last `last` steps (11 of 25 in appendix E)."""
+
+    last: int = 11
+
+    weights_at = "none"
+    """Algorithm 1, line 40: w = 1."""
+
+    def draw(self, steps: int, generator: torch.Generator | None = None) -> Plan:
+        """A plan for a sampler of `steps` steps."""
+        t = 1 + uniform(min(self.last, steps), generator)
+        return Plan(*refl(t).outputs, steps=steps)

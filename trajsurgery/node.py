@@ -1,0 +1,348 @@
+"""The expression nodes of the language: frozen, hash-consed, without tensors.
+
+Structurally equal nodes are one object, so a model call that two paths share is made once, and equality of plans is
+identity of nodes. Constructors accept whatever has the right type; whether a plan is legal is said by `check.py`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, TypeVar, cast, dataclass_transform
+
+from trajsurgery.errors import PlanError
+
+Time = int | str
+"""A timestep index, T (noise) down to 0 (image), or a name to bind later; "T" is the trajectory's first time."""
+
+Factor = float | str
+"""A number, or a name to bind later."""
+
+Draw = int | str
+"""Which noise a renoised sample is made of: a count, or "rollout" for the rollout's own x_T."""
+
+START = "T"
+"""The name that a run binds to the trajectory's length."""
+
+N = TypeVar("N", bound="Node")
+
+
+@dataclass_transform(frozen_default=True)
+class _Interned(type):
+    """Gives back the node that already has these fields (hash-consing, as tinygrad's UOps)."""
+
+    _cache: weakref.WeakValueDictionary[tuple[Any, ...], Node] = weakref.WeakValueDictionary()
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        node: Node = super().__call__(*args, **kwargs)
+        key = (cls, *((type(value), value) for value in (getattr(node, f.name) for f in fields(node))))
+        return _Interned._cache.setdefault(key, node)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Node(metaclass=_Interned):
+    """A value of the plan. Hash and equality are identity: equal nodes are the same object."""
+
+    op: ClassVar[str]
+
+    @property
+    def t(self) -> Time:
+        """The time at which the value lives."""
+        raise NotImplementedError
+
+    @property
+    def parents(self) -> tuple[Node, ...]:
+        """The nodes that this one is computed from, in the order of the fields."""
+        found: list[Node] = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            found.extend(value if field.name == "velocities" else [value] if isinstance(value, Node) else [])
+        return tuple(found)
+
+    def settings(self) -> dict[str, Any]:
+        """The fields that are not nodes."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("x", "v", "velocities")}
+
+    def replace(self: N, parents: Sequence[Node], rename: Callable[[str, Any], Any]) -> N:
+        """The same node on other parents, with `rename(field, value)` for its settings."""
+        queue = iter(parents)
+        values: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "velocities":
+                values[field.name] = tuple(next(queue) for _ in value)
+            else:
+                values[field.name] = next(queue) if isinstance(value, Node) else rename(field.name, value)
+        return type(self)(**values)
+
+    def __repr__(self) -> str:
+        return f"<{self.op} at t={self.t}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(getattr(self, f.name) for f in fields(self))
+
+    def __copy__(self: N) -> N:
+        return self
+
+    def __deepcopy__(self: N, memo: Any) -> N:
+        return self
+
+
+class LatentNode(Node):
+    """A node that stands for a latent x_t."""
+
+    def velocity(self, field: str | None = None) -> Velocity:
+        """v_theta(x, sigma_t): a fresh call of the model; `field` names another field than the default one."""
+        return Velocity(self, field)
+
+    def leap(self, to: Time, discount: Factor | None = None, velocity: VelocityNode | None = None) -> Leap:
+        """One straight hop A x + B v to an earlier time, Eq. 3 (Eq. 20 for other interpolants).
+
+        The velocity is the one given, or else `self.discount(discount).velocity()`.
+
+        Raises:
+            PlanError: both `discount` and `velocity` are given.
+        """
+        if velocity is not None and discount is not None:
+            raise PlanError(
+                f"leap({to!r}) from x_{self.t} received both discount={discount!r} and velocity={velocity!r}: the discount "
+                "is of the input of the leap's own call. Drop it, or put it on the velocity's input "
+                "(x.discount(a).velocity()).",
+                rules=("one-velocity",),
+            )
+        if velocity is None:
+            velocity = (self if discount is None else self.discount(discount)).velocity()
+        return Leap(self, velocity, to)
+
+    def advance(self, to: Time, velocities: Sequence[VelocityNode], rule: str = "lagrange") -> Advance:
+        """x + sum_i w_i v_i: the integral of dx/dsigma = v by quadrature over several velocities."""
+        return Advance(self, tuple(velocities), to, rule)
+
+    def connect(self) -> Connect:
+        """The rollout's own x_t, exactly; the gradient is the prediction's (Eq. 6-7)."""
+        return Connect(self)
+
+    def discount(self, a: Factor) -> Discount:
+        """The same value; the gradient times a, in [0, 1] (Eq. 9)."""
+        return Discount(self, _factor(a))
+
+    def detach(self) -> Detach:
+        """The same value; no gradient."""
+        return Detach(self)
+
+    def renoise(self, to: Time, draw: Draw = 0) -> Renoise:
+        """alpha_to x + beta_to eps_draw, from t = 0; the gradient times alpha_to."""
+        return Renoise(self, to, draw)
+
+    def recover(self, draw: Draw = 0) -> Recover:
+        """(x - beta_t eps_draw) / alpha_t at t = 0: SRPO's analytic recovery (arXiv 2509.06942).
+
+        The noise is that of the renoised sample with this draw which x descends from.
+        """
+        return Recover(self, draw)
+
+
+class VelocityNode(Node):
+    """A node that stands for a velocity v_t."""
+
+    def scale(self, a: Factor) -> Scale:
+        """The same value; the gradient times a, finite and >= 0."""
+        return Scale(self, _factor(a))
+
+    discount = scale
+
+    def detach(self) -> DetachVelocity:
+        """The same value; no gradient."""
+        return DetachVelocity(self)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Latent(LatentNode):
+    """x_t of the rollout: a constant."""
+
+    op: ClassVar[str] = "latent"
+    time: Time
+
+    @property
+    def t(self) -> Time:
+        return self.time
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Noise(LatentNode):
+    """x_T of the rollout, with a gradient to x_T itself (ReNO)."""
+
+    op: ClassVar[str] = "noise"
+    time: Time = START
+
+    @property
+    def t(self) -> Time:
+        return self.time
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Recorded(VelocityNode):
+    """v_t of the rollout: a constant."""
+
+    op: ClassVar[str] = "recorded"
+    time: Time
+
+    @property
+    def t(self) -> Time:
+        return self.time
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _OnLatent(LatentNode):
+    """A latent made of another one at the same time."""
+
+    x: LatentNode
+
+    @property
+    def t(self) -> Time:
+        return self.x.t
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Connect(_OnLatent):
+    """The rollout's x_t with the gradient of the prediction."""
+
+    op: ClassVar[str] = "connect"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Discount(_OnLatent):
+    """The same latent, its gradient times a."""
+
+    op: ClassVar[str] = "discount"
+    a: Factor
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Detach(_OnLatent):
+    """The same latent without gradient."""
+
+    op: ClassVar[str] = "detach"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Velocity(VelocityNode):
+    """A call of the model."""
+
+    op: ClassVar[str] = "velocity"
+    x: LatentNode
+    field: str | None = None
+
+    @property
+    def t(self) -> Time:
+        return self.x.t
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _OnVelocity(VelocityNode):
+    """A velocity made of another one at the same time."""
+
+    v: VelocityNode
+
+    @property
+    def t(self) -> Time:
+        return self.v.t
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Scale(_OnVelocity):
+    """The same velocity, its gradient times a."""
+
+    op: ClassVar[str] = "scale"
+    a: Factor
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class DetachVelocity(_OnVelocity):
+    """The same velocity without gradient."""
+
+    op: ClassVar[str] = "detach_velocity"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Leap(LatentNode):
+    """A x + B v at an earlier time."""
+
+    op: ClassVar[str] = "leap"
+    x: LatentNode
+    v: VelocityNode
+    to: Time
+
+    @property
+    def t(self) -> Time:
+        return self.to
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Advance(LatentNode):
+    """x + sum_i w_i v_i at an earlier time."""
+
+    op: ClassVar[str] = "advance"
+    x: LatentNode
+    velocities: tuple[VelocityNode, ...]
+    to: Time
+    rule: str = "lagrange"
+
+    @property
+    def t(self) -> Time:
+        return self.to
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Renoise(LatentNode):
+    """alpha_to x + beta_to eps at a later time."""
+
+    op: ClassVar[str] = "renoise"
+    x: LatentNode
+    to: Time
+    draw: Draw = 0
+
+    @property
+    def t(self) -> Time:
+        return self.to
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Recover(LatentNode):
+    """(x - beta_t eps) / alpha_t at t = 0."""
+
+    op: ClassVar[str] = "recover"
+    x: LatentNode
+    draw: Draw = 0
+
+    @property
+    def t(self) -> Time:
+        return 0
+
+
+PRIMITIVES: dict[str, type[Node]] = {
+    kind.op: kind
+    for kind in (
+        Latent, Noise, Recorded, Velocity, Leap, Advance, Connect, Discount, Detach, Scale, DetachVelocity, Renoise, Recover,
+    )
+}  # fmt: skip
+
+
+def walk(outputs: Sequence[Node]) -> Iterator[Node]:
+    """Every node once, parents before children, in an order that only the plan's structure decides."""
+    seen: set[Node] = set()
+    stack: list[tuple[Node, bool]] = [(node, False) for node in reversed(outputs)]
+    while stack:
+        node, ready = stack.pop()
+        if ready:
+            yield node
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack.extend((parent, False) for parent in reversed(node.parents))
+
+
+def _factor(a: Any) -> Factor:
+    """1 and 1.0 are one factor; a name stays a name."""
+    return float(a) if isinstance(a, int) and not isinstance(a, bool) else cast(Factor, a)

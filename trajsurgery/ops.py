@@ -1,0 +1,138 @@
+"""The autograd Functions of the surgery: the only place that edits gradients.
+
+`pred + (real - pred).detach()` rounds wherever prediction and rollout differ by the order of their values; these
+Functions give the real value itself, in every dtype.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Call = Callable[[Tensor], Tensor]
+
+
+def connect(prediction: Tensor, real: Tensor) -> Tensor:
+    """The value of `real`, exactly; the gradient goes to `prediction` unchanged (LeapAlign, Eq. 6-7).
+
+    Args:
+        prediction: [batch, *latent], the carrier of the gradient.
+        real: [batch, *latent], the rollout's value, a constant.
+    """
+    return _apply(_Connect, prediction, real.detach())
+
+
+def scale(x: Tensor, factor: float) -> Tensor:
+    """The value of `x`, exactly; the gradient times `factor` (Eq. 9). A factor of 0 is a real stop."""
+    if factor == 0:
+        return x.detach()
+    return x if factor == 1 else _apply(_Scale, x, factor)
+
+
+def recompute(call: Call, x: Tensor, params: Sequence[Tensor], value: Tensor | None) -> Tensor:
+    """`call(x)` whose activations are not kept: the backward pass runs the call again.
+
+    The autocast and attention-kernel state of this moment is restored for it. First-order reverse mode only.
+
+    Args:
+        call: the model at one time.
+        x: [batch, *latent].
+        params: the leaves that `call` trains; their gradients are returned to them.
+        value: what `call(x)` returns, if it is known: then the forward pass costs nothing.
+    """
+    return _apply(_Recompute, call, value, x, *params)
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
+    # A Function applied under no_grad would cut the graph; the surgery's own edges exist whatever the caller's mode.
+    with torch.enable_grad():
+        return function.apply(*args)
+
+
+class _Connect(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(prediction: Tensor, real: Tensor) -> Tensor:
+        return real.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.dtype = inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad.to(ctx.dtype), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return tangent.clone()
+
+
+class _Scale(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, factor: float) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        ctx.factor = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad * ctx.factor, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return tangent * ctx.factor
+
+
+class _Recompute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: Call, value: Tensor | None, x: Tensor, *params: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.call, ctx.state = call, _kernel_state(x.device.type)
+        ctx.save_for_backward(x, *params)
+        if value is None:
+            with torch.no_grad():
+                value = call(x.detach())
+        return value.detach().clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, *params = ctx.saved_tensors
+        x = x.detach().requires_grad_(ctx.needs_input_grad[2])
+        with torch.enable_grad(), _restored(ctx.state):
+            out = ctx.call(x)
+        wanted = [v for v, need in zip((x, *params), ctx.needs_input_grad[2:], strict=True) if need]
+        found = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype), allow_unused=True))
+        return None, None, *(next(found) if need else None for need in ctx.needs_input_grad[2:])
+
+
+def _kernel_state(device: str) -> tuple[Any, ...]:
+    """The settings that decide which kernels a model call runs."""
+    enabled = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device)
+    sdp = torch.backends.cuda
+    allowed = {
+        SDPBackend.FLASH_ATTENTION: sdp.flash_sdp_enabled(),
+        SDPBackend.EFFICIENT_ATTENTION: sdp.mem_efficient_sdp_enabled(),
+        SDPBackend.MATH: sdp.math_sdp_enabled(),
+        SDPBackend.CUDNN_ATTENTION: sdp.cudnn_sdp_enabled(),
+    }
+    return device, enabled, dtype, torch.is_autocast_cache_enabled(), [kind for kind, on in allowed.items() if on]
+
+
+@contextlib.contextmanager
+def _restored(state: tuple[Any, ...]) -> Iterator[None]:
+    device, enabled, dtype, cache, kernels = state
+    with torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache), sdpa_kernel(kernels):
+        yield

@@ -1,0 +1,93 @@
+"""What trains: the leaves that receive the gradient of a velocity field."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trajsurgery.errors import SamplerError
+
+Field = Callable[[Tensor, Tensor], Tensor]
+"""A velocity field: field(x, sigma) -> v, with x and v [batch, *latent] and sigma 0-dim or [batch], in [0, 1]."""
+
+Fields = Field | Mapping[str | None, Field]
+"""A field, or several by name; the default one's name is None."""
+
+Params = Iterable[Tensor] | Mapping[str, Tensor] | None
+
+_found: weakref.WeakKeyDictionary[Any, tuple[Tensor, ...]] = weakref.WeakKeyDictionary()
+
+
+def named(fields: Fields, name: str | None) -> Field:
+    """The field of that name.
+
+    Raises:
+        SamplerError: there is none.
+    """
+    if not isinstance(fields, Mapping):
+        if name is None:
+            return fields
+        known: list[str | None] = [None]
+    elif name in fields:
+        return fields[name]
+    else:
+        known = list(fields)
+    raise SamplerError(
+        f"the plan calls the field {name!r}, and the fields given are {known}. Run it with a mapping of names to fields, "
+        "{None: default_field, 'guided': other_field}."
+    )
+
+
+def leaves(field: Field, x: Tensor, sigma: Tensor, params: Params = None) -> tuple[Tensor, ...]:
+    """The leaves that the field trains.
+
+    They are `params` if given, else the field's own parameters, else the leaves of the autograd graph of one call
+    `field(x, sigma)`, which is made once for each field.
+
+    Raises:
+        SamplerError: no leaf requires a gradient.
+    """
+    if params is not None:
+        found = tuple(params.values() if isinstance(params, Mapping) else params)
+    elif hasattr(field, "parameters"):
+        found = tuple(field.parameters())  # pyright: ignore[reportFunctionMemberAccess]
+    else:
+        found = _cached(field, x, sigma)
+    found = tuple(p for p in found if p.requires_grad)
+    if not found:
+        raise SamplerError(
+            "no parameter of the field requires a gradient: the plan has nothing to train. Call requires_grad_() on what "
+            "is to train, or pass params=."
+        )
+    return found
+
+
+def _cached(field: Field, x: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
+    try:
+        if field not in _found:
+            _found[field] = _walk(field, x, sigma)
+        return _found[field]
+    except TypeError:  # neither hashable nor weakly referable: walk anew
+        return _walk(field, x, sigma)
+
+
+def _walk(field: Field, x: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
+    """The leaves of the graph of one call."""
+    with torch.enable_grad():
+        out = field(x.detach(), sigma)
+    stack, seen, found = [out.grad_fn], set[Any](), list[Tensor]()
+    if out.grad_fn is None and out.requires_grad:
+        found.append(out)
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        stack.extend(parent for parent, _ in node.next_functions)
+    return tuple(found)

@@ -1,0 +1,211 @@
+"""The ways to run a plan: `rollout`, `apply`, `sample`, `values`, `backward`, `distances`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trajsurgery.errors import SamplerError
+from trajsurgery.execute import Execution, Memory, outputs, retained
+from trajsurgery.interpolant import Interpolant, RectifiedFlow
+from trajsurgery.params import Fields, Params, leaves, named
+from trajsurgery.plan import Plan
+from trajsurgery.trajectory import Trajectory, as_sigmas
+
+Outputs = Tensor | tuple[Tensor, ...]
+
+
+def rollout(
+    field: Fields, noise: Tensor, sigmas: Tensor | Sequence[float], interpolant: Interpolant | None = None
+) -> Trajectory:
+    """The sampler's own run, x + dsigma v, without gradient: records every x_t and v_t.
+
+    Args:
+        field: field(x, sigma) -> v, x and v [batch, *latent], sigma 0-dim; or a mapping of fields, the default under None.
+        noise: x_T, [batch, *latent]. If it requires a gradient, `noise()` in a plan gives it one.
+        sigmas: [T + 1] strictly monotone times in [0, 1], from noise to image.
+        interpolant: what leaps assume; rectified flow if left out. The rollout itself is Euler's whatever it is.
+
+    Raises:
+        SamplerError: sigmas of a wrong shape, order or range; a velocity that has not its latent's shape.
+    """
+    return _roll(field, noise, sigmas, interpolant, None)[1]
+
+
+def sample(
+    plan: Plan,
+    field: Fields,
+    noise: Tensor,
+    sigmas: Tensor | Sequence[float],
+    interpolant: Interpolant | None = None,
+    *,
+    memory: Memory = "retain",
+    generator: torch.Generator | None = None,
+    params: Params = None,
+) -> tuple[Outputs, Trajectory]:
+    """Rollout and surgery in one pass: the plan's faithful calls are the rollout's own, so that they cost no extra one.
+
+    Returns:
+        The outputs as `apply` gives them, and the trajectory as `rollout` does.
+
+    Raises:
+        PlanError: the plan does not fit T = len(sigmas) - 1 steps, or has unbound names.
+        SamplerError: as `rollout` and `apply`.
+    """
+    execution, trajectory = _roll(field, noise, sigmas, interpolant, plan if memory == "retain" else None, generator)
+    execution = execution or Execution(plan, trajectory, generator)
+    return _single(outputs(plan, trajectory, field, memory, execution, params)), trajectory
+
+
+def apply(
+    plan: Plan,
+    trajectory: Trajectory,
+    field: Fields,
+    memory: Memory = "retain",
+    *,
+    generator: torch.Generator | None = None,
+    params: Params = None,
+) -> Outputs:
+    """The plan's outputs on a recorded trajectory, with the plan's gradient.
+
+    Args:
+        memory: "retain" keeps the activations of every velocity call; "recompute" keeps those of none and runs the model
+            again in the backward pass, one call at a time (first-order reverse mode only; falls back to retain under a
+            torch.func transform or forward-mode AD).
+        generator: draws the noises of renoised samples that the trajectory does not hold yet (torch's default if left out).
+        params: what trains; else `field.parameters()`, else the leaves found by walking the graph of one call.
+
+    Returns:
+        [batch, *latent], or a tuple of them for a plan with several outputs.
+
+    Raises:
+        PlanError: unbound names, another number of steps, times above T.
+        SamplerError: no leaf to train; sharded parameters with "recompute"; a velocity that has not its latent's shape.
+    """
+    execution = Execution(plan, trajectory, generator)
+    return _single(outputs(plan, trajectory, field, memory, execution, params))
+
+
+def values(plan: Plan, trajectory: Trajectory, field: Fields, *, generator: torch.Generator | None = None) -> Outputs:
+    """The plan's outputs without gradient: [batch, *latent], or a tuple of them. Only unfaithful calls run the model."""
+    return _single(Execution(plan, trajectory, generator, gradient=False).finish(field, retained))
+
+
+def distances(
+    plan: Plan, trajectory: Trajectory, field: Fields, *, generator: torch.Generator | None = None
+) -> dict[int, Tensor]:
+    """{t: [batch]}: the mean |x_t - prediction| of the leaps and advances that land on t (LeapAlign, section 4.5).
+
+    A leap that is the sampler's own step misses by 0; where several others land on one t, their mean.
+    """
+    execution = Execution(plan, trajectory, generator, gradient=False)
+    execution.finish(field, retained)
+    return execution.distances()
+
+
+def backward(
+    plan: Plan,
+    trajectory: Trajectory,
+    field: Fields,
+    cotangent: Tensor | Sequence[Tensor],
+    *,
+    generator: torch.Generator | None = None,
+    params: Params = None,
+) -> None:
+    """The staged sweep: walks the plan in reverse, one model call and one backward at a time, and adds into `.grad`.
+
+    No second parameter gradient is ever held, and the calls go through the field as it is, hence through the wrappers of
+    DDP and FSDP.
+
+    Args:
+        cotangent: d(loss)/d(output), [batch, *latent], or one for each output.
+        params: what receives a gradient; every leaf of the field's graph if left out.
+
+    Raises:
+        PlanError, SamplerError: as `apply`; a cotangent that has not its output's shape.
+    """
+    execution = Execution(plan, trajectory, generator)
+    stages: list[tuple[Callable[[Tensor], Tensor], Tensor, Tensor]] = []
+
+    def stand_in(call: Callable[[Tensor], Tensor], x: Tensor, known: Tensor | None) -> Tensor:
+        with torch.no_grad():
+            v = call(x.detach()) if known is None else known
+        leaf = v.detach().clone().requires_grad_()
+        stages.append((call, x, leaf))
+        return leaf
+
+    found = execution.finish(field, stand_in)
+    _pull(found, _matching(cotangent, found))
+    trained = None if params is None else leaves(named(field, None), trajectory[0], trajectory.sigmas[0], params)
+    for call, x, leaf in reversed(stages):
+        if leaf.grad is not None:
+            _stage(call, x, leaf.grad, trained)
+
+
+def _stage(call: Callable[[Tensor], Tensor], x: Tensor, cotangent: Tensor, trained: tuple[Tensor, ...] | None) -> None:
+    """One model call and its backward; the gradient of its input goes on through the linear part of the plan."""
+    x_leaf = x.detach().requires_grad_(x.requires_grad)
+    with torch.enable_grad():
+        v = call(x_leaf)
+    if not v.requires_grad:
+        raise SamplerError("the field's velocity requires no gradient: call requires_grad_() on what is to train.")
+    inputs = None if trained is None else [*trained, *([x_leaf] if x.requires_grad else [])]
+    torch.autograd.backward(v, cotangent.to(v.dtype), inputs=inputs)
+    if x_leaf.grad is not None:
+        _pull((x,), (x_leaf.grad,))
+
+
+def _pull(roots: Sequence[Tensor], cotangents: Sequence[Tensor]) -> None:
+    """Cotangents through the linear part of the plan, to the stand-ins of the calls; kept, since calls share it."""
+    pairs = [(root, c) for root, c in zip(roots, cotangents, strict=True) if root.requires_grad]
+    torch.autograd.backward([root for root, _ in pairs], [c for _, c in pairs], retain_graph=True)
+
+
+def _matching(cotangent: Tensor | Sequence[Tensor], found: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    given = (cotangent,) if isinstance(cotangent, Tensor) else tuple(cotangent)
+    shapes, wanted = [tuple(c.shape) for c in given], [tuple(output.shape) for output in found]
+    if shapes != wanted:
+        raise SamplerError(
+            f"cotangents of shapes {shapes} for outputs of shapes {wanted}: give one for each output, alike."
+        )
+    return tuple(c.to(output.dtype) for c, output in zip(given, found, strict=True))
+
+
+def _roll(
+    fields: Fields,
+    noise: Tensor,
+    sigmas: Tensor | Sequence[float],
+    interpolant: Interpolant | None,
+    plan: Plan | None,
+    generator: torch.Generator | None = None,
+) -> tuple[Execution | None, Trajectory]:
+    """The loop: at each t the model's input is the plan's own node where the plan calls there, else the plain latent."""
+    times = as_sigmas(sigmas, noise)
+    x = noise.detach()
+    trajectory = Trajectory(times, {len(times) - 1: x}, {}, interpolant or RectifiedFlow(), start=noise)
+    execution = None if plan is None else Execution(plan, trajectory, generator)
+    field = named(fields, None)
+    for t in range(trajectory.steps, 0, -1):
+        node = None
+        if execution is not None:
+            execution.settle()
+            node = execution.wanted(t)
+        with torch.set_grad_enabled(node is not None):
+            v = field(x if node is None or execution is None else execution.tensors[node.x], trajectory.sigma(t))
+        if v.shape != x.shape:
+            raise SamplerError(
+                f"the field returned shape {tuple(v.shape)} for a latent of shape {tuple(x.shape)} at t = {t}."
+            )
+        if node is not None and execution is not None:
+            execution.adopt(node, v)
+        trajectory.velocities[t] = v.detach()
+        x = x + (trajectory.sigma(t - 1) - trajectory.sigma(t)) * v.detach()
+        trajectory.latents[t - 1] = x
+    return execution, trajectory
+
+
+def _single(found: tuple[Any, ...]) -> Any:
+    return found[0] if len(found) == 1 else found
