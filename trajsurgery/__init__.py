@@ -7,12 +7,35 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trajsurgery.errors import PlanError, RecipeError, RewardError, SamplerError, SurgeryError
-    from trajsurgery.interpolant import Interpolant, Polynomial, RectifiedFlow, Trigonometric
-    from trajsurgery.methods import DRaFTLV, DRTune, LeapAlign, ReFL, draft_lv, drtune, leapalign, leaps, refl
-    from trajsurgery.plan import Plan, latent, noise, recorded
-    from trajsurgery.surgery import apply, backward, distances, rollout, sample, values
-    from trajsurgery.trajectory import Trajectory
+    from trajsurgery.errors import PlanError as PlanError
+    from trajsurgery.errors import RecipeError as RecipeError
+    from trajsurgery.errors import RewardError as RewardError
+    from trajsurgery.errors import SamplerError as SamplerError
+    from trajsurgery.errors import SurgeryError as SurgeryError
+    from trajsurgery.interpolant import Interpolant as Interpolant
+    from trajsurgery.interpolant import Polynomial as Polynomial
+    from trajsurgery.interpolant import RectifiedFlow as RectifiedFlow
+    from trajsurgery.interpolant import Trigonometric as Trigonometric
+    from trajsurgery.methods import DRaFTLV as DRaFTLV
+    from trajsurgery.methods import DRTune as DRTune
+    from trajsurgery.methods import LeapAlign as LeapAlign
+    from trajsurgery.methods import ReFL as ReFL
+    from trajsurgery.methods import draft_lv as draft_lv
+    from trajsurgery.methods import drtune as drtune
+    from trajsurgery.methods import leapalign as leapalign
+    from trajsurgery.methods import leaps as leaps
+    from trajsurgery.methods import refl as refl
+    from trajsurgery.plan import Plan as Plan
+    from trajsurgery.plan import latent as latent
+    from trajsurgery.plan import noise as noise
+    from trajsurgery.plan import recorded as recorded
+    from trajsurgery.surgery import apply as apply
+    from trajsurgery.surgery import backward as backward
+    from trajsurgery.surgery import distances as distances
+    from trajsurgery.surgery import rollout as rollout
+    from trajsurgery.surgery import sample as sample
+    from trajsurgery.surgery import values as values
+    from trajsurgery.trajectory import Trajectory as Trajectory
 
 _HOME = {
     "errors": ("PlanError", "RecipeError", "RewardError", "SamplerError", "SurgeryError"),

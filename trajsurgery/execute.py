@@ -1,8 +1,8 @@
 """One run of a plan: the values of its nodes, each computed once what it needs is known.
 
-Apart from model calls a plan is linear. The ways of running differ only in what stands in the place of a model call: the
-call itself (retain), a Function that runs it again in the backward pass (recompute), or a leaf whose gradient the staged
-sweep collects.
+Apart from model calls a plan is linear. The ways of running differ only in what stands in the place of a model call:
+the call itself (retain), a Function that runs it again in the backward pass (recompute), or a leaf whose gradient the
+staged sweep collects.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from trajsurgery.trajectory import Trajectory
 Memory = Literal["retain", "recompute"]
 
 Call = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor | None], Tensor]
-"""What stands for a model call: (the model at one time, x [batch, *latent], the recorded value if there is one) -> v."""
+"""What stands for a model call: (the model at one time, x [batch, *latent], its recorded value if any) -> v."""
 
 
 class Execution:
@@ -65,10 +65,11 @@ class Execution:
             fixed: the model's input at t can't be replaced, so that only a call whose input has no gradient fits.
         """
         for node in self.plan.nodes:
-            open_call = isinstance(node, Velocity) and node.t == t and node in self.live and node not in self.tensors
-            if open_call and is_faithful(node, self.faithful, self.trajectory.is_step) and node.x in self.tensors:
-                if not (fixed and self.tensors[node.x].requires_grad):
-                    return node
+            if not isinstance(node, Velocity) or node.t != t or node not in self.live or node in self.tensors:
+                continue
+            ready = node.x in self.tensors and is_faithful(node, self.faithful, self.trajectory.is_step)
+            if ready and not (fixed and self.tensors[node.x].requires_grad):
+                return node
         return None
 
     def adopt(self, node: Velocity, v: Tensor) -> None:
@@ -162,23 +163,23 @@ def recompute_leaves(execution: Execution, fields: Fields, params: Params) -> tu
             found[id(leaf)] = leaf
     if any(hasattr(leaf, "device_mesh") for leaf in found.values()):
         raise SamplerError(
-            "memory='recompute' returns parameter gradients from an autograd.Function, which sharded (DTensor) parameters "
-            "silently drop. Use trajsurgery.backward(plan, trajectory, field, cotangent), the staged sweep."
+            "memory='recompute' returns parameter gradients from an autograd.Function, which sharded (DTensor) "
+            "parameters silently drop. Use trajsurgery.backward(plan, trajectory, field, cotangent), the staged sweep."
         )
     return tuple(found.values())
 
 
 def _transforming() -> bool:
-    """Whether a torch.func transform or forward-mode AD is at work: a Function over captured parameters gives zeros there."""
+    """Whether a torch.func transform or forward AD is at work: a Function over captured parameters is zero there."""
     dual = torch.autograd.forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage]
-    return dual or torch._C._are_functorch_transforms_active()  # pyright: ignore
+    return dual or torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
 
 
 def _shaped(v: Tensor, x: Tensor, node: Velocity) -> Tensor:
     if v.shape != x.shape:
         raise SamplerError(
-            f"the field returned shape {tuple(v.shape)} for a latent of shape {tuple(x.shape)}, at t = {node.t}: a velocity "
-            "has its latent's shape."
+            f"the field returned shape {tuple(v.shape)} for a latent of shape {tuple(x.shape)}, at t = {node.t}: a "
+            "velocity has its latent's shape."
         )
     return v
 

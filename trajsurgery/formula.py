@@ -9,7 +9,7 @@ import sympy
 from sympy.printing.latex import LatexPrinter
 from sympy.printing.str import StrPrinter
 
-from trajsurgery.node import Noise
+from trajsurgery.node import Noise, walk
 
 
 def text(expansion: Any) -> str:
@@ -31,7 +31,7 @@ def _written(expansion: Any, written: Callable[[Any, str, Any], str], head: str,
         pieces: list[str] = []
         for term in terms:
             negative, size = _signed(term.coefficient, order)
-            shown = "" if size == 1 else printer(order).doprint(size)
+            shown = "" if size == sympy.Integer(1) else printer(order).doprint(size)
             body = written(term, f"({shown})" if size.is_Add else shown, term.calls[-1])
             pieces.append((" - " if negative else " + ") + body if pieces else ("- " if negative else "") + body)
         lines.append(head.format(t=output.t) + ("".join(pieces) or "0"))
@@ -53,8 +53,6 @@ def _latex_term(term: Any, coefficient: str, source: Any) -> str:
 
 def _noisiest_first(expansion: Any) -> dict[Any, int]:
     """The rank of each time's symbol: as in the paper, k comes before j in k - j."""
-    from trajsurgery.node import walk
-
     symbols = [
         sympy.Symbol(t if isinstance(t, str) else f"sigma_{t}")
         for t in (n.t for n in walk(expansion.outputs))
@@ -64,7 +62,7 @@ def _noisiest_first(expansion: Any) -> dict[Any, int]:
 
 
 def _signed(coefficient: Any, order: dict[Any, int]) -> tuple[bool, Any]:
-    """Whether the coefficient is written with a minus, and what follows it: factors k - j lead with the noisier time."""
+    """Whether the coefficient is written with a minus, and what follows: factors k - j lead with the noisier time."""
     negative, factors = False, []
     for factor in sympy.Mul.make_args(coefficient):
         if factor.is_number:
@@ -96,7 +94,7 @@ class _StrTimes(StrPrinter):
         super().__init__()
         self._times = order
 
-    def _print_Add(self, expr: Any, order: Any = None) -> str:
+    def _print_Add(self, expr: Any, order: Any = None) -> str:  # noqa: N802  # sympy's name
         pieces: list[str] = []
         for term in _ordered(expr, self._times):
             minus = bool(term.as_coeff_Mul()[0] < 0)
@@ -104,7 +102,7 @@ class _StrTimes(StrPrinter):
             pieces.append(sign + self.parenthesize(-term if minus else term, 30))
         return "".join(pieces)
 
-    def _print_Mul(self, expr: Any) -> str:
+    def _print_Mul(self, expr: Any) -> str:  # noqa: N802  # sympy's name
         if any(factor.is_Pow and factor.exp.is_negative for factor in expr.args):
             return super()._print_Mul(expr)
         parts = sorted(expr.args, key=lambda f: (not f.is_number, f.is_Add, str(f)))
@@ -118,7 +116,7 @@ class _LatexTimes(LatexPrinter):
         super().__init__()
         self._times = order
 
-    def _print_Add(self, expr: Any, order: Any = None) -> str:
+    def _print_Add(self, expr: Any, order: Any = None) -> str:  # noqa: N802  # sympy's name
         pieces: list[str] = []
         for term in _ordered(expr, self._times):
             minus = bool(term.as_coeff_Mul()[0] < 0)

@@ -33,7 +33,7 @@ from trajsurgery.node import (
     Time,
     Velocity,
     walk,
-)  # fmt: skip
+)
 
 Linear = dict[Node, Any]
 """{call or noise: its coefficient}."""
@@ -85,7 +85,7 @@ class Expansion:
         return formula.latex(self)
 
     def evaluate(self, trajectory: Any, field: Any, cotangent: Any, params: Any = None) -> Any:
-        """The gradient on a trajectory, term by term: every term is evaluated by itself, with products of one call each.
+        """The gradient on a trajectory: every term is evaluated by itself, with products of one call each.
 
         Args:
             trajectory: a `Trajectory` that the plan fits.

@@ -20,7 +20,7 @@ from trajsurgery.node import (
     Scale,
     Velocity,
     walk,
-)  # fmt: skip
+)
 
 
 def build(outputs: Sequence[Node]) -> nx.DiGraph[Any]:

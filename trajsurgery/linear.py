@@ -27,7 +27,7 @@ from trajsurgery.node import (
     Scale,
     Velocity,
     walk,
-)  # fmt: skip
+)
 from trajsurgery.trajectory import Trajectory
 
 Of = Mapping[Node, Tensor]
@@ -95,7 +95,8 @@ def _recover(node: Recover, of: Of, trajectory: Trajectory, _: bool, generator: 
 def _noise(node: Noise, of: Of, trajectory: Trajectory, *_: Any) -> Tensor:
     if trajectory.start is None or not trajectory.start.requires_grad:
         raise SamplerError(
-            "noise() gives its gradient to x_T, which requires none: hand rollout() or sample() a noise with requires_grad_()."
+            "noise() gives its gradient to x_T, which requires none: hand rollout() or sample() a noise with "
+            "requires_grad_()."
         )
     return trajectory.start
 

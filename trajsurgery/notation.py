@@ -22,7 +22,7 @@ from trajsurgery.node import (
     Velocity,
     VelocityNode,
     walk,
-)  # fmt: skip
+)
 
 LONGEST_CODE = 60
 """Above this many nodes a plan's repr is a summary: written out, shared nodes multiply."""

@@ -7,7 +7,7 @@ Functions give the real value itself, in every dtype.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
@@ -132,7 +132,7 @@ def _kernel_state(device: str) -> tuple[Any, ...]:
 
 
 @contextlib.contextmanager
-def _restored(state: tuple[Any, ...]) -> Iterator[None]:
+def _restored(state: tuple[Any, ...]) -> Generator[None]:
     device, enabled, dtype, cache, kernels = state
     with torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache), sdpa_kernel(kernels):
         yield

@@ -37,8 +37,8 @@ def named(fields: Fields, name: str | None) -> Field:
     else:
         known = list(fields)
     raise SamplerError(
-        f"the plan calls the field {name!r}, and the fields given are {known}. Run it with a mapping of names to fields, "
-        "{None: default_field, 'guided': other_field}."
+        f"the plan calls the field {name!r}, and the fields given are {known}. Run it with a mapping of names to "
+        "fields, {None: default_field, 'guided': other_field}."
     )
 
 
@@ -60,8 +60,8 @@ def leaves(field: Field, x: Tensor, sigma: Tensor, params: Params = None) -> tup
     found = tuple(p for p in found if p.requires_grad)
     if not found:
         raise SamplerError(
-            "no parameter of the field requires a gradient: the plan has nothing to train. Call requires_grad_() on what "
-            "is to train, or pass params=."
+            "no parameter of the field requires a gradient: the plan has nothing to train. Call requires_grad_() on "
+            "what is to train, or pass params=."
         )
     return found
 
@@ -79,7 +79,8 @@ def _walk(field: Field, x: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
     """The leaves of the graph of one call."""
     with torch.enable_grad():
         out = field(x.detach(), sigma)
-    stack, seen, found = [out.grad_fn], set[Any](), list[Tensor]()
+    stack: list[Any] = [out.grad_fn]
+    seen, found = set[Any](), list[Tensor]()
     if out.grad_fn is None and out.requires_grad:
         found.append(out)
     while stack:

@@ -25,7 +25,7 @@ from trajsurgery.node import (
     Velocity,
     VelocityNode,
     walk,
-)  # fmt: skip
+)
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -57,7 +57,7 @@ class Cost:
     faithful: int
     """Of these, the ones whose value the rollout has recorded: under "recompute" their forward costs nothing."""
     extra: int
-    """Model calls beyond the rollout's own that a forward pass needs whatever the way of running: the unfaithful ones."""
+    """Model calls beyond the rollout's own that a forward pass needs in any way of running: the unfaithful ones."""
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -67,7 +67,7 @@ class Plan:
     Equal by structure, hashable, immutable. `steps` is the number of sampler steps it was drawn for, if it was.
 
     Raises:
-        PlanError: the plan breaks a rule (`trajsurgery.check.RULES`); the message names it, where, and the repair.
+        PlanError: the plan breaks a rule (`trajsurgery.rules.RULES`); the message names it, where, and the repair.
     """
 
     outputs: tuple[LatentNode, ...]
@@ -167,13 +167,13 @@ class Plan:
         return draw(self.outputs, self.steps, Path(path))
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain dict (JSON): the nodes, parents first, each with its `op`, settings and the indices of its parents."""
+        """A plain dict (JSON): the nodes, parents first, each with its `op`, settings and its parents' indices."""
         index = {node: i for i, node in enumerate(self.nodes)}
         nodes: list[dict[str, Any]] = []
         for node in self.nodes:
             entry: dict[str, Any] = {"op": node.op, **node.settings()}
             for name in ("x", "v", "velocities"):
-                value = getattr(node, name, None) if name in type(node).__dataclass_fields__ else None  # pyright: ignore
+                value = getattr(node, name, None) if name in type(node).__dataclass_fields__ else None
                 if value is not None:
                     entry[name] = [index[v] for v in value] if name == "velocities" else index[value]
             nodes.append(entry)

@@ -24,7 +24,8 @@ def rollout(
     """The sampler's own run, x + dsigma v, without gradient: records every x_t and v_t.
 
     Args:
-        field: field(x, sigma) -> v, x and v [batch, *latent], sigma 0-dim; or a mapping of fields, the default under None.
+        field: field(x, sigma) -> v, x and v [batch, *latent], sigma 0-dim; or a mapping of fields, the default under
+            None.
         noise: x_T, [batch, *latent]. If it requires a gradient, `noise()` in a plan gives it one.
         sigmas: [T + 1] strictly monotone times in [0, 1], from noise to image.
         interpolant: what leaps assume; rectified flow if left out. The rollout itself is Euler's whatever it is.
@@ -72,10 +73,11 @@ def apply(
     """The plan's outputs on a recorded trajectory, with the plan's gradient.
 
     Args:
-        memory: "retain" keeps the activations of every velocity call; "recompute" keeps those of none and runs the model
-            again in the backward pass, one call at a time (first-order reverse mode only; falls back to retain under a
-            torch.func transform or forward-mode AD).
-        generator: draws the noises of renoised samples that the trajectory does not hold yet (torch's default if left out).
+        memory: "retain" keeps the activations of every velocity call; "recompute" keeps those of none and runs the
+            model again in the backward pass, one call at a time (first-order reverse mode only; falls back to retain
+            under a torch.func transform or forward-mode AD).
+        generator: draws the noises of renoised samples that the trajectory does not hold yet (torch's default if left
+            out).
         params: what trains; else `field.parameters()`, else the leaves found by walking the graph of one call.
 
     Returns:
@@ -90,7 +92,7 @@ def apply(
 
 
 def values(plan: Plan, trajectory: Trajectory, field: Fields, *, generator: torch.Generator | None = None) -> Outputs:
-    """The plan's outputs without gradient: [batch, *latent], or a tuple of them. Only unfaithful calls run the model."""
+    """The plan's outputs without gradient, [batch, *latent] or a tuple. Only unfaithful calls run the model."""
     return _single(Execution(plan, trajectory, generator, gradient=False).finish(field, retained))
 
 
@@ -117,8 +119,8 @@ def backward(
 ) -> None:
     """The staged sweep: walks the plan in reverse, one model call and one backward at a time, and adds into `.grad`.
 
-    No second parameter gradient is ever held, and the calls go through the field as it is, hence through the wrappers of
-    DDP and FSDP.
+    No second parameter gradient is ever held, and the calls go through the field as it is, hence through the wrappers
+    of DDP and FSDP.
 
     Args:
         cotangent: d(loss)/d(output), [batch, *latent], or one for each output.
@@ -182,7 +184,7 @@ def _roll(
     plan: Plan | None,
     generator: torch.Generator | None = None,
 ) -> tuple[Execution | None, Trajectory]:
-    """The loop: at each t the model's input is the plan's own node where the plan calls there, else the plain latent."""
+    """The loop: the model's input is the plan's own node where the plan calls at t, else the plain latent."""
     times = as_sigmas(sigmas, noise)
     x = noise.detach()
     trajectory = Trajectory(times, {len(times) - 1: x}, {}, interpolant or RectifiedFlow(), start=noise)

@@ -31,7 +31,7 @@ from trajsurgery.node import (
     Scale,
     Velocity,
     walk,
-)  # fmt: skip
+)
 from trajsurgery.params import Fields, Params, leaves, named
 
 
@@ -121,14 +121,14 @@ class _Walk:
         field, x, sigma = self.at(call)
         x = x.clone().requires_grad_()
         with torch.enable_grad():
-            (found,) = torch.autograd.grad(field(x, sigma), x, cotangent, allow_unused=True)
+            found = _maybe(torch.autograd.grad(field(x, sigma), x, cotangent, allow_unused=True))[0]
         return torch.zeros_like(x) if found is None else found
 
     def pull_params(self, call: Any, cotangent: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """(dv/dtheta)^T c."""
         field, x, sigma = self.at(call)
         with torch.enable_grad():
-            found = torch.autograd.grad(field(x, sigma), params, cotangent, allow_unused=True)
+            found = _maybe(torch.autograd.grad(field(x, sigma), params, cotangent, allow_unused=True))
         return tuple(torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True))
 
     def _sigma(self, t: Any) -> Tensor:
@@ -165,3 +165,8 @@ class _Walk:
                 return (of[node.x] - interpolant.beta(sigma, torch) * eps) / interpolant.alpha(sigma, torch)
             case _:
                 raise AssertionError(node)
+
+
+def _maybe(found: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """torch.autograd.grad with allow_unused also returns None, which its stub does not say."""
+    return found

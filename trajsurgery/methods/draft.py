@@ -1,4 +1,4 @@
-"""DRaFT-LV (Clark et al., 2024, arXiv 2309.17400): the last step's gradient, and that of renoised copies of the image."""
+"""DRaFT-LV (Clark et al., 2024, arXiv 2309.17400): the last step's gradient, and those of renoised images."""
 
 from __future__ import annotations
 

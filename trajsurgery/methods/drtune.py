@@ -13,7 +13,7 @@ from trajsurgery.plan import Plan, latent, recorded
 
 
 def drtune(steps: int, stop: int, train: Collection[int]) -> Plan:
-    """x_T -> ... -> x_stop -> x^_0|stop with gradients at the velocities of `train` only, as in LeapAlign's Algorithm 1.
+    """x_T -> ... -> x_stop -> x^_0|stop with gradients at the velocities of `train` only: LeapAlign's Algorithm 1.
 
     Gradient, with s_t the length of the step that starts at t (from stop: the leap to 0):
 

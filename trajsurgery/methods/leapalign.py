@@ -1,4 +1,4 @@
-"""LeapAlign (Liang et al., 2026): the reward gradient jumps along two leaps whose ends are the sampler's own latents."""
+"""LeapAlign (Liang et al., 2026): the reward gradient takes two leaps whose ends are the sampler's own latents."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def leapalign(k: Time, j: Time, alpha: Factor = 0.3) -> Plan:
 
     Args:
         k, j: times, T >= k > j >= 1, or names.
-        alpha: the discount of the network's input at j, in [0, 1]; the straight part of the leap keeps the full gradient.
+        alpha: the discount of the network's input at j, in [0, 1]; the leap's straight part keeps the full gradient.
     """
     return leaps((k, j), alpha)
 
@@ -73,8 +73,8 @@ class LeapAlign:
             return self._apart(allowed, steps, generator)
         if len(allowed) < self.leaps:
             raise PlanError(
-                f"LeapAlign(window={self.window}) leaves the times {list(allowed)} of {steps}, too few for {self.leaps} leaps. "
-                "Widen the window, or take more steps."
+                f"LeapAlign(window={self.window}) leaves the times {list(allowed)} of {steps}, too few for "
+                f"{self.leaps} leaps. Widen the window, or take more steps."
             )
         times = sorted(choose(allowed, self.leaps, generator), reverse=True)
         return Plan(*leaps(times, self.alpha).outputs, steps=steps)
@@ -84,8 +84,8 @@ class LeapAlign:
         firsts = [j for j in allowed if j + apart in allowed]
         if self.leaps != 2 or apart < 1 or not firsts:
             raise PlanError(
-                f"LeapAlign(distance={self.distance}, leaps={self.leaps}) has no pair {apart} steps apart among the times "
-                f"{list(allowed)} of {steps}: a distance is of two leaps, at least one step, and inside the window."
+                f"LeapAlign(distance={self.distance}, leaps={self.leaps}) has no pair {apart} steps apart among the "
+                f"times {list(allowed)} of {steps}: a distance is of two leaps, at least one step, inside the window."
             )
         j = firsts[uniform(len(firsts), generator)]
         return Plan(*leapalign(j + apart, j, self.alpha).outputs, steps=steps)
