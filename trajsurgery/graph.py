@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
-
-import networkx as nx
+from typing import TYPE_CHECKING, Any
 
 from trajsurgery.node import (
     Connect,
@@ -28,6 +26,8 @@ def build(outputs: Sequence[Node]) -> nx.DiGraph[Any]:
 
     An edge's `gradient` says whether a gradient passes back along it.
     """
+    import networkx as nx
+
     graph: nx.DiGraph[Any] = nx.DiGraph()
     for node in walk(outputs):
         graph.add_node(node, op=node.op, t=node.t, output=node in outputs)
