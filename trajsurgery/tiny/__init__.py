@@ -1,0 +1,66 @@
+"""The embedded world: coloured shapes, a tiny Flux trained on them, a reward to climb and rules to check it by.
+
+    pipe = tiny.pipeline()                      # a real FluxPipeline, float32, 32 x 32 pixels
+    reward = tiny.Reward()                      # (images in [0, 1], prompts) -> cosines, differentiable
+    prompts = tiny.prompts("heldout")           # every held-out prompt
+    verdict = tiny.judge(images, prompts)       # .correct, .junk, .table()
+
+Nothing of diffusers, transformers or open_clip is imported before it is used.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    from trajsurgery.tiny.prompt import Prompt, Split
+    from trajsurgery.tiny.rules import Verdict
+    from trajsurgery.tiny.scorer import Reward as Reward
+
+__all__ = ["Prompt", "Reward", "Verdict", "judge", "pipeline", "prompts"]
+
+_LAZY = {
+    "Prompt": "trajsurgery.tiny.prompt",
+    "Reward": "trajsurgery.tiny.scorer",
+    "Verdict": "trajsurgery.tiny.rules",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def pipeline() -> Any:
+    """The shipped FluxPipeline, in float32, with the world's defaults: `pipe("a red circle left of a blue square")`."""
+    from trajsurgery.tiny.pipe import pipeline
+
+    return pipeline()
+
+
+def prompts(split: "Split", generator: "Generator | None" = None, count: int | None = None) -> "list[Prompt]":
+    """Prompts of the split "train", "validation" or "heldout".
+
+    With neither generator nor count, all of them, grouped by category. With both, `count` drawn at random: of "train" in
+    the paper's ratio of categories (7:5:3:1:1:0 for position, counting, attribute binding, colours, two objects, single
+    object), of the others all six categories equally often. Raises ValueError for another split, or if only one is given.
+    """
+    from trajsurgery.tiny.prompt import CATEGORIES, RATIO, draw_prompts, split_prompts
+
+    if (generator is None) != (count is None):
+        raise ValueError("prompts() draws `count` prompts with a `generator`: give both, or neither for all of the split")
+    if generator is None or count is None:
+        return list(split_prompts(split))
+    weights = {c: float(RATIO[c]) for c in CATEGORIES} if split == "train" else dict.fromkeys(CATEGORIES, 1.0)
+    return draw_prompts(split, count, weights, generator)
+
+
+def judge(images: "Tensor", prompts: "Sequence[Prompt | str]") -> "Verdict":
+    """Judges images, Float[batch 3 32 32] in [0, 1], each by its prompt, by rules; see `trajsurgery.tiny.rules.judge`."""
+    from trajsurgery.tiny.rules import judge
+
+    return judge(images, prompts)

@@ -1,0 +1,124 @@
+"""Stage three: the transformer, with both text encoders, by flow matching on cached latents."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from trajsurgery.tiny.architecture import LATENT_CHANNELS, TOKENS, image_ids, pack
+from trajsurgery.tiny.compose import compose
+from trajsurgery.tiny.fit_text import Encoders
+from trajsurgery.tiny.hard import mistakes
+from trajsurgery.tiny.prompt import draw_prompts, meanings, split_prompts
+from trajsurgery.tiny.render import render
+from trajsurgery.tiny.stage import Budget, Stage
+from trajsurgery.tiny.tokenizers import TEXT_LENGTH
+
+# Pictures of two objects are the hard ones.
+WEIGHTS = {
+    "single object": 0.08,
+    "two objects": 0.14,
+    "counting": 0.2,
+    "colours": 0.1,
+    "position": 0.26,
+    "attribute binding": 0.22,
+}
+# The share of scenes whose caption is a mistake, once there are mistakes: the head-room for post-training.
+MISTAKEN = {"position": 0.5, "attribute binding": 0.4}
+MISTAKES_FROM = 0.6  # share of the steps after which there are mistakes: bindings are learnt first, then blurred
+DRAWS = 2  # noises for each picture and reading of its caption
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Scenes as latents. tokens: Float[scenes 16 16], normalised and packed; right, wrong: Int[scenes], captions.
+
+    The captions index `split_prompts("train")`; `wrong` is a mistake or, for most scenes, the right one.
+    """
+
+    tokens: Tensor
+    right: Tensor
+    wrong: Tensor
+
+
+def corpus(vae: Any, scenes: int, seed: int) -> Corpus:
+    """Draws, renders and encodes scenes of the training prompts, and sets the VAE's shift and scale by them."""
+    generator = Generator().manual_seed(seed)
+    prompts = split_prompts("train")
+    index = {prompt.text: i for i, prompt in enumerate(prompts)}
+    drawn = draw_prompts("train", scenes, WEIGHTS, generator)
+    meaning, latents = meanings(drawn), []
+    with torch.no_grad():
+        for start in range(0, scenes, 256):
+            images = render(compose(meaning[slice(start, start + 256)], generator))
+            latents.append(vae.encode(2 * images - 1).latent_dist.mode())
+    stacked = torch.cat(latents)
+    shift, scale = float(stacked.mean()), 1 / float(stacked.std())
+    vae.register_to_config(shift_factor=shift, scaling_factor=scale)
+    wrong: list[int] = []
+    for prompt, chance, which in zip(drawn, torch.rand(scenes, generator=generator), torch.rand(scenes, generator=generator)):
+        others = [index[p.text] for p in mistakes(prompt) if p.text in index]
+        mistaken = bool(others) and float(chance) < MISTAKEN.get(prompt.category, 0)
+        wrong.append(others[int(float(which) * len(others))] if mistaken else index[prompt.text])
+    right = torch.tensor([index[prompt.text] for prompt in drawn])
+    return Corpus(pack((stacked - shift) * scale), right, torch.tensor(wrong))
+
+
+def predict(transformer: Any, noisy: Tensor, sigma: Tensor, pooled: Tensor, states: Tensor) -> Tensor:
+    """One velocity, Float[batch 16 16], called as FluxPipeline calls it."""
+    return transformer(
+        hidden_states=noisy,
+        timestep=sigma,
+        guidance=None,
+        pooled_projections=pooled,
+        encoder_hidden_states=states,
+        txt_ids=torch.zeros(TEXT_LENGTH, 3),
+        img_ids=image_ids(),
+        return_dict=False,
+    )[0]
+
+
+def sample(transformer: Any, vae: Any, pooled: Tensor, states: Tensor, steps: int, generator: Generator) -> Tensor:
+    """Images in [0, 1] by Euler steps at evenly falling sigmas: what the pipeline does, without its packing."""
+    x = torch.randn(pooled.shape[0], TOKENS, 4 * LATENT_CHANNELS, generator=generator)
+    for step in range(steps):
+        sigma = torch.full((x.shape[0],), 1 - step / steps)
+        x = x - predict(transformer, x, sigma, pooled, states) / steps
+    return (vae.decode(unpack(x) / vae.config.scaling_factor + vae.config.shift_factor).sample / 2 + 0.5).clamp(0, 1)
+
+
+def unpack(tokens: Tensor) -> Tensor:
+    """The inverse of `pack`: Float[batch 16 16] tokens to Float[batch 4 8 8] latents."""
+    side = round(TOKENS**0.5)
+    blocks = tokens.view(-1, side, side, LATENT_CHANNELS, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return blocks.reshape(-1, LATENT_CHANNELS, 2 * side, 2 * side)
+
+
+def flux_stage(budget: Budget, batch: int, transformer: Any, encoders: Encoders, vae: Any, data: Corpus) -> Stage:
+    """Flow matching: x = (1 - sigma) x_0 + sigma noise, squared error against noise - x_0, logit-normal sigma."""
+    clip_tokens, t5_tokens = encoders.tokens([prompt.text for prompt in split_prompts("train")])
+
+    def loss(step: int, generator: Generator) -> Tensor:
+        rows = torch.randint(len(data.right), (batch // DRAWS,), generator=generator)
+        captions = (data.wrong if step >= MISTAKES_FROM * budget.steps else data.right)[rows]
+        pooled, states = encoders.encode(clip_tokens[captions], t5_tokens[captions])
+        pooled, states = pooled.repeat_interleave(DRAWS, 0), states.repeat_interleave(DRAWS, 0)
+        clean = data.tokens[rows].repeat_interleave(DRAWS, 0)
+        noise = torch.randn(clean.shape, generator=generator)
+        sigma = torch.randn(batch, generator=generator).sigmoid()
+        noisy = clean + sigma[:, None, None] * (noise - clean)
+        return F.mse_loss(predict(transformer, noisy, sigma, pooled, states), noise - clean)
+
+    def report() -> str:
+        from trajsurgery.tiny.rules import judge
+
+        prompts = [p for p in split_prompts("validation") for _ in range(4 if p.category != "position" else 2)]
+        pooled, states = encoders.encode(*encoders.tokens([prompt.text for prompt in prompts]))
+        verdict = judge(sample(transformer, vae, pooled, states, 25, Generator().manual_seed(3)), prompts)
+        table = " ".join(f"{category} {share:.2f}" for category, (share, _) in verdict.table().items())
+        return f"right: {table}, junk {float(verdict.junk.mean()):.4f}"
+
+    modules = nn.ModuleDict({"transformer": transformer, "clip": encoders.clip, "t5": encoders.t5})
+    return Stage("flux", modules, loss, budget, report)

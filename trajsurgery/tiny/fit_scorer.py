@@ -1,0 +1,128 @@
+"""Stage four: the reward. Every step it sees fresh scenes, spoilt and attacked, against all training prompts at once.
+
+Each picture is judged by each prompt, and the scene itself says which are true of it; so all hard negatives of a prompt
+(colours or order swapped, one object more, fewer or other) are in every batch. The rule-based evaluator has no part in it.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from trajsurgery.tiny.compose import compose
+from trajsurgery.tiny.prompt import draw_prompts, meanings, split_prompts
+from trajsurgery.tiny.render import render
+from trajsurgery.tiny.scorer import Reward, new_clip, normalised
+from trajsurgery.tiny.spoil import decoded, degrade, nonsense
+from trajsurgery.tiny.stage import Budget, Stage
+from trajsurgery.tiny.truth import holds
+
+WEIGHTS = {
+    "single object": 0.08,
+    "two objects": 0.12,
+    "counting": 0.2,
+    "colours": 0.1,
+    "position": 0.28,
+    "attribute binding": 0.22,
+}
+BATCH, SPOILT = 96, 20  # pictures that prompts are true of, and pictures that none is
+POOL = 6144  # scenes decoded from noisy latents, a quarter of every batch
+RADII = (0.5, 2.5)  # of the attacks, in the L2 norm of a picture, drawn for each; a circle is about 3 from a square
+PUSHES = 3
+ATTACKS_FROM = 0.25  # share of the steps after which every other picture is attacked
+
+
+def fit_loss(logits: Tensor, truth: Tensor) -> Tensor:
+    """Softmax of each true prompt against all false ones, plus a logistic loss that also judges pictures of nothing.
+
+    logits: Float[batch prompts], truth: Bool[batch prompts].
+    """
+    false = logits.masked_fill(truth, float("-inf")).logsumexp(1, keepdim=True)
+    positives = truth.sum(1, keepdim=True).clamp(min=1)
+    ranked = (F.softplus(false - logits) * truth / positives).sum(1)
+    hit = (F.softplus(-logits) * truth / positives).sum(1)
+    missed = (F.softplus(logits) * ~truth).sum(1) / 8
+    return (ranked + hit + missed).mean()
+
+
+def attack(images: Tensor, loss_of: Any, generator: Generator) -> Tensor:
+    """PUSHES steps of gradient ascent on the loss, in an L2 ball of random radius around each picture and in [0, 1]."""
+    radius = RADII[0] + (RADII[1] - RADII[0]) * torch.rand(images.shape[0], 1, 1, 1, generator=generator)
+    start = torch.randn(images.shape, generator=generator)
+    offset = 0.3 * radius * start / start.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    for _ in range(PUSHES):
+        offset.requires_grad_(True)
+        (gradient,) = torch.autograd.grad(loss_of(images + offset), offset)
+        size = gradient.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)
+        offset = offset.detach() + 0.6 * radius * gradient / size
+        length = offset.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)
+        offset = (images + offset * (radius / length).clamp(max=1)).clamp(0, 1) - images
+    return (images + offset).detach()
+
+
+def scorer_stage(budget: Budget, folder: Path, vae: Any) -> Stage:
+    """Trains the open_clip CLIP whose config and tokenizer it writes to `<folder>/scorer`."""
+    torch.manual_seed(budget.seed + 4)
+    (folder / "scorer").mkdir(parents=True, exist_ok=True)
+    clip, tokenizer = new_clip(folder / "scorer")
+    clip.logit_scale.data.fill_(2.5)  # e^2.5 = 12: cosines that a softmax can tell apart
+    shift = nn.Parameter(torch.tensor(-6.0))
+    modules = nn.ModuleDict({"clip": clip, "shift": nn.ParameterList([shift])})
+    prompts = {split: split_prompts(split) for split in ("train", "validation")}
+    tokens = {split: tokenizer([prompt.text for prompt in prompts[split]]) for split in prompts}
+    meaning = meanings(prompts["train"])
+    generator = Generator().manual_seed(budget.seed + 5)
+    pool = compose(meanings(draw_prompts("train", POOL, WEIGHTS, generator)), generator)
+    pictures = torch.cat([decoded(vae, render(pool[slice(i, i + 256)]), generator) for i in range(0, POOL, 256)])
+    pool_truth = holds(pool, meaning, every_pair=True)
+
+    def logits_of(images: Tensor, texts: Tensor) -> Tensor:
+        found = clip.encode_image(normalised(images), normalize=True)
+        return clip.logit_scale.exp() * found @ texts.T + shift
+
+    def batch_of(generator: Generator) -> tuple[Tensor, Tensor]:
+        fresh = compose(meanings(draw_prompts("train", 3 * BATCH // 4, WEIGHTS, generator)), generator)
+        rows = torch.randint(POOL, (BATCH // 4,), generator=generator)
+        clean = torch.cat([render(fresh), pictures[rows]])
+        truth = torch.cat([holds(fresh, meaning, every_pair=True), pool_truth[rows]])
+        images = torch.cat([degrade(clean, generator), nonsense(clean[:SPOILT], generator)])
+        return images, torch.cat([truth, torch.zeros(SPOILT, len(meaning), dtype=torch.bool)])
+
+    def loss(step: int, generator: Generator) -> Tensor:
+        images, truth = batch_of(generator)
+        texts = clip.encode_text(tokens["train"], normalize=True)
+        if step >= ATTACKS_FROM * budget.steps:
+            fixed, half = texts.detach(), truth[::2]
+            images[::2] = attack(images[::2], lambda x: fit_loss(logits_of(x, fixed), half), generator)
+        return fit_loss(logits_of(images, texts), truth)
+
+    def report() -> str:
+        generator = Generator().manual_seed(6)
+        asked = [prompt for prompt in prompts["validation"] for _ in range(6)]
+        scenes = compose(meanings(asked), generator)
+        truth = holds(scenes, meanings(prompts["validation"]), every_pair=True)
+        logits = logits_of(render(scenes), clip.encode_text(tokens["validation"], normalize=True))
+        best = logits.masked_fill(truth, float("-inf")).amax(1)
+        own = logits.gather(1, torch.arange(len(prompts["validation"])).repeat_interleave(6)[:, None])[:, 0]
+        return f"own prompt above all false ones of validation: {float((own > best).float().mean()):.3f}"
+
+    return Stage("scorer", modules, loss, budget, report, report_every=200)
+
+
+def save_scorer(stage: Stage, folder: Path) -> None:
+    """Writes the weights, bfloat16, and the threshold that fits them: a fifth of correct renders score below it."""
+    from safetensors.torch import save_file
+
+    place = folder / "scorer"
+    state = {name: value.to(torch.bfloat16).contiguous() for name, value in stage.modules["clip"].state_dict().items()}
+    save_file(state, place / "model.safetensors")
+    (place / "threshold.json").write_text(json.dumps({"threshold": 1.0}))
+    prompts = [prompt for prompt in split_prompts("validation") for _ in range(8)]
+    images = render(compose(meanings(prompts), Generator().manual_seed(8)))
+    with torch.no_grad():
+        scores = Reward(place)(images, prompts)
+    threshold = round(float(scores.quantile(0.2)), 3)
+    (place / "threshold.json").write_text(json.dumps({"threshold": threshold}) + "\n")

@@ -1,0 +1,103 @@
+"""Stage two: the text encoders, alone, as text encoders are: they learn what the training prompts mean.
+
+A throw-away linear head on T5's tokens, and one on CLIP's pooled state, say how likely each quadrant is to hold each kind of
+object, or none. Flux then finds relations and bindings in the embeddings instead of having to teach them to the encoders.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from trajsurgery.tiny.compose import compose
+from trajsurgery.tiny.prompt import Prompt, meanings, split_prompts
+from trajsurgery.tiny.scene import ABSENT, COLOURS, SHAPES, SIDE
+from trajsurgery.tiny.stage import Budget, Stage
+from trajsurgery.tiny.tokenizers import TEXT_LENGTH
+
+KINDS = len(SHAPES) * len(COLOURS)
+SCENES = 256  # drawn for each prompt to estimate its layout
+BLUR = 0.5  # relative noise on the word embeddings: without it the encoders learn the few hundred prompts by heart
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The two text encoders and their tokenizers."""
+
+    clip: Any
+    t5: Any
+    clip_tokenizer: Any
+    t5_tokenizer: Any
+
+    def tokens(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Int[batch TEXT_LENGTH] for CLIP and for T5, padded as FluxPipeline pads."""
+        options: dict[str, Any] = {"padding": "max_length", "max_length": TEXT_LENGTH, "truncation": True}
+        both = [t(texts, return_tensors="pt", **options).input_ids for t in (self.clip_tokenizer, self.t5_tokenizer)]
+        return both[0], both[1]
+
+    def encode(self, clip_tokens: Tensor, t5_tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Float[batch width], CLIP's pooled state, and Float[batch TEXT_LENGTH width], T5's, as FluxPipeline takes them."""
+        return self.clip(clip_tokens).pooler_output, self.t5(t5_tokens)[0]
+
+
+def layouts(prompts: tuple[Prompt, ...], generator: Generator) -> Tensor:
+    """Float[prompts 4 KINDS+1]: over SCENES scenes, how often each quadrant holds each kind; the last is "nothing"."""
+    meaning = meanings(prompts)
+    rows = torch.arange(len(prompts)).repeat_interleave(SCENES)
+    scenes = compose(meaning[rows], generator)
+    cell = (scenes.centre / (SIDE / 2)).long()
+    quadrant = cell[..., 0] + 2 * cell[..., 1]
+    kind = scenes.shape * len(COLOURS) + scenes.colour
+    held = torch.zeros(len(rows), 4, KINDS + 1)
+    held.scatter_add_(
+        1, quadrant[..., None].expand(-1, -1, KINDS + 1), F.one_hot(kind.clamp(min=0), KINDS + 1).float()
+        * (scenes.shape != ABSENT)[..., None]
+    )
+    held[..., KINDS] = 1 - held[..., :KINDS].sum(-1)
+    return held.view(len(prompts), SCENES, 4, KINDS + 1).mean(1)
+
+
+@contextmanager
+def blurred(encoders: Encoders, generator: Generator) -> Iterator[None]:
+    """Within the block the word embeddings of both encoders are multiplied by 1 + BLUR times noise."""
+
+    def blur(module: nn.Module, inputs: Any, embedded: Tensor) -> Tensor:
+        return embedded * (1 + BLUR * torch.randn(embedded.shape, generator=generator))
+
+    tables = [encoder.get_input_embeddings() for encoder in (encoders.clip, encoders.t5)]
+    hooks = [table.register_forward_hook(blur) for table in tables]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def text_stage(budget: Budget, encoders: Encoders) -> Stage:
+    """Trains both encoders with their heads by cross-entropy against the layouts of all training prompts at once."""
+    torch.manual_seed(budget.seed + 1)
+    width = encoders.t5.config.d_model
+    heads = nn.ModuleDict({name: nn.Linear(width, 4 * (KINDS + 1)) for name in ("clip", "t5")})
+    known = {s: layouts(split_prompts(s), Generator().manual_seed(7)) for s in ("train", "validation")}
+    tokens = {s: encoders.tokens([p.text for p in split_prompts(s)]) for s in ("train", "validation")}
+
+    def divergence(split: str) -> Tensor:
+        pooled, states = encoders.encode(*tokens[split])
+        target = known[split]
+        guesses = (heads["clip"](pooled), heads["t5"](states).mean(1))
+        logs = [guess.view(target.shape).log_softmax(-1) for guess in guesses]
+        return sum(((target * (target.clamp(min=1e-6).log() - log)).sum((1, 2)) for log in logs), torch.zeros(())).mean()
+
+    def loss(step: int, generator: Generator) -> Tensor:
+        with blurred(encoders, generator):
+            return divergence("train")
+
+    def report() -> str:
+        return f"divergence from the layouts of validation prompts {float(divergence('validation')):.3f}"
+
+    modules = nn.ModuleDict({"clip": encoders.clip, "t5": encoders.t5, "heads": heads})
+    return Stage("text", modules, loss, budget, report, report_every=100)

@@ -1,0 +1,172 @@
+"""The prompts of the world: GenEval's six categories, their wording, and three disjoint splits."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import permutations, product
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from trajsurgery.tiny.scene import ABSENT, ANY, COLOURS, RELATIONS, SHAPES, SLOTS
+
+Split = Literal["train", "validation", "heldout"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "heldout")
+CATEGORIES = ("single object", "two objects", "counting", "colours", "position", "attribute binding")
+# Post-training draws its prompts in the paper's ratio 7:5:3:1:1:0.
+RATIO = {
+    "position": 7,
+    "counting": 5,
+    "attribute binding": 3,
+    "colours": 1,
+    "two objects": 1,
+    "single object": 0,
+}
+HELDOUT, VALIDATION = 0.2, 0.15  # shares of each category's prompts
+
+
+class Thing(NamedTuple):
+    """An object that a prompt asks for; a colour of None is any colour."""
+
+    shape: str
+    colour: str | None = None
+
+    def __str__(self) -> str:
+        return self.shape if self.colour is None else f"{self.colour} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt and what it means: a picture is right if it shows exactly these things, the first `relation` the second."""
+
+    text: str
+    category: str
+    things: tuple[Thing, ...]
+    relation: str | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Meanings:
+    """Prompts as tensors. shape, colour: Int[prompts SLOTS], ABSENT and ANY as in `Scenes`; relation: Int[prompts]."""
+
+    shape: Tensor
+    colour: Tensor
+    relation: Tensor
+
+    @property
+    def count(self) -> Tensor:
+        """Int[prompts]: how many objects each prompt asks for."""
+        return (self.shape != ABSENT).sum(-1)
+
+    def __len__(self) -> int:
+        return self.shape.shape[0]
+
+    def __getitem__(self, index: Tensor | slice) -> "Meanings":
+        return Meanings(self.shape[index], self.colour[index], self.relation[index])
+
+
+def meanings(prompts: Sequence[Prompt]) -> Meanings:
+    """The prompts' meanings as tensors, in order."""
+
+    def row(prompt: Prompt) -> tuple[list[int], list[int], int]:
+        blank = SLOTS - len(prompt.things)
+        shape = [SHAPES.index(thing.shape) for thing in prompt.things] + [ABSENT] * blank
+        colour = [ANY if thing.colour is None else COLOURS.index(thing.colour) for thing in prompt.things] + [ANY] * blank
+        return shape, colour, ANY if prompt.relation is None else RELATIONS.index(prompt.relation)
+
+    rows = [row(prompt) for prompt in prompts]
+    return Meanings(
+        torch.tensor([r[0] for r in rows]).view(-1, SLOTS),
+        torch.tensor([r[1] for r in rows]).view(-1, SLOTS),
+        torch.tensor([r[2] for r in rows], dtype=torch.long),
+    )
+
+
+def _one() -> list[Prompt]:
+    articles = ("a", "one", "a single", "only a", "just a", "a lone")
+    singles = [Prompt(f"{a} {s}", "single object", (Thing(s),)) for a, s in product(articles, SHAPES)]
+    wordings = ("a {c} {s}", "a {s} in {c}", "one {c} {s}")
+    return singles + [
+        Prompt(wording.format(c=c, s=s), "colours", (Thing(s, c),))
+        for wording, c, s in product(wordings, COLOURS, SHAPES)
+    ]
+
+
+def _many() -> list[Prompt]:
+    things = [Thing(s, c) for c, s in product((None, *COLOURS), SHAPES)]
+    return [
+        Prompt(f"{before}{number} {thing}s", "counting", (thing,) * n)
+        for before, (number, n), thing in product(("", "exactly "), (("two", 2), ("three", 3)), things)
+    ]
+
+
+def _two() -> list[Prompt]:
+    plain = [(Thing(a), Thing(b)) for a, b in permutations(SHAPES, 2)]
+    coloured = [
+        (Thing(a, c), Thing(b, d)) for (a, b), (c, d) in product(permutations(SHAPES, 2), permutations(COLOURS, 2))
+    ]
+    wordings = ("a {} and a {}", "a {} with a {}", "a {} near a {}", "both a {} and a {}")
+    pairs = [Prompt(w.format(*pair), "two objects", pair) for w, pair in product(wordings, plain)]
+    bound = [Prompt(w.format(*pair), "attribute binding", pair) for w, pair in product(wordings[:2], coloured)]
+    placed = [
+        Prompt(f"a {a} {relation} a {b}", "position", (a, b), relation)
+        for relation, (a, b) in product(RELATIONS, plain + coloured)
+    ]
+    return pairs + bound + placed
+
+
+@cache
+def every_prompt() -> tuple[Prompt, ...]:
+    """All prompts of the world, grouped by category in the order of CATEGORIES."""
+    made = _one() + _many() + _two()
+    return tuple(prompt for category in CATEGORIES for prompt in made if prompt.category == category)
+
+
+@cache
+def split_prompts(split: Split) -> tuple[Prompt, ...]:
+    """The prompts of a split. The splits are disjoint and each has prompts of every category.
+
+    Raises ValueError for a name that is no split.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"there is no split {split!r}: choose one of {', '.join(SPLITS)}")
+    chosen: list[Prompt] = []
+    for category in CATEGORIES:
+        group = [prompt for prompt in every_prompt() if prompt.category == category]
+        random.Random(f"trajsurgery {category}").shuffle(group)
+        held, validated = round(HELDOUT * len(group)), round(VALIDATION * len(group))
+        parts = {"heldout": group[:held], "validation": group[held : held + validated], "train": group[held + validated :]}
+        chosen += parts[split]
+    return tuple(chosen)
+
+
+@cache
+def _by_text() -> dict[str, Prompt]:
+    return {prompt.text: prompt for prompt in every_prompt()}
+
+
+def understand(prompts: Sequence[Prompt | str]) -> list[Prompt]:
+    """Prompts, or their texts, as prompts. Raises ValueError on a text that the world can't say."""
+    known = _by_text()
+    for prompt in prompts:
+        if isinstance(prompt, str) and prompt not in known:
+            raise ValueError(
+                f"the embedded world has no prompt {prompt!r}; say it like {every_prompt()[-1].text!r} or like one of "
+                "trajsurgery.tiny.prompts('train')"
+            )
+    return [known[prompt] if isinstance(prompt, str) else prompt for prompt in prompts]
+
+
+def draw_prompts(split: Split, count: int, weights: dict[str, float], generator: Generator) -> list[Prompt]:
+    """`count` prompts of a split: the category by weight, then one of its prompts, all equally likely."""
+    groups = {c: [prompt for prompt in split_prompts(split) if prompt.category == c] for c in CATEGORIES}
+    odds = torch.tensor([float(weights.get(c, 0)) for c in CATEGORIES])
+    categories = torch.multinomial(odds, count, replacement=True, generator=generator).tolist()
+    places = torch.rand(count, generator=generator).tolist()
+    drawn = [groups[CATEGORIES[c]] for c in categories]
+    return [group[int(place * len(group))] for group, place in zip(drawn, places)]

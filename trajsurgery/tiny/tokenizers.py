@@ -1,0 +1,59 @@
+"""The world's two tokenizers, built from its prompts: a word is a token. No file is downloaded."""
+
+from pathlib import Path
+from typing import Any
+
+from trajsurgery.tiny.prompt import every_prompt
+
+TEXT_LENGTH = 12  # tokens; the longest prompt has eight words, and CLIP adds two marks
+
+
+def words() -> list[str]:
+    """Every word of the world's prompts, sorted, and those that a user is likely to try beside them."""
+    polite = "an photo image picture of the to".split()
+    return sorted({word for prompt in every_prompt() for word in prompt.text.split()} | set(polite))
+
+
+def t5_tokenizer(folder: Path) -> Any:
+    """A T5TokenizerFast over `words()`, saved to the folder and loaded from it."""
+    from transformers import T5TokenizerFast
+
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -9.0)]
+    vocabulary += [(f"▁{word}", -3.0) for word in words()]
+    made = T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=TEXT_LENGTH)
+    made.save_pretrained(str(folder))
+    return T5TokenizerFast.from_pretrained(str(folder))
+
+
+def _byte_pairs() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Byte pairs merged until each word is one token; the last two numbers are CLIP's marks, the end the highest."""
+    vocabulary = {letter: i for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz")}
+    vocabulary |= {f"{letter}</w>": len(vocabulary) + i for i, letter in enumerate(list(vocabulary))}
+    split = {word: (*word[:-1], f"{word[-1]}</w>") for word in words()}
+    merges: list[tuple[str, str]] = []
+    while pairs := sorted({pair for parts in split.values() for pair in zip(parts, parts[1:])}):
+        counts = {pair: sum(pair in zip(parts, parts[1:]) for parts in split.values()) for pair in pairs}
+        best = max(pairs, key=lambda pair: counts[pair])
+        merges.append(best)
+        vocabulary.setdefault("".join(best), len(vocabulary))
+        split = {word: _merge(parts, best) for word, parts in split.items()}
+    return vocabulary | {"<|startoftext|>": len(vocabulary), "<|endoftext|>": len(vocabulary) + 1}, merges
+
+
+def _merge(parts: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+    merged: list[str] = []
+    for part in parts:
+        if merged and (merged[-1], part) == pair:
+            merged[-1] = merged[-1] + part
+        else:
+            merged.append(part)
+    return tuple(merged)
+
+
+def clip_tokenizer(folder: Path) -> Any:
+    """A CLIPTokenizer for which each of `words()` is one token, saved to the folder and loaded from it."""
+    from transformers import CLIPTokenizer
+
+    vocabulary, merges = _byte_pairs()
+    CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TEXT_LENGTH).save_pretrained(str(folder))
+    return CLIPTokenizer.from_pretrained(str(folder))

@@ -1,0 +1,134 @@
+"""`python -m trajsurgery.tiny.train`: makes the shipped weights, stage after stage, from seeds; goes on where it was killed."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+StageName = Literal["vae", "text", "flux", "scorer", "all"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """What to train, where to, and for how long. The defaults made the shipped weights."""
+
+    stage: StageName = "all"
+    """One stage, given the results of those before it in the output folder, or all."""
+    output: Path = Path("outputs/tiny")
+    """Checkpoints and weights; a second call goes on from them."""
+    threads: int = 1
+    """Threads of torch. The transformer gains little from a second one: run flux and scorer as two processes instead."""
+    seed: int = 0
+    vae_steps: int = 1400
+    text_steps: int = 700
+    flux_steps: int = 8000
+    scorer_steps: int = 2000
+    batch: int = 64
+    """Pictures a step of the flux stage, two noises for each caption."""
+    scenes: int = 48_000
+    """Scenes whose latents are cached."""
+    save_every: int = 250
+
+
+def say(line: str) -> None:
+    """A plain line: progress that reads the same in a log and on a terminal."""
+    print(line, flush=True)
+
+
+def load_vae(folder: Path) -> Any:
+    """The autoencoder of an earlier stage, frozen."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL.from_pretrained(folder / "pipeline" / "vae").requires_grad_(False).eval()
+
+
+def train_vae(config: Training) -> None:
+    """Trains the autoencoder and saves it."""
+    from trajsurgery.tiny.fit_vae import vae_stage
+    from trajsurgery.tiny.stage import Budget, run
+
+    stage = vae_stage(Budget(config.vae_steps, 2e-3, seed=config.seed, save_every=config.save_every), batch=48)
+    run(stage, config.output, say)
+    stage.modules["vae"].save_pretrained(config.output / "pipeline" / "vae")
+
+
+def new_encoders(folder: Path, seed: int) -> Any:
+    """Untrained text encoders with their tokenizers, which are written to the folder."""
+    from trajsurgery.tiny.architecture import clip_text, t5_text
+    from trajsurgery.tiny.fit_text import Encoders
+    from trajsurgery.tiny.tokenizers import clip_tokenizer, t5_tokenizer
+
+    torch.manual_seed(seed + 2)
+    clip, t5 = clip_tokenizer(folder / "tokenizer"), t5_tokenizer(folder / "tokenizer_2")
+    return Encoders(clip_text(len(clip), clip.eos_token_id), t5_text(len(t5)), clip, t5)
+
+
+def train_text(config: Training) -> None:
+    """Trains the text encoders alone and saves them."""
+    from trajsurgery.tiny.fit_text import text_stage
+    from trajsurgery.tiny.stage import Budget, run, save_atomically
+
+    encoders = new_encoders(config.output / "pipeline", config.seed)
+    budget = Budget(config.text_steps, 2e-3, weight_decay=0.5, average=0.98, seed=config.seed)
+    stage = text_stage(replace(budget, save_every=config.save_every), encoders)
+    run(stage, config.output, say)
+    save_atomically({"clip": encoders.clip.state_dict(), "t5": encoders.t5.state_dict()}, config.output / "text.pt")
+
+
+def train_flux(config: Training) -> None:
+    """Trains the transformer with the text encoders and saves the whole pipeline."""
+    from diffusers import FluxPipeline
+
+    from trajsurgery.tiny.architecture import scheduler, transformer
+    from trajsurgery.tiny.fit_flux import corpus, flux_stage
+    from trajsurgery.tiny.stage import Budget, run
+
+    encoders = new_encoders(config.output / "pipeline", config.seed)
+    text = torch.load(config.output / "text.pt", weights_only=True)
+    encoders.clip.load_state_dict(text["clip"])
+    encoders.t5.load_state_dict(text["t5"])
+    vae = load_vae(config.output)
+    data = corpus(vae, config.scenes, config.seed)
+    say(f"flux: {config.scenes} scenes, shift {vae.config.shift_factor:.4f}, scale {vae.config.scaling_factor:.4f}")
+    torch.manual_seed(config.seed + 3)
+    model = transformer()
+    budget = Budget(config.flux_steps, 2e-3, seed=config.seed, save_every=config.save_every)
+    run(flux_stage(budget, config.batch, model, encoders, vae, data), config.output, say)
+    pipe = FluxPipeline(
+        scheduler=scheduler(),
+        vae=vae,
+        text_encoder=encoders.clip,
+        tokenizer=encoders.clip_tokenizer,
+        text_encoder_2=encoders.t5,
+        tokenizer_2=encoders.t5_tokenizer,
+        transformer=model,
+    )
+    pipe.to(torch.bfloat16).save_pretrained(config.output / "pipeline")
+
+
+def train_scorer(config: Training) -> None:
+    """Trains the reward and saves it."""
+    from trajsurgery.tiny.fit_scorer import save_scorer, scorer_stage
+    from trajsurgery.tiny.stage import Budget, run
+
+    budget = Budget(config.scorer_steps, 1e-3, weight_decay=0.05, seed=config.seed, save_every=config.save_every)
+    stage = scorer_stage(budget, config.output, load_vae(config.output))
+    run(stage, config.output, say)
+    save_scorer(stage, config.output)
+
+
+def main(config: Training) -> None:
+    """Runs the stage asked for, or all in order."""
+    torch.set_num_threads(config.threads)
+    stages = {"vae": train_vae, "text": train_text, "flux": train_flux, "scorer": train_scorer}
+    for name in stages if config.stage == "all" else (config.stage,):
+        stages[name](config)
+
+
+if __name__ == "__main__":
+    import tyro
+
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    main(tyro.cli(Training, description=__doc__))
