@@ -20,6 +20,9 @@ from trajsurgery.node import (
     walk,
 )
 
+if TYPE_CHECKING:
+    import networkx as nx
+
 
 def build(outputs: Sequence[Node]) -> nx.DiGraph[Any]:
     """The DAG whose nodes are the plan's (attributes `op`, `t`, `output`) and whose edges run from parent to child.
