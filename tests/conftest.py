@@ -1,0 +1,32 @@
+"""Profiles of Hypothesis, one thread for torch, and the problems that many tests share."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, settings
+
+from tests.problems import Problem, problem
+from trajsurgery.testing import MLP
+
+torch.set_num_threads(1)
+
+_SHARED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+settings.register_profile("dev", max_examples=25, **_SHARED)
+settings.register_profile("ci", max_examples=200, derandomize=True, **_SHARED)
+settings.register_profile(
+    "mutation", max_examples=60, derandomize=True, phases=(Phase.explicit, Phase.generate), **_SHARED
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") == "true" else "dev"))
+
+
+@pytest.fixture
+def mlp() -> MLP:
+    """A field that bends, on [batch, 4]."""
+    return MLP(4, seed=3)
+
+
+@pytest.fixture
+def rolled(mlp: MLP) -> Problem:
+    """Eight steps of that field on a batch of three."""
+    return problem(mlp, steps=8)

@@ -1,0 +1,295 @@
+"""Hypothesis strategies for plans, fields, trajectories and methods, and a checker of gradients: for your own tests.
+
+Every primitive has an entry in `MOVES`, so that drawn plans reach all of them. Needs the `dev` extra (hypothesis).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from trajsurgery.graph import trained
+from trajsurgery.interpolant import Interpolant, Polynomial, RectifiedFlow, Trigonometric
+from trajsurgery.methods import DRaFTLV, DRTune, LeapAlign, ReFL
+from trajsurgery.node import START, LatentNode, Node, Recover, VelocityNode, walk
+from trajsurgery.params import Field
+from trajsurgery.plan import Plan, latent, noise, recorded
+from trajsurgery.rules import QUADRATURES, renoised
+from trajsurgery.surgery import apply, backward, rollout
+from trajsurgery.trajectory import Trajectory
+
+INTERPOLANTS: tuple[Interpolant, ...] = (RectifiedFlow(), Trigonometric(), Polynomial())
+
+
+@dataclass
+class Growth:
+    """A plan while it is drawn: what the next move can build on, newest first."""
+
+    steps: int
+    fields: tuple[str, ...]
+    latents: list[LatentNode]
+
+    def t(self, node: Node) -> int:
+        """The node's time as a number."""
+        return self.steps if node.t == START else int(node.t)
+
+    def latent(self, draw: st.DrawFn, lowest: int = 0, highest: int | None = None) -> LatentNode:
+        """One of the newest latents at a time in `lowest`..`highest`, or else a fresh one."""
+        top = self.steps if highest is None else highest
+        known = [x for x in self.latents if lowest <= self.t(x) <= top][:4]
+        return draw(st.sampled_from([*known[:1], *known])) if known else latent(draw(st.integers(lowest, top)))
+
+    def velocities(self, t: int) -> list[VelocityNode]:
+        """The velocities at that time."""
+        return [v for v in walk(self.latents) if isinstance(v, VelocityNode) and self.t(v) == t]
+
+
+Move = Callable[[st.DrawFn, Growth], LatentNode | None]
+
+
+def _leap(draw: st.DrawFn, grown: Growth) -> LatentNode:
+    x = grown.latent(draw, 1)
+    to = draw(st.integers(0, grown.t(x) - 1))
+    return x.leap(to) if draw(st.booleans()) else x.leap(to, discount=draw(factors()))
+
+
+def _by(change: Callable[[st.DrawFn, Growth, LatentNode], VelocityNode]) -> Move:
+    """A leap by a velocity that is made of the leap's start."""
+
+    def move(draw: st.DrawFn, grown: Growth) -> LatentNode:
+        x = grown.latent(draw, 1)
+        return x.leap(draw(st.integers(0, grown.t(x) - 1)), velocity=change(draw, grown, x))
+
+    return move
+
+
+def _some_velocity(draw: st.DrawFn, grown: Growth, x: LatentNode) -> VelocityNode:
+    return draw(st.sampled_from([x.velocity(), x.detach().velocity(), *grown.velocities(grown.t(x))]))
+
+
+def _named(draw: st.DrawFn, grown: Growth, x: LatentNode) -> VelocityNode:
+    field = draw(st.sampled_from((None, *grown.fields)))
+    return x.velocity(field) if field else _some_velocity(draw, grown, x)
+
+
+def _advance(draw: st.DrawFn, grown: Growth) -> LatentNode:
+    x = grown.latent(draw, 1)
+    start = grown.t(x)
+    to = draw(st.integers(0, start - 1))
+    rule = draw(st.sampled_from(QUADRATURES))
+    reach = {"lagrange": (1, grown.steps), "adams-bashforth": (start, grown.steps), "euler": (to + 1, start)}[rule]
+    free = [t for t in range(reach[0], reach[1] + 1) if t != start]
+    others = draw(st.lists(st.sampled_from(free), unique=True, max_size=2)) if free else []
+    supports = [x.velocity().scale(draw(factors(2.0)))]
+    supports += [draw(st.sampled_from([latent(t).velocity(), *grown.velocities(t), recorded(t)])) for t in others]
+    return x.advance(to, supports, rule)
+
+
+def _recover(draw: st.DrawFn, grown: Growth) -> LatentNode | None:
+    if grown.steps == 1:  # the image's share is 0 at T
+        return None
+    node = Recover(grown.latent(draw, 1, grown.steps - 1), draw(_draws))
+    return node if node.draw == "rollout" or len(renoised(node)) < 2 else None
+
+
+_draws = st.sampled_from((0, 1, "rollout"))
+
+MOVES: dict[str, Move] = {
+    "leap": _leap,
+    "latent": lambda draw, grown: latent(draw(st.integers(0, grown.steps))),
+    "connect": lambda draw, grown: grown.latent(draw).connect(),
+    "discount": lambda draw, grown: grown.latent(draw).discount(draw(factors())),
+    "detach": lambda draw, grown: grown.latent(draw).detach(),
+    "velocity": _by(_named),
+    "recorded": _by(lambda draw, grown, x: recorded(x.t)),
+    "scale": _by(lambda draw, grown, x: _some_velocity(draw, grown, x).scale(draw(factors(2.0)))),
+    "detach_velocity": _by(lambda draw, grown, x: _some_velocity(draw, grown, x).detach()),
+    "renoise": lambda draw, grown: grown.latent(draw, 0, 0).renoise(draw(st.integers(1, grown.steps)), draw(_draws)),
+    "recover": _recover,
+    "advance": _advance,
+    "noise": lambda draw, grown: noise(),
+}
+"""How a plan grows: for each primitive a latent that is made with it, or None where it does not apply."""
+
+_USUAL = ("leap", "leap", "connect", "velocity", *MOVES)
+
+
+def factors(largest: float = 1.0) -> st.SearchStrategy[float]:
+    """Factors of discount and scale: 0, 1 and what lies between, up to `largest`."""
+    return st.sampled_from((1.0, 0.0, 0.5, largest)) | st.floats(0, largest, width=16, allow_subnormal=False)
+
+
+@st.composite
+def plans(
+    draw: st.DrawFn, steps: int, size: int = 10, outputs: int = 2, fields: Sequence[str] = (), ops: Sequence[str] = ()
+) -> Plan:
+    """Legal plans for a sampler of `steps` steps. They shrink to `latent(t).leap(0)`.
+
+    A plan may hold `noise()`: run it on a trajectory whose noise requires a gradient.
+
+    Args:
+        size: how many moves build the plan, at most; a move adds a latent, with what it is made of.
+        outputs: how many outputs there are, at most.
+        fields: the names of the fields that calls may use beside the default one.
+        ops: the primitives to grow by; all of them if left out.
+    """
+    first = latent(draw(st.integers(1, steps)))
+    grown = Growth(steps, tuple(fields), [first])
+    for _ in range(draw(st.integers(1, size))):
+        made = MOVES[draw(st.sampled_from(tuple(ops) or _USUAL))](draw, grown)
+        grown.latents[:0] = [] if made is None else [made]
+    calls = {x: len(trained([x])) for x in grown.latents}
+    ends = sorted((x for x in calls if calls[x]), key=lambda x: -calls[x])[:3] or [first.leap(0)]
+    picked = draw(st.lists(st.sampled_from(ends), unique=True, min_size=1, max_size=outputs))
+    return Plan(*picked, steps=draw(st.sampled_from((None, steps))))
+
+
+@st.composite
+def sigmas(draw: st.DrawFn, steps: int) -> list[float]:
+    """[steps + 1] times from 1 down to 0, no two closer than a fifth of the even step."""
+    widths = draw(st.lists(st.integers(2, 10), min_size=steps, max_size=steps))
+    return [1 - sum(widths[:i]) / sum(widths) for i in range(steps)] + [0.0]
+
+
+class MLP(nn.Module):
+    """A random field that bends: one leap misses by the order of the latents. x is [batch, dim].
+
+    Args:
+        seed: of the weights.
+    """
+
+    def __init__(self, dim: int, hidden: int = 8, seed: int = 0, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.inner = nn.Linear(dim + 1, hidden, dtype=dtype)
+        self.outer = nn.Linear(hidden, dim, dtype=dtype)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator))
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        time = sigma.to(x.dtype).reshape(-1, 1).expand(len(x), 1)
+        return self.outer(torch.tanh(self.inner(torch.cat([x, time], 1))))
+
+
+class Gaussian(nn.Module):
+    """The exact velocity of images distributed as N(mean, spread^2), for any interpolant: linear in x.
+
+    v(x) = alpha' E[x_0 | x] + beta' E[x_1 | x], with both expectations in `images` and `noises`. Mean and spread,
+    each [dim], are what trains. It needs beta > 0 or a spread > 0.
+    """
+
+    def __init__(self, mean: Tensor, spread: Tensor, interpolant: Interpolant | None = None) -> None:
+        super().__init__()
+        self.mean, self.spread = nn.Parameter(mean.clone()), nn.Parameter(spread.clone())
+        self.interpolant = interpolant or RectifiedFlow()
+
+    def images(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """E[x_0 | x_sigma = x]."""
+        alpha, _, gain = self._gain(sigma)
+        return self.mean + gain * alpha * self.spread**2 * (x - alpha * self.mean)
+
+    def noises(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """E[x_1 | x_sigma = x]."""
+        alpha, beta, gain = self._gain(sigma)
+        return gain * beta * (x - alpha * self.mean)
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        rates = self.interpolant.alpha_rate(sigma, torch), self.interpolant.beta_rate(sigma, torch)
+        return rates[0] * self.images(x, sigma) + rates[1] * self.noises(x, sigma)
+
+    def _gain(self, sigma: Tensor) -> tuple[Any, Any, Tensor]:
+        alpha, beta = self.interpolant.alpha(sigma, torch), self.interpolant.beta(sigma, torch)
+        return alpha, beta, 1 / (alpha**2 * self.spread**2 + beta**2)
+
+
+@st.composite
+def fields(draw: st.DrawFn, dim: int, interpolant: Interpolant | None = None) -> MLP | Gaussian:
+    """Trainable velocity fields on [batch, dim] in float64: random MLPs, and Gaussians with their exact velocity."""
+    seed = draw(st.integers(0, 2**16))
+    if draw(st.booleans()):
+        generator = torch.Generator().manual_seed(seed)
+        mean, spread = torch.randn(2, dim, generator=generator, dtype=torch.float64)
+        return Gaussian(mean, 0.3 + spread.abs(), interpolant)
+    return MLP(dim, draw(st.sampled_from((8, 3))), seed)
+
+
+@st.composite
+def trajectories(
+    draw: st.DrawFn, field: Field, steps: int, shape: Sequence[int] = (4,), interpolants: Sequence[Interpolant] = ()
+) -> Trajectory:
+    """Rollouts of a field in float64 on random times, batches of 1 to 3. Their noise requires a gradient.
+
+    Args:
+        shape: of a latent, without the batch.
+        interpolants: what leaps may assume; rectified flow if left out.
+    """
+    times = draw(sigmas(steps))
+    batch = draw(st.integers(1, 3))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    start = torch.randn(batch, *shape, generator=generator, dtype=torch.float64).requires_grad_()
+    interpolant = draw(st.sampled_from(tuple(interpolants) or INTERPOLANTS[:1]))
+    return rollout(field, start, torch.tensor(times, dtype=torch.float64), interpolant)
+
+
+@st.composite
+def methods(draw: st.DrawFn, steps: int) -> LeapAlign | DRTune | ReFL | DRaFTLV:
+    """Methods whose `draw(steps)` succeeds."""
+    last = st.integers(1, steps)
+    match draw(st.sampled_from((LeapAlign, ReFL, DRTune, DRaFTLV))):
+        case kind if kind is LeapAlign:
+            return LeapAlign(draw(factors()), leaps=draw(st.integers(1, min(3, steps))))
+        case kind if kind is ReFL:
+            return ReFL(draw(last))
+        case kind if kind is DRTune:
+            return DRTune(draw(last), draw(last))
+        case _:
+            return DRaFTLV(draw(st.integers(0, 2)))
+
+
+def check_gradient(
+    plan: Plan,
+    trajectory: Trajectory,
+    field: Field,
+    cotangents: Sequence[Tensor] | None = None,
+    tolerance: float = 1e-10,
+) -> tuple[Tensor, ...]:
+    """Asserts that every way of running the plan gives the gradient of its closed form, and returns that gradient.
+
+    Args:
+        field: a field with `parameters()`; their `.grad` is overwritten.
+        cotangents: one for each output; random ones if left out.
+        tolerance: relative to the norm of the whole gradient.
+    """
+    found = apply(plan, trajectory, field)
+    outputs = found if isinstance(found, tuple) else (found,)
+    seeded = torch.Generator().manual_seed(0)
+    cotangents = cotangents or [torch.randn(o.shape, generator=seeded, dtype=o.dtype) for o in outputs]
+    params = [p for p in field.parameters() if p.requires_grad]  # pyright: ignore
+    closed = tuple(plan.gradient().evaluate(trajectory, field, cotangents, params))
+    ways: dict[str, Callable[[], Any]] = {
+        "retain": lambda: torch.autograd.backward(outputs, cotangents),
+        "recompute": lambda: torch.autograd.backward(_tuple(apply(plan, trajectory, field, "recompute")), cotangents),
+        "staged": lambda: backward(plan, trajectory, field, cotangents),
+    }
+    for way, run in ways.items():
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        run()
+        miss = [p.grad - g for p, g in zip(params, closed, strict=True) if p.grad is not None]
+        distance, size = _norm(miss), max(_norm(closed), 1e-300)
+        assert distance <= tolerance * size, f"{way} misses the closed form by {distance / size:.1e}:\n{plan}"
+    return closed
+
+
+def _tuple(found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return found if isinstance(found, tuple) else (found,)
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return float(torch.stack([t.norm() for t in tensors]).norm())
