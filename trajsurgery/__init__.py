@@ -25,10 +25,13 @@ if TYPE_CHECKING:
     from trajsurgery.methods import leapalign as leapalign
     from trajsurgery.methods import leaps as leaps
     from trajsurgery.methods import refl as refl
+    from trajsurgery.pipelines import Surgery as Surgery
+    from trajsurgery.pipelines import operate as operate
     from trajsurgery.plan import Plan as Plan
     from trajsurgery.plan import latent as latent
     from trajsurgery.plan import noise as noise
     from trajsurgery.plan import recorded as recorded
+    from trajsurgery.reentry import PipelineField as PipelineField
     from trajsurgery.surgery import apply as apply
     from trajsurgery.surgery import backward as backward
     from trajsurgery.surgery import distances as distances
@@ -41,7 +44,9 @@ _HOME = {
     "errors": ("PlanError", "RecipeError", "RewardError", "SamplerError", "SurgeryError"),
     "interpolant": ("Interpolant", "Polynomial", "RectifiedFlow", "Trigonometric"),
     "methods": ("DRTune", "DRaFTLV", "LeapAlign", "ReFL", "draft_lv", "drtune", "leapalign", "leaps", "refl"),
+    "pipelines": ("Surgery", "operate"),
     "plan": ("Plan", "latent", "noise", "recorded"),
+    "reentry": ("PipelineField",),
     "surgery": ("apply", "backward", "distances", "rollout", "sample", "values"),
     "trajectory": ("Trajectory",),
 }

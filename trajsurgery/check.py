@@ -60,10 +60,15 @@ def legal(outputs: Sequence[Any], steps: int | None = None) -> None:
     _raise(violations(outputs, steps))
 
 
-def runnable(outputs: Sequence[Node], names: Sequence[str], planned: int | None, steps: int) -> None:
-    """Raises PlanError if the plan does not fit a trajectory of `steps` steps."""
+def bound(outputs: Sequence[Node], names: Sequence[str]) -> None:
+    """Raises PlanError if names are left to bind."""
     if names:
         _raise([_plan_violation("unbound", f"{', '.join(names)} in {arrows(outputs)}")])
+
+
+def runnable(outputs: Sequence[Node], names: Sequence[str], planned: int | None, steps: int) -> None:
+    """Raises PlanError if the plan does not fit a trajectory of `steps` steps."""
+    bound(outputs, names)
     if planned is not None and planned != steps:
         _raise([_plan_violation("steps", f"a plan for {planned} steps, a trajectory of {steps}")])
     legal(outputs, steps)

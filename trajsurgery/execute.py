@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trajsurgery import ops
 from trajsurgery.errors import PlanError, SamplerError
-from trajsurgery.graph import is_faithful, needs_gradient, reached
+from trajsurgery.graph import faithful, is_faithful, needs_gradient, reached
 from trajsurgery.linear import value
 from trajsurgery.node import Advance, Leap, Node, Velocity
 from trajsurgery.params import Fields, Params, leaves, named
@@ -54,23 +54,23 @@ class Execution:
                 and all(parent in self.tensors for parent in node.parents)
                 and self._recorded(node)
             ):
-                faithful = is_faithful(node, self.faithful, self.trajectory.is_step)
-                if not isinstance(node, Velocity) or (faithful and node not in self.live):
-                    self._compute(node, faithful)
+                known = is_faithful(node, self.faithful, self.trajectory.is_step)
+                if not isinstance(node, Velocity) or (known and node not in self.live):
+                    self._compute(node, known)
 
-    def wanted(self, t: int, fixed: bool = False) -> Velocity | None:
-        """The call of the plan that the rollout's own call at t can be.
-
-        Args:
-            fixed: the model's input at t can't be replaced, so that only a call whose input has no gradient fits.
-        """
+    def wanted(self, t: int) -> Velocity | None:
+        """The call of the plan that the rollout's own call at t can be, once x_t is recorded."""
         for node in self.plan.nodes:
             if not isinstance(node, Velocity) or node.t != t or node not in self.live or node in self.tensors:
                 continue
-            ready = node.x in self.tensors and is_faithful(node, self.faithful, self.trajectory.is_step)
-            if ready and not (fixed and self.tensors[node.x].requires_grad):
+            if node.x in self.tensors and is_faithful(node, self.faithful, self.trajectory.is_step):
                 return node
         return None
+
+    def forget(self, t: int) -> None:
+        """Drops what was computed at t: the loop changed x_t afterwards."""
+        for node in [node for node in self.tensors if node.t == t]:
+            del self.tensors[node]
 
     def adopt(self, node: Velocity, v: Tensor) -> None:
         """Takes the rollout's own call as the plan's."""
@@ -82,11 +82,11 @@ class Execution:
         for node in self.plan.nodes:
             if node in self.tensors:
                 continue
-            faithful = is_faithful(node, self.faithful, self.trajectory.is_step)
-            if isinstance(node, Velocity) and not (faithful and node not in self.live):
-                self._call(node, faithful, fields, call)
+            known = is_faithful(node, self.faithful, self.trajectory.is_step)
+            if isinstance(node, Velocity) and not (known and node not in self.live):
+                self._call(node, known, fields, call)
             else:
-                self._compute(node, faithful)
+                self._compute(node, known)
         return tuple(self.tensors[output] for output in self.plan.outputs)
 
     def distances(self) -> dict[int, Tensor]:
@@ -130,6 +130,20 @@ class Execution:
         self.tensors[node] = found if node in self.live else found.detach()
         if faithful:
             self.faithful.add(node)
+
+
+def first_call(plan: Plan, steps: int) -> Velocity | None:
+    """The call of a prepared plan that the sampler's first can be, where the loop makes x_T by itself.
+
+    Its input is x_T without gradient; a call on `noise()` is made afterwards.
+    """
+    differentiable = needs_gradient(plan.outputs)
+    live = differentiable & set(reached(plan.outputs))
+    known = faithful(plan.outputs, lambda _: False)
+    for node in plan.nodes:
+        if isinstance(node, Velocity) and node.t == steps and node in live & known and node.x not in differentiable:
+            return node
+    return None
 
 
 def retained(call: Callable[[Tensor], Tensor], x: Tensor, known: Tensor | None) -> Tensor:

@@ -58,15 +58,15 @@ def _times(coefficient: Any, x: Tensor) -> Tensor:
 
 
 def _leap(node: Leap, of: Of, trajectory: Trajectory, faithful: bool, _: Any) -> Tensor:
-    k, j = trajectory.sigma(_int(node.x.t)), trajectory.sigma(_int(node.to))
+    k, j = _sigma(trajectory, node.x.t), _sigma(trajectory, node.to)
     found = predict(trajectory.interpolant, of[node.x], of[node.v], k, j)
     return ops.connect(found, trajectory[_int(node.to)]) if faithful else found
 
 
 def _advance(node: Advance, of: Of, trajectory: Trajectory, *_: Any) -> Tensor:
     order = sorted(node.velocities, key=lambda v: -_int(v.t))
-    supports = [trajectory.sigma(_int(v.t)) for v in order]
-    ws = weights(node.rule, supports, trajectory.sigma(_int(node.x.t)), trajectory.sigma(_int(node.to)))
+    supports = [_sigma(trajectory, v.t) for v in order]
+    ws = weights(node.rule, supports, _sigma(trajectory, node.x.t), _sigma(trajectory, node.to))
     total = of[node.x]
     for w, v in zip(ws, order, strict=True):
         total = total + _times(w, of[v])
@@ -74,7 +74,7 @@ def _advance(node: Advance, of: Of, trajectory: Trajectory, *_: Any) -> Tensor:
 
 
 def _renoise(node: Renoise, of: Of, trajectory: Trajectory, _: bool, generator: torch.Generator | None) -> Tensor:
-    to = trajectory.sigma(_int(node.to))
+    to = _sigma(trajectory, node.to)
     eps = trajectory.noise(node.draw, _int(node.to), generator)
     alpha, beta = trajectory.interpolant.alpha(to, torch), trajectory.interpolant.beta(to, torch)
     return _times(alpha, of[node.x]) + _times(beta, eps)
@@ -82,7 +82,7 @@ def _renoise(node: Renoise, of: Of, trajectory: Trajectory, _: bool, generator: 
 
 def _recover(node: Recover, of: Of, trajectory: Trajectory, _: bool, generator: torch.Generator | None) -> Tensor:
     t = _int(node.x.t)
-    alpha, beta = (f(trajectory.sigma(t), torch) for f in (trajectory.interpolant.alpha, trajectory.interpolant.beta))
+    alpha, beta = (f(_sigma(trajectory, t), torch) for f in (trajectory.interpolant.alpha, trajectory.interpolant.beta))
     if bool((alpha.abs() < torch.finfo(alpha.dtype).eps).any()):
         raise SamplerError(
             f"recover from t = {t}, where the image's share alpha_t is 0: recover from an earlier step (t < T)."
@@ -99,6 +99,12 @@ def _noise(node: Noise, of: Of, trajectory: Trajectory, *_: Any) -> Tensor:
             "requires_grad_()."
         )
     return trajectory.start
+
+
+def _sigma(trajectory: Trajectory, t: object) -> Tensor:
+    """The time of t, in the latents' precision if theirs is higher: schedulers' sigmas are float32."""
+    sigma = trajectory.sigma(_int(t))
+    return sigma.to(torch.promote_types(sigma.dtype, trajectory[trajectory.steps].dtype))
 
 
 def _int(t: object) -> int:

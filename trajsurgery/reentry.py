@@ -1,8 +1,8 @@
 """A pipeline's own `__call__`, entered again for one timestep: the velocity field that a pipeline is.
 
-The loop runs with the recorded arguments. Until the wanted step its model calls are skipped (zeros of the right shape stand
-in), so that the loop's own index and schedule are what they were; then the latents are substituted inside the loop, one
-model call is made, and what it passes to `scheduler.step` is the velocity.
+The loop runs with the recorded arguments. Until the wanted step its model calls are skipped (zeros of the right shape
+stand in), so that the loop's own index and schedule are what they were; then the latents are substituted inside the
+loop, one model call is made, and what it passes to `scheduler.step` is the velocity.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Record:
 class PipelineField:
     """The velocity field of a recorded call: `field(x, sigma) -> v`, after guidance.
 
-    It works inside the block and after it. x is [batch, *latent] as the loop holds it, sigma one of the rollout's times.
+    It works inside the block and after it. x is [batch, *latent] as the loop holds it, sigma a time of the rollout.
     """
 
     def __init__(self, record: Record) -> None:
@@ -106,12 +106,13 @@ class PipelineField:
         times = self.record.times
         if sigma.dim() or float(sigma) not in times[:-1]:
             raise SamplerError(
-                f"the pipeline's field was called at sigma = {sigma.tolist()}, which is no time of its sampler: {times[:-1]}."
+                f"the pipeline's field was called at sigma = {sigma.tolist()}, which is no time of its sampler: "
+                f"{times[:-1]}."
             )
         return _Entry(self.record, times.index(float(sigma)), x, torch.is_grad_enabled()).velocity()
 
     def decode(self, x: Tensor) -> Any:
-        """Latents [batch, *latent], as the loop ends with, through the pipeline's own tail: its images, with gradient."""
+        """Latents [batch, *latent] through the pipeline's own tail: its images, with gradient."""
         return _Entry(self.record, len(self.record.times) - 1, x, True).decoded()
 
 
@@ -128,7 +129,7 @@ class _Entry:
 
     def __init__(self, record: Record, step: int, x: Tensor, gradient: bool) -> None:
         self.record, self.step, self.x, self.gradient = record, step, x, gradient
-        # Latents can be substituted only where the loop takes them from the scheduler: the first step gets one before it.
+        # Latents are substituted where the loop takes them from the scheduler: the first step gets one before it.
         self.skipped = max(step, 1)
         self.count = 0
         self.skipping: contextlib.ExitStack
@@ -140,8 +141,8 @@ class _Entry:
         except _Stop as stop:
             return stop.velocity
         raise SamplerError(
-            f"{self.record.base.__name__}'s loop, entered again, ended after {self.count} calls of scheduler.step, before "
-            f"step {self.step}: its arguments (prompt embeddings, images) were changed after the recorded call."
+            f"{self.record.base.__name__}'s loop, entered again, ended after {self.count} calls of scheduler.step, "
+            f"before step {self.step}: its arguments (prompt embeddings, images) were changed after the recorded call."
         )
 
     def decoded(self) -> Any:
@@ -162,7 +163,8 @@ class _Entry:
             torch.set_rng_state(self.record.random)
             self.skipping = stack.enter_context(contextlib.ExitStack())
             for module, outputs in self.record.templates.items():
-                self.skipping.enter_context(_replaced(module, "forward", _zeros(outputs)))
+                # what torch calls instead of forward and its hooks (offloading, FSDP): a skipped call runs neither
+                self.skipping.enter_context(_replaced(module, "_compiled_call_impl", _zeros(outputs)))
             set_timesteps = type(scheduler).set_timesteps.__get__(scheduler)
             scheduler.__dict__["set_timesteps"] = wrapped(set_timesteps, self._set_timesteps)
             scheduler.__dict__["step"] = self._step

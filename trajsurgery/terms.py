@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trajsurgery.errors import PlanError
+from trajsurgery.graph import faithful
 from trajsurgery.interpolant import weights
 from trajsurgery.node import (
     Advance,
@@ -148,6 +149,8 @@ class _Walk:
                 return of[node.parents[0]]
             case Velocity():
                 return named(self.fields, node.field)(of[node.x], self._sigma(node.t))
+            case Leap() if faithful([node], self.trajectory.is_step).issuperset([node]):
+                return self.trajectory[self._int(node.to)]
             case Leap():
                 a, b = interpolant.leap(self._sigma(node.x.t), self._sigma(node.to), torch)
                 return a * of[node.x] + b * of[node.v]

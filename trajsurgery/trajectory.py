@@ -68,7 +68,9 @@ class Trajectory:
         """Whether x_t + dsigma v_t is x_{t-1} up to rounding. Waits for the device."""
         x, v, landed = (a.double() for a in (self[t], self.velocity(t), self[t - 1]))
         change = (self.sigma(t - 1) - self.sigma(t)).double() * v
-        rounding = max(torch.finfo(a.dtype).eps for a in (self[t], self.velocity(t), self[t - 1]))
+        # schedulers compute in float32 at best, whatever the latents' dtype
+        dtypes = (self[t].dtype, self.velocity(t).dtype, self[t - 1].dtype, torch.float32)
+        rounding = max(torch.finfo(dtype).eps for dtype in dtypes)
         size = x.abs().max() + change.abs().max()
         return bool(((x + change - landed).abs().max() <= 4 * rounding * size).item())
 
