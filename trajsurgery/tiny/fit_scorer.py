@@ -1,6 +1,6 @@
-"""Stage four: the reward. Every step it sees fresh scenes, spoilt and attacked, against all training prompts at once.
+"""Stage four: the reward. Every step it sees fresh scenes, spoilt and attacked, against half of all training prompts at once.
 
-Each picture is judged by each prompt, and the scene itself says which are true of it; so all hard negatives of a prompt
+Each picture is judged by each prompt, and the scene itself says which are true of it; so hard negatives of every kind
 (colours or order swapped, one object more, fewer or other) are in every batch. The rule-based evaluator has no part in it.
 """
 
@@ -41,7 +41,7 @@ def fit_loss(logits: Tensor, truth: Tensor) -> Tensor:
     logits: Float[batch prompts], truth: Bool[batch prompts].
     """
     false = logits.masked_fill(truth, float("-inf")).logsumexp(1, keepdim=True)
-    positives = truth.sum(1, keepdim=True).clamp(min=1)
+    positives = truth.sum(1, keepdim=True).clamp(min=1)  # a picture may have none
     ranked = (F.softplus(false - logits) * truth / positives).sum(1)
     hit = (F.softplus(-logits) * truth / positives).sum(1)
     missed = (F.softplus(logits) * ~truth).sum(1) / 8
@@ -93,7 +93,8 @@ def scorer_stage(budget: Budget, folder: Path, vae: Any) -> Stage:
 
     def loss(step: int, generator: Generator) -> Tensor:
         images, truth = batch_of(generator)
-        texts = clip.encode_text(tokens["train"], normalize=True)
+        asked = torch.randperm(len(meaning), generator=generator)[: len(meaning) // 2]
+        truth, texts = truth[:, asked], clip.encode_text(tokens["train"][asked], normalize=True)
         if step >= ATTACKS_FROM * budget.steps:
             fixed, half = texts.detach(), truth[::2]
             images[::2] = attack(images[::2], lambda x: fit_loss(logits_of(x, fixed), half), generator)

@@ -29,16 +29,15 @@ def decoded(vae: Any, images: Tensor, generator: Generator, most: float = 0.3) -
 
 
 def nonsense(images: Tensor, generator: Generator) -> Tensor:
-    """Pictures of which no prompt is true, made of the given ones by turns: blank, blended, warped, noise, recoloured."""
+    """Pictures of which no prompt is true, made of the given ones by turns: blank, blended, warped, noise."""
     batch = images.shape[0]
-    kind = torch.arange(batch) % 5
+    kind = torch.arange(batch) % 4
     ground = torch.tensor(GROUND).view(1, 3, 1, 1)
     tint = torch.rand(batch, 3, 1, 1, generator=generator)
-    blank = torch.where((kind % 2 == 0).view(-1, 1, 1, 1), ground, tint).expand_as(images)
+    blank = torch.where((torch.arange(batch) % 8 == 0).view(-1, 1, 1, 1), ground, tint).expand_as(images)
     blended = (images + images.roll(1, 0)) / 2
     noise = torch.rand(images.shape, generator=generator)
-    shuffled = 1 - images
-    choices = torch.stack([blank, blended, warp(images, generator), noise, shuffled])
+    choices = torch.stack([blank, blended, warp(images, generator), noise])
     return choices[kind, torch.arange(batch)]
 
 

@@ -23,8 +23,8 @@ class Training:
     seed: int = 0
     vae_steps: int = 1400
     text_steps: int = 700
-    flux_steps: int = 8000
-    scorer_steps: int = 2000
+    flux_steps: int = 7000
+    scorer_steps: int = 1600
     batch: int = 64
     """Pictures a step of the flux stage, two noises for each caption."""
     scenes: int = 48_000
