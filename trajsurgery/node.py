@@ -258,4 +258,4 @@ PRIMITIVES: dict[str, type[Node]] = {
 
 def _factor(a: Any) -> Factor:
     """1 and 1.0 are one factor; a name stays a name."""
-    return float(a) if isinstance(a, int) and not isinstance(a, bool) else cast(Factor, a)
+    return float(a) if isinstance(a, int | float) and not isinstance(a, bool) else cast(Factor, a)

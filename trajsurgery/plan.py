@@ -218,7 +218,7 @@ def _prepared(plan: Plan, steps: int) -> Plan:
 def _plain(value: Any) -> Time | Factor:
     """Numbers of other libraries (numpy's, 0-dim tensors) as Python's."""
     if isinstance(value, str | float):
-        return value
+        return value if isinstance(value, str) else float(value)
     try:
         return operator.index(value)
     except TypeError:
