@@ -238,15 +238,16 @@ def _flow_matching(pipe: Any) -> None:
     sigmas = getattr(scheduler, "sigmas", None)
     above = isinstance(sigmas, Tensor) and not config.get("use_flow_sigmas") and float(sigmas.max()) > 1 + 1e-3
     if sigmas is None or above or kind != "flow_prediction":
-        raise SamplerError(_no_flow(scheduler))
-
-
-def _no_flow(scheduler: Any) -> str:
-    return (
-        f"{type(scheduler).__name__} is no flow-matching scheduler: a leap needs a velocity dx/dsigma and sigmas in "
-        "[0, 1]. Use FlowMatchEulerDiscreteScheduler, or UniPC or DPM-Solver++ with use_flow_sigmas=True and "
-        "prediction_type='flow_prediction'."
-    )
+        raise SamplerError(
+            f"{type(scheduler).__name__} is no flow-matching scheduler: a leap needs a velocity dx/dsigma and sigmas "
+            "in [0, 1]. Use FlowMatchEulerDiscreteScheduler, or UniPC or DPM-Solver++ with use_flow_sigmas=True and "
+            "prediction_type='flow_prediction'."
+        )
+    if getattr(scheduler, "order", 1) > 1:
+        raise SamplerError(
+            f"{type(scheduler).__name__} makes more than one call a step, which operate() can't follow yet. Use "
+            "FlowMatchEulerDiscreteScheduler."
+        )
 
 
 def _sigmas(scheduler: Any) -> Tensor:
@@ -254,8 +255,8 @@ def _sigmas(scheduler: Any) -> Tensor:
     sigmas, steps = scheduler.sigmas.detach().clone(), len(scheduler.timesteps)
     if len(sigmas) != steps + 1:
         raise SamplerError(
-            f"{type(scheduler).__name__} has {len(sigmas)} sigmas for {steps} model calls: it takes more than one "
-            "call a step, which operate() can't follow yet. Use FlowMatchEulerDiscreteScheduler."
+            f"{type(scheduler).__name__} has {len(sigmas)} sigmas for {steps} timesteps; operate() follows schedulers "
+            "that have one more. Run the whole schedule, with FlowMatchEulerDiscreteScheduler."
         )
     check_sigmas(sigmas)
     return sigmas
