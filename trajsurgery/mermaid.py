@@ -1,0 +1,42 @@
+"""A scene as a Mermaid flowchart."""
+
+from __future__ import annotations
+
+from trajsurgery.scene import Edge, Scene
+
+_SHAPES = {
+    "real": '(["{}"])',
+    "predicted": '("{}")',
+    "call": '{{{{"{}"}}}}',
+    "recorded": '["{}"]',
+    "reward": '[["{}"]]',
+}
+_ARROWS = {"connect": "-.->", "renoise": "-.->", "recover": "-.->"}
+
+
+def mermaid(scene: Scene) -> str:
+    """The text of a .mmd file: gradient-carrying arrows are red, stopped ones grey."""
+    name = {mark: f"n{i}" for i, mark in enumerate(scene.marks)}
+    lines = ["flowchart LR"]
+    lines += [f"  {name[mark]}{_SHAPES[mark.kind].format(mark.plain)}" for mark in scene.marks]
+    styles: list[str] = []
+    for i, edge in enumerate(scene.edges):
+        label = _label(edge)
+        arrow = _ARROWS.get(edge.kind, "-->") + (f'|"{label}"|' if label else "")
+        lines.append(f"  {name[edge.start]} {arrow} {name[edge.end]}")
+        width = f"{1 + 2 * min(1.0, edge.weight):.1f}px"
+        styles.append(f"  linkStyle {i} stroke:{'#c8321f' if edge.live else '#a9b0b8'},stroke-width:{width}")
+    live = ",".join(name[mark] for mark in scene.marks if mark in scene.lit)
+    lines += [*styles, "  classDef live stroke:#c8321f,stroke-width:2px"]
+    return "\n".join([*lines, *([f"  class {live} live"] if live else [])]) + "\n"
+
+
+def _label(edge: Edge) -> str:
+    notes = [_plain(note) for note in edge.notes] + (["sg"] if edge.stopped else [])
+    return ", ".join([*([edge.kind] if edge.kind in ("connect", "renoise", "recover") else []), *notes])
+
+
+def _plain(latex: str) -> str:
+    for written, meant in ((r"\mathrm", ""), (r"\times", "x"), (r"\,", ""), ("\\", ""), ("{", ""), ("}", "")):
+        latex = latex.replace(written, meant)
+    return latex
