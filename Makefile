@@ -1,0 +1,34 @@
+# make demo   makes the environment, fine-tunes the embedded tiny Flux with LeapAlign, says where its pictures are
+# make test   makes the environment, runs the linters, the type checker and all tests
+
+PYTHON ?= python3
+WORKERS ?= 2
+BIN := .venv/bin
+STAMP := .venv/.installed
+DEMO := outputs/leapalign_flux
+
+# Nothing here needs a model hub, and a test that asks for one must fail at once rather than wait.
+export HF_HUB_OFFLINE := 1
+
+.PHONY: test lint demo environment
+
+test: lint
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+demo: $(STAMP)
+	$(BIN)/python recipes/leapalign_flux.py
+	@echo "Pictures: $(DEMO)/samples.png (before | after), $(DEMO)/reward.png, $(DEMO)/plan.svg"
+
+environment: $(STAMP)
+
+# torch and torchvision are built for each other: named together and first, so that no other package picks one of them.
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet torch==2.14.1 torchvision==0.29.1
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@

@@ -1,0 +1,69 @@
+"""Asserts what `make demo` promises, from the files it leaves behind.
+
+    python benchmarks/check_demo.py outputs/leapalign_flux
+
+The reward on held-out prompts rises by more than three paired standard errors, within five minutes, and pictures and
+tuned weights are there. Exits with 1 and says what is missing otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+STANDARD_ERRORS = 3.0
+SECONDS = 300.0
+PICTURES = ("reward.png", "samples.png", "plan.svg")
+NEEDED = ("reward_before", "reward_after", "reward_gain", "reward_gain_se", "seconds")
+SHOWN = (*NEEDED, "rule_before", "rule_after", "junk_before", "junk_after")
+
+
+def evaluation(folder: Path) -> dict[str, Any]:
+    """The last line of metrics.jsonl, which is the evaluation of a finished run."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    last: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+    if last.get("kind") != "evaluation":
+        raise SystemExit(f"{path} does not end in an evaluation: the demo did not run to its end.")
+    return last
+
+
+def broken(folder: Path, found: dict[str, Any]) -> Iterator[str]:
+    """What the demo promised and did not keep."""
+    missing = [name for name in NEEDED if not isinstance(found.get(name), int | float)]
+    if missing:
+        yield f"the evaluation lacks {', '.join(missing)}"
+        return
+    gain, error = found["reward_gain"], found["reward_gain_se"]
+    if not gain > STANDARD_ERRORS * error:
+        yield f"the reward rose by {gain:.4f}, which is not more than {STANDARD_ERRORS:g} x {error:.4f}"
+    if not found["seconds"] <= SECONDS:
+        yield f"it took {found['seconds']:.0f} s, more than {SECONDS:.0f} s"
+    for name in PICTURES:
+        if not (folder / name).is_file() or (folder / name).stat().st_size < 1000:
+            yield f"{folder / name} is missing or empty"
+    if not list((folder / "transformer").glob("*.safetensors")):
+        yield f"{folder / 'transformer'} holds no tuned weights (*.safetensors)"
+
+
+def main(folder: Path) -> int:
+    """Prints the figures, and what is wrong with them."""
+    found = evaluation(folder)
+    for name in SHOWN:
+        value = found.get(name)
+        print(f"  {name:16} {value:.4f}" if isinstance(value, float) else f"  {name:16} {value}")
+    wrong = list(broken(folder, found))
+    for line in wrong:
+        print(f"demo: {line}", file=sys.stderr)
+    if not wrong:
+        print(
+            f"demo: reward +{found['reward_gain'] / found['reward_gain_se']:.1f} paired standard errors, all files there"
+        )
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/leapalign_flux")))
