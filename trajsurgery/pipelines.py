@@ -132,7 +132,7 @@ class _Loop:
         """The plan's call that the model's next one is."""
         self.given: Tensor | None = None
         """The sample that the loop was handed last."""
-        self.t = 0
+        self.t = -1
 
     def __enter__(self) -> None:
         self.before = {
@@ -143,13 +143,22 @@ class _Loop:
         for name, around in (("set_timesteps", self._set_timesteps), ("step", self._step)):
             self.scheduler.__dict__[name] = wrapped(getattr(self.scheduler, name), around)
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         for name in ("step", "set_timesteps"):
             self.scheduler.__dict__.pop(name, None)
         self.scheduler.__dict__.update(self.before)
         self.stop_watching()
         self.surgery._record = None  # pyright: ignore[reportPrivateUsage]
         torch.set_grad_enabled(self.mode)
+        if kind is None and self.t < 0:
+            raise SamplerError(
+                f"{self.record.base.__name__} never called its scheduler's set_timesteps: nothing to follow."
+            )
+        if kind is None and self.t > 0:
+            raise SamplerError(
+                f"the loop made {len(self.sigmas) - 1 - self.t} of its schedule's {len(self.sigmas) - 1} steps: it "
+                "runs a part of it (strength < 1) or was interrupted, which operate() can't follow yet. Run all of it."
+            )
 
     def _set_timesteps(self, set_timesteps: Any, *args: Any, **kwargs: Any) -> None:
         set_timesteps(*args, **kwargs)
