@@ -32,7 +32,7 @@ def test_a_good_run_passes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "without", "message"),
+    "change, without, message",
     [
         ({"reward_gain": 0.03}, "", "not more than 3 x 0.0100"),
         ({"reward_gain": -0.2}, "", "not more than 3"),
