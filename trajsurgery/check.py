@@ -67,11 +67,10 @@ def bound(outputs: Sequence[Node], names: Sequence[str]) -> None:
 
 
 def runnable(outputs: Sequence[Node], names: Sequence[str], planned: int | None, steps: int) -> None:
-    """Raises PlanError if the plan does not fit a trajectory of `steps` steps."""
+    """Raises PlanError if a plan, drawn for `planned` steps, has names or does not fit a trajectory of `steps` steps."""
     bound(outputs, names)
     if planned is not None and planned != steps:
         _raise([_plan_violation("steps", f"a plan for {planned} steps, a trajectory of {steps}")])
-    legal(outputs, steps)
 
 
 def _raise(found: list[Violation]) -> None:
@@ -80,7 +79,7 @@ def _raise(found: list[Violation]) -> None:
 
 
 def _violation(rule: Rule, node: Node, received: str) -> Violation:
-    where = "" if rule.id == "kinds" else f", in {arrows([node])}"
+    where = f", at {node!r}" if rule.id == "kinds" else f", in {arrows([node])}"
     return Violation(rule.id, f"[{rule.id}] {rule.demand}. Received {received}{where}. {rule.repair}")
 
 

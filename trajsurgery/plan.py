@@ -210,8 +210,9 @@ class Plan:
 
 @lru_cache(maxsize=256)
 def _prepared(plan: Plan, steps: int) -> Plan:
+    check.runnable(plan.outputs, plan.names, plan.steps, steps)
     bound = plan.at(**{START: steps})
-    check.runnable(bound.outputs, bound.names, plan.steps, steps)
+    check.legal(bound.outputs, steps)
     return bound
 
 
