@@ -11,12 +11,14 @@ from trajsurgery.testing import MLP
 
 torch.set_num_threads(1)
 
-_SHARED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+_SHARED = {
+    "deadline": None,
+    "phases": (Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink),
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
+}
 settings.register_profile("dev", max_examples=25, **_SHARED)
 settings.register_profile("ci", max_examples=200, derandomize=True, **_SHARED)
-settings.register_profile(
-    "mutation", max_examples=60, derandomize=True, phases=(Phase.explicit, Phase.generate), **_SHARED
-)
+settings.register_profile("mutation", settings.get_profile("ci"), phases=(Phase.explicit, Phase.generate))
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") == "true" else "dev"))
 
 

@@ -27,7 +27,9 @@ class Problem:
         return list(self.field.parameters())
 
 
-def problem(field: Any, steps: int = 8, shape: Sequence[int] = (3, 4), interpolant: Any = None, seed: int = 0) -> Problem:
+def problem(
+    field: Any, steps: int = 8, shape: Sequence[int] = (3, 4), interpolant: Any = None, seed: int = 0
+) -> Problem:
     """A rollout over the last `steps` of SIGMAS, stretched to start at 1, from seeded noise in float64."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
@@ -85,9 +87,7 @@ def _applied(memory: str) -> Callable[..., tuple[list[Tensor], list[Tensor]]]:
 
 def _sampled(memory: str) -> Callable[..., tuple[list[Tensor], list[Tensor]]]:
     def run(plan: Plan, p: Problem, wrt: list[Tensor], fields: Any) -> tuple[list[Tensor], list[Tensor]]:
-        got, _ = sample(
-            plan, fields, p.noise, p.sigmas, p.trajectory.interpolant, memory=memory, generator=seeded()
-        )
+        got, _ = sample(plan, fields, p.noise, p.sigmas, p.trajectory.interpolant, memory=memory, generator=seeded())
         return list(outputs(got)), grads(outputs(got), wrt, cotangents(outputs(got)))
 
     return run

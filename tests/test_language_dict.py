@@ -78,7 +78,7 @@ def test_the_hand_written_form_of_a_leap():
     ],
 )
 def test_malformed_dicts_are_refused(data):
-    with pytest.raises(PlanError, match="to_dict|unknown op"):
+    with pytest.raises(PlanError, match=r"to_dict|unknown op"):
         Plan.from_dict(data)
 
 
@@ -93,8 +93,8 @@ def test_a_spoilt_dict_gives_a_plan_or_a_plan_error(plan, data):
         entry[data.draw(st.sampled_from(sorted(entry)))] = data.draw(SCRAP)
     try:
         made = Plan.from_dict(spoilt)
-    except PlanError as error:
-        assert str(error)
-    else:
-        assert Plan.from_dict(made.to_dict()) == made
-        str(made), repr(made)
+    except PlanError:
+        return
+    assert Plan.from_dict(made.to_dict()) == made
+    assert str(made)
+    assert repr(made)

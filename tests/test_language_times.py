@@ -63,14 +63,14 @@ def test_an_unknown_name_is_refused():
         leapalign("k", "j").at(m=3)
 
 
-def test_T_is_bound_by_the_run():
+def test_start_is_bound_by_the_run():
     plan = Plan(latent("T").leap(0))
     assert plan.names == ()
     assert plan.prepared(7) == Plan(latent(7).leap(0))
     assert plan.at(T=4) == Plan(latent(4).leap(0))
 
 
-def test_T_and_the_number_of_steps_are_one_time():
+def test_start_and_the_number_of_steps_are_one_time():
     assert Plan(latent("T").leap(0, velocity=latent(5).velocity())).prepared(5) == Plan(latent(5).leap(0))
     with pytest.raises(PlanError) as err:
         Plan(latent("T").leap(0, velocity=latent(4).velocity())).prepared(5)
