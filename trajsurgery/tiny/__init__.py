@@ -45,22 +45,26 @@ def pipeline() -> Any:
 def prompts(split: "Split", generator: "Generator | None" = None, count: int | None = None) -> "list[Prompt]":
     """Prompts of the split "train", "validation" or "heldout".
 
-    With neither generator nor count, all of them, grouped by category. With both, `count` drawn at random: of "train" in
-    the paper's ratio of categories (7:5:3:1:1:0 for position, counting, attribute binding, colours, two objects, single
-    object), of the others all six categories equally often. Raises ValueError for another split, or if only one is given.
+    With neither generator nor count, all of them, grouped by category. With both, `count` drawn at random: of "train"
+    in the paper's ratio of categories (7:5:3:1:1:0 for position, counting, attribute binding, colours, two objects,
+    single object), of the others all six categories equally often.
+
+    Raises ValueError for another split, or if only one of generator and count is given.
     """
     from trajsurgery.tiny.prompt import CATEGORIES, RATIO, draw_prompts, split_prompts
 
     if (generator is None) != (count is None):
-        raise ValueError("prompts() draws `count` prompts with a `generator`: give both, or neither for all of the split")
+        raise ValueError(
+            "prompts() draws `count` prompts with a `generator`: give both, or neither for all of the split"
+        )
     if generator is None or count is None:
         return list(split_prompts(split))
-    weights = {c: float(RATIO[c]) for c in CATEGORIES} if split == "train" else dict.fromkeys(CATEGORIES, 1.0)
+    weights: dict[str, float] = {c: RATIO[c] if split == "train" else 1.0 for c in CATEGORIES}
     return draw_prompts(split, count, weights, generator)
 
 
 def judge(images: "Tensor", prompts: "Sequence[Prompt | str]") -> "Verdict":
-    """Judges images, Float[batch 3 32 32] in [0, 1], each by its prompt, by rules; see `trajsurgery.tiny.rules.judge`."""
+    """Judges images, Float[batch 3 32 32] in [0, 1], each by its prompt; see `trajsurgery.tiny.rules.judge`."""
     from trajsurgery.tiny.rules import judge
 
     return judge(images, prompts)

@@ -18,12 +18,16 @@ SHIFT = 1.0  # the scheduler's static shift: sigmas fall evenly from 1 to 0
 
 def vae() -> Any:
     """An AutoencoderKL, images Float[batch 3 32 32] in [-1, 1] to latents Float[batch 4 8 8]."""
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
+    # Its annotations say tuples of one.
+    levels: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "block_out_channels": (16, 32, 64),
+    }
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 64),
+        **levels,
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
         norm_num_groups=8,
@@ -37,7 +41,7 @@ def vae() -> Any:
 
 def transformer() -> Any:
     """A FluxTransformer2DModel of about a million parameters whose output and modulation start at zero."""
-    from diffusers import FluxTransformer2DModel
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
     model = FluxTransformer2DModel(
         in_channels=4 * LATENT_CHANNELS,
@@ -101,7 +105,7 @@ def t5_text(vocabulary: int) -> Any:
 
 def scheduler() -> Any:
     """A plain FlowMatchEulerDiscreteScheduler with a static shift."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=SHIFT)
 

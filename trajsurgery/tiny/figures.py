@@ -92,7 +92,7 @@ def _quantiles(scores: Tensor) -> Figures:
 
 
 def area(scores: Tensor, correct: Tensor) -> float:
-    """Area under the ROC curve: the chance that a correct sample scores above an incorrect one. NaN if all are alike."""
+    """Area under the ROC curve: the chance that a correct sample scores above a wrong one. NaN if all are alike."""
     good, bad = scores[correct], scores[~correct]
     if not len(good) or not len(bad):
         return float("nan")
@@ -101,7 +101,7 @@ def area(scores: Tensor, correct: Tensor) -> float:
 
 
 def ranking(scores: Tensor, verdict: Verdict) -> Figures:
-    """How well the reward ranks samples by correctness: over all, and the mean over categories of the area within each."""
+    """How well the reward ranks samples by correctness: over all, and within a category, on average."""
     kinds = [torch.tensor([p.category == c for p in verdict.prompts]) for c in CATEGORIES]
     within = [area(scores[kind], verdict.correct[kind]) for kind in kinds if bool(kind.any())]
     known = torch.tensor(within).nan_to_num(-1)
@@ -114,7 +114,7 @@ def ranking(scores: Tensor, verdict: Verdict) -> Figures:
 
 
 def leap_distances(pipe: Any, prompts: list[Prompt], steps: int, seed: int) -> Figures:
-    """Mean |x_j - leap from x_k| over random k > j of the sampler's trajectories: the length that tau is compared with."""
+    """Mean |x_j - leap from x_k| over all k > j of the sampler's run: the length that tau is compared with."""
     seen: list[tuple[Tensor, Tensor]] = []
     scheduler, generator = pipe.scheduler, Generator().manual_seed(seed)
     own = type(scheduler).step

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
+from torch.nn import functional
 
 from trajsurgery.tiny.architecture import LATENT_CHANNELS, TOKENS, image_ids, pack
 from trajsurgery.tiny.compose import compose
@@ -58,7 +58,9 @@ def corpus(vae: Any, scenes: int, seed: int) -> Corpus:
     shift, scale = float(stacked.mean()), 1 / float(stacked.std())
     vae.register_to_config(shift_factor=shift, scaling_factor=scale)
     wrong: list[int] = []
-    for prompt, chance, which in zip(drawn, torch.rand(scenes, generator=generator), torch.rand(scenes, generator=generator)):
+    for prompt, chance, which in zip(
+        drawn, torch.rand(scenes, generator=generator), torch.rand(scenes, generator=generator)
+    ):
         others = [index[p.text] for p in mistakes(prompt) if p.text in index]
         mistaken = bool(others) and float(chance) < MISTAKEN.get(prompt.category, 0)
         wrong.append(others[int(float(which) * len(others))] if mistaken else index[prompt.text])
@@ -109,7 +111,7 @@ def flux_stage(budget: Budget, batch: int, transformer: Any, encoders: Encoders,
         noise = torch.randn(clean.shape, generator=generator)
         sigma = torch.randn(batch, generator=generator).sigmoid()
         noisy = clean + sigma[:, None, None] * (noise - clean)
-        return F.mse_loss(predict(transformer, noisy, sigma, pooled, states), noise - clean)
+        return functional.mse_loss(predict(transformer, noisy, sigma, pooled, states), noise - clean)
 
     def report() -> str:
         from trajsurgery.tiny.rules import judge

@@ -1,7 +1,7 @@
-"""Stage four: the reward. Every step it sees fresh scenes, spoilt and attacked, against half of all training prompts at once.
+"""Stage four: the reward. Every step it sees fresh scenes, spoilt and attacked, and half of the training prompts.
 
 Each picture is judged by each prompt, and the scene itself says which are true of it; so hard negatives of every kind
-(colours or order swapped, one object more, fewer or other) are in every batch. The rule-based evaluator has no part in it.
+(colours or order swapped, one object more, fewer or other) are in every batch. The rule-based evaluator has no part.
 """
 
 import json
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
+from torch.nn import functional
 
 from trajsurgery.tiny.compose import compose
 from trajsurgery.tiny.prompt import draw_prompts, meanings, split_prompts
@@ -42,9 +42,9 @@ def fit_loss(logits: Tensor, truth: Tensor) -> Tensor:
     """
     false = logits.masked_fill(truth, float("-inf")).logsumexp(1, keepdim=True)
     positives = truth.sum(1, keepdim=True).clamp(min=1)  # a picture may have none
-    ranked = (F.softplus(false - logits) * truth / positives).sum(1)
-    hit = (F.softplus(-logits) * truth / positives).sum(1)
-    missed = (F.softplus(logits) * ~truth).sum(1) / 8
+    ranked = (functional.softplus(false - logits) * truth / positives).sum(1)
+    hit = (functional.softplus(-logits) * truth / positives).sum(1)
+    missed = (functional.softplus(logits) * ~truth).sum(1) / 8
     return (ranked + hit + missed).mean()
 
 

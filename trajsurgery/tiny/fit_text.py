@@ -1,17 +1,17 @@
 """Stage two: the text encoders, alone, as text encoders are: they learn what the training prompts mean.
 
-A throw-away linear head on T5's tokens, and one on CLIP's pooled state, say how likely each quadrant is to hold each kind of
-object, or none. Flux then finds relations and bindings in the embeddings instead of having to teach them to the encoders.
+A throw-away linear head on T5's tokens, and one on CLIP's pooled state, say how likely each quadrant is to hold each
+kind of object, or none. Flux then finds relations and bindings in the embeddings and need not teach the encoders.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator as Yields
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
+from torch.nn import functional
 
 from trajsurgery.tiny.compose import compose
 from trajsurgery.tiny.prompt import Prompt, meanings, split_prompts
@@ -40,7 +40,7 @@ class Encoders:
         return both[0], both[1]
 
     def encode(self, clip_tokens: Tensor, t5_tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Float[batch width], CLIP's pooled state, and Float[batch TEXT_LENGTH width], T5's, as FluxPipeline takes them."""
+        """CLIP's pooled state, Float[batch width], and T5's states, Float[batch TEXT_LENGTH width]."""
         return self.clip(clip_tokens).pooler_output, self.t5(t5_tokens)[0]
 
 
@@ -54,15 +54,16 @@ def layouts(prompts: tuple[Prompt, ...], generator: Generator) -> Tensor:
     kind = scenes.shape * len(COLOURS) + scenes.colour
     held = torch.zeros(len(rows), 4, KINDS + 1)
     held.scatter_add_(
-        1, quadrant[..., None].expand(-1, -1, KINDS + 1), F.one_hot(kind.clamp(min=0), KINDS + 1).float()
-        * (scenes.shape != ABSENT)[..., None]
+        1,
+        quadrant[..., None].expand(-1, -1, KINDS + 1),
+        functional.one_hot(kind.clamp(min=0), KINDS + 1).float() * (scenes.shape != ABSENT)[..., None],
     )
     held[..., KINDS] = 1 - held[..., :KINDS].sum(-1)
     return held.view(len(prompts), SCENES, 4, KINDS + 1).mean(1)
 
 
 @contextmanager
-def blurred(encoders: Encoders, generator: Generator) -> Iterator[None]:
+def blurred(encoders: Encoders, generator: Generator) -> Yields[None]:
     """Within the block the word embeddings of both encoders are multiplied by 1 + BLUR times noise."""
 
     def blur(module: nn.Module, inputs: Any, embedded: Tensor) -> Tensor:
@@ -90,7 +91,9 @@ def text_stage(budget: Budget, encoders: Encoders) -> Stage:
         target = known[split]
         guesses = (heads["clip"](pooled), heads["t5"](states).mean(1))
         logs = [guess.view(target.shape).log_softmax(-1) for guess in guesses]
-        return sum(((target * (target.clamp(min=1e-6).log() - log)).sum((1, 2)) for log in logs), torch.zeros(())).mean()
+        return sum(
+            ((target * (target.clamp(min=1e-6).log() - log)).sum((1, 2)) for log in logs), torch.zeros(())
+        ).mean()
 
     def loss(step: int, generator: Generator) -> Tensor:
         with blurred(encoders, generator):

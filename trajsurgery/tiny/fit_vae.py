@@ -12,7 +12,7 @@ from trajsurgery.tiny.render import render
 from trajsurgery.tiny.rules import judge
 from trajsurgery.tiny.stage import Budget, Stage
 
-EVENLY = {category: 1.0 for category in CATEGORIES}
+EVENLY: dict[str, float] = dict.fromkeys(CATEGORIES, 1.0)
 DIVERGENCE = 1e-3  # weight of the mean KL divergence of a latent
 
 

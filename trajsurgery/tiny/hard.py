@@ -60,6 +60,4 @@ def mistakes(prompt: Prompt) -> tuple[Prompt, ...]:
         wrong = {_meaning(prompt.things, relation) for relation in MIRROR} - {own}
     else:
         wrong = set(_swaps(prompt)) - {own}
-    return tuple(
-        p for p in every_prompt() if p.category == prompt.category and _meaning(p.things, p.relation) in wrong
-    )
+    return tuple(p for p in every_prompt() if p.category == prompt.category and _meaning(p.things, p.relation) in wrong)

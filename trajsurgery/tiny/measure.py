@@ -105,7 +105,9 @@ def origin() -> dict[str, str]:
     """Versions, machine, date and commit of this run."""
     from importlib.metadata import version
 
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=WEIGHTS.parent, check=False)
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=WEIGHTS.parent, check=False
+    )
     names = ("torch", "diffusers", "transformers", "open_clip_torch")
     return {
         "commit": commit.stdout.strip() or "unknown",
@@ -137,8 +139,8 @@ def tell(figures: dict[str, Any], made: dict[str, str], measured: dict[str, str]
             f"({made['versions']}; {made['machine']}).",
             "",
             f"Measured on {measured['date']} at commit `{measured['commit']}` by `python -m trajsurgery.tiny.measure`",
-            f"({measured['versions']}; {measured['machine']}). Shares unless the name says otherwise; n is the number of",
-            "pictures judged, one for each prompt and noise. This file is written by that script.",
+            f"({measured['versions']}; {measured['machine']}). Shares unless the name says otherwise; n is the number",
+            "of pictures judged, one for each prompt and noise. This file is written by that script.",
             "",
             "| part | figure | value |",
             "|---|---|---|",

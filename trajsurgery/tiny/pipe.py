@@ -29,12 +29,13 @@ def _short_t5_embeds(
 def pipeline(folder: Path = WEIGHTS) -> Any:
     """A FluxPipeline in float32 that draws the embedded world: `pipe("a red circle left of a blue square")`.
 
-    Its class is diffusers' own. Two defaults are set on the instance: images of 32 x 32 pixels and prompts of TEXT_LENGTH
-    tokens. After a plain `FluxPipeline.from_pretrained(folder)` say `height=32, width=32, max_sequence_length=12`.
+    Its class is diffusers' own. Two defaults are set on the instance: images of 32 x 32 pixels and prompts of
+    TEXT_LENGTH tokens. After a plain `FluxPipeline.from_pretrained(folder)` say
+    `height=32, width=32, max_sequence_length=12`.
     """
-    from diffusers import FluxPipeline
+    from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 
-    pipe = FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe: Any = FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipe.default_sample_size = LATENT_SIDE
     pipe._get_t5_prompt_embeds = MethodType(_short_t5_embeds, pipe)
     pipe.set_progress_bar_config(disable=True)

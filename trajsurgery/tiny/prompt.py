@@ -39,7 +39,7 @@ class Thing(NamedTuple):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and what it means: a picture is right if it shows exactly these things, the first `relation` the second."""
+    """A prompt and what it means: a right picture shows exactly these things, the first `relation` the second."""
 
     text: str
     category: str
@@ -76,7 +76,9 @@ def meanings(prompts: Sequence[Prompt]) -> Meanings:
     def row(prompt: Prompt) -> tuple[list[int], list[int], int]:
         blank = SLOTS - len(prompt.things)
         shape = [SHAPES.index(thing.shape) for thing in prompt.things] + [ABSENT] * blank
-        colour = [ANY if thing.colour is None else COLOURS.index(thing.colour) for thing in prompt.things] + [ANY] * blank
+        colour = [ANY if thing.colour is None else COLOURS.index(thing.colour) for thing in prompt.things] + [
+            ANY
+        ] * blank
         return shape, colour, ANY if prompt.relation is None else RELATIONS.index(prompt.relation)
 
     rows = [row(prompt) for prompt in prompts]
@@ -140,7 +142,11 @@ def split_prompts(split: Split) -> tuple[Prompt, ...]:
         group = [prompt for prompt in every_prompt() if prompt.category == category]
         random.Random(f"trajsurgery {category}").shuffle(group)
         held, validated = round(HELDOUT * len(group)), round(VALIDATION * len(group))
-        parts = {"heldout": group[:held], "validation": group[held : held + validated], "train": group[held + validated :]}
+        parts = {
+            "heldout": group[:held],
+            "validation": group[held : held + validated],
+            "train": group[held + validated :],
+        }
         chosen += parts[split]
     return tuple(chosen)
 

@@ -13,7 +13,7 @@ AREAS = (torch.pi, 4.0, 3 * 3**0.5 * INRADIUS**2)
 def distances(offset: Tensor, radius: Tensor) -> Tensor:
     """Signed distances to the outline of each of SHAPES, in pixels, negative inside.
 
-    offset: Float[... height width 2], pixel centre minus shape centre. radius: Float[...] or one per shape, Float[... 3].
+    offset: Float[... height width 2], pixel centre minus shape centre. radius: Float[...] or, one each, Float[... 3].
     Returns Float[... 3 height width].
     """
     x, y = offset.unbind(-1)

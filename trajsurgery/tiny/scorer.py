@@ -21,7 +21,14 @@ def configuration(vocabulary: int) -> dict[str, Any]:
     """The open_clip model config: images of SIDE pixels in patches of eight, texts of TEXT_LENGTH tokens."""
     return {
         "embed_dim": 64,
-        "vision_cfg": {"image_size": SIDE, "layers": 4, "width": 128, "head_width": 32, "patch_size": 8, "pool_type": "avg"},
+        "vision_cfg": {
+            "image_size": SIDE,
+            "layers": 4,
+            "width": 128,
+            "head_width": 32,
+            "patch_size": 8,
+            "pool_type": "avg",
+        },
         "text_cfg": {
             "context_length": TEXT_LENGTH,
             "vocab_size": vocabulary,
@@ -40,7 +47,9 @@ def new_clip(folder: Path) -> tuple[Any, Any]:
     tokenizer = clip_tokenizer(folder / "tokenizer")
     (folder / f"{MODEL}.json").write_text(json.dumps(configuration(len(tokenizer)), indent=1) + "\n")
     open_clip.add_model_config(folder / f"{MODEL}.json")
-    return open_clip.create_model(MODEL), open_clip.tokenizer.HFTokenizer(str(folder / "tokenizer"), context_length=TEXT_LENGTH)
+    return open_clip.create_model(MODEL), open_clip.tokenizer.HFTokenizer(
+        str(folder / "tokenizer"), context_length=TEXT_LENGTH
+    )
 
 
 def normalised(images: Tensor) -> Tensor:
@@ -52,9 +61,9 @@ class Reward(nn.Module):
     """How well pictures fit their prompts: the cosine of CLIP's image and text embeddings.
 
     `reward(images, prompts)` takes images Float[batch 3 32 32] in [0, 1] and a text or `Prompt` for each, and returns
-    Float[batch] in [-1, 1]. It is differentiable in the images, its weights are frozen, and it works in the images' dtype,
-    float32 or, after `.double()`, float64. `threshold` is the lambda of the hinge that fits it: the reward that four in
-    five correct renders reach, so that a hinge at it can close.
+    Float[batch] in [-1, 1]. It is differentiable in the images, its weights are frozen, and it takes images of its own
+    dtype, float32 or, after `.double()`, float64. `threshold` is the lambda of the hinge
+    that fits it: the reward that four in five correct renders reach, so that a hinge at it can close.
 
     Raises RewardError for images of another shape, dtype or range, with NaN, or for another number of prompts.
     """

@@ -3,8 +3,8 @@
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from trajsurgery.tiny.render import AREAS, distances, offsets
 from trajsurgery.tiny.scene import ABSENT, COLOURS, GROUND, PALETTE, SHAPES, SIDE, SLOTS, UNKNOWN, Scenes
@@ -36,7 +36,7 @@ def tints(images: Tensor) -> Tints:
     share = share.clamp(0, 1)
     explained = share[:, :, None] * directions.view(1, len(COLOURS), 3, 1, 1)
     residual = (difference[:, None] - explained).square().sum(2).sqrt()
-    own = F.one_hot(residual.argmin(1), len(COLOURS)).permute(0, 3, 1, 2)
+    own = functional.one_hot(residual.argmin(1), len(COLOURS)).permute(0, 3, 1, 2)
     return Tints(share * own, residual.amin(1) > FOREIGN)
 
 
@@ -47,7 +47,7 @@ def components(mask: Tensor) -> Tensor:
     while True:
         spread = label
         for _ in range(8):
-            spread = F.max_pool2d(spread[:, None], 3, 1, 1)[:, 0] * mask
+            spread = functional.max_pool2d(spread[:, None], 3, 1, 1)[:, 0] * mask
         if torch.equal(spread, label):
             return label.long()
         label = spread
@@ -94,7 +94,7 @@ def segment(images: Tensor) -> tuple[Scenes, Tensor]:
     blob, area = _largest(flat)
     present = area >= LEAST_AREA
     member = (flat[:, None] == blob[..., None]) & present[..., None]
-    near = F.max_pool2d(member.view(batch, FOUND, SIDE, SIDE).float(), 5, 1, 2)
+    near = functional.max_pool2d(member.view(batch, FOUND, SIDE, SIDE).float(), 5, 1, 2)
     colour = ((blob - 1).clamp(min=0) // PIXELS) * present
     own = share.gather(1, colour[..., None, None].expand(-1, -1, SIDE, SIDE))
     shape, fit, centre, radius = _fit(own * near)

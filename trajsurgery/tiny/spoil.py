@@ -1,10 +1,10 @@
-"""Spoilt pictures for the reward's training: slightly, so that their prompts stay true, or beyond what any prompt says."""
+"""Spoilt pictures for the reward's training: slightly, so that prompts stay true, or beyond what any prompt says."""
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
+from torch.nn import functional
 
 from trajsurgery.tiny.scene import GROUND, SIDE
 
@@ -12,14 +12,14 @@ from trajsurgery.tiny.scene import GROUND, SIDE
 def degrade(images: Tensor, generator: Generator) -> Tensor:
     """Blur and noise of random strengths; what the pictures show stays plain to see. Float[batch 3 h w] in [0, 1]."""
     strength = torch.rand(2, images.shape[0], 1, 1, 1, generator=generator)
-    blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    blurred = functional.avg_pool2d(functional.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
     softened = torch.lerp(images, blurred, strength[0])
     noise = torch.randn(images.shape, generator=generator)
     return (softened + 0.08 * strength[1].square() * noise).clamp(0, 1)
 
 
 def decoded(vae: Any, images: Tensor, generator: Generator, most: float = 0.3) -> Tensor:
-    """Images through the autoencoder with up to `most` of their latents replaced by noise, as a rough sampler leaves them."""
+    """Images through the autoencoder, up to `most` of their latents replaced by noise, as by a rough sampler."""
     with torch.no_grad():
         latents = vae.encode(2 * images - 1).latent_dist.mode()
         spread = latents.std()
@@ -51,4 +51,4 @@ def warp(images: Tensor, generator: Generator) -> Tensor:
     bend = 0.25 + 0.2 * torch.rand(batch, 1, 1, generator=generator)
     bent_x = x + bend * torch.sin(pace[:, 0] * y + phase[:, 0])
     bent_y = y + bend * torch.sin(pace[:, 1] * x + phase[:, 1])
-    return F.grid_sample(images, torch.stack([bent_x, bent_y], -1), padding_mode="border", align_corners=False)
+    return functional.grid_sample(images, torch.stack([bent_x, bent_y], -1), padding_mode="border", align_corners=False)

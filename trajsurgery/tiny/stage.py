@@ -1,4 +1,4 @@
-"""One resumable training loop for all stages: a step is a function of its number, so a killed run goes on bit for bit."""
+"""One resumable loop for all stages: a step depends on its number only, so a killed run goes on bit for bit."""
 
 import os
 import time

@@ -1,5 +1,6 @@
 """The world's two tokenizers, built from its prompts: a word is a token. No file is downloaded."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,19 @@ TEXT_LENGTH = 12  # tokens; the longest prompt has eight words, and CLIP adds tw
 
 def words() -> list[str]:
     """Every word of the world's prompts, sorted, and those that a user is likely to try beside them."""
-    polite = "an photo image picture of the to".split()
+    polite = ("an", "photo", "image", "picture", "of", "the", "to")
     return sorted({word for prompt in every_prompt() for word in prompt.text.split()} | set(polite))
 
 
 def t5_tokenizer(folder: Path) -> Any:
-    """A T5TokenizerFast over `words()`, saved to the folder and loaded from it."""
-    from transformers import T5TokenizerFast
+    """A T5Tokenizer (transformers 5: the fast one) over `words()`, saved to the folder and loaded from it."""
+    from transformers import T5Tokenizer
 
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -9.0)]
     vocabulary += [(f"▁{word}", -3.0) for word in words()]
-    made = T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=TEXT_LENGTH)
+    made: Any = T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=TEXT_LENGTH)
     made.save_pretrained(str(folder))
-    return T5TokenizerFast.from_pretrained(str(folder))
+    return T5Tokenizer.from_pretrained(str(folder))
 
 
 def _byte_pairs() -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -31,8 +32,8 @@ def _byte_pairs() -> tuple[dict[str, int], list[tuple[str, str]]]:
     vocabulary |= {f"{letter}</w>": len(vocabulary) + i for i, letter in enumerate(list(vocabulary))}
     split = {word: (*word[:-1], f"{word[-1]}</w>") for word in words()}
     merges: list[tuple[str, str]] = []
-    while pairs := sorted({pair for parts in split.values() for pair in zip(parts, parts[1:])}):
-        counts = {pair: sum(pair in zip(parts, parts[1:]) for parts in split.values()) for pair in pairs}
+    while pairs := sorted({pair for parts in split.values() for pair in pairwise(parts)}):
+        counts = {pair: sum(pair in pairwise(parts) for parts in split.values()) for pair in pairs}
         best = max(pairs, key=lambda pair: counts[pair])
         merges.append(best)
         vocabulary.setdefault("".join(best), len(vocabulary))
@@ -55,5 +56,6 @@ def clip_tokenizer(folder: Path) -> Any:
     from transformers import CLIPTokenizer
 
     vocabulary, merges = _byte_pairs()
-    CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TEXT_LENGTH).save_pretrained(str(folder))
+    pairs: Any = merges  # the annotation says strings, the tokenizer takes pairs
+    CLIPTokenizer(vocab=vocabulary, merges=pairs, model_max_length=TEXT_LENGTH).save_pretrained(str(folder))
     return CLIPTokenizer.from_pretrained(str(folder))

@@ -1,4 +1,4 @@
-"""`python -m trajsurgery.tiny.train`: makes the shipped weights, stage after stage, from seeds; goes on where it was killed."""
+"""`python -m trajsurgery.tiny.train`: makes the shipped weights from seeds, and goes on where it was killed."""
 
 import os
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ class Training:
     output: Path = Path("outputs/tiny")
     """Checkpoints and weights; a second call goes on from them."""
     threads: int = 1
-    """Threads of torch. The transformer gains little from a second one: run flux and scorer as two processes instead."""
+    """Threads of torch. A second one helps little: run flux and scorer as two processes instead."""
     seed: int = 0
     vae_steps: int = 1400
     text_steps: int = 700
@@ -39,7 +39,7 @@ def say(line: str) -> None:
 
 def load_vae(folder: Path) -> Any:
     """The autoencoder of an earlier stage, frozen."""
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     return AutoencoderKL.from_pretrained(folder / "pipeline" / "vae").requires_grad_(False).eval()
 
@@ -51,7 +51,8 @@ def train_vae(config: Training) -> None:
 
     stage = vae_stage(Budget(config.vae_steps, 2e-3, seed=config.seed, save_every=config.save_every), batch=48)
     run(stage, config.output, say)
-    stage.modules["vae"].save_pretrained(config.output / "pipeline" / "vae")
+    model: Any = stage.modules["vae"]
+    model.save_pretrained(config.output / "pipeline" / "vae")
 
 
 def new_encoders(folder: Path, seed: int) -> Any:
@@ -79,7 +80,7 @@ def train_text(config: Training) -> None:
 
 def train_flux(config: Training) -> None:
     """Trains the transformer with the text encoders and saves the whole pipeline."""
-    from diffusers import FluxPipeline
+    from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 
     from trajsurgery.tiny.architecture import scheduler, transformer
     from trajsurgery.tiny.fit_flux import corpus, flux_stage
