@@ -91,17 +91,33 @@ def apply(
     return _single(outputs(plan, trajectory, field, memory, execution, params))
 
 
-def values(plan: Plan, trajectory: Trajectory, field: Fields, *, generator: torch.Generator | None = None) -> Outputs:
-    """The plan's outputs without gradient, [batch, *latent] or a tuple. Only unfaithful calls run the model."""
+def values(
+    plan: Plan,
+    trajectory: Trajectory,
+    field: Fields,
+    *,
+    generator: torch.Generator | None = None,
+    params: Params = None,
+) -> Outputs:
+    """The plan's outputs without gradient, [batch, *latent] or a tuple. Only unfaithful calls run the model.
+
+    It is called like `apply`; nothing trains here, so `params` is not read.
+    """
     return _single(Execution(plan, trajectory, generator, gradient=False).finish(field, retained))
 
 
 def distances(
-    plan: Plan, trajectory: Trajectory, field: Fields, *, generator: torch.Generator | None = None
+    plan: Plan,
+    trajectory: Trajectory,
+    field: Fields,
+    *,
+    generator: torch.Generator | None = None,
+    params: Params = None,
 ) -> dict[int, Tensor]:
     """{t: [batch]}: the mean |x_t - prediction| of the leaps and advances that land on t (LeapAlign, section 4.5).
 
-    A leap that is the sampler's own step misses by 0; where several others land on one t, their mean.
+    A leap that is the sampler's own step misses by 0; where several others land on one t, their mean. It is called like
+    `apply`; nothing trains here, so `params` is not read.
     """
     execution = Execution(plan, trajectory, generator, gradient=False)
     execution.finish(field, retained)

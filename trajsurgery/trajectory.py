@@ -72,7 +72,7 @@ class Trajectory:
         dtypes = (self[t].dtype, self.velocity(t).dtype, self[t - 1].dtype, torch.float32)
         rounding = max(torch.finfo(dtype).eps for dtype in dtypes)
         size = x.abs().max() + change.abs().max()
-        return bool(((x + change - landed).abs().max() <= 4 * rounding * size).item())
+        return bool(((x + change - landed).abs().max() <= 2 * rounding * size).item())
 
     def noise(self, draw: Draw, to: int, generator: torch.Generator | None = None) -> Tensor:
         """The noise of a renoised sample, drawn once for each (draw, to); draw="rollout" is x_T."""
