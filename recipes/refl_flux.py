@@ -1,0 +1,12 @@
+"""ReFL on Flux. Without an argument: the embedded tiny Flux, on a CPU, in minutes."""
+
+import sys
+
+from trajsurgery import ReFL
+from trajsurgery.recipe import presets
+from trajsurgery.run import cli
+
+RECIPES = presets(ReFL(last=11), "outputs/refl_flux")
+
+if __name__ == "__main__":
+    sys.exit(cli(RECIPES, __doc__))

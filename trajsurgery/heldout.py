@@ -1,0 +1,89 @@
+"""Held-out images of a pipe and what reward and rules say of them; the same prompts and noise whenever it is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trajsurgery.recipe import Recipe
+from trajsurgery.world import Asked, Embeddings, World
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """The record of an evaluation, image by image."""
+
+    texts: tuple[str, ...]
+    categories: tuple[str, ...]
+    reward: Tensor
+    """Float[images]."""
+    correct: Tensor | None
+    """Bool[images]: what the rules say, if there are rules."""
+    junk: Tensor | None
+    """Float[images]: the share of pixels that belong to nothing."""
+    pictures: Tensor
+    """Float[pictures 3 h w] in [0, 1]: the first images."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dict of tensors, lists and None."""
+        return asdict(self) | {"texts": list(self.texts), "categories": list(self.categories)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Scores:
+        """What `to_dict` wrote."""
+        kept: dict[str, Any] = {**data, "texts": tuple(data["texts"]), "categories": tuple(data["categories"])}
+        return cls(**kept)
+
+
+def spread(asked: Sequence[Asked], count: int) -> list[Asked]:
+    """`count` prompts, the categories in turn, the prompts of each in turn: every beginning is spread evenly too."""
+    groups: dict[str, list[Asked]] = {}
+    for prompt in asked:
+        groups.setdefault(prompt.category, []).append(prompt)
+    rows = list(groups.values())
+    return [rows[i % len(rows)][(i // len(rows)) % len(rows[i % len(rows)])] for i in range(count)]
+
+
+def evaluate(recipe: Recipe, world: World) -> Scores:
+    """Images of the held-out prompts and their scores, with the weights that are in the pipe now."""
+    asked = spread(world.heldout, recipe.evaluation.images)
+    reward: list[Tensor] = []
+    verdicts: list[tuple[Tensor, Tensor]] = []
+    pictures: list[Tensor] = []
+    for texts, images in _images(recipe, world, [prompt.text for prompt in asked]):
+        with torch.no_grad():
+            reward.append(world.reward(images, texts).float().cpu())
+        if world.judge is not None:
+            verdicts.append(world.judge(images, texts))
+        wanted = recipe.evaluation.pictures - sum(map(len, pictures))
+        pictures.append(images[: max(0, wanted)].float().cpu())
+    return Scores(
+        tuple(prompt.text for prompt in asked),
+        tuple(prompt.category for prompt in asked),
+        torch.cat(reward),
+        torch.cat([correct for correct, _ in verdicts]).cpu() if verdicts else None,
+        torch.cat([junk for _, junk in verdicts]).cpu() if verdicts else None,
+        torch.cat(pictures),
+    )
+
+
+def _images(recipe: Recipe, world: World, texts: list[str]) -> Iterator[tuple[list[str], Tensor]]:
+    """(prompts, images [batch 3 h w]) batch by batch; the noise follows from seed and place alone."""
+    embeddings, size = Embeddings(world.pipe, texts), recipe.rollout.size
+    for start in range(0, len(texts), recipe.evaluation.batch):
+        part = texts[start : start + recipe.evaluation.batch]
+        with torch.autocast(world.device.type, torch.bfloat16, recipe.rollout.precision == "bfloat16"):  # pyright: ignore
+            images = world.pipe(
+                **embeddings(part),
+                num_inference_steps=recipe.evaluation.steps,
+                guidance_scale=recipe.rollout.guidance,
+                height=size,
+                width=size,
+                generator=torch.Generator().manual_seed(2**40 + recipe.seed * 1_000_003 + start),
+                output_type="pt",
+            ).images
+        yield part, images.float()

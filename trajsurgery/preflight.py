@@ -1,0 +1,123 @@
+"""Whether a recipe's run can start here: everything that is missing is said at once, before anything is loaded."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from trajsurgery.errors import RecipeError
+from trajsurgery.recipe import Recipe
+
+PARAMETERS = {"black-forest-labs/FLUX.1-dev": 11_901_408_320, "stabilityai/stable-diffusion-3.5-medium": 2_243_171_520}
+"""Of the transformers that recipes name."""
+
+COPIES = 5
+"""Float32 copies of the parameters in training: weights, gradients, AdamW's two moments, EMA."""
+
+_FLUX = (
+    "One image of it at 720 px (bfloat16, measured under fake tensors) adds 33.3 GiB for the activations of "
+    "LeapAlign's two model calls, 1.7 GiB with gradient checkpointing, 1.4 GiB at the staged sweep's peak; reward and "
+    "VAE come on top."
+)
+
+
+def check(recipe: Recipe) -> None:
+    """Stops a run that can't start.
+
+    Raises:
+        RecipeError: what is missing, what the run would need, and what to do.
+    """
+    missing = [line for line in (_device(recipe), _model(recipe), _reward(recipe), *_prompts(recipe)) if line]
+    if missing:
+        raise RecipeError(
+            "\n".join(["this recipe can't run here:", *(f"  - {line}" for line in missing), *_needs(recipe)])
+        )
+
+
+def gibibytes(recipe: Recipe) -> float | None:
+    """The memory of parameters, gradients, optimiser and EMA, if the model's size is known."""
+    count = PARAMETERS.get(recipe.model)
+    return None if count is None else COPIES * 4 * count / 2**30
+
+
+def _device(recipe: Recipe) -> str | None:
+    needed = gibibytes(recipe)
+    if needed is None:
+        return None
+    if not torch.cuda.is_available():
+        return (
+            f"no GPU: torch {torch.__version__} sees no CUDA device, and {recipe.model} needs {needed:.0f} GiB on one."
+        )
+    have = torch.cuda.get_device_properties(0).total_memory / 2**30
+    return (
+        None
+        if have >= needed
+        else f"the GPU has {have:.0f} GiB; training {recipe.model} on one device needs {needed:.0f}."
+    )
+
+
+def _model(recipe: Recipe) -> str | None:
+    name = recipe.model
+    if name == "tiny" or (Path(name) / "model_index.json").is_file():
+        return None
+    if Path(name).is_dir():
+        return f"{name} is a folder without model_index.json: --model takes what diffusers' save_pretrained wrote."
+    if cached(name, "model_index.json"):
+        return None
+    return (
+        f"no weights: {name} is neither a local folder nor in the Hugging Face cache. Fetch it with `hf download "
+        f"{name}` (its licence has to be accepted there first), or pass --model FOLDER."
+    )
+
+
+def _reward(recipe: Recipe) -> str | None:
+    name, _, rest = recipe.reward.partition(":")
+    if name == "tiny" or (
+        name == "hpsv2.1" and (Path(rest).is_file() if rest else cached("xswu/HPSv2", "HPS_v2.1_compressed.pt"))
+    ):
+        return None
+    if name == "hpsv2.1":
+        return (
+            "no reward: HPSv2.1's weights are not in the Hugging Face cache. Fetch them with `hf download xswu/HPSv2 "
+            "HPS_v2.1_compressed.pt` (4 GB), or pass --reward hpsv2.1:FILE."
+        )
+    try:
+        known = bool(rest) and find_spec(name) is not None
+    except (ImportError, ValueError):
+        known = False
+    return None if known else f"no reward {recipe.reward!r}: it is tiny, hpsv2.1, hpsv2.1:FILE, or MODULE:NAME."
+
+
+def _prompts(recipe: Recipe) -> list[str]:
+    flags = {"prompts": recipe.prompts, "heldout": recipe.heldout}
+    return [
+        f"no {flag}: there is no file {path}. Pass --{flag} FILE with one prompt a line."
+        for flag, path in flags.items()
+        if path != "tiny" and not Path(path).is_file()
+    ]
+
+
+def cached(repo: str, file: str) -> bool:
+    """Whether the local Hugging Face cache has a file of a repository. Opens no connection."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return isinstance(try_to_load_from_cache(repo, file), str)
+    except HFValidationError:
+        return False
+
+
+def _needs(recipe: Recipe) -> list[str]:
+    needed, lines = gibibytes(recipe), list[str]()
+    if needed is not None:
+        lines.append(
+            f"What it needs: {PARAMETERS[recipe.model] / 1e9:.1f} G parameters, all of them trained, in float32: "
+            f"{needed:.0f} GiB for weights, gradients, AdamW's two moments and EMA, on one device (the paper used 16 "
+            "GPUs; sharding is not there yet)."
+        )
+    if recipe.model == "black-forest-labs/FLUX.1-dev":
+        lines.append(_FLUX)
+    return [*lines, "The same recipe without --preset paper runs on any CPU in minutes, on the embedded tiny Flux."]

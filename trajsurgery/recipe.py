@@ -1,0 +1,187 @@
+"""A run as one frozen value: the method, what it trains, on which reward, for how long. It holds no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from trajsurgery.errors import RecipeError
+from trajsurgery.methods import DRaFTLV, DRTune, LeapAlign, ReFL
+from trajsurgery.objective import Objective, WeightsAt
+
+Method = LeapAlign | DRTune | ReFL | DRaFTLV
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """How the training images are sampled, and how the gradient is kept."""
+
+    steps: int = 25
+    """T, the sampler's steps."""
+    batch: int = 32
+    """Images an iteration."""
+    at_once: int | None = None
+    """Images a rollout; the batch is gathered from several if it does not fit. All at once if left out."""
+    size: int | None = 32
+    """Height and width of the images in pixels; the pipeline's own if left out."""
+    guidance: float = 3.5
+    """The pipeline's guidance_scale."""
+    memory: Literal["retain", "recompute", "staged"] = "retain"
+    """retain keeps the activations of the plan's model calls; recompute and staged those of one call at a time."""
+    checkpointing: bool = False
+    """Gradient checkpointing inside the transformer."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 runs the pipeline under autocast; the trained weights stay float32."""
+
+
+@dataclass(frozen=True)
+class Optimiser:
+    """AdamW on all parameters of the transformer."""
+
+    rate: float = 3e-4
+    """The learning rate, constant."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 1e-4
+    clip: float = 1.0
+    """The gradient's norm is clipped to it."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out images, drawn with the same noise before and after."""
+
+    images: int = 480
+    """How many, spread evenly over the categories of the held-out prompts."""
+    steps: int = 25
+    """The sampler's steps."""
+    batch: int = 48
+    """Images at once."""
+    pictures: int = 12
+    """How many of them samples.png shows: the first ones."""
+    split: Literal["heldout", "validation"] = "heldout"
+    """Which prompts of the embedded world; settings are chosen on validation."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Fine-tunes a flow-matching pipeline by a reward's gradient, along the edges that the plan leaves open."""
+
+    preset: Literal["tiny", "paper"] = "tiny"
+    """Where defaults come from: tiny is the embedded world on a CPU, paper is FLUX.1-dev with the paper's numbers."""
+    method: Annotated[Method, tyro.conf.AvoidSubcommands] = field(default_factory=LeapAlign)
+    """Draws a plan for each iteration."""
+    model: str = "tiny"
+    """tiny (the embedded Flux), a local folder that diffusers can load, or a hub id that is in the local cache."""
+    reward: str = "tiny"
+    """tiny, hpsv2.1, hpsv2.1:FILE, or MODULE:NAME, called without arguments for reward(images, prompts) -> scores."""
+    prompts: str = "tiny"
+    """Training prompts: tiny, or a text file with one a line."""
+    heldout: str = "tiny"
+    """Prompts of the evaluation: tiny, or a text file with one a line."""
+    objective: Objective = field(default_factory=Objective)
+    rollout: Rollout = field(default_factory=Rollout)
+    optimiser: Optimiser = field(default_factory=Optimiser)
+    ema: float = 0.995
+    """Decay of the moving average of the weights, which is what is evaluated and saved."""
+    iterations: int = 150
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    seed: int = 0
+    """All draws follow from it."""
+    threads: int = 2
+    """Threads of torch on the CPU."""
+    save_every: int = 10
+    """Iterations between checkpoints: what a killed run has to repeat."""
+    output: Path = Path("outputs/leapalign_flux")
+    """Where everything is written. A run that was interrupted there goes on."""
+    overwrite: bool = False
+    """Discard what an earlier run left in the output folder."""
+
+    def __post_init__(self) -> None:
+        self._bounds()
+
+    def _bounds(self) -> None:
+        """Raises RecipeError for a number out of its range."""
+        counts = {
+            "iterations": self.iterations,
+            "rollout.steps": self.rollout.steps,
+            "rollout.batch": self.rollout.batch,
+            "evaluation.images": self.evaluation.images,
+            "evaluation.batch": self.evaluation.batch,
+            "save_every": self.save_every,
+            "threads": self.threads,
+        }
+        for name, value in counts.items():
+            if value < 1:
+                raise RecipeError(f"{name} = {value}: it is at least 1.")
+        if not 0 <= self.ema < 1:
+            raise RecipeError(f"ema = {self.ema}: a decay lies in [0, 1).")
+        if self.optimiser.rate <= 0 or self.optimiser.clip <= 0:
+            raise RecipeError(f"optimiser: rate = {self.optimiser.rate} and clip = {self.optimiser.clip} are above 0.")
+
+    @property
+    def weights_at(self) -> WeightsAt:
+        """Where similarity is measured: as the objective says, else as the method does."""
+        here = self.objective.weights_at
+        return here if here is not None else self.method.weights_at  # pyright: ignore[reportReturnType]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dict (JSON); the method carries its name."""
+        found = asdict(self)
+        found["method"] = {"name": type(self.method).__name__, **found["method"]}
+        return _plain(found)
+
+
+FREE = ("output", "overwrite", "iterations", "save_every", "evaluation.pictures")
+"""What may differ between a run and the one that goes on with it."""
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """What two recipes' dicts differ in, "name: value there, value here", but for what may."""
+    a, b = _flat(there), _flat(here)
+    names = [name for name in {**a, **b} if name not in FREE and a.get(name) != b.get(name)]
+    return [f"{name}: {a.get(name)} there, {b.get(name)} here" for name in names]
+
+
+def paper(method: Method, output: str) -> Recipe:
+    """FLUX.1-dev with the paper's numbers (section 6.1, appendix E), HPSv2.1 as the reward."""
+    return Recipe(
+        preset="paper",
+        method=method,
+        model="black-forest-labs/FLUX.1-dev",
+        reward="hpsv2.1",
+        prompts="prompts/hpdv2_train.txt",
+        heldout="prompts/hpdv2_test.txt",
+        objective=Objective(threshold=0.55, tau=0.1),
+        rollout=Rollout(25, 64, 4, 720, 3.5, memory="staged", checkpointing=True, precision="bfloat16"),
+        optimiser=Optimiser(1e-5, (0.9, 0.999), 1e-4),
+        iterations=300,
+        evaluation=Evaluation(images=1600, steps=50, batch=4),
+        output=Path(output),
+    )
+
+
+def presets(method: Method, output: str) -> dict[str, Recipe]:
+    """The two recipes of a method: on the embedded world, and the paper's."""
+    return {
+        "tiny": replace(Recipe(), method=method, output=Path(output)),
+        "paper": paper(method, f"{output}_paper"),
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(name): _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, inner in value.items():
+        found |= _flat(inner, f"{prefix}{name}.") if isinstance(inner, Mapping) else {prefix + name: inner}
+    return found

@@ -1,0 +1,162 @@
+"""`main(recipe)`: the main job from start to end, and `cli`, which makes a script of a recipe."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from trajsurgery import preflight, report, world
+from trajsurgery.checkpoint import METRICS, Log, Training, resume, save, write_whole
+from trajsurgery.errors import SurgeryError
+from trajsurgery.evaluate import compare
+from trajsurgery.heldout import evaluate
+from trajsurgery.recipe import Recipe
+from trajsurgery.train import Iteration, generator, train
+
+INTERRUPTED = 130
+"""The exit code of a run that Ctrl-C or SIGTERM stopped, and that the same command goes on with."""
+
+
+def cli(presets: Mapping[str, Recipe], description: str, args: Sequence[str] | None = None) -> int:
+    """Reads a recipe from the command line and runs it; returns the exit code."""
+    console = Console()
+    given = list(sys.argv[1:] if args is None else args)
+    chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chosen.add_argument("--preset", choices=list(presets), default=next(iter(presets)))
+    preset = presets[chosen.parse_known_args(given)[0].preset]
+    try:
+        recipe = tyro.cli(Recipe, default=preset, args=given, description=description, console_outputs=True)
+        return INTERRUPTED if main(recipe, console=console) is None else 0
+    except SurgeryError as error:
+        console.print(f"[bold red]{type(error).__name__}[/]: ", end="")
+        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        return 1
+
+
+def main(recipe: Recipe, scene: world.World | None = None, console: Console | None = None) -> dict[str, Any] | None:
+    """Runs a recipe: evaluation, training, evaluation, pictures, weights. Goes on with a run that was interrupted.
+
+    Args:
+        scene: what the recipe's names stand for, if they are not to be resolved.
+
+    Returns:
+        The evaluation's line of metrics.jsonl; None if the run was interrupted (it is saved).
+
+    Raises:
+        RecipeError: the run can't start here, or the output folder holds another recipe's, or it diverged.
+    """
+    console, began = console or Console(), time.monotonic()
+    if scene is None:
+        preflight.check(recipe)
+    torch.set_num_threads(recipe.threads)
+    found = scene or world.load(recipe)
+    training = Training.start(recipe, found.module)
+    log = Log(recipe.output / METRICS)
+    finished = _finished(log)
+    if resume(recipe, training):
+        if finished and training.iteration == recipe.iterations:
+            log.append(finished)
+            return _said(recipe, console, finished, "this run is finished; --overwrite runs it again")
+        console.print(f"goes on from iteration {training.iteration} in {recipe.output}")
+    spent = training.seconds
+    if training.before is None:
+        with console.status("held-out images of the untuned model"):
+            training.before = evaluate(recipe, found)
+        training.seconds = time.monotonic() - began
+        save(recipe, training)
+    with _progress(recipe, training, console) as watch:
+        complete = train(recipe, found, training, watch)
+    if not complete:
+        console.print(f"interrupted at iteration {training.iteration}, saved: the same command goes on from there")
+        return None
+    evaluation = _finish(recipe, found, training, console)
+    evaluation["seconds"] = round(spent + time.monotonic() - began, 1)
+    log.append(evaluation)
+    report.curve(recipe.output / "reward.png", _title(recipe), log.read())
+    return _said(recipe, console, evaluation, "")
+
+
+def _finished(log: Log) -> dict[str, Any] | None:
+    """The evaluation with which the log ends, if it does."""
+    lines = log.read()
+    return lines[-1] if lines and lines[-1]["kind"] == "evaluation" else None
+
+
+def _finish(recipe: Recipe, found: world.World, training: Training, console: Console) -> dict[str, Any]:
+    """The averaged weights into the pipe, their evaluation, and everything there is to look at."""
+    training.ema.copy_to(training.parameters)
+    with console.status("held-out images of the tuned model"):
+        after = evaluate(recipe, found)
+    found.pipe.transformer.save_pretrained(recipe.output / "transformer")
+    before = training.before
+    assert before is not None, "the untuned model is evaluated before the first iteration"
+    report.samples(recipe.output / "samples.png", _title(recipe), before, after)
+    plan = recipe.method.draw(recipe.rollout.steps, generator(recipe.seed, 1, "plan"))
+    plan.draw(recipe.output / "plan.svg")
+    write_whole(
+        recipe.output / "recipe.json", lambda path: path.write_text(json.dumps(recipe.to_dict(), indent=1) + "\n")
+    )
+    return {**compare(before, after), "iterations": training.iteration, "skipped": training.skipped}
+
+
+def _title(recipe: Recipe) -> str:
+    return f"{type(recipe.method).__name__} on {recipe.model}, {recipe.iterations} iterations of {recipe.rollout.batch}"
+
+
+def _said(recipe: Recipe, console: Console, evaluation: dict[str, Any], remark: str) -> dict[str, Any]:
+    """The closing words."""
+    console.print(report.table(evaluation))
+    console.print(report.verdict(evaluation), highlight=False)
+    if evaluation["skipped"]:
+        console.print(
+            f"[bold red]{evaluation['skipped']} iterations were skipped[/]: their loss or gradient was not finite"
+        )
+    console.print(
+        f"{evaluation['seconds']:.0f} s. In {recipe.output}: samples.png, reward.png, plan.svg, metrics.jsonl, "
+        "transformer/" + (f"\n{remark}" if remark else ""),
+        highlight=False,
+    )
+    return evaluation
+
+
+@contextmanager
+def _progress(recipe: Recipe, training: Training, console: Console) -> Generator[Callable[[Iteration], None]]:
+    """A bar with reward, loss, gradient norm and time left; a plain line now and then where there is no terminal."""
+    figures = TextColumn(
+        "reward {task.fields[reward]} loss {task.fields[loss]} |g| {task.fields[norm]}{task.fields[skipped]}"
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), figures, TimeRemainingColumn())
+    every = max(1, recipe.iterations // 10)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        name = type(recipe.method).__name__
+        task = progress.add_task(
+            name, total=recipe.iterations, completed=training.iteration, reward="", loss="", norm="", skipped=""
+        )
+
+        def watch(record: Iteration) -> None:
+            skipped = f" [bold red]skipped {training.skipped}[/]" if training.skipped else ""
+            shown: dict[str, Any] = {
+                "reward": f"{record.reward:.4f}",
+                "loss": f"{record.loss:.3f}",
+                "norm": f"{record.grad_norm:.3g}",
+            }
+            progress.update(task, completed=record.iteration, **shown, skipped=skipped)
+            if not console.is_terminal and (record.iteration % every == 0 or record.skipped):
+                figures = " ".join(f"{key} {value}" for key, value in shown.items())
+                left = (recipe.iterations - record.iteration) * record.seconds
+                console.print(
+                    f"{name} {record.iteration}/{recipe.iterations} {figures}{skipped} about {left:.0f} s left",
+                    highlight=False,
+                )
+
+        yield watch

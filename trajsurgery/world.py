@@ -1,0 +1,208 @@
+"""What a recipe's names stand for: a pipeline, a reward, prompts, and rules if there are some. Resolved when asked."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trajsurgery.errors import RecipeError
+from trajsurgery.recipe import Recipe
+
+Reward = Callable[[Tensor, Sequence[str]], Tensor]
+"""reward(images, prompts): Float[batch 3 h w] in [0, 1] and a text for each, to scores Float[batch], differentiable."""
+
+Judge = Callable[[Tensor, Sequence[str]], tuple[Tensor, Tensor]]
+"""judge(images, prompts) -> (correct Bool[batch], junk Float[batch], a share of pixels): rules no reward has seen."""
+
+Draw = Callable[[int, torch.Generator], list[str]]
+"""draw(count, generator) -> training prompts."""
+
+ENCODINGS = {
+    3: ("prompt_embeds", "pooled_prompt_embeds", None),
+    4: ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
+}
+"""The names under which a pipeline's call takes what its `encode_prompt` returns, by their number (Flux; SD3)."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A held-out prompt."""
+
+    text: str
+    category: str = "all"
+
+
+@dataclass(frozen=True, eq=False)
+class World:
+    """Everything a run needs that is not a number."""
+
+    pipe: Any
+    """A diffusers pipeline whose `transformer` trains; everything else in it is frozen."""
+    reward: Reward
+    texts: tuple[str, ...]
+    """All training prompts."""
+    draw: Draw
+    heldout: tuple[Asked, ...]
+    judge: Judge | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        """What trains."""
+        return self.pipe.transformer
+
+    @property
+    def device(self) -> torch.device:
+        """Where it trains."""
+        return self.pipe.transformer.device
+
+
+class Embeddings:
+    """The encodings of prompts, each made once; no text encoder runs afterwards.
+
+    They are kept on the CPU (4 MiB a prompt for FLUX.1-dev's 512 tokens); a batch of them goes to the pipe's device.
+    """
+
+    def __init__(self, pipe: Any, texts: Sequence[str], batch: int = 64) -> None:
+        unique = list(dict.fromkeys(texts))
+        self._device = pipe.transformer.device
+        self._row = {text: row for row, text in enumerate(unique)}
+        with torch.no_grad():
+            parts = [_encode(pipe, unique[i : i + batch]) for i in range(0, len(unique), batch)]
+        self._tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """The keyword arguments of the pipe's call for these prompts, each [len(texts), ...]."""
+        rows = torch.tensor([self._row[text] for text in texts])
+        return {name: values[rows].to(self._device) for name, values in self._tensors.items()}
+
+
+def _encode(pipe: Any, texts: list[str]) -> dict[str, Tensor]:
+    parameters = inspect.signature(pipe.encode_prompt).parameters
+    given: dict[str, Any] = {n: None for n, p in parameters.items() if p.default is p.empty and p.kind != p.VAR_KEYWORD}
+    longest = getattr(getattr(pipe, "tokenizer_2", None), "model_max_length", 512)
+    if "max_sequence_length" in parameters:
+        given["max_sequence_length"] = min(longest, parameters["max_sequence_length"].default)
+    found = pipe.encode_prompt(**given | {"prompt": texts})
+    if len(found) not in ENCODINGS:
+        raise RecipeError(
+            f"{type(pipe).__name__}.encode_prompt returned {len(found)} values; of Flux (3) and SD3 (4) are known: "
+            "add the names under which its call takes them to trajsurgery.world.ENCODINGS."
+        )
+    return {
+        name: value.cpu()
+        for name, value in zip(ENCODINGS[len(found)], found, strict=True)
+        if name and value is not None
+    }
+
+
+def load(recipe: Recipe) -> World:
+    """The world of a recipe.
+
+    Raises:
+        RecipeError: a name that stands for nothing; `trajsurgery.preflight.check` says it sooner and for all at once.
+    """
+    pipe = frozen(_pipeline(recipe), recipe)
+    tiny: Any = import_module("trajsurgery.tiny") if "tiny" in (recipe.prompts, recipe.heldout) else None
+    texts, draw = _training(recipe, tiny)
+    if recipe.heldout == "tiny":
+        asked = tuple(Asked(str(p.text), str(p.category)) for p in tiny.prompts(recipe.evaluation.split))
+    else:
+        asked = tuple(Asked(text) for text in read_prompts(recipe.heldout))
+    judge = _rules(tiny.judge) if recipe.model == "tiny" and recipe.heldout == "tiny" else None
+    return World(pipe, _reward(recipe, pipe.transformer.device), texts, draw, asked, judge)
+
+
+def frozen(pipe: Any, recipe: Recipe) -> Any:
+    """The pipe, silent, with a transformer that trains and nothing else that does."""
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False).eval()
+    pipe.transformer.requires_grad_(True)
+    if recipe.rollout.checkpointing:
+        pipe.transformer.enable_gradient_checkpointing()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _pipeline(recipe: Recipe) -> Any:
+    if recipe.model == "tiny":
+        return import_module("trajsurgery.tiny").pipeline()
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    cuda = torch.cuda.is_available()
+    pipe = DiffusionPipeline.from_pretrained(recipe.model, torch_dtype=_dtypes(cuda), local_files_only=True)
+    return pipe.to("cuda" if cuda else "cpu")
+
+
+def _dtypes(cuda: bool) -> Any:
+    """The text encoders are frozen and large; what trains, and a VAE that overflows in bfloat16, stay float32."""
+    small = torch.bfloat16 if cuda else torch.float32
+    return {"text_encoder": small, "text_encoder_2": small, "text_encoder_3": small, "default": torch.float32}
+
+
+def _training(recipe: Recipe, tiny: Any) -> tuple[tuple[str, ...], Draw]:
+    if recipe.prompts == "tiny":
+        texts = tuple(str(p.text) for p in tiny.prompts("train"))
+        return texts, lambda count, g: [str(p.text) for p in tiny.prompts("train", generator=g, count=count)]
+    texts = tuple(read_prompts(recipe.prompts))
+    return texts, lambda count, g: [texts[i] for i in torch.randint(len(texts), (count,), generator=g).tolist()]
+
+
+def read_prompts(path: str) -> list[str]:
+    """The lines of a text file that are not blank.
+
+    Raises:
+        RecipeError: no such file, or none in it.
+    """
+    if not Path(path).is_file():
+        raise RecipeError(f"there is no file {path!r}: prompts are tiny, or a text file with one a line.")
+    found = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not found:
+        raise RecipeError(f"{path!r} holds no prompt: write one a line.")
+    return found
+
+
+def _reward(recipe: Recipe, device: torch.device) -> Reward:
+    name, _, rest = recipe.reward.partition(":")
+    if name == "tiny":
+        return import_module("trajsurgery.tiny").Reward()
+    if name == "hpsv2.1":
+        return import_module("trajsurgery.rewards.hpsv2").HPSv2(rest or None).to(device)
+    try:
+        return getattr(import_module(name), rest)()
+    except (ImportError, AttributeError, ValueError) as error:
+        raise RecipeError(
+            f"reward = {recipe.reward!r} could not be made ({error}): it is tiny, hpsv2.1, hpsv2.1:FILE or "
+            "MODULE:NAME, which is called without arguments and returns reward(images, prompts) -> scores."
+        ) from error
+
+
+def _rules(judge: Any) -> Judge:
+    def judged(images: Tensor, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        verdict = judge(images, list(texts))
+        return verdict.correct, verdict.junk
+
+    return judged
+
+
+def threshold(recipe: Recipe, world: World) -> float:
+    """lambda: the recipe's, else the reward's own.
+
+    Raises:
+        RecipeError: neither has one.
+    """
+    own = recipe.objective.threshold
+    found = own if own is not None else getattr(world.reward, "threshold", None)
+    if found is None:
+        raise RecipeError(
+            f"reward {recipe.reward!r} states no threshold: give the hinge its lambda with --objective.threshold, on "
+            "the reward's own scale and below the highest score that is to be rewarded."
+        )
+    return float(found)
