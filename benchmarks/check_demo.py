@@ -59,9 +59,8 @@ def main(folder: Path) -> int:
     for line in wrong:
         print(f"demo: {line}", file=sys.stderr)
     if not wrong:
-        print(
-            f"demo: reward +{found['reward_gain'] / found['reward_gain_se']:.1f} paired standard errors, all files there"
-        )
+        rise = found["reward_gain"] / max(found["reward_gain_se"], 1e-12)
+        print(f"demo: reward +{rise:.1f} paired standard errors; all files are there")
     return 1 if wrong else 0
 
 

@@ -170,7 +170,7 @@ class _Entry:
             scheduler.__dict__["step"] = self._step
             pipe.__dict__["_progress_bar_config"] = progress
             if self.record.encodings:
-                pipe.__dict__["encode_prompt"] = lambda *args, **kwargs: next(encodings)  # pyright: ignore
+                pipe.__dict__["encode_prompt"] = lambda *args, **kwargs: next(encodings)
             return call(pipe, **arguments)
 
     def _set_timesteps(self, set_timesteps: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
