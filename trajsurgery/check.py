@@ -67,7 +67,7 @@ def bound(outputs: Sequence[Node], names: Sequence[str]) -> None:
 
 
 def runnable(outputs: Sequence[Node], names: Sequence[str], planned: int | None, steps: int) -> None:
-    """Raises PlanError if a plan, drawn for `planned` steps, has names or does not fit a trajectory of `steps` steps."""
+    """Raises PlanError if a plan drawn for `planned` steps has names, or does not fit `steps` steps."""
     bound(outputs, names)
     if planned is not None and planned != steps:
         _raise([_plan_violation("steps", f"a plan for {planned} steps, a trajectory of {steps}")])

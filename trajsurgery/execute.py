@@ -18,7 +18,7 @@ from trajsurgery.errors import PlanError, SamplerError
 from trajsurgery.graph import faithful, is_faithful, needs_gradient, reached
 from trajsurgery.linear import value
 from trajsurgery.node import Advance, Leap, Node, Velocity
-from trajsurgery.params import Fields, Params, leaves, named
+from trajsurgery.params import Fields, Params, leaves, named, trainable
 from trajsurgery.plan import Plan
 from trajsurgery.trajectory import Trajectory
 
@@ -170,6 +170,8 @@ def recompute_leaves(execution: Execution, fields: Fields, params: Params) -> tu
         SamplerError: they are sharded.
     """
     calls = [node for node in execution.plan.nodes if isinstance(node, Velocity) and node in execution.live]
+    if params is not None:
+        params = trainable(params)  # once: it may be an iterator
     found: dict[int, Tensor] = {}
     for name in dict.fromkeys(node.field for node in calls):
         t = next(_time(node) for node in calls if node.field == name)

@@ -52,12 +52,21 @@ def leaves(field: Field, x: Tensor, sigma: Tensor, params: Params = None) -> tup
         SamplerError: no leaf requires a gradient.
     """
     if params is not None:
-        found = tuple(params.values() if isinstance(params, Mapping) else params)
-    elif hasattr(field, "parameters"):
-        found = tuple(field.parameters())  # pyright: ignore[reportFunctionMemberAccess]
-    else:
-        found = _cached(field, x, sigma)
-    found = tuple(p for p in found if p.requires_grad)
+        return trainable(params)
+    return trainable(
+        field.parameters()  # pyright: ignore[reportFunctionMemberAccess]
+        if hasattr(field, "parameters")
+        else _cached(field, x, sigma)
+    )
+
+
+def trainable(params: Iterable[Tensor] | Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """Those that require a gradient.
+
+    Raises:
+        SamplerError: none does.
+    """
+    found = tuple(p for p in (params.values() if isinstance(params, Mapping) else params) if p.requires_grad)
     if not found:
         raise SamplerError(
             "no parameter of the field requires a gradient: the plan has nothing to train. Call requires_grad_() on "

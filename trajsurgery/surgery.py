@@ -11,7 +11,7 @@ from torch import Tensor
 from trajsurgery.errors import SamplerError
 from trajsurgery.execute import Execution, Memory, outputs, retained
 from trajsurgery.interpolant import Interpolant, RectifiedFlow
-from trajsurgery.params import Fields, Params, leaves, named
+from trajsurgery.params import Fields, Params, named, trainable
 from trajsurgery.plan import Plan
 from trajsurgery.trajectory import Trajectory, as_sigmas
 
@@ -157,7 +157,7 @@ def backward(
 
     found = execution.finish(field, stand_in)
     _pull(found, _matching(cotangent, found))
-    trained = None if params is None else leaves(named(field, None), trajectory[0], trajectory.sigmas[0], params)
+    trained = None if params is None else trainable(params)
     for call, x, leaf in reversed(stages):
         if leaf.grad is not None:
             _stage(call, x, leaf.grad, trained)

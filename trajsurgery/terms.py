@@ -33,7 +33,7 @@ from trajsurgery.node import (
     Velocity,
     walk,
 )
-from trajsurgery.params import Fields, Params, leaves, named
+from trajsurgery.params import Fields, Params, leaves, named, trainable
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,13 @@ def evaluate(expansion: Any, trajectory: Any, fields: Fields, cotangent: Any, pa
 
 
 def _trained(expansion: Any, walker: _Walk, params: Params) -> tuple[Tensor, ...]:
+    if params is not None:
+        return trainable(params)
     found: dict[int, Tensor] = {}
     for call in dict.fromkeys(term.calls[-1] for term in expansion.terms):
         if isinstance(call, Velocity):
             field, x, sigma = walker.at(call)
-            found.update((id(leaf), leaf) for leaf in leaves(field, x, sigma, params))
+            found.update((id(leaf), leaf) for leaf in leaves(field, x, sigma))
     return tuple(found.values())
 
 
