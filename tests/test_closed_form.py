@@ -1,0 +1,77 @@
+"""Eq. 10, proved: for every plan, autograd's gradient is the closed form, evaluated term by term by another hand."""
+
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from tests.closed_form import Witness
+from tests.problems import cotangents, distance, grads, outputs, problem
+from tests.tolerances import GRADIENT
+from trajsurgery import Plan, apply, drtune, leapalign, leaps, noise
+from trajsurgery.testing import INTERPOLANTS, MLP, fields, methods, plans, trajectories
+
+STEPS = 5
+DIM = 4
+FIELD = MLP(DIM, seed=11)
+ROLLED = problem(FIELD, STEPS).trajectory
+
+
+def closed_and_autograd(plan, trajectory, field, guided=None):
+    """The two gradients, of all parameters and of x_T."""
+    named = {None: field} if guided is None else {None: field, "guided": guided}
+    found = outputs(apply(plan, trajectory, named))
+    cs = cotangents(found)
+    expansion = plan.gradient(trajectory.sigmas.tolist(), trajectory.interpolant)
+    assert expansion.count == len(expansion.terms)
+    coefficients = [float(term.coefficient) for term in expansion.terms]
+    closed = Witness(plan, trajectory, named).gradient(expansion.terms, coefficients, cs)
+    leaves = [*(p for f in named.values() for p in f.parameters()), trajectory.start]
+    return closed, grads(found, leaves, cs)
+
+
+@given(plans(STEPS), trajectories(FIELD, STEPS, (DIM,), INTERPOLANTS))
+@example(leapalign(4, 2, 0.3), ROLLED)
+@example(leaps((5, 4, 2, 1), 0.5), ROLLED)
+@example(drtune(5, 2, {5, 3}), ROLLED)
+def test_autograd_is_the_closed_form_on_an_mlp(plan, trajectory):
+    closed, found = closed_and_autograd(plan, trajectory, FIELD)
+    assert distance(found, closed) <= GRADIENT
+
+
+@given(plans(STEPS, fields=("guided",)), st.data())
+def test_autograd_is_the_closed_form_on_random_fields(plan, data):
+    field, guided = data.draw(fields(DIM)), data.draw(fields(DIM))
+    trajectory = data.draw(trajectories(field, STEPS, (DIM,)))
+    closed, found = closed_and_autograd(plan, trajectory, field, guided)
+    assert distance(found, closed) <= GRADIENT
+
+
+@given(st.integers(1, 8), st.data())
+def test_methods_on_any_number_of_steps(steps, data):
+    field = data.draw(fields(DIM))
+    trajectory = data.draw(trajectories(field, steps, (DIM,)))
+    plan = data.draw(methods(steps)).draw(steps)
+    closed, found = closed_and_autograd(plan, trajectory, field)
+    assert distance(found, closed) <= GRADIENT
+
+
+@given(plans(STEPS), trajectories(FIELD, STEPS, (DIM,), INTERPOLANTS))
+@example(Plan(noise()), ROLLED)  # params were forgotten where no call trains them
+def test_the_library_s_own_evaluation_agrees(plan, trajectory):
+    found = outputs(apply(plan, trajectory, FIELD))
+    cs = cotangents(found)
+    got = plan.gradient(interpolant=trajectory.interpolant).evaluate(trajectory, FIELD, cs, FIELD.parameters())
+    wanted = grads(found, [*FIELD.parameters(), trajectory.start], cs)
+    start = wanted[-1] * 0 if got.start is None else got.start
+    assert distance([*got, start], wanted) <= GRADIENT
+    assert len(got.terms) == len(got.norms)
+
+
+def test_the_witness_can_tell():
+    """A wrong coefficient is seen."""
+    plan = leapalign(4, 2, 0.3)
+    expansion = plan.gradient(ROLLED.sigmas.tolist())
+    found = outputs(apply(plan, ROLLED, FIELD))
+    cs = cotangents(found)
+    wrong = [(1.01 if term.order else 1.0) * float(term.coefficient) for term in expansion.terms]
+    closed = Witness(plan, ROLLED, {None: FIELD}).gradient(expansion.terms, wrong, cs)
+    assert distance(grads(found, [*FIELD.parameters(), ROLLED.start], cs), closed) > 1e-5
