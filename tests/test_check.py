@@ -1,6 +1,5 @@
 """Legality: every rule has a mutation that breaks it and only it, and the error says what, where and how to mend it."""
 
-
 import re
 
 import pytest
