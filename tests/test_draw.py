@@ -27,6 +27,10 @@ PLANS = {
     "other field": Plan(latent(9).leap(3, velocity=latent(9).velocity("guided")).leap(0)),
     "not at 0": Plan(latent(20).leap(6), latent(20).leap(3)),
     "one step": Plan(latent(1).leap(0), steps=1),
+    "few steps": drtune(6, 2, {5, 3}),
+    "a call of a prediction": Plan(
+        latent(10).advance(4, [latent(10).velocity(), latent(10).leap(7).velocity()]).leap(0)
+    ),
 }
 
 

@@ -16,7 +16,7 @@ from trajsurgery.node import Node
 from trajsurgery.placing import Placing
 from trajsurgery.scene import Edge, Mark, Scene
 
-LIVE, IDLE, RAIL, INK, PAPER = "#c8321f", "#a9b0b8", "#3b5b7a", "#20262d", "#ffffff"
+LIVE, IDLE, GREY, RAIL, INK, PAPER = "#c8321f", "#a9b0b8", "#7d858d", "#3b5b7a", "#20262d", "#ffffff"
 
 
 def draw(outputs: Sequence[Node], steps: int | None, path: Path) -> Path:
@@ -92,7 +92,7 @@ class _Painter:
         fill = LIVE if mark.kind == "call" and lit else INK if mark.kind == "reward" else PAPER
         if not self.at.labelled(mark) and mark.kind != "recorded":
             patch: Any = Circle((x, y), width / 2, facecolor=edge, edgecolor=edge, lw=1, zorder=4)
-        elif mark.kind in ("call", "reward"):
+        elif width == height:
             patch = Circle((x, y), width / 2, facecolor=fill, edgecolor=edge, lw=1.2, zorder=4)
         else:
             corner = 0.02 if mark.kind == "recorded" else height / 2
@@ -102,7 +102,11 @@ class _Painter:
         self.axes.add_patch(patch)
         self.patches[mark] = patch
         if self.at.labelled(mark):
-            ink = PAPER if fill != PAPER else (INK if mark.kind in ("real", "predicted") else edge)
+            ink = (
+                PAPER
+                if fill != PAPER
+                else (INK if mark.kind in ("real", "predicted") else GREY if edge == IDLE else edge)
+            )
             self._text(x, y, f"${mark.name}$", ink, 11 if mark.kind != "recorded" else 9.5, 5)
 
     def _text(self, x: float, y: float, text: str, color: str, size: float, zorder: float, **kwargs: Any) -> None:
@@ -146,7 +150,7 @@ class _Painter:
         if text:
             x, y = self.at.middle(edge)
             box = {"facecolor": PAPER, "edgecolor": "none", "pad": 1.0, "alpha": 0.9}
-            self._text(x, y, text, color if edge.live else "#7d858d", 9, 6, bbox=box)
+            self._text(x, y, text, color if edge.live else GREY, 9, 6, bbox=box)
 
     def _legend(self) -> None:
         from matplotlib.lines import Line2D

@@ -66,7 +66,7 @@ class Placing:
         if towards is None:  # a support of an advance
             return x, y - 0.45 * LANE
         end, low = self.x(towards.column), self.lane(towards.lane)
-        if mark.lane == towards.lane or (mark.kind == "recorded" and mark.lane == 0 and self.dense):
+        if mark.lane == towards.lane or mark.kind == "recorded":
             return (x + end) / 2, low - 0.42 * LANE
         return (x, y - 0.5 * LANE) if end - x < 1.1 else (x + 0.3 * (end - x), low + 0.12 * LANE)
 
@@ -75,7 +75,8 @@ class Placing:
         if not self.labelled(mark):
             return 0.1, 0.1
         if mark.kind in ("call", "reward"):
-            return 0.36, 0.36
+            field = len(mark.plain.split("(")[0].partition(".")[2])
+            return 0.36 + 0.07 * max(0, field - 1), 0.36
         letters = len(mark.plain.replace("^", "").replace("_", "").replace("(", "").replace(" recorded", ""))
         return max(0.38, 0.22 + 0.085 * letters), 0.34 if mark.kind != "recorded" else 0.26
 
