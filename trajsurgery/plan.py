@@ -155,9 +155,15 @@ class Plan:
             sigmas: the T + 1 times of the sampler, noise first; with them coefficients are numbers, without symbols.
             interpolant: rectified flow if left out.
             limit: how many terms are listed, by order of nesting; all of them are counted.
+
+        Raises:
+            PlanError: the plan does not fit len(sigmas) - 1 steps.
         """
         from trajsurgery.gradient import expand
 
+        if sigmas is not None:
+            check.runnable(self.outputs, (), self.steps, len(sigmas) - 1)
+            check.legal(self.outputs, len(sigmas) - 1)
         return expand(self.outputs, self.steps, sigmas, interpolant or RectifiedFlow(), limit)
 
     def draw(self, path: str | Path) -> Path:
