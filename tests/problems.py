@@ -63,6 +63,7 @@ def grads(found: Sequence[Tensor], wrt: Sequence[Tensor], cs: Sequence[Tensor]) 
 
 def distance(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     """The distance of two gradients relative to the norm of the second; absolute where that is 0."""
+    found, wanted = [a.detach() for a in found], [b.detach() for b in wanted]
     miss = torch.stack([(a.double() - b.double()).norm() for a, b in zip(found, wanted, strict=True)]).norm()
     size = torch.stack([b.double().norm() for b in wanted]).norm()
     return float(miss / size) if size > 0 else float(miss)
