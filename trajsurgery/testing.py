@@ -270,7 +270,7 @@ def check_gradient(
     outputs = found if isinstance(found, tuple) else (found,)
     seeded = torch.Generator().manual_seed(0)
     cotangents = cotangents or [torch.randn(o.shape, generator=seeded, dtype=o.dtype) for o in outputs]
-    params = [p for p in field.parameters() if p.requires_grad]  # pyright: ignore
+    params = [p for p in field.parameters() if p.requires_grad]  # pyright: ignore[reportFunctionMemberAccess]
     closed = tuple(plan.gradient().evaluate(trajectory, field, cotangents, params))
     ways: dict[str, Callable[[], Any]] = {
         "retain": lambda: torch.autograd.backward(outputs, cotangents),

@@ -141,7 +141,7 @@ def _pull(
     """
     lambda_, share = scale
     kind = world.device.type
-    with torch.autocast(kind, torch.bfloat16, enabled=recipe.rollout.precision == "bfloat16"):  # pyright: ignore
+    with torch.autocast(kind, torch.bfloat16, enabled=recipe.rollout.precision == "bfloat16"):
         images, outputs, found, surgery = _sample(recipe, world, plan, kwargs, renoise)
         decoded = [images, *(surgery.decode(x) for x in outputs[1:])]
     scores = [world.reward(_whole(image), texts) for image in decoded]
