@@ -137,7 +137,7 @@ def _pipeline(recipe: Recipe) -> Any:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     cuda = torch.cuda.is_available()
-    pipe = DiffusionPipeline.from_pretrained(recipe.model, torch_dtype=_dtypes(cuda), local_files_only=True)
+    pipe = DiffusionPipeline.from_pretrained(recipe.model, dtype=_dtypes(cuda), local_files_only=True)
     return pipe.to("cuda" if cuda else "cpu")
 
 

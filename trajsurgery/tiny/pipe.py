@@ -35,7 +35,7 @@ def pipeline(folder: Path = WEIGHTS) -> Any:
     """
     from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 
-    pipe: Any = FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe: Any = FluxPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.default_sample_size = LATENT_SIDE
     pipe._get_t5_prompt_embeds = MethodType(_short_t5_embeds, pipe)
     pipe.set_progress_bar_config(disable=True)
