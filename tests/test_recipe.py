@@ -119,7 +119,14 @@ def test_what_is_missing_is_said_at_once() -> None:
     said = str(found.value)
     for words in ("no GPU", "no weights", "hf download black-forest-labs/FLUX.1-dev", "--model FOLDER", "HPS_v2.1"):
         assert words in said
-    for words in ("no prompts", "no heldout", "11.9 G parameters", "222 GiB", "33.3 GiB", "without --preset paper"):
+    for words in (
+        "no training prompts",
+        "no held-out prompts",
+        "11.9 G parameters",
+        "222 GiB",
+        "33.3 GiB",
+        "without --preset paper",
+    ):
         assert words in said
 
 

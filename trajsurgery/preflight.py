@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from trajsurgery.recipe import Recipe
 
 PARAMETERS = {"black-forest-labs/FLUX.1-dev": 11_901_408_320, "stabilityai/stable-diffusion-3.5-medium": 2_243_171_520}
 """Of the transformers that recipes name."""
+
+WITHOUT_GPU = 10**9
+"""Parameters that can be trained on a CPU, if one is patient."""
 
 COPIES = 5
 """Float32 copies of the parameters in training: weights, gradients, AdamW's two moments, EMA."""
@@ -38,13 +42,28 @@ def check(recipe: Recipe) -> None:
 
 def gibibytes(recipe: Recipe) -> float | None:
     """The memory of parameters, gradients, optimiser and EMA, if the model's size is known."""
-    count = PARAMETERS.get(recipe.model)
+    count = parameters(recipe.model)
     return None if count is None else COPIES * 4 * count / 2**30
 
 
+def parameters(model: str) -> int | None:
+    """The number of the transformer's parameters: of the named ones, and of a local folder's, read off its headers."""
+    if model in PARAMETERS:
+        return PARAMETERS[model]
+    files = sorted(Path(model, "transformer").glob("*.safetensors"))
+    return sum(map(_elements, files)) if files else None
+
+
+def _elements(file: Path) -> int:
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as weights:
+        return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+
+
 def _device(recipe: Recipe) -> str | None:
-    needed = gibibytes(recipe)
-    if needed is None:
+    needed, count = gibibytes(recipe), parameters(recipe.model)
+    if needed is None or count is None or count <= WITHOUT_GPU:
         return None
     if not torch.cuda.is_available():
         return (
@@ -91,10 +110,10 @@ def _reward(recipe: Recipe) -> str | None:
 
 
 def _prompts(recipe: Recipe) -> list[str]:
-    flags = {"prompts": recipe.prompts, "heldout": recipe.heldout}
+    flags = {"prompts": ("training", recipe.prompts), "heldout": ("held-out", recipe.heldout)}
     return [
-        f"no {flag}: there is no file {path}. Pass --{flag} FILE with one prompt a line."
-        for flag, path in flags.items()
+        f"no {kind} prompts: there is no file {path}. Pass --{flag} FILE with one a line."
+        for flag, (kind, path) in flags.items()
         if path != "tiny" and not Path(path).is_file()
     ]
 
@@ -111,13 +130,13 @@ def cached(repo: str, file: str) -> bool:
 
 
 def _needs(recipe: Recipe) -> list[str]:
-    needed, lines = gibibytes(recipe), list[str]()
-    if needed is not None:
+    needed, count, lines = gibibytes(recipe), parameters(recipe.model), list[str]()
+    if needed is not None and count is not None and count > WITHOUT_GPU:
         lines.append(
-            f"What it needs: {PARAMETERS[recipe.model] / 1e9:.1f} G parameters, all of them trained, in float32: "
+            f"What it needs: {count / 1e9:.1f} G parameters, all of them trained, in float32: "
             f"{needed:.0f} GiB for weights, gradients, AdamW's two moments and EMA, on one device (the paper used 16 "
             "GPUs; sharding is not there yet)."
         )
-    if recipe.model == "black-forest-labs/FLUX.1-dev":
+    if count == PARAMETERS["black-forest-labs/FLUX.1-dev"]:
         lines.append(_FLUX)
     return [*lines, "The same recipe without --preset paper runs on any CPU in minutes, on the embedded tiny Flux."]

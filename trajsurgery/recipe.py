@@ -45,7 +45,9 @@ class Optimiser:
     rate: float = 3e-4
     """The learning rate, constant."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the mean gradient and of the mean square."""
     weight_decay: float = 1e-4
+    """Decoupled from the gradient."""
     clip: float = 1.0
     """The gradient's norm is clipped to it."""
 
@@ -88,6 +90,7 @@ class Recipe:
     ema: float = 0.995
     """Decay of the moving average of the weights, which is what is evaluated and saved."""
     iterations: int = 150
+    """Steps of the optimiser. A finished run goes on if there are more of them."""
     evaluation: Evaluation = field(default_factory=Evaluation)
     seed: int = 0
     """All draws follow from it."""

@@ -18,6 +18,8 @@ BEFORE, AFTER = "#7a8691", "#0b6e99"
 def curve(path: Path, title: str, records: Sequence[Mapping[str, Any]]) -> Path:
     """Draws the training reward of each iteration, its moving mean, and the held-out reward before and after.
 
+    The bar is two paired standard errors of the gain.
+
     Args:
         records: the lines of metrics.jsonl; the evaluation's may be missing.
     """
@@ -34,7 +36,7 @@ def curve(path: Path, title: str, records: Sequence[Mapping[str, Any]]) -> Path:
         ends = ((times[0], "before", BEFORE), (times[-1], "after (EMA)", AFTER))
         for t, when, colour in ends:
             mean = evaluation[f"reward_{when.split()[0]}"]
-            bar = 2 * (evaluation["reward_gain_se"] or 0)
+            bar = 2 * (evaluation["reward_gain_se"] or 0) if when != "before" else None
             axes.errorbar(t, mean, bar, fmt="o", color=colour, capsize=4, markeredgecolor="white", markersize=9,
                           label=f"held out, {when}: {mean:.3f}")  # fmt: skip
     axes.set(xlabel="iteration", ylabel="reward", title=title)
@@ -59,7 +61,7 @@ def samples(path: Path, title: str, before: Scores, after: Scores, columns: int 
     count = min(len(before.pictures), len(after.pictures))
     columns = min(columns, count)
     rows = math.ceil(count / columns)
-    figure = Figure(figsize=(3.5 * columns, 2.25 * rows + 0.6), layout="constrained")
+    figure = Figure(figsize=(3.5 * columns, 2.15 * rows + 0.5), layout="constrained")
     figure.suptitle(title, fontsize=13)
     for place, part in enumerate(figure.subfigures(rows, columns, squeeze=False, wspace=0.06).flat):
         if place < count:

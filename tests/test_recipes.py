@@ -1,0 +1,64 @@
+"""Every recipe is a few lines, and runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import toy_world
+from trajsurgery.run import main
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "recipes").glob("*.py"))
+WEIGHTS = ROOT / "trajsurgery/tiny/weights"
+
+
+def module(path: Path) -> Any:
+    """A recipe's file, imported without running it."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+def test_there_is_one_for_each_method() -> None:
+    assert {path.stem for path in FILES} >= {"leapalign_flux", "drtune_flux", "refl_flux", "draft_lv_flux"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_recipe_is_a_few_lines_and_runs(path: Path, tmp_path: Path) -> None:
+    assert len(path.read_text().splitlines()) < 30
+    recipes = module(path).RECIPES
+    assert recipes["tiny"].output == Path("outputs") / path.stem
+    assert recipes["paper"].model == "black-forest-labs/FLUX.1-dev"
+    assert recipes["paper"].method == recipes["tiny"].method
+    short = toy_world.recipe(tmp_path)
+    settings = {"rollout": replace(short.rollout, steps=12), "evaluation": short.evaluation, "threads": 1}
+    recipe = replace(recipes["tiny"], iterations=2, output=tmp_path, **settings)
+    assert main(recipe, toy_world.world(recipe)) is not None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not WEIGHTS.exists(), reason="the embedded world has no weights yet")
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_recipe_runs_on_the_embedded_world(path: Path, tmp_path: Path) -> None:
+    flags = ["--iterations", "2", "--rollout.batch", "4", "--evaluation.images", "12", "--threads", "1"]
+    done = subprocess.run(
+        [sys.executable, str(path), *flags], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = (tmp_path / "outputs" / path.stem / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 3
+    found = json.loads(lines[-1])
+    assert found["images"] == 12
+    assert len(found["categories"]) == 6
+    assert "rule-based score" in done.stdout

@@ -1,0 +1,178 @@
+"""What a run reports: paired statistics, the pictures, the closing words, and the whole of `main`."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from matplotlib.image import imread
+from rich.console import Console
+from torch import Tensor
+
+from tests import toy_world
+from trajsurgery import report
+from trajsurgery.checkpoint import METRICS, Log, Training
+from trajsurgery.evaluate import compare, in_standard_errors, paired
+from trajsurgery.heldout import Scores, evaluate, spread
+from trajsurgery.run import main
+from trajsurgery.world import Asked
+
+
+def scores(reward: Sequence[float], correct: Sequence[bool] | None = None, texts: str = "") -> Scores:
+    """A record of as many images as rewards; every other one is of category b."""
+    count = len(reward)
+    return Scores(
+        tuple(texts or map(str, range(count))),
+        tuple("ab"[i % 2] for i in range(count)),
+        torch.tensor(reward),
+        None if correct is None else torch.tensor(correct),
+        None if correct is None else torch.zeros(count),
+        torch.rand(min(3, count), 3, 8, 8, generator=torch.Generator().manual_seed(0)),
+    )
+
+
+def test_gains_are_paired() -> None:
+    before, noise = torch.randn(400), torch.randn(400)
+    found = paired(before, before + 0.1 + 0.01 * noise, tuple(map(str, range(400))))
+    assert found.gain == pytest.approx(0.1, abs=0.003)
+    assert found.se == pytest.approx(0.01 * float(noise.std()) / 20, rel=1e-4)
+    assert found.se_by_prompt == pytest.approx(found.se, rel=1e-3)
+
+
+def test_images_of_one_prompt_are_not_independent() -> None:
+    """Ten prompts, forty images each, whose gains differ by prompt alone: the spread is that of ten numbers."""
+    gains = torch.randn(10, generator=torch.Generator().manual_seed(1)).double()
+    clusters = tuple(str(i % 10) for i in range(400))
+    found = paired(torch.zeros(400), gains.repeat(40), clusters)
+    assert found.se_by_prompt == pytest.approx(float(gains.std()) / math.sqrt(10), rel=1e-6)
+    assert found.se < found.se_by_prompt / 5
+
+
+def test_a_single_image_has_no_standard_error() -> None:
+    found = paired(torch.zeros(1), torch.ones(1), ("a",))
+    assert math.isnan(found.se)
+    assert math.isnan(found.se_by_prompt)
+
+
+def test_the_evaluation_has_the_names_that_ci_reads() -> None:
+    found = compare(
+        scores([0.1, 0.2, 0.3, 0.4], [True, False, False, False]), scores([0.2] * 4, [True, True, True, False])
+    )
+    wanted = "reward_before reward_after reward_gain reward_gain_se rule_before rule_after rule_gain_se junk_before junk_after"
+    assert {"kind", "images", "categories", *wanted.split()} <= found.keys()
+    assert (found["rule_before"], found["rule_after"], found["rule_gain"]) == (0.25, 0.75, 0.5)
+    assert found["categories"]["a"]["images"] == 2
+    assert found["categories"]["b"]["rule_after"] == 0.5
+    assert found["reward_gain"] == pytest.approx(-0.05)
+    assert in_standard_errors(found) == pytest.approx(-0.05 / found["reward_gain_se"])
+
+
+def test_without_rules_there_is_the_reward_alone() -> None:
+    found = compare(scores([0.1, 0.2]), scores([0.3, 0.3]))
+    assert "rule_gain" not in found
+    assert "junk_before" not in found
+    report.table(found)
+    assert "rule" not in report.verdict(found)
+
+
+def test_other_prompts_are_not_compared() -> None:
+    with pytest.raises(ValueError, match="same prompts"):
+        compare(scores([1.0, 2.0], texts="xy"), scores([1.0, 2.0], texts="yx"))
+
+
+def test_prompts_are_spread_over_the_categories() -> None:
+    asked = [*(Asked(f"a{i}", "a") for i in range(3)), Asked("b0", "b"), *(Asked(f"c{i}", "c") for i in range(40))]
+    found = spread(asked, 12)
+    assert [prompt.category for prompt in found] == list("abc") * 4
+    assert [prompt.text for prompt in found if prompt.category == "a"] == ["a0", "a1", "a2", "a0"]
+    assert found == spread(asked, 100)[:12]
+
+
+def test_an_evaluation_is_the_same_whenever_it_is_asked(tmp_path: Path) -> None:
+    recipe = toy_world.recipe(tmp_path)
+    world = toy_world.world(recipe)
+    first, again = evaluate(recipe, world), evaluate(recipe, world)
+    assert torch.equal(first.reward, again.reward)
+    assert torch.equal(first.pictures, again.pictures)
+    assert len(first.pictures) == recipe.evaluation.pictures
+    assert not torch.equal(first.reward, evaluate(replace(recipe, seed=5), world).reward)
+    assert first.correct is not None
+    wanted = toy_world.rules(first.pictures, first.texts[:4])[0]
+    assert torch.equal(first.correct[:4], wanted)
+    assert Scores.from_dict(first.to_dict()).texts == first.texts
+
+
+def test_smoothing_keeps_a_constant_and_the_ends() -> None:
+    assert report.smoothed([2.0] * 30) == pytest.approx([2.0] * 30)
+    assert report.smoothed([1.0]) == [1.0]
+    assert report.smoothed([]) == []
+
+
+def test_pictures_are_drawn(tmp_path: Path) -> None:
+    before, after = scores([0.1, 0.2, 0.3], [True, False, True]), scores([0.2, 0.4, 0.3], [True, True, False])
+    picture = imread(report.samples(tmp_path / "samples.png", "title", before, after))
+    assert picture.shape[1] > picture.shape[0] > 200
+    lines = [{"kind": "iteration", "iteration": i, "reward": None if i == 3 else i / 10} for i in range(1, 9)]
+    for records in (lines, [*lines, compare(before, after)], lines[:1]):
+        assert imread(report.curve(tmp_path / "reward.png", "title", records)).std() > 0.02
+
+
+def said(recipe: Any, terminal: bool, **changes: Any) -> tuple[str, dict[str, Any]]:
+    """What `main` prints, and what it returns."""
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=110)
+    found = main(recipe, replace(toy_world.world(recipe), **changes), console)
+    assert found is not None
+    return out.getvalue(), found
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_main_leaves_everything_there_is_to_see(tmp_path: Path, terminal: bool) -> None:
+    recipe = toy_world.recipe(tmp_path)
+    printed, found = said(recipe, terminal)
+    for name in ("reward.png", "samples.png", "plan.svg", "metrics.jsonl", "recipe.json"):
+        assert (tmp_path / name).stat().st_size > 100
+    lines = Log(tmp_path / METRICS).read()
+    assert [line["kind"] for line in lines] == ["iteration"] * 6 + ["evaluation"]
+    assert lines[-1] == json.loads(json.dumps(found))
+    assert found["images"] == 10
+    assert found["reward_gain"] > 3 * found["reward_gain_se"]
+    assert found["seconds"] >= sum(line["seconds"] for line in lines[:-1]) - 0.1
+    assert json.loads((tmp_path / "recipe.json").read_text()) == recipe.to_dict()
+    for words in ("paired SE", "rule-based score", "junk pixels", "standard errors", "samples.png", "LeapAlign"):
+        assert words in printed
+
+
+def test_the_weights_written_are_the_averaged_ones_and_diffusers_loads_them(tmp_path: Path) -> None:
+    recipe = toy_world.recipe(tmp_path)
+    said(recipe, False)
+    loaded = FluxTransformer2DModel.from_pretrained(tmp_path / "transformer")
+    world = toy_world.world(recipe)
+    training = Training.start(recipe, world.module)
+    training.restore(torch.load(tmp_path / "checkpoint.pt", weights_only=True))
+    for value, average, p in zip(loaded.parameters(), training.ema.shadow_params, training.parameters, strict=True):
+        assert torch.equal(value, average)
+        assert not torch.equal(average, p)
+
+
+def test_skipped_iterations_are_said(tmp_path: Path) -> None:
+    class Once(toy_world.LikesRed):
+        done = False
+
+        def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+            found = super().__call__(images, prompts)
+            first, self.done = images.requires_grad and not self.done, self.done or images.requires_grad
+            return found * math.nan if first else found
+
+    printed, found = said(toy_world.recipe(tmp_path), True, reward=Once())
+    assert found["skipped"] == 1
+    assert "skipped 1" in printed
+    assert "1 iterations were skipped" in printed
