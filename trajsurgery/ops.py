@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Call = Callable[[Tensor], Tensor]
@@ -64,7 +63,7 @@ class _Connect(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.dtype = inputs[0].dtype
+        ctx.dtype, ctx.real_dtype = inputs[0].dtype, inputs[1].dtype
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -72,7 +71,7 @@ class _Connect(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return tangent.clone()
+        return tangent.to(ctx.real_dtype, copy=True)
 
 
 class _Scale(torch.autograd.Function):
@@ -99,20 +98,31 @@ class _Recompute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, value: Tensor | None, x: Tensor, *params: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.call, ctx.state = call, _kernel_state(x.device.type)
-        ctx.save_for_backward(x, *params)
+        # Not saved tensors: hooks such as save_on_cpu would hand back copies, which the call does not depend on.
+        ctx.params, ctx.versions = params, [p._version for p in params]
+        ctx.save_for_backward(x)
         if value is None:
             with torch.no_grad():
                 value = call(x.detach())
         return value.detach().clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, *params = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "create_graph=True: memory='recompute' is first-order only, its gradient would be a constant to the "
+                "second derivative. Use memory='retain'."
+            )
+        (x,) = ctx.saved_tensors
+        if [p._version for p in ctx.params] != ctx.versions:
+            raise RuntimeError(
+                "a parameter was changed in place between the forward and the backward pass: recompute would give the "
+                "gradient of another model. Call backward() before optimizer.step()."
+            )
         x = x.detach().requires_grad_(ctx.needs_input_grad[2])
         with torch.enable_grad(), _restored(ctx.state):
             out = ctx.call(x)
-        wanted = [v for v, need in zip((x, *params), ctx.needs_input_grad[2:], strict=True) if need]
+        wanted = [v for v, need in zip((x, *ctx.params), ctx.needs_input_grad[2:], strict=True) if need]
         found = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype), allow_unused=True))
         return None, None, *(next(found) if need else None for need in ctx.needs_input_grad[2:])
 
