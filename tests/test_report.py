@@ -66,8 +66,10 @@ def test_the_evaluation_has_the_names_that_ci_reads() -> None:
     found = compare(
         scores([0.1, 0.2, 0.3, 0.4], [True, False, False, False]), scores([0.2] * 4, [True, True, True, False])
     )
-    wanted = "reward_before reward_after reward_gain reward_gain_se rule_before rule_after rule_gain_se junk_before junk_after"
-    assert {"kind", "images", "categories", *wanted.split()} <= found.keys()
+    wanted = {
+        f"{name}_{when}" for name in ("reward", "rule", "junk") for when in ("before", "after", "gain", "gain_se")
+    }
+    assert {"kind", "images", "categories", *wanted} <= found.keys()
     assert (found["rule_before"], found["rule_after"], found["rule_gain"]) == (0.25, 0.75, 0.5)
     assert found["categories"]["a"]["images"] == 2
     assert found["categories"]["b"]["rule_after"] == 0.5
@@ -175,4 +177,4 @@ def test_skipped_iterations_are_said(tmp_path: Path) -> None:
     printed, found = said(toy_world.recipe(tmp_path), True, reward=Once())
     assert found["skipped"] == 1
     assert "skipped 1" in printed
-    assert "1 iterations were skipped" in printed
+    assert "skipped iterations: 1" in printed

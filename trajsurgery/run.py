@@ -118,9 +118,8 @@ def _said(recipe: Recipe, console: Console, evaluation: dict[str, Any], remark: 
     console.print(report.table(evaluation))
     console.print(report.verdict(evaluation), highlight=False)
     if evaluation["skipped"]:
-        console.print(
-            f"[bold red]{evaluation['skipped']} iterations were skipped[/]: their loss or gradient was not finite"
-        )
+        skipped = f"[bold red]skipped iterations: {evaluation['skipped']}[/] (loss or gradient not finite)"
+        console.print(skipped, highlight=False)
     console.print(
         f"{evaluation['seconds']:.0f} s. In {recipe.output}: samples.png, reward.png, plan.svg, metrics.jsonl, "
         "transformer/" + (f"\n{remark}" if remark else ""),
