@@ -1,6 +1,8 @@
-"""A scene as a Mermaid flowchart."""
+"""A scene as a Mermaid flowchart: plain lines are the rollout, arrows the surgery."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 from trajsurgery.scene import Edge, Scene
 
@@ -24,8 +26,12 @@ def mermaid(scene: Scene) -> str:
         label = _label(edge)
         arrow = _ARROWS.get(edge.kind, "-->") + (f'|"{label}"|' if label else "")
         lines.append(f"  {name[edge.start]} {arrow} {name[edge.end]}")
-        width = f"{1 + 2 * min(1.0, edge.weight):.1f}px"
+        width = f"{1 + 2 * min(1.0, edge.weight) if edge.live else 1:.1f}px"
         styles.append(f"  linkStyle {i} stroke:{'#c8321f' if edge.live else '#a9b0b8'},stroke-width:{width}")
+    real = sorted((mark for mark in scene.marks if mark.kind == "real"), key=lambda mark: scene.at(mark.column))
+    for i, (mark, after) in enumerate(pairwise(real), len(scene.edges)):
+        lines.append(f"  {name[mark]} --- {name[after]}")
+        styles.append(f"  linkStyle {i} stroke:#3b5b7a,stroke-width:1.5px")
     live = ",".join(name[mark] for mark in scene.marks if mark in scene.lit)
     lines += [*styles, "  classDef live stroke:#c8321f,stroke-width:2px"]
     return "\n".join([*lines, *([f"  class {live} live"] if live else [])]) + "\n"
