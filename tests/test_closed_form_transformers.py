@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tests.closed_form import Witness
 from tests.problems import cotangents, distance, grads, outputs
-from tests.small_transformers import flux, float64_throughout, sd3
+from tests.small_transformers import float64_throughout, flux, sd3
 from tests.tolerances import GRADIENT, STOCK
 from trajsurgery import apply, rollout
 from trajsurgery.testing import plans, sigmas

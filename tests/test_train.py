@@ -46,7 +46,7 @@ def gradient(recipe: Recipe, method: Method, **rollout: Any) -> list[Tensor]:
     )
     world = toy_world.world(recipe)
     training, found = Training.start(recipe, world.module), list[Tensor]()
-    training.optimiser.step = lambda: found.extend(p.grad.clone() for p in training.parameters)  # pyright: ignore
+    training.optimiser.step = lambda: found.extend(p.grad.clone() for p in training.parameters)
     iterate(recipe, world, Embeddings(world.pipe, world.texts), training, 0.9)
     return found
 
