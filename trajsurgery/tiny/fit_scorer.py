@@ -2,6 +2,9 @@
 
 Each picture is judged by each prompt, and the scene itself says which are true of it; so hard negatives of every kind
 (colours or order swapped, one object more, fewer or other) are in every batch. The rule-based evaluator has no part.
+
+A contrastive loss alone learns bags of words for a long time. So throw-away linear heads on both embeddings also say
+what each quadrant holds: which colour belongs to which shape, and where it is, is then in the embeddings early on.
 """
 
 import json
@@ -13,6 +16,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from trajsurgery.tiny.compose import compose
+from trajsurgery.tiny.layout import KINDS, contents, divergence, layouts
 from trajsurgery.tiny.prompt import draw_prompts, meanings, split_prompts
 from trajsurgery.tiny.render import render
 from trajsurgery.tiny.scorer import Reward, new_clip, normalised
@@ -32,6 +36,7 @@ BATCH, SPOILT = 96, 20  # pictures that prompts are true of, and pictures that n
 POOL = 6144  # scenes decoded from noisy latents, a quarter of every batch
 RADII = (0.5, 2.5)  # of the attacks, in the L2 norm of a picture, drawn for each; a circle is about 3 from a square
 PUSHES = 3
+LESSON = 0.3  # weight of the divergence of the guessed layouts
 ATTACKS_FROM = 0.25  # share of the steps after which every other picture is attacked
 
 
@@ -70,42 +75,52 @@ def scorer_stage(budget: Budget, folder: Path, vae: Any) -> Stage:
     clip, tokenizer = new_clip(folder / "scorer")
     clip.logit_scale.data.fill_(2.5)  # e^2.5 = 12: cosines that a softmax can tell apart
     shift = nn.Parameter(torch.tensor(-6.0))
-    modules = nn.ModuleDict({"clip": clip, "shift": nn.ParameterList([shift])})
+    image_head, text_head = (nn.Linear(clip.visual.output_dim, 4 * (KINDS + 1)) for _ in range(2))
+    modules = nn.ModuleDict(
+        {"clip": clip, "shift": nn.ParameterList([shift]), "heads": nn.ModuleList([image_head, text_head])}
+    )
     prompts = {split: split_prompts(split) for split in ("train", "validation")}
     tokens = {split: tokenizer([prompt.text for prompt in prompts[split]]) for split in prompts}
     meaning = meanings(prompts["train"])
     generator = Generator().manual_seed(budget.seed + 5)
     pool = compose(meanings(draw_prompts("train", POOL, WEIGHTS, generator)), generator)
     pictures = torch.cat([decoded(vae, render(pool[slice(i, i + 256)]), generator) for i in range(0, POOL, 256)])
-    pool_truth = holds(pool, meaning, every_pair=True)
+    pool_truth, said = holds(pool, meaning, every_pair=True), layouts(prompts["train"], generator)
 
-    def logits_of(images: Tensor, texts: Tensor) -> Tensor:
-        found = clip.encode_image(normalised(images), normalize=True)
-        return clip.logit_scale.exp() * found @ texts.T + shift
+    def logits_of(found: Tensor, texts: Tensor) -> Tensor:
+        return (
+            clip.logit_scale.exp() * functional.normalize(found, dim=-1) @ functional.normalize(texts, dim=-1).T + shift
+        )
 
-    def batch_of(generator: Generator) -> tuple[Tensor, Tensor]:
+    def see(images: Tensor) -> Tensor:
+        return clip.encode_image(normalised(images))
+
+    def batch_of(generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
         fresh = compose(meanings(draw_prompts("train", 3 * BATCH // 4, WEIGHTS, generator)), generator)
         rows = torch.randint(POOL, (BATCH // 4,), generator=generator)
         clean = torch.cat([render(fresh), pictures[rows]])
         truth = torch.cat([holds(fresh, meaning, every_pair=True), pool_truth[rows]])
         images = torch.cat([degrade(clean, generator), nonsense(clean[:SPOILT], generator)])
-        return images, torch.cat([truth, torch.zeros(SPOILT, len(meaning), dtype=torch.bool)])
+        shown = torch.cat([contents(fresh), contents(pool[rows])])
+        return images, torch.cat([truth, torch.zeros(SPOILT, len(meaning), dtype=torch.bool)]), shown
 
     def loss(step: int, generator: Generator) -> Tensor:
-        images, truth = batch_of(generator)
+        images, truth, shown = batch_of(generator)
         asked = torch.randperm(len(meaning), generator=generator)[: len(meaning) // 2]
-        truth, texts = truth[:, asked], clip.encode_text(tokens["train"][asked], normalize=True)
+        truth, texts = truth[:, asked], clip.encode_text(tokens["train"][asked])
         if step >= ATTACKS_FROM * budget.steps:
             fixed, half = texts.detach(), truth[::2]
-            images[::2] = attack(images[::2], lambda x: fit_loss(logits_of(x, fixed), half), generator)
-        return fit_loss(logits_of(images, texts), truth)
+            images[::2] = attack(images[::2], lambda x: fit_loss(logits_of(see(x), fixed), half), generator)
+        found = see(images)
+        lesson = divergence(image_head(found[:BATCH]), shown).mean() + divergence(text_head(texts), said[asked]).mean()
+        return fit_loss(logits_of(found, texts), truth) + LESSON * lesson
 
     def report() -> str:
         generator = Generator().manual_seed(6)
         asked = [prompt for prompt in prompts["validation"] for _ in range(6)]
         scenes = compose(meanings(asked), generator)
         truth = holds(scenes, meanings(prompts["validation"]), every_pair=True)
-        logits = logits_of(render(scenes), clip.encode_text(tokens["validation"], normalize=True))
+        logits = logits_of(see(render(scenes)), clip.encode_text(tokens["validation"]))
         best = logits.masked_fill(truth, float("-inf")).amax(1)
         own = logits.gather(1, torch.arange(len(prompts["validation"])).repeat_interleave(6)[:, None])[:, 0]
         return f"own prompt above all false ones of validation: {float((own > best).float().mean()):.3f}"

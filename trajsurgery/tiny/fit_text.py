@@ -11,16 +11,12 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn import functional
 
-from trajsurgery.tiny.compose import compose
-from trajsurgery.tiny.prompt import Prompt, meanings, split_prompts
-from trajsurgery.tiny.scene import ABSENT, COLOURS, SHAPES, SIDE
+from trajsurgery.tiny.layout import KINDS, divergence, layouts
+from trajsurgery.tiny.prompt import split_prompts
 from trajsurgery.tiny.stage import Budget, Stage
 from trajsurgery.tiny.tokenizers import TEXT_LENGTH
 
-KINDS = len(SHAPES) * len(COLOURS)
-SCENES = 256  # drawn for each prompt to estimate its layout
 BLUR = 0.5  # relative noise on the word embeddings: without it the encoders learn the few hundred prompts by heart
 
 
@@ -42,24 +38,6 @@ class Encoders:
     def encode(self, clip_tokens: Tensor, t5_tokens: Tensor) -> tuple[Tensor, Tensor]:
         """CLIP's pooled state, Float[batch width], and T5's states, Float[batch TEXT_LENGTH width]."""
         return self.clip(clip_tokens).pooler_output, self.t5(t5_tokens)[0]
-
-
-def layouts(prompts: tuple[Prompt, ...], generator: Generator) -> Tensor:
-    """Float[prompts 4 KINDS+1]: over SCENES scenes, how often each quadrant holds each kind; the last is "nothing"."""
-    meaning = meanings(prompts)
-    rows = torch.arange(len(prompts)).repeat_interleave(SCENES)
-    scenes = compose(meaning[rows], generator)
-    cell = (scenes.centre / (SIDE / 2)).long()
-    quadrant = cell[..., 0] + 2 * cell[..., 1]
-    kind = scenes.shape * len(COLOURS) + scenes.colour
-    held = torch.zeros(len(rows), 4, KINDS + 1)
-    held.scatter_add_(
-        1,
-        quadrant[..., None].expand(-1, -1, KINDS + 1),
-        functional.one_hot(kind.clamp(min=0), KINDS + 1).float() * (scenes.shape != ABSENT)[..., None],
-    )
-    held[..., KINDS] = 1 - held[..., :KINDS].sum(-1)
-    return held.view(len(prompts), SCENES, 4, KINDS + 1).mean(1)
 
 
 @contextmanager
@@ -86,21 +64,17 @@ def text_stage(budget: Budget, encoders: Encoders) -> Stage:
     known = {s: layouts(split_prompts(s), Generator().manual_seed(7)) for s in ("train", "validation")}
     tokens = {s: encoders.tokens([p.text for p in split_prompts(s)]) for s in ("train", "validation")}
 
-    def divergence(split: str) -> Tensor:
+    def lesson(split: str) -> Tensor:
         pooled, states = encoders.encode(*tokens[split])
-        target = known[split]
         guesses = (heads["clip"](pooled), heads["t5"](states).mean(1))
-        logs = [guess.view(target.shape).log_softmax(-1) for guess in guesses]
-        return sum(
-            ((target * (target.clamp(min=1e-6).log() - log)).sum((1, 2)) for log in logs), torch.zeros(())
-        ).mean()
+        return sum((divergence(guess, known[split]) for guess in guesses), torch.zeros(())).mean()
 
     def loss(step: int, generator: Generator) -> Tensor:
         with blurred(encoders, generator):
-            return divergence("train")
+            return lesson("train")
 
     def report() -> str:
-        return f"divergence from the layouts of validation prompts {float(divergence('validation')):.3f}"
+        return f"divergence from the layouts of validation prompts {float(lesson('validation')):.3f}"
 
     modules = nn.ModuleDict({"clip": encoders.clip, "t5": encoders.t5, "heads": heads})
     return Stage("text", modules, loss, budget, report, report_every=100)

@@ -1,6 +1,7 @@
 """The reward of the world: a real open_clip CLIP, small, robust, and frozen."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ WEIGHTS = Path(__file__).parent / "weights" / "scorer"
 def configuration(vocabulary: int) -> dict[str, Any]:
     """The open_clip model config: images of SIDE pixels in patches of eight, texts of TEXT_LENGTH tokens."""
     return {
-        "embed_dim": 64,
+        "embed_dim": 96,
         "vision_cfg": {
             "image_size": SIDE,
             "layers": 4,
@@ -92,7 +93,7 @@ class Reward(nn.Module):
         return (pictures * self.embed([str(prompt) for prompt in prompts])).sum(-1)
 
     def embed(self, texts: list[str]) -> Tensor:
-        """Float[texts 64], unit text embeddings; each text is encoded once and kept."""
+        """Float[texts 96], unit text embeddings; each text is encoded once and kept."""
         weight: Tensor = self.clip.text_projection
         fresh = [text for text in dict.fromkeys(texts) if text not in self._texts]
         if fresh:
@@ -120,12 +121,13 @@ class Reward(nn.Module):
         if isinstance(prompts, str) or len(prompts) != len(images):
             received = "one string" if isinstance(prompts, str) else f"{len(prompts)}"
             raise RewardError(f"{self.name} takes one prompt an image: {len(images)} images, prompts: {received}")
-        low, high = torch.aminmax(images.detach()) if images.numel() else (0.0, 1.0)
-        bounds = torch.tensor([float(low), float(high)])
-        if bounds.isnan().any():
+        if not images.numel():
+            return
+        low, high = torch.stack(torch.aminmax(images.detach())).tolist()  # the one wait for the device
+        if math.isnan(low):
             raise RewardError(f"{self.name} received images with NaN: the sampler or the decoder has diverged")
-        if bounds[0] < -1e-3 or bounds[1] > 1 + 1e-3:
+        if low < -1e-3 or high > 1 + 1e-3:
             raise RewardError(
-                f"{self.name} takes images in [0, 1], received values from {bounds[0]:.3g} to {bounds[1]:.3g}: "
+                f"{self.name} takes images in [0, 1], received values from {low:.3g} to {high:.3g}: "
                 "ask the pipeline for output_type='pt', or map [-1, 1] by x / 2 + 0.5"
             )

@@ -1,5 +1,6 @@
 """`python -m trajsurgery.tiny.train`: makes the shipped weights from seeds, and goes on where it was killed."""
 
+import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-StageName = Literal["vae", "text", "flux", "scorer", "all"]
+StageName = Literal["vae", "text", "flux", "scorer", "ship", "all"]
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class Training:
     """What to train, where to, and for how long. The defaults made the shipped weights."""
 
     stage: StageName = "all"
-    """One stage, given the results of those before it in the output folder, or all."""
+    """One stage, given the results of those before it, or all; "ship" copies the results to the package."""
     output: Path = Path("outputs/tiny")
     """Checkpoints and weights; a second call goes on from them."""
     threads: int = 1
@@ -25,6 +26,7 @@ class Training:
     text_steps: int = 700
     flux_steps: int = 7000
     scorer_steps: int = 1600
+    vae_batch: int = 48
     batch: int = 64
     """Pictures a step of the flux stage, two noises for each caption."""
     scenes: int = 48_000
@@ -49,7 +51,7 @@ def train_vae(config: Training) -> None:
     from trajsurgery.tiny.fit_vae import vae_stage
     from trajsurgery.tiny.stage import Budget, run
 
-    stage = vae_stage(Budget(config.vae_steps, 2e-3, seed=config.seed, save_every=config.save_every), batch=48)
+    stage = vae_stage(Budget(config.vae_steps, 2e-3, seed=config.seed, save_every=config.save_every), config.vae_batch)
     run(stage, config.output, say)
     model: Any = stage.modules["vae"]
     model.save_pretrained(config.output / "pipeline" / "vae")
@@ -120,12 +122,25 @@ def train_scorer(config: Training) -> None:
     save_scorer(stage, config.output)
 
 
+def ship(config: Training) -> None:
+    """Copies pipeline and scorer to the package's weights, with what made them: never part of "all"."""
+    import shutil
+
+    from trajsurgery.tiny.measure import WEIGHTS, origin
+
+    for part in ("pipeline", "scorer"):
+        shutil.rmtree(WEIGHTS / part, ignore_errors=True)
+        shutil.copytree(config.output / part, WEIGHTS / part)
+    made = {**origin(), "command": f"python -m trajsurgery.tiny.train --seed {config.seed}"}
+    (WEIGHTS / "made.json").write_text(json.dumps(made, indent=1) + "\n")
+
+
 def main(config: Training) -> None:
     """Runs the stage asked for, or all in order."""
     torch.set_num_threads(config.threads)
     stages = {"vae": train_vae, "text": train_text, "flux": train_flux, "scorer": train_scorer}
     for name in stages if config.stage == "all" else (config.stage,):
-        stages[name](config)
+        {**stages, "ship": ship}[name](config)
 
 
 if __name__ == "__main__":
