@@ -18,7 +18,7 @@ from trajsurgery.errors import PlanError, SamplerError
 from trajsurgery.graph import faithful, is_faithful, needs_gradient, reached
 from trajsurgery.linear import value
 from trajsurgery.node import Advance, Leap, Node, Velocity
-from trajsurgery.params import Fields, Params, leaves, named, trainable
+from trajsurgery.params import Fields, Params, complete, leaves, named, trainable
 from trajsurgery.plan import Plan
 from trajsurgery.trajectory import Trajectory
 
@@ -160,7 +160,11 @@ def outputs(
     if memory == "retain" or _transforming():
         return execution.finish(fields, retained)
     trained = recompute_leaves(execution, fields, params)
-    return execution.finish(fields, lambda call, x, known: ops.recompute(call, x, trained, known))
+
+    def recomputed(call: Callable[[Tensor], Tensor], x: Tensor, known: Tensor | None) -> Tensor:
+        return ops.recompute(complete(call, trained) if params is None else call, x, trained, known)
+
+    return execution.finish(fields, recomputed)
 
 
 def recompute_leaves(execution: Execution, fields: Fields, params: Params) -> tuple[Tensor, ...]:

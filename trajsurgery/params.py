@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -87,7 +87,31 @@ def _cached(field: Field, x: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
 def _walk(field: Field, x: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
     """The leaves of the graph of one call."""
     with torch.enable_grad():
-        out = field(x.detach(), sigma)
+        return _leaves_of(field(x.detach(), sigma))
+
+
+def complete(call: Callable[[Tensor], Tensor], trained: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+    """The call, checked: every leaf that its value depends on is its input or one of those that train.
+
+    A field may have got other leaves since they were looked up (thawed, swapped): they would get no gradient, silently.
+    """
+
+    def checked(x: Tensor) -> Tensor:
+        out = call(x)
+        known = {id(leaf) for leaf in (x, *trained)}
+        missed = [tuple(leaf.shape) for leaf in _leaves_of(out) if id(leaf) not in known]
+        if missed:
+            raise SamplerError(
+                f"the field depends on leaves of shapes {missed} that it did not depend on when its parameters were "
+                "looked up, or that its parameters() do not hold: recompute would drop their gradients. Name what "
+                "trains with params=."
+            )
+        return out
+
+    return checked
+
+
+def _leaves_of(out: Tensor) -> tuple[Tensor, ...]:
     stack: list[Any] = [out.grad_fn]
     seen, found = set[Any](), list[Tensor]()
     if out.grad_fn is None and out.requires_grad:
