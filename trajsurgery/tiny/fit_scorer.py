@@ -3,8 +3,9 @@
 Each picture is judged by each prompt, and the scene itself says which are true of it; so hard negatives of every kind
 (colours or order swapped, one object more, fewer or other) are in every batch. The rule-based evaluator has no part.
 
-A contrastive loss alone learns bags of words for a long time. So throw-away linear heads on both embeddings also say
-what each quadrant holds: which colour belongs to which shape, and where it is, is then in the embeddings early on.
+A contrastive loss alone learns bags of words, and for long no relation at all. So a throw-away linear head,
+one for both embeddings, says what each quadrant holds: first on its own, then beside the contrast. Which colour belongs
+to which shape and where it is are then in both embeddings, in the same directions.
 """
 
 import json
@@ -16,6 +17,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from trajsurgery.tiny.compose import compose
+from trajsurgery.tiny.fit_text import blurred
 from trajsurgery.tiny.layout import KINDS, contents, divergence, layouts
 from trajsurgery.tiny.prompt import draw_prompts, meanings, split_prompts
 from trajsurgery.tiny.render import render
@@ -36,8 +38,9 @@ BATCH, SPOILT = 96, 20  # pictures that prompts are true of, and pictures that n
 POOL = 6144  # scenes decoded from noisy latents, a quarter of every batch
 RADII = (0.5, 2.5)  # of the attacks, in the L2 norm of a picture, drawn for each; a circle is about 3 from a square
 PUSHES = 3
-LESSON = 0.3  # weight of the divergence of the guessed layouts
-ATTACKS_FROM = 0.25  # share of the steps after which every other picture is attacked
+LESSON = 0.5  # weight of the divergence of the guessed layouts
+CONTRAST_FROM = 0.3  # share of the steps that are lessons in layout only
+ATTACKS_FROM = 0.5  # share of the steps after which every other picture is attacked
 
 
 def fit_loss(logits: Tensor, truth: Tensor) -> Tensor:
@@ -75,10 +78,8 @@ def scorer_stage(budget: Budget, folder: Path, vae: Any) -> Stage:
     clip, tokenizer = new_clip(folder / "scorer")
     clip.logit_scale.data.fill_(2.5)  # e^2.5 = 12: cosines that a softmax can tell apart
     shift = nn.Parameter(torch.tensor(-6.0))
-    image_head, text_head = (nn.Linear(clip.visual.output_dim, 4 * (KINDS + 1)) for _ in range(2))
-    modules = nn.ModuleDict(
-        {"clip": clip, "shift": nn.ParameterList([shift]), "heads": nn.ModuleList([image_head, text_head])}
-    )
+    head = nn.Linear(clip.visual.output_dim, 4 * (KINDS + 1))
+    modules = nn.ModuleDict({"clip": clip, "shift": nn.ParameterList([shift]), "head": head})
     prompts = {split: split_prompts(split) for split in ("train", "validation")}
     tokens = {split: tokenizer([prompt.text for prompt in prompts[split]]) for split in prompts}
     meaning = meanings(prompts["train"])
@@ -88,12 +89,14 @@ def scorer_stage(budget: Budget, folder: Path, vae: Any) -> Stage:
     pool_truth, said = holds(pool, meaning, every_pair=True), layouts(prompts["train"], generator)
 
     def logits_of(found: Tensor, texts: Tensor) -> Tensor:
-        return (
-            clip.logit_scale.exp() * functional.normalize(found, dim=-1) @ functional.normalize(texts, dim=-1).T + shift
-        )
+        return clip.logit_scale.exp() * found @ texts.T + shift
 
     def see(images: Tensor) -> Tensor:
-        return clip.encode_image(normalised(images))
+        return clip.encode_image(normalised(images), normalize=True)
+
+    def lesson(found: Tensor, texts: Tensor, shown: Tensor, layout: Tensor) -> Tensor:
+        guesses = head(10 * found), head(10 * texts)  # unit vectors are too short for confident guesses
+        return divergence(guesses[0], shown).mean() + divergence(guesses[1], layout).mean()
 
     def batch_of(generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
         fresh = compose(meanings(draw_prompts("train", 3 * BATCH // 4, WEIGHTS, generator)), generator)
@@ -106,21 +109,25 @@ def scorer_stage(budget: Budget, folder: Path, vae: Any) -> Stage:
 
     def loss(step: int, generator: Generator) -> Tensor:
         images, truth, shown = batch_of(generator)
+        if step < CONTRAST_FROM * budget.steps:
+            with blurred([clip.token_embedding], generator):
+                texts = clip.encode_text(tokens["train"], normalize=True)
+            return lesson(see(images[:BATCH:2]), texts, shown[::2], said)
         asked = torch.randperm(len(meaning), generator=generator)[: len(meaning) // 2]
-        truth, texts = truth[:, asked], clip.encode_text(tokens["train"][asked])
+        truth, texts = truth[:, asked], clip.encode_text(tokens["train"][asked], normalize=True)
         if step >= ATTACKS_FROM * budget.steps:
             fixed, half = texts.detach(), truth[::2]
             images[::2] = attack(images[::2], lambda x: fit_loss(logits_of(see(x), fixed), half), generator)
         found = see(images)
-        lesson = divergence(image_head(found[:BATCH]), shown).mean() + divergence(text_head(texts), said[asked]).mean()
-        return fit_loss(logits_of(found, texts), truth) + LESSON * lesson
+        taught = lesson(found[:BATCH], texts, shown, said[asked])
+        return fit_loss(logits_of(found, texts), truth) + LESSON * taught
 
     def report() -> str:
         generator = Generator().manual_seed(6)
         asked = [prompt for prompt in prompts["validation"] for _ in range(6)]
         scenes = compose(meanings(asked), generator)
         truth = holds(scenes, meanings(prompts["validation"]), every_pair=True)
-        logits = logits_of(see(render(scenes)), clip.encode_text(tokens["validation"]))
+        logits = logits_of(see(render(scenes)), clip.encode_text(tokens["validation"], normalize=True))
         best = logits.masked_fill(truth, float("-inf")).amax(1)
         own = logits.gather(1, torch.arange(len(prompts["validation"])).repeat_interleave(6)[:, None])[:, 0]
         return f"own prompt above all false ones of validation: {float((own > best).float().mean()):.3f}"

@@ -5,6 +5,7 @@ kind of object, or none. Flux then finds relations and bindings in the embedding
 """
 
 from collections.abc import Generator as Yields
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -41,13 +42,12 @@ class Encoders:
 
 
 @contextmanager
-def blurred(encoders: Encoders, generator: Generator) -> Yields[None]:
-    """Within the block the word embeddings of both encoders are multiplied by 1 + BLUR times noise."""
+def blurred(tables: Sequence[nn.Module], generator: Generator) -> Yields[None]:
+    """Within the block what these embedding tables give is multiplied by 1 + BLUR times noise."""
 
     def blur(module: nn.Module, inputs: Any, embedded: Tensor) -> Tensor:
         return embedded * (1 + BLUR * torch.randn(embedded.shape, generator=generator))
 
-    tables = [encoder.get_input_embeddings() for encoder in (encoders.clip, encoders.t5)]
     hooks = [table.register_forward_hook(blur) for table in tables]
     try:
         yield
@@ -64,13 +64,15 @@ def text_stage(budget: Budget, encoders: Encoders) -> Stage:
     known = {s: layouts(split_prompts(s), Generator().manual_seed(7)) for s in ("train", "validation")}
     tokens = {s: encoders.tokens([p.text for p in split_prompts(s)]) for s in ("train", "validation")}
 
+    tables = [encoder.get_input_embeddings() for encoder in (encoders.clip, encoders.t5)]
+
     def lesson(split: str) -> Tensor:
         pooled, states = encoders.encode(*tokens[split])
         guesses = (heads["clip"](pooled), heads["t5"](states).mean(1))
         return sum((divergence(guess, known[split]) for guess in guesses), torch.zeros(())).mean()
 
     def loss(step: int, generator: Generator) -> Tensor:
-        with blurred(encoders, generator):
+        with blurred(tables, generator):
             return lesson("train")
 
     def report() -> str:

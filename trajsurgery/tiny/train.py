@@ -25,7 +25,7 @@ class Training:
     vae_steps: int = 1400
     text_steps: int = 700
     flux_steps: int = 7000
-    scorer_steps: int = 1600
+    scorer_steps: int = 1500
     vae_batch: int = 48
     batch: int = 64
     """Pictures a step of the flux stage, two noises for each caption."""
@@ -116,7 +116,7 @@ def train_scorer(config: Training) -> None:
     from trajsurgery.tiny.fit_scorer import save_scorer, scorer_stage
     from trajsurgery.tiny.stage import Budget, run
 
-    budget = Budget(config.scorer_steps, 1e-3, weight_decay=0.05, seed=config.seed, save_every=config.save_every)
+    budget = Budget(config.scorer_steps, 1.5e-3, weight_decay=0.05, seed=config.seed, save_every=config.save_every)
     stage = scorer_stage(budget, config.output, load_vae(config.output))
     run(stage, config.output, say)
     save_scorer(stage, config.output)
