@@ -2,9 +2,9 @@
 
     python benchmarks/choose.py
 
-Measures the distances of LeapAlign's leaps (tau is a length in latent space), then varies one setting at a time around a
-centre, each on every seed, and writes choose.json: reward, rules and junk, before and after. Runs that are finished are
-read, not repeated.
+Measures the distances of LeapAlign's leaps (tau is a length in latent space), then varies one setting at a time around
+a centre, each on every seed, and writes choose.json: reward, rules and junk, before and after. Finished runs are read,
+not repeated.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests import toy_world
-from trajsurgery.run import main
+from trajsurgery.run import cli, main
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "recipes").glob("*.py"))
@@ -45,6 +45,31 @@ def test_a_recipe_is_a_few_lines_and_runs(path: Path, tmp_path: Path) -> None:
     settings = {"rollout": replace(short.rollout, steps=12), "evaluation": short.evaluation, "threads": 1}
     recipe = replace(recipes["tiny"], iterations=2, output=tmp_path, **settings)
     assert main(recipe, toy_world.world(recipe)) is not None
+
+
+def test_a_local_folder_a_prompt_file_and_a_reward_of_ones_own(tmp_path: Path) -> None:
+    toy_world.pipeline().save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("a red circle\n\n two squares \n")
+    flags = {
+        "model": tmp_path / "model",
+        "reward": "tests.toy_world:LikesRed",
+        "prompts": tmp_path / "prompts.txt",
+        "heldout": tmp_path / "prompts.txt",
+        "output": tmp_path / "run",
+        "rollout.size": 16,
+        "rollout.steps": 4,
+        "rollout.batch": 3,
+        "evaluation.images": 6,
+        "evaluation.steps": 4,
+        "iterations": 2,
+        "threads": 1,
+    }
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    assert cli(module(ROOT / "recipes/refl_flux.py").RECIPES, "words", words) == 0
+    line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert line["images"] == 6
+    assert list(line["categories"]) == ["all"]
+    assert "rule_before" not in line
 
 
 @pytest.mark.slow

@@ -1,0 +1,85 @@
+"""HPSv2.1's scorer on a small open_clip model with random weights: scale, preprocessing, gradient, errors."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from trajsurgery import RewardError
+from trajsurgery.rewards import hpsv2
+from trajsurgery.rewards.hpsv2 import MEAN, STD, HPSv2, prepared
+
+SMALL = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 28, "layers": 1, "width": 16, "head_width": 8, "patch_size": 14},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def reward(tmp_path_factory: pytest.TempPathFactory) -> HPSv2:
+    import open_clip
+
+    folder = tmp_path_factory.mktemp("hps")
+    (folder / "small-hps.json").write_text(json.dumps(SMALL))
+    open_clip.add_model_config(folder / "small-hps.json")
+    torch.manual_seed(0)
+    torch.save({"state_dict": open_clip.create_model("small-hps").state_dict()}, folder / "weights.pt")
+    return HPSv2(str(folder / "weights.pt"), "small-hps")
+
+
+def images(*shape: int) -> Any:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(1))
+
+
+def test_it_is_a_cosine_and_differentiable(reward: HPSv2) -> None:
+    given = images(2, 3, 40, 40).requires_grad_()
+    scores = reward(given, ["a cat", "a dog"])
+    assert scores.shape == (2,)
+    assert bool((scores.abs() <= 1).all())
+    (gradient,) = torch.autograd.grad(scores[0], given)
+    assert gradient[0].abs().sum() > 0
+    assert gradient[1].abs().sum() == 0
+    assert not any(p.requires_grad for p in reward.parameters())
+    assert reward.threshold == 0.55
+
+
+def test_the_picture_is_resized_by_its_longer_side_and_padded_with_black() -> None:
+    found = prepared(images(1, 3, 20, 40), 28)
+    black = (torch.zeros(3) - torch.tensor(MEAN)) / torch.tensor(STD)
+    assert found.shape == (1, 3, 28, 28)
+    for row in (0, 6, 21, 27):
+        torch.testing.assert_close(found[0, :, row], black[:, None].expand(3, 28))
+    assert not torch.allclose(found[0, :, 7], black[:, None].expand(3, 28))
+
+
+@pytest.mark.parametrize("size", [(56, 56), (60, 90), (90, 60), (28, 28)])
+def test_it_is_the_official_preprocessing_up_to_its_rounding(size: tuple[int, int]) -> None:
+    """PIL's bicubic resize of uint8 pictures, padding, normalisation."""
+    raw = (images(*size, 3) * 255).round().to(torch.uint8)
+    scale = 28 / max(size)
+    height, width = round(size[0] * scale), round(size[1] * scale)
+    small = Image.fromarray(raw.numpy()).resize((width, height), Image.Resampling.BICUBIC)
+    canvas = np.zeros((28, 28, 3), dtype=np.float32)
+    top, left = (28 - height) // 2, (28 - width) // 2
+    canvas[top : top + height, left : left + width] = np.asarray(small, dtype=np.float32) / 255
+    wanted = (canvas - np.array(MEAN, dtype=np.float32)) / np.array(STD, dtype=np.float32)
+    found = prepared(raw.permute(2, 0, 1)[None].float() / 255, 28)[0].permute(1, 2, 0)
+    assert float((found - torch.from_numpy(wanted)).abs().max()) < 0.02
+
+
+def test_what_does_not_fit_is_named(reward: HPSv2, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RewardError, match="one string"):
+        reward(images(2, 3, 28, 28), "a cat")
+    with pytest.raises(RewardError, match="1 prompts"):
+        reward(images(2, 3, 28, 28), ["a cat"])
+    with pytest.raises(RewardError, match=r"\[2, 28, 28\]"):
+        reward(images(2, 28, 28), ["a cat", "a dog"])
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    with pytest.raises(RewardError, match="hf download xswu/HPSv2"):
+        hpsv2.HPSv2()
