@@ -79,7 +79,7 @@ def _cached() -> str:
     found = try_to_load_from_cache(REPOSITORY, FILE)
     if not isinstance(found, str):
         raise RewardError(
-            f"HPSv2.1's weights are not in the Hugging Face cache: fetch them with `hf download {REPOSITORY} {FILE}`, or "
+            f"HPSv2.1's weights are not in the Hugging Face cache: `hf download {REPOSITORY} {FILE}` fetches them, or "
             "pass their file."
         )
     return found
