@@ -136,6 +136,23 @@ def test_renoise_sees_one_noise_in_the_forward_and_the_backward_pass(way):
     assert len({tuple(x.flatten().tolist()) for x in noisy}) == 2
 
 
+def test_noises_are_drawn_once_for_all_runs_on_a_trajectory():
+    """What the forward pass drew is what the staged sweep, the values and the closed form see, whatever the generator."""
+    p, plan = problem(FIELD, STEPS), draft_lv(2)
+    found = apply(plan, p.trajectory, FIELD, generator=seeded(1))
+    cs = cotangents(found)
+    wanted = torch.autograd.grad(found, p.params, cs)
+    for leaf in p.params:
+        leaf.grad = None
+    backward(plan, p.trajectory, FIELD, cs, generator=seeded(2))
+    assert distance([leaf.grad for leaf in p.params], wanted) <= EXACT * 10
+    assert distance(list(plan.gradient().evaluate(p.trajectory, FIELD, cs)), wanted) <= EXACT * 10
+    again = apply(plan, p.trajectory, FIELD, "recompute", generator=seeded(3))
+    assert all(torch.equal(x, y) for x, y in zip(again, found, strict=True))
+    assert distance(torch.autograd.grad(again, p.params, cs), wanted) <= EXACT * 10
+    assert len({tuple(eps.flatten().tolist()) for eps in p.trajectory.noises.values()}) == 2
+
+
 def test_the_same_draw_at_two_times_is_two_noises_and_at_one_time_one():
     trajectory = problem(FIELD, STEPS).trajectory
     first, again, other = (trajectory.noise(0, t, seeded(t)) for t in (2, 2, 3))

@@ -1,0 +1,293 @@
+"""Breaks the library on purpose, one line at a time, and shows which test sees it: `python tests/mutations.py`.
+
+Each mutation is made in a copy of the package; the tests named must fail there. They pass on the package as it is
+(`--sound` checks that too). The table is printed as Markdown, for tests/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One thing broken: `old` in `file` becomes `new`, and `test` (of tests/) must see it."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+MUTATIONS = (
+    Mutation("the sign of a leap", "interpolant.py", "return 1, j - k", "return 1, k - j", "test_algorithm_1.py"),
+    Mutation(
+        "alpha applied to the straight path as well",
+        "node.py",
+        "velocity = (self if discount is None else self.discount(discount)).velocity()\n        return Leap(self,",
+        "x = self if discount is None else self.discount(discount)\n            velocity = x.velocity()\n"
+        "            return Leap(x, velocity, to)\n        return Leap(self,",
+        "test_algorithm_1.py",
+    ),
+    Mutation(
+        "a connector that rounds",
+        "ops.py",
+        "return real.clone()",
+        "return prediction + (real - prediction)",
+        "test_ops_value.py",
+    ),
+    Mutation(
+        "a recompute that forgets the parameters",
+        "ops.py",
+        "return None, None, *(next(found) if need else None for need in ctx.needs_input_grad[2:])",
+        "got = [next(found) if need else None for need in ctx.needs_input_grad[2:]]\n"
+        "        return None, None, got[0], *(None for _ in got[1:])",
+        "test_run_ways.py",
+    ),
+    Mutation(
+        "a missing detach in DRTune",
+        "methods/drtune.py",
+        "x.detach().velocity() if",
+        "x.velocity() if",
+        "test_algorithm_1.py",
+    ),
+    Mutation(
+        "a renoise drawn anew in the backward pass",
+        "trajectory.py",
+        "if (draw, to) not in self.noises:",
+        "if True:",
+        "test_run_ways.py",
+    ),
+    Mutation(
+        "two draws that share a noise",
+        "trajectory.py",
+        "if (draw, to) not in self.noises:",
+        "draw = 0\n        if (draw, to) not in self.noises:",
+        "test_algorithm_1.py",
+    ),
+    Mutation(
+        "a detach under no_grad alone",
+        "linear.py",
+        "Detach: lambda node, of, *_: of[node.x].detach(),",
+        "Detach: lambda node, of, *_: of[node.x] * 1,",
+        "test_gradient_forward_mode.py",
+    ),
+    Mutation(
+        "a connector that stops the gradient",
+        "ops.py",
+        "return grad.to(ctx.dtype), None",
+        "return 0 * grad, None",
+        "test_closed_form.py",
+    ),
+    Mutation(
+        "a scale that scales the value",
+        "ops.py",
+        "factor: float) -> Tensor:\n        return x.clone()",
+        "factor: float) -> Tensor:\n        return x * factor",
+        "test_ops_value.py",
+    ),
+    Mutation(
+        "a scale whose tangent is not scaled",
+        "ops.py",
+        "return tangent * ctx.factor",
+        "return tangent.clone()",
+        "test_gradient_forward_mode.py",
+    ),
+    Mutation(
+        "a recompute without the autocast of the forward pass",
+        "ops.py",
+        "with torch.enable_grad(), _restored(ctx.state):",
+        "with torch.enable_grad():",
+        "test_recompute.py",
+    ),
+    Mutation(
+        "a recompute that forgets its input's gradient",
+        "ops.py",
+        "x = x.detach().requires_grad_(ctx.needs_input_grad[2])",
+        "x = x.detach().requires_grad_()\n        x = x.detach()",
+        "test_run_ways.py",
+    ),
+    Mutation(
+        "recompute under torch.func",
+        "execute.py",
+        'if memory == "retain" or _transforming():',
+        'if memory == "retain":',
+        "test_gradient_forward_mode.py",
+    ),
+    Mutation(
+        "a staged sweep in the order of the forward pass",
+        "surgery.py",
+        "in reversed(stages):",
+        "in stages:",
+        "test_run_ways.py",
+    ),
+    Mutation(
+        "a staged sweep that drops the input's gradient",
+        "surgery.py",
+        "if x_leaf.grad is not None:",
+        "if False:",
+        "test_run_ways.py",
+    ),
+    Mutation(
+        "a faithful value computed again",
+        "linear.py",
+        "return ops.connect(found, trajectory[_int(node.to)]) if faithful else found",
+        "return found",
+        "test_run_values.py",
+    ),
+    Mutation(
+        "every leap(t - 1) taken for the sampler's step",
+        "graph.py",
+        "leap.to == t - 1 and is_step(t)",
+        "leap.to == t - 1",
+        "test_run_values.py",
+    ),
+    Mutation(
+        "calls shared whatever their input",
+        "graph.py",
+        "return node.field is None and node.x in known",
+        "return node.field is None",
+        "test_run_ways.py",
+    ),
+    Mutation(
+        "a named field's call taken for recorded",
+        "graph.py",
+        "return node.field is None and node.x in known",
+        "return node.x in known",
+        "test_closed_form.py",
+    ),
+    Mutation(
+        "a straight path without its factor A",
+        "gradient.py",
+        "return interpolant.leap(times(node.x.t), times(node.to), sympy)",
+        "return 1, interpolant.leap(times(node.x.t), times(node.to), sympy)[1]",
+        "test_gradient_paper.py",
+    ),
+    Mutation(
+        "a discount left out of the closed form",
+        "gradient.py",
+        "Discount: _factor,",
+        "Discount: lambda *_: [1],",
+        "test_gradient_paper.py",
+    ),
+    Mutation(
+        "a renoise without alpha in the closed form",
+        "gradient.py",
+        "return [interpolant.alpha(times(node.to), sympy)]",
+        "return [1]",
+        "test_closed_form.py",
+    ),
+    Mutation(
+        "Lagrange weights of one support too few",
+        "interpolant.py",
+        "scale = scale * (supports[i] - support)",
+        "scale = scale * (support - supports[i])",
+        "test_quadrature.py",
+    ),
+    Mutation(
+        "supports in the order given",
+        "linear.py",
+        "order = sorted(node.velocities, key=lambda v: -_int(v.t))",
+        "order = list(node.velocities)",
+        "test_quadrature.py",
+    ),
+    Mutation(
+        "a recover without beta", "linear.py", "of[node.x] - _times(beta, eps)", "of[node.x]", "test_closed_form.py"
+    ),
+    Mutation(
+        "pairs of times that may be equal",
+        "methods/leapalign.py",
+        "times = sorted(choose(allowed, self.leaps, generator)",
+        "times = sorted([max(allowed) - uniform(2, generator) for _ in range(self.leaps)]",
+        "test_algorithm_1.py",
+    ),
+    Mutation(
+        "DRTune draws that train nothing",
+        "methods/drtune.py",
+        "if max(times) >= stop:",
+        "if True:",
+        "test_algorithm_1.py",
+    ),
+    Mutation(
+        "nodes that are not shared",
+        "interned.py",
+        "return _Interned._cache.setdefault(key, node)",
+        "return node",
+        "test_language_nodes.py",
+    ),
+    Mutation(
+        "a rule that is not looked at", "rules.py", "if start is not None and start > 0:", "if False:", "test_check.py"
+    ),
+    Mutation(
+        "a noise() without gradient",
+        "linear.py",
+        "return trajectory.start\n",
+        "return trajectory.start.detach()\n",
+        "test_run_ways.py",
+    ),
+)
+
+
+def run(package: Path | None, test: str) -> tuple[bool, str]:
+    """Whether the test passes on that package (or on the one here), and the first failure's name."""
+    path = str(ROOT) if package is None else f"{package}{os.pathsep}{ROOT}"
+    environment = os.environ | {"PYTHONPATH": path, "HYPOTHESIS_PROFILE": "mutation"}
+    folder = ROOT if package is None else package
+    file, _, name = test.partition("::")
+    target = str(folder / "tests" / file) + (f"::{name}" if name else "")
+    command = [sys.executable, "-m", "pytest", target, "-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    first = failed[0].split(" - ")[0].removeprefix("FAILED ").removeprefix("ERROR ") if failed else ""
+    return done.returncode == 0, first.removeprefix("tests/")
+
+
+def survives(mutation: Mutation, scratch: Path) -> tuple[bool, str]:
+    """Whether the tests pass although the line is broken."""
+    for name in ("trajsurgery", "tests", "pyproject.toml"):
+        source, target = ROOT / name, scratch / name
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "weights", "*.safetensors"))
+        else:
+            shutil.copy(source, target)
+    file = scratch / "trajsurgery" / mutation.file
+    text = file.read_text()
+    if text.count(mutation.old) != 1:
+        return True, f"the line to break occurs {text.count(mutation.old)} times in {mutation.file}"
+    file.write_text(text.replace(mutation.old, mutation.new))
+    return run(scratch, mutation.test)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sound", action="store_true", help="check first that the tests pass on the package as it is")
+    parser.add_argument("--only", default="", help="run the mutations whose name holds this")
+    options = parser.parse_args()
+    if options.sound:
+        for test in dict.fromkeys(mutation.test for mutation in MUTATIONS):
+            passed, _ = run(None, test)
+            print(f"{test}: {'passes' if passed else 'FAILS'}", file=sys.stderr)
+    print("| broken on purpose | in | first test that fails |\n|---|---|---|")
+    alive = 0
+    for mutation in MUTATIONS:
+        if options.only in mutation.what:
+            with tempfile.TemporaryDirectory() as scratch:
+                survived, seen = survives(mutation, Path(scratch))
+            alive += survived
+            verdict = f"SURVIVED {seen}" if survived else f"`{seen}`"
+            print(f"| {mutation.what} | `{mutation.file}` | {verdict} |", flush=True)
+    return alive
+
+
+if __name__ == "__main__":
+    sys.exit(main())
