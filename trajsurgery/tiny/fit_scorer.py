@@ -71,68 +71,95 @@ def attack(images: Tensor, loss_of: Any, generator: Generator) -> Tensor:
     return (images + offset).detach()
 
 
-def scorer_stage(budget: Budget, folder: Path, vae: Any) -> Stage:
-    """Trains the open_clip CLIP whose config and tokenizer it writes to `<folder>/scorer`."""
-    torch.manual_seed(budget.seed + 4)
-    (folder / "scorer").mkdir(parents=True, exist_ok=True)
-    clip, tokenizer = new_clip(folder / "scorer")
-    clip.logit_scale.data.fill_(2.5)  # e^2.5 = 12: cosines that a softmax can tell apart
-    shift = nn.Parameter(torch.tensor(-6.0))
-    head = nn.Linear(clip.visual.output_dim, 4 * (KINDS + 1))
-    modules = nn.ModuleDict({"clip": clip, "shift": nn.ParameterList([shift]), "head": head})
-    prompts = {split: split_prompts(split) for split in ("train", "validation")}
-    tokens = {split: tokenizer([prompt.text for prompt in prompts[split]]) for split in prompts}
-    meaning = meanings(prompts["train"])
-    generator = Generator().manual_seed(budget.seed + 5)
-    pool = compose(meanings(draw_prompts("train", POOL, WEIGHTS, generator)), generator)
-    pictures = torch.cat([decoded(vae, render(pool[slice(i, i + 256)]), generator) for i in range(0, POOL, 256)])
-    pool_truth, said = holds(pool, meaning, every_pair=True), layouts(prompts["train"], generator)
+class Course:
+    """What the reward is taught: the model, the prompts as tokens and meanings, and the pool of rough pictures.
 
-    def logits_of(found: Tensor, texts: Tensor) -> Tensor:
-        return clip.logit_scale.exp() * found @ texts.T + shift
+    Its parameters are those of `modules`: CLIP, the shift of its logits, and the head that reads layouts.
+    """
 
-    def see(images: Tensor) -> Tensor:
-        return clip.encode_image(normalised(images), normalize=True)
+    def __init__(self, budget: Budget, folder: Path, vae: Any) -> None:
+        torch.manual_seed(budget.seed + 4)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.budget = budget
+        self.clip, tokenizer = new_clip(folder)
+        self.clip.logit_scale.data.fill_(2.5)  # e^2.5 = 12: cosines that a softmax can tell apart
+        self.shift = nn.Parameter(torch.tensor(-6.0))
+        self.head = nn.Linear(self.clip.visual.output_dim, 4 * (KINDS + 1))
+        self.prompts = {split: split_prompts(split) for split in ("train", "validation")}
+        self.tokens = {split: tokenizer([p.text for p in prompts]) for split, prompts in self.prompts.items()}
+        self.meaning = meanings(self.prompts["train"])
+        generator = Generator().manual_seed(budget.seed + 5)
+        self.pool = compose(meanings(draw_prompts("train", POOL, WEIGHTS, generator)), generator)
+        parts = [decoded(vae, render(self.pool[slice(i, i + 256)]), generator) for i in range(0, POOL, 256)]
+        self.pictures = torch.cat(parts)
+        self.pool_truth = holds(self.pool, self.meaning, every_pair=True)
+        self.layouts = layouts(self.prompts["train"], generator)
 
-    def lesson(found: Tensor, texts: Tensor, shown: Tensor, layout: Tensor) -> Tensor:
-        guesses = head(10 * found), head(10 * texts)  # unit vectors are too short for confident guesses
+    @property
+    def modules(self) -> nn.ModuleDict:
+        return nn.ModuleDict({"clip": self.clip, "shift": nn.ParameterList([self.shift]), "head": self.head})
+
+    def see(self, images: Tensor) -> Tensor:
+        """Unit embeddings of images in [0, 1]."""
+        return self.clip.encode_image(normalised(images), normalize=True)
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """Unit embeddings of texts."""
+        return self.clip.encode_text(tokens, normalize=True)
+
+    def logits(self, found: Tensor, texts: Tensor) -> Tensor:
+        """Float[images texts]."""
+        return self.clip.logit_scale.exp() * found @ texts.T + self.shift
+
+    def lesson(self, found: Tensor, texts: Tensor, shown: Tensor, layout: Tensor) -> Tensor:
+        """How far the layouts that the head reads off the embeddings are from the true ones."""
+        guesses = self.head(10 * found), self.head(10 * texts)  # unit vectors are too short for confident guesses
         return divergence(guesses[0], shown).mean() + divergence(guesses[1], layout).mean()
 
-    def batch_of(generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def batch(self, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Pictures, Bool[pictures prompts] which training prompts are true of them, and the contents of the true ones.
+
+        The last SPOILT pictures are nonsense, of which no prompt is true.
+        """
         fresh = compose(meanings(draw_prompts("train", 3 * BATCH // 4, WEIGHTS, generator)), generator)
         rows = torch.randint(POOL, (BATCH // 4,), generator=generator)
-        clean = torch.cat([render(fresh), pictures[rows]])
-        truth = torch.cat([holds(fresh, meaning, every_pair=True), pool_truth[rows]])
+        clean = torch.cat([render(fresh), self.pictures[rows]])
+        truth = torch.cat([holds(fresh, self.meaning, every_pair=True), self.pool_truth[rows]])
         images = torch.cat([degrade(clean, generator), nonsense(clean[:SPOILT], generator)])
-        shown = torch.cat([contents(fresh), contents(pool[rows])])
-        return images, torch.cat([truth, torch.zeros(SPOILT, len(meaning), dtype=torch.bool)]), shown
+        shown = torch.cat([contents(fresh), contents(self.pool[rows])])
+        return images, torch.cat([truth, torch.zeros(SPOILT, len(self.meaning), dtype=torch.bool)]), shown
 
-    def loss(step: int, generator: Generator) -> Tensor:
-        images, truth, shown = batch_of(generator)
-        if step < CONTRAST_FROM * budget.steps:
-            with blurred([clip.token_embedding], generator):
-                texts = clip.encode_text(tokens["train"], normalize=True)
-            return lesson(see(images[:BATCH:2]), texts, shown[::2], said)
-        asked = torch.randperm(len(meaning), generator=generator)[: len(meaning) // 2]
-        truth, texts = truth[:, asked], clip.encode_text(tokens["train"][asked], normalize=True)
-        if step >= ATTACKS_FROM * budget.steps:
+    def loss(self, step: int, generator: Generator) -> Tensor:
+        """First the lesson alone, then the contrast beside it, then both on pictures half of which are attacked."""
+        images, truth, shown = self.batch(generator)
+        if step < CONTRAST_FROM * self.budget.steps:
+            with blurred([self.clip.token_embedding], generator):
+                texts = self.read(self.tokens["train"])
+            return self.lesson(self.see(images[:BATCH:2]), texts, shown[::2], self.layouts)
+        asked = torch.randperm(len(self.meaning), generator=generator)[: len(self.meaning) // 2]
+        truth, texts = truth[:, asked], self.read(self.tokens["train"][asked])
+        if step >= ATTACKS_FROM * self.budget.steps:
             fixed, half = texts.detach(), truth[::2]
-            images[::2] = attack(images[::2], lambda x: fit_loss(logits_of(see(x), fixed), half), generator)
-        found = see(images)
-        taught = lesson(found[:BATCH], texts, shown, said[asked])
-        return fit_loss(logits_of(found, texts), truth) + LESSON * taught
+            images[::2] = attack(images[::2], lambda x: fit_loss(self.logits(self.see(x), fixed), half), generator)
+        found = self.see(images)
+        taught = self.lesson(found[:BATCH], texts, shown, self.layouts[asked])
+        return fit_loss(self.logits(found, texts), truth) + LESSON * taught
 
-    def report() -> str:
-        generator = Generator().manual_seed(6)
-        asked = [prompt for prompt in prompts["validation"] for _ in range(6)]
-        scenes = compose(meanings(asked), generator)
-        truth = holds(scenes, meanings(prompts["validation"]), every_pair=True)
-        logits = logits_of(see(render(scenes)), clip.encode_text(tokens["validation"], normalize=True))
+    def report(self) -> str:
+        """How often a validation prompt's render fits it better than all validation prompts that are false of it."""
+        prompts, copies = self.prompts["validation"], 6
+        scenes = compose(meanings([p for p in prompts for _ in range(copies)]), Generator().manual_seed(6))
+        truth = holds(scenes, meanings(prompts), every_pair=True)
+        logits = self.logits(self.see(render(scenes)), self.read(self.tokens["validation"]))
         best = logits.masked_fill(truth, float("-inf")).amax(1)
-        own = logits.gather(1, torch.arange(len(prompts["validation"])).repeat_interleave(6)[:, None])[:, 0]
+        own = logits.gather(1, torch.arange(len(prompts)).repeat_interleave(copies)[:, None])[:, 0]
         return f"own prompt above all false ones of validation: {float((own > best).float().mean()):.3f}"
 
-    return Stage("scorer", modules, loss, budget, report, report_every=200)
+
+def scorer_stage(budget: Budget, folder: Path, vae: Any) -> Stage:
+    """Trains the open_clip CLIP whose config and tokenizer it writes to `<folder>/scorer`."""
+    course = Course(budget, folder / "scorer", vae)
+    return Stage("scorer", course.modules, course.loss, budget, course.report, report_every=200)
 
 
 def save_scorer(stage: Stage, folder: Path) -> None:

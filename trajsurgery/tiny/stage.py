@@ -93,6 +93,18 @@ def _update(stage: Stage, optimiser: torch.optim.Optimizer, step: int) -> float:
     return float(loss.detach())
 
 
+def _restore(stage: Stage, optimiser: torch.optim.Optimizer, path: Path) -> int:
+    """Loads a checkpoint, if there is one; returns the number of steps done."""
+    stage.averages = {name: p.detach().clone() for name, p in stage.named_parameters()}
+    if not path.exists():
+        return 0
+    state = torch.load(path, weights_only=True)
+    stage.modules.load_state_dict(state["modules"])
+    optimiser.load_state_dict(state["optimiser"])
+    stage.averages = state["averages"]
+    return int(state["step"])
+
+
 def run(stage: Stage, folder: Path, say: Callable[[str], None] = print) -> None:
     """Trains the stage to its end and leaves the averaged weights in its modules, in eval mode.
 
@@ -102,13 +114,8 @@ def run(stage: Stage, folder: Path, say: Callable[[str], None] = print) -> None:
     stage.modules.train()
     parameters = [p for _, p in stage.named_parameters()]
     optimiser = torch.optim.AdamW(parameters, budget.rate, budget.betas, weight_decay=budget.weight_decay)
-    stage.averages = {name: p.detach().clone() for name, p in stage.named_parameters()}
-    step = 0
-    if path.exists():
-        state = torch.load(path, weights_only=True)
-        stage.modules.load_state_dict(state["modules"])
-        optimiser.load_state_dict(state["optimiser"])
-        stage.averages, step = state["averages"], int(state["step"])
+    step = _restore(stage, optimiser, path)
+    if step:
         say(f"{stage.name}: goes on from step {step}")
     total, since, began = 0.0, 0, time.monotonic()
     while step < budget.steps:
@@ -119,7 +126,6 @@ def run(stage: Stage, folder: Path, say: Callable[[str], None] = print) -> None:
             total, since, began = 0.0, 0, time.monotonic()
         if stage.report is not None and (step % stage.report_every == 0 or step == budget.steps):
             say(f"{stage.name}: step {step} {_with_averages(stage, stage.report)}")
-            began = time.monotonic()
         if step % budget.save_every == 0 or step == budget.steps:
             state = {"modules": stage.modules.state_dict(), "optimiser": optimiser.state_dict()}
             save_atomically({**state, "averages": stage.averages, "step": step}, path)

@@ -43,7 +43,7 @@ def load_vae(folder: Path) -> Any:
     """The autoencoder of an earlier stage, frozen."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    return AutoencoderKL.from_pretrained(folder / "pipeline" / "vae").requires_grad_(False).eval()
+    return AutoencoderKL.from_pretrained(folder / "vae").requires_grad_(False).eval()
 
 
 def train_vae(config: Training) -> None:
@@ -54,7 +54,7 @@ def train_vae(config: Training) -> None:
     stage = vae_stage(Budget(config.vae_steps, 2e-3, seed=config.seed, save_every=config.save_every), config.vae_batch)
     run(stage, config.output, say)
     model: Any = stage.modules["vae"]
-    model.save_pretrained(config.output / "pipeline" / "vae")
+    model.save_pretrained(config.output / "vae")
 
 
 def new_encoders(folder: Path, seed: int) -> Any:
