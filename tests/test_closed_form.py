@@ -1,17 +1,18 @@
 """Eq. 10, proved: for every plan, autograd's gradient is the closed form, evaluated term by term by another hand."""
 
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.closed_form import Witness
 from tests.problems import cotangents, distance, grads, outputs, problem
 from tests.tolerances import GRADIENT
-from trajsurgery import Plan, apply, drtune, leapalign, leaps, noise
+from trajsurgery import Plan, apply, drtune, latent, leapalign, leaps, noise
 from trajsurgery.testing import INTERPOLANTS, MLP, fields, methods, plans, trajectories
 
 STEPS = 5
 DIM = 4
-FIELD = MLP(DIM, seed=11)
+FIELD, GUIDED = MLP(DIM, seed=11), MLP(DIM, seed=12)
 ROLLED = problem(FIELD, STEPS).trajectory
 
 
@@ -64,6 +65,17 @@ def test_the_library_s_own_evaluation_agrees(plan, trajectory):
     start = wanted[-1] * 0 if got.start is None else got.start
     assert distance([*got, start], wanted) <= GRADIENT
     assert len(got.terms) == len(got.norms)
+
+
+@given(plans(STEPS, fields=("guided",)), trajectories(FIELD, STEPS, (DIM,), INTERPOLANTS))
+@example(Plan(latent(4).leap(2, velocity=latent(4).velocity("guided").detach()).leap(0)), ROLLED)
+def test_values_are_what_the_primitives_define(plan, trajectory):
+    """Every unrecorded value too: the witness computes them by plain formulas."""
+    named = {None: FIELD, "guided": GUIDED}
+    found = outputs(apply(plan, trajectory, named))
+    witness = Witness(plan, trajectory, named)
+    for node, value in zip(plan.outputs, found, strict=True):
+        torch.testing.assert_close(value.detach(), witness.values[node], rtol=1e-9, atol=1e-9)
 
 
 def test_the_witness_can_tell():

@@ -11,6 +11,7 @@ from tests.tolerances import VALUE
 from trajsurgery import (
     Plan,
     Polynomial,
+    Trajectory,
     Trigonometric,
     apply,
     distances,
@@ -111,6 +112,33 @@ def test_steps_of_the_sampler_are_recorded_not_computed(rolled):
     assert plan.cost(rolled.trajectory).extra == 0
 
 
+@pytest.mark.parametrize("euler", [True, None])
+def test_steps_of_a_scheduler_that_computes_in_float32_are_recorded_too(euler):
+    """As diffusers' does with bfloat16 latents: the step computed again in bfloat16 has other bits."""
+    field, _, sigmas = run(torch.bfloat16)
+    x = torch.randn(64, 4, generator=seeded()).to(torch.bfloat16)
+    latents, velocities = {8: x}, {}
+    for t in range(8, 0, -1):
+        velocities[t] = field(x, sigmas[8 - t]).detach()
+        x = (x.float() + (sigmas[9 - t] - sigmas[8 - t]) * velocities[t].float()).to(torch.bfloat16)
+        latents[t - 1] = x
+    trajectory = Trajectory(sigmas, latents, velocities, euler=euler)
+    again = latents[8] + (sigmas[1] - sigmas[0]) * velocities[8]
+    assert not torch.equal(again, latents[7])
+    assert torch.equal(values(Plan(latent(8).leap(7)), trajectory, field), latents[7])
+    assert torch.equal(apply(drtune(8, 1, {5}), trajectory, field), latents[0])
+    assert drtune(8, 1, {5}).cost(trajectory).extra == 0
+
+
+def test_steps_of_another_sampler_are_predictions(rolled):
+    """A sampler whose steps are measured and are not Euler's."""
+    latents = {t: x if t % 2 else x + 0.1 for t, x in rolled.trajectory.latents.items()}
+    other = Trajectory(rolled.sigmas, latents, rolled.trajectory.velocities, euler=None)
+    found = values(Plan(latent(3).leap(2)), other, rolled.field)
+    torch.testing.assert_close(found, rolled.trajectory[2])
+    assert not torch.equal(found, other[2])
+
+
 @pytest.mark.parametrize("interpolant", [Trigonometric(), Polynomial()])
 def test_on_other_interpolants_a_step_is_a_prediction(interpolant):
     p = problem(MLP(4, seed=3), interpolant=interpolant)
@@ -167,3 +195,40 @@ def test_a_batch_is_its_samples(rolled):
     single = torch.autograd.grad(apply(leapalign(6, 3, 0.3), alone, rolled.field), rolled.params, c[1:2])
     for x, y in zip(together, single, strict=True):
         torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize(
+    "plan, extra", [(leapalign(6, 3, 0.3), 0), (drtune(8, 2, {7, 3}), 0), (refl(4), 0), (draft_lv(2), 2)]
+)
+def test_calls_inside_the_rollout_are_the_rollout_s_own(plan, extra, mlp):
+    """Algorithm 1: no extra model call, but for the renoised samples."""
+    calls = []
+    p = problem(mlp)
+
+    def field(x, sigma):
+        calls.append(float(sigma))
+        return mlp(x, sigma)
+
+    sample(plan, field, p.noise, p.sigmas)
+    assert len(calls) == 8 + extra
+    calls.clear()
+    apply(plan, p.trajectory, field)
+    assert len(calls) == plan.cost(p.trajectory).calls
+    calls.clear()
+    values(plan, p.trajectory, field)
+    assert len(calls) == extra
+
+
+@pytest.mark.parametrize("draw", [0, 7, "rollout"])
+def test_recover_undoes_renoise(draw, rolled):
+    plan = Plan(latent(6).leap(0).renoise(5, draw).recover(draw))
+    plain = Plan(latent(6).leap(0))
+    torch.testing.assert_close(
+        values(plan, rolled.trajectory, rolled.field), values(plain, rolled.trajectory, rolled.field)
+    )
+
+
+def test_renoise_mixes_image_and_noise(rolled):
+    found = values(Plan(latent(6).leap(0).connect().renoise(4, "rollout")), rolled.trajectory, rolled.field)
+    x = rolled.trajectory
+    torch.testing.assert_close(found, (1 - x.sigma(4)) * x[0] + x.sigma(4) * x[8])

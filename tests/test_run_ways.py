@@ -137,7 +137,7 @@ def test_renoise_sees_one_noise_in_the_forward_and_the_backward_pass(way):
 
 
 def test_noises_are_drawn_once_for_all_runs_on_a_trajectory():
-    """What the forward pass drew is what the staged sweep, the values and the closed form see, whatever the generator."""
+    """What the forward pass drew is what the staged sweep and the closed form see, whatever the generator."""
     p, plan = problem(FIELD, STEPS), draft_lv(2)
     found = apply(plan, p.trajectory, FIELD, generator=seeded(1))
     cs = cotangents(found)
