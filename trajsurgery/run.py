@@ -37,6 +37,9 @@ def cli(presets: Mapping[str, Recipe], description: str, args: Sequence[str] | N
     try:
         recipe = tyro.cli(Recipe, default=preset, args=given, description=description, console_outputs=True)
         return INTERRUPTED if main(recipe, console=console) is None else 0
+    except KeyboardInterrupt:
+        console.print("interrupted before the first iteration, or while pictures were made: the same command goes on")
+        return INTERRUPTED
     except SurgeryError as error:
         console.print(f"[bold red]{type(error).__name__}[/]: ", end="")
         console.print(str(error), markup=False, highlight=False, soft_wrap=True)

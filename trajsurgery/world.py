@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -108,7 +110,9 @@ def load(recipe: Recipe) -> World:
     Raises:
         RecipeError: a name that stands for nothing; `trajsurgery.preflight.check` says it sooner and for all at once.
     """
-    pipe = frozen(_pipeline(recipe), recipe)
+    with quiet():
+        pipe = frozen(_pipeline(recipe), recipe)
+        reward = _reward(recipe, pipe.transformer.device)
     tiny: Any = import_module("trajsurgery.tiny") if "tiny" in (recipe.prompts, recipe.heldout) else None
     texts, draw = _training(recipe, tiny)
     if recipe.heldout == "tiny":
@@ -116,7 +120,29 @@ def load(recipe: Recipe) -> World:
     else:
         asked = tuple(Asked(text) for text in read_prompts(recipe.heldout))
     judge = _rules(tiny.judge) if recipe.model == "tiny" and recipe.heldout == "tiny" else None
-    return World(pipe, _reward(recipe, pipe.transformer.device), texts, draw, asked, judge)
+    return World(pipe, reward, texts, draw, asked, judge)
+
+
+@contextmanager
+def quiet() -> Generator[None]:
+    """Loading without bars, and without open_clip's remark that a model is made before its weights are read."""
+    from diffusers.utils import logging as bars
+    from transformers.utils import logging as more_bars
+
+    def remarkable(record: logging.LogRecord) -> bool:
+        return "No pretrained weights loaded" not in record.getMessage()
+
+    logging.getLogger().addFilter(remarkable)
+    shown = bars.is_progress_bar_enabled(), more_bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    more_bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.getLogger().removeFilter(remarkable)
+        for part, before in zip((bars, more_bars), shown):
+            if before:
+                part.enable_progress_bar()
 
 
 def frozen(pipe: Any, recipe: Recipe) -> Any:
