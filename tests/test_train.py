@@ -74,6 +74,16 @@ def test_all_ways_of_running_give_one_gradient(name: str, tmp_path: Path) -> Non
     assert distance(gradient(recipe, method, checkpointing=True), wanted) < 1e-5
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_bfloat16_is_near_and_alike_in_all_ways(name: str, tmp_path: Path) -> None:
+    recipe, method = toy_world.recipe(tmp_path), METHODS[name]
+    found = gradient(recipe, method, precision="bfloat16")
+    assert all(g.dtype == torch.float32 for g in found)
+    assert 1e-4 < distance(found, gradient(recipe, method)) < 0.2  # bfloat16 has less than three digits
+    for memory in ("recompute", "staged"):
+        assert distance(gradient(recipe, method, precision="bfloat16", memory=memory), found) < 1e-5
+
+
 def test_a_batch_from_several_rollouts_is_the_same_batch(tmp_path: Path) -> None:
     recipe = toy_world.recipe(tmp_path)
     wanted = gradient(recipe, LeapAlign())

@@ -76,14 +76,13 @@ def _images(recipe: Recipe, world: World, texts: list[str]) -> Iterator[tuple[li
     embeddings, size = Embeddings(world.pipe, texts), recipe.rollout.size
     for start in range(0, len(texts), recipe.evaluation.batch):
         part = texts[start : start + recipe.evaluation.batch]
-        with torch.autocast(world.device.type, torch.bfloat16, recipe.rollout.precision == "bfloat16"):
-            images = world.pipe(
-                **embeddings(part),
-                num_inference_steps=recipe.evaluation.steps,
-                guidance_scale=recipe.rollout.guidance,
-                height=size,
-                width=size,
-                generator=torch.Generator().manual_seed(2**40 + recipe.seed * 1_000_003 + start),
-                output_type="pt",
-            ).images
-        yield part, images.float()
+        images = world.pipe(
+            **embeddings(part),
+            num_inference_steps=recipe.evaluation.steps,
+            guidance_scale=recipe.rollout.guidance,
+            height=size,
+            width=size,
+            generator=torch.Generator().manual_seed(2**40 + recipe.seed * 1_000_003 + start),
+            output_type="pt",
+        ).images
+        yield part, images

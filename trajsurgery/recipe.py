@@ -35,7 +35,7 @@ class Rollout:
     checkpointing: bool = False
     """Gradient checkpointing inside the transformer."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 runs the pipeline under autocast; the trained weights stay float32."""
+    """bfloat16 runs the transformer under autocast; weights, latents, decoder and reward stay float32."""
 
 
 @dataclass(frozen=True)

@@ -140,10 +140,8 @@ def _pull(
     The graph of decoder and reward is run and freed before the transformer's backward pass begins.
     """
     lambda_, share = scale
-    kind = world.device.type
-    with torch.autocast(kind, torch.bfloat16, enabled=recipe.rollout.precision == "bfloat16"):
-        images, outputs, found, surgery = _sample(recipe, world, plan, kwargs, renoise)
-        decoded = [images, *(surgery.decode(x) for x in outputs[1:])]
+    images, outputs, found, surgery = _sample(recipe, world, plan, kwargs, renoise)
+    decoded = [images, *(surgery.decode(x) for x in outputs[1:])]
     scores = [world.reward(_whole(image), texts) for image in decoded]
     weights = objective.weights(plan, surgery.trajectory, found, recipe.weights_at, recipe.objective.tau)
     loss = objective.loss(scores, weights.w, lambda_)

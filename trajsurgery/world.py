@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 from collections.abc import Callable, Generator, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from trajsurgery.errors import RecipeError
 from trajsurgery.recipe import Recipe
@@ -73,7 +75,7 @@ class Embeddings:
 
     def __init__(self, pipe: Any, texts: Sequence[str], batch: int = 64) -> None:
         unique = list(dict.fromkeys(texts))
-        self._device = pipe.transformer.device
+        self._like = pipe.transformer.device, pipe.transformer.dtype
         self._row = {text: row for row, text in enumerate(unique)}
         with torch.no_grad():
             parts = [_encode(pipe, unique[i : i + batch]) for i in range(0, len(unique), batch)]
@@ -82,7 +84,7 @@ class Embeddings:
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """The keyword arguments of the pipe's call for these prompts, each [len(texts), ...]."""
         rows = torch.tensor([self._row[text] for text in texts])
-        return {name: values[rows].to(self._device) for name, values in self._tensors.items()}
+        return {name: values[rows].to(*self._like) for name, values in self._tensors.items()}
 
 
 def _encode(pipe: Any, texts: list[str]) -> dict[str, Tensor]:
@@ -153,8 +155,23 @@ def frozen(pipe: Any, recipe: Recipe) -> Any:
     pipe.transformer.requires_grad_(True)
     if recipe.rollout.checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
+    if recipe.rollout.precision == "bfloat16":
+        _autocast(pipe.transformer)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _autocast(module: nn.Module) -> None:
+    """Runs a module in bfloat16 over float32 weights; latents, decoder and reward stay float32."""
+    forward, kind = module.forward, next(module.parameters()).device.type
+
+    @functools.wraps(forward)
+    def cast(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(kind, torch.bfloat16):
+            found = forward(*args, **kwargs)
+        return tree_map(lambda v: v.float() if isinstance(v, Tensor) else v, found)
+
+    module.forward = cast
 
 
 def _pipeline(recipe: Recipe) -> Any:
