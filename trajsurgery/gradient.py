@@ -97,8 +97,13 @@ class Expansion:
             An `Evaluation`: a sequence of one gradient for each parameter, with `terms` and `norms`.
 
         Raises:
-            PlanError: names are unbound, or some terms are not listed.
+            PlanError: names are unbound, some terms are not listed, or the trajectory has another interpolant.
         """
+        if self.interpolant != trajectory.interpolant:
+            raise PlanError(
+                f"an expansion for {self.interpolant} on a trajectory of {trajectory.interpolant}: ask for "
+                "plan.gradient(interpolant=trajectory.interpolant)."
+            )
         if self.count > len(self.terms):
             raise PlanError(
                 f"{self.count} terms, {len(self.terms)} of them listed: ask for plan.gradient(limit={self.count})."

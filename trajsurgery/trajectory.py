@@ -54,6 +54,7 @@ class Trajectory:
 
     def sigma(self, t: int) -> Tensor:
         """The time of t, 0-dim, in [0, 1]."""
+        self._check(t, 0)
         return self.sigmas[self.steps - t]
 
     def is_step(self, t: int) -> bool:
