@@ -6,7 +6,7 @@ import pytest
 import sympy
 from hypothesis import given
 
-from trajsurgery import Plan, PlanError, latent, leapalign, noise
+from trajsurgery import Plan, PlanError, Trigonometric, latent, leapalign, noise
 from trajsurgery.testing import INTERPOLANTS, plans
 
 SIGMAS = (1.0, 0.83, 0.7, 0.41, 0.12, 0.0)
@@ -47,6 +47,13 @@ def test_an_expansion_with_hidden_terms_is_not_evaluated(rolled):
 def test_names_are_bound_before_evaluation(rolled):
     with pytest.raises(PlanError, match="alpha"):
         leapalign(5, 2, "alpha").gradient().evaluate(rolled.trajectory, rolled.field, rolled.trajectory[0])
+
+
+def test_an_expansion_fits_its_interpolant(rolled):
+    """On another one its coefficients were wrong, silently."""
+    expansion = leapalign(5, 2, 0.3).gradient(interpolant=Trigonometric())
+    with pytest.raises(PlanError, match=r"Trigonometric.*RectifiedFlow"):
+        expansion.evaluate(rolled.trajectory, rolled.field, rolled.trajectory[0])
 
 
 def test_times_above_the_sampler_s_are_refused():

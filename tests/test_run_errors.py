@@ -130,7 +130,13 @@ def test_times_of_a_trajectory():
     assert trajectory.steps == 4
     assert float(trajectory.sigma(4)) == 1
     assert float(trajectory.sigma(0)) == 0
-    for bad in (lambda: trajectory[5], lambda: trajectory[-1], lambda: trajectory.velocity(0)):
+    for bad in (
+        lambda: trajectory[5],
+        lambda: trajectory[-1],
+        lambda: trajectory.velocity(0),
+        lambda: trajectory.sigma(5),
+        lambda: trajectory.sigma(-1),
+    ):
         with pytest.raises(PlanError, match=r"outside \d\.\.4"):
             bad()
 

@@ -271,7 +271,8 @@ def check_gradient(
     seeded = torch.Generator().manual_seed(0)
     cotangents = cotangents or [torch.randn(o.shape, generator=seeded, dtype=o.dtype) for o in outputs]
     params = [p for p in field.parameters() if p.requires_grad]  # pyright: ignore[reportFunctionMemberAccess]
-    closed = tuple(plan.gradient().evaluate(trajectory, field, cotangents, params))
+    expansion = plan.gradient(interpolant=trajectory.interpolant)
+    closed = tuple(expansion.evaluate(trajectory, field, cotangents, params))
     ways: dict[str, Callable[[], Any]] = {
         "retain": lambda: torch.autograd.backward(outputs, cotangents),
         "recompute": lambda: torch.autograd.backward(_tuple(apply(plan, trajectory, field, "recompute")), cotangents),
