@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, reject
 from hypothesis import strategies as st
 
-from tests.problems import WAYS, cotangents, grads, outputs, problem
+from tests.problems import WAYS, cotangents, distance, grads, outputs, problem
+from tests.tolerances import GRADIENT
 from trajsurgery import Plan, PlanError, apply, latent, leapalign
 from trajsurgery.testing import MLP, plans, trajectories
 
@@ -33,7 +34,10 @@ def gradients(plan, trajectory):
     return [*found, *grads(found, [*FIELD.parameters(), trajectory.start], cotangents(found))]
 
 
-@given(plans(STEPS), trajectories(FIELD, STEPS, (DIM,)), st.sampled_from((0.0, 1.0)))
+FACTORED = plans(STEPS).filter(lambda plan: any(node.op in ("discount", "scale") for node in plan.nodes))
+
+
+@given(FACTORED, trajectories(FIELD, STEPS, (DIM,)), st.sampled_from((0.0, 1.0)))
 @example(leapalign(4, 2, 0.3), ROLLED.trajectory, 0.0)
 @example(leapalign(4, 2, 0.3), ROLLED.trajectory, 1.0)
 def test_the_ends_of_a_discount(plan, trajectory, a):
@@ -41,9 +45,12 @@ def test_the_ends_of_a_discount(plan, trajectory, a):
         discounted, plain = rewritten(plan, dict.fromkeys(("discount", "scale"), "detach" if a == 0 else None), a)
     except PlanError as err:
         assert err.rules == ("trains",)  # noqa: PT017  with every discount at 0, some plans train nothing
-        return
-    for x, y in zip(gradients(discounted, trajectory), gradients(plain, trajectory), strict=True):
-        assert torch.equal(x, y)
+        reject()
+    count = len(plan.outputs)
+    found, wanted = gradients(discounted, trajectory), gradients(plain, trajectory)
+    assert all(torch.equal(x, y) for x, y in zip(found[:count], wanted[:count], strict=True))
+    # Calls that differ in their discount alone are two, and one without: the sums have another order.
+    assert distance(found[count:], wanted[count:]) <= GRADIENT
 
 
 @pytest.mark.parametrize("way", WAYS)
