@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from tests.closed_form import Witness
 from tests.problems import cotangents, distance, grads, outputs, problem
 from tests.tolerances import GRADIENT
-from trajsurgery import Plan, apply, drtune, latent, leapalign, leaps, noise
-from trajsurgery.testing import INTERPOLANTS, MLP, fields, methods, plans, trajectories
+from trajsurgery import Plan, apply, drtune, latent, leapalign, leaps, noise, rollout
+from trajsurgery.testing import INTERPOLANTS, MLP, Gaussian, fields, methods, plans, sigmas, trajectories
 
 STEPS = 5
 DIM = 4
@@ -35,6 +35,18 @@ def closed_and_autograd(plan, trajectory, field, guided=None):
 @example(drtune(5, 2, {5, 3}), ROLLED)
 def test_autograd_is_the_closed_form_on_an_mlp(plan, trajectory):
     closed, found = closed_and_autograd(plan, trajectory, FIELD)
+    assert distance(found, closed) <= GRADIENT
+
+
+@given(plans(STEPS), sigmas(STEPS), st.sampled_from(INTERPOLANTS), st.integers(0, 2**16))
+def test_autograd_is_the_closed_form_on_gaussian_fields(plan, times, interpolant, seed):
+    """Linear fields with their exact velocity, for every interpolant; mean and spread train."""
+    generator = torch.Generator().manual_seed(seed)
+    mean, spread, *noise = torch.randn(4, DIM, generator=generator, dtype=torch.float64)
+    field = Gaussian(mean, 0.3 + spread.abs(), interpolant)
+    start = torch.stack(noise).requires_grad_()
+    trajectory = rollout(field, start, torch.tensor(times, dtype=torch.float64), interpolant)
+    closed, found = closed_and_autograd(plan, trajectory, field)
     assert distance(found, closed) <= GRADIENT
 
 
