@@ -74,13 +74,10 @@ class Reward(nn.Module):
 
     def __init__(self, folder: Path = WEIGHTS) -> None:
         import open_clip
-        from safetensors.torch import load_file
 
         super().__init__()
         open_clip.add_model_config(folder / f"{MODEL}.json")
-        self.clip: Any = open_clip.create_model(MODEL)
-        state = load_file(folder / "model.safetensors")
-        self.clip.load_state_dict({name: value.float() for name, value in state.items()})
+        self.clip: Any = open_clip.create_model(MODEL, pretrained=str(folder / "model.safetensors"))
         self.tokenizer = open_clip.tokenizer.HFTokenizer(str(folder / "tokenizer"), context_length=TEXT_LENGTH)
         self.threshold = float(json.loads((folder / "threshold.json").read_text())["threshold"])
         self.eval().requires_grad_(False)
