@@ -37,13 +37,15 @@ class Options:
     """What is varied."""
 
     rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
-    lambdas: tuple[float, ...] = ()
+    lambdas: tuple[float, ...] = (0.45, 0.6)
     """Beside the reward's own threshold."""
-    taus: tuple[float, ...] = ()
+    taus: tuple[float, ...] = (0.005, 0.1)
     """Beside the recipe's."""
     seeds: tuple[int, ...] = (100, 101)
-    iterations: int = 150
+    iterations: int = 100
     images: int = 480
+    threads: int = 1
+    """Seeds may run side by side, each with `--seeds`; a last call with all of them reads what is finished."""
     plans: int = 40
     """Rollouts for the distances."""
     output: Path = HERE
@@ -54,7 +56,7 @@ def centre(options: Options) -> Recipe:
     """The demo's recipe on validation prompts."""
     chosen = presets(LeapAlign(), "")["tiny"]
     evaluation = replace(chosen.evaluation, images=options.images, split="validation")
-    return replace(chosen, evaluation=evaluation, iterations=options.iterations)
+    return replace(chosen, evaluation=evaluation, iterations=options.iterations, threads=options.threads)
 
 
 def variants(options: Options) -> Iterator[tuple[str, Recipe]]:

@@ -170,7 +170,7 @@ def paper(method: Method, output: str) -> Recipe:
 def presets(method: Method, output: str) -> dict[str, Recipe]:
     """The two recipes of a method: on the embedded world, and the paper's."""
     return {
-        "tiny": replace(Recipe(), method=method, output=Path(output)),
+        "tiny": replace(Recipe(), method=method, objective=Objective(tau=0.02), output=Path(output)),
         "paper": paper(method, f"{output}_paper"),
     }
 
