@@ -61,8 +61,8 @@ def samples(path: Path, title: str, before: Scores, after: Scores, columns: int 
     count = min(len(before.pictures), len(after.pictures))
     columns = min(columns, count)
     rows = math.ceil(count / columns)
-    figure = Figure(figsize=(3.5 * columns, 2.15 * rows + 0.5), layout="constrained")
-    figure.suptitle(title, fontsize=13)
+    figure = Figure(figsize=(3.5 * columns, 2.15 * rows + 0.7), layout="constrained")
+    figure.suptitle(f"{title}\nthe first held-out prompts of each category, same noise", fontsize=12)
     for place, part in enumerate(figure.subfigures(rows, columns, squeeze=False, wspace=0.06).flat):
         if place < count:
             _pair(part, place, before, after)
