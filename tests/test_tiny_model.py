@@ -63,7 +63,7 @@ def test_all_parts_are_the_stock_classes(pipe):
 def test_a_plain_from_pretrained_draws_the_same(pipe):
     from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 
-    plain = FluxPipeline.from_pretrained(WEIGHTS / "pipeline", torch_dtype=torch.float32)
+    plain = FluxPipeline.from_pretrained(WEIGHTS / "pipeline", dtype=torch.float32)
     plain.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 3, "output_type": "pt"}
     text = "a red circle left of a blue square"

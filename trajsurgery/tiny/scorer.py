@@ -105,9 +105,9 @@ class Reward(nn.Module):
 
     def _check(self, images: Tensor, prompts: Sequence[str | Prompt]) -> None:
         weight: Tensor = self.clip.text_projection
-        if images.dim() != 4 or images.shape[1:] != (3, SIDE, SIDE):
+        if images.dim() != 4 or images.shape[1:] != (3, SIDE, SIDE) or not len(images):
             raise RewardError(
-                f"{self.name} takes images [batch, 3, {SIDE}, {SIDE}], received {list(images.shape)}: "
+                f"{self.name} takes images [batch, 3, {SIDE}, {SIDE}], at least one, received {list(images.shape)}: "
                 "decode at the world's size, or resize first"
             )
         if images.dtype != weight.dtype:
@@ -118,8 +118,6 @@ class Reward(nn.Module):
         if isinstance(prompts, str) or len(prompts) != len(images):
             received = "one string" if isinstance(prompts, str) else f"{len(prompts)}"
             raise RewardError(f"{self.name} takes one prompt an image: {len(images)} images, prompts: {received}")
-        if not images.numel():
-            return
         low, high = torch.stack(torch.aminmax(images.detach())).tolist()  # the one wait for the device
         if math.isnan(low):
             raise RewardError(f"{self.name} received images with NaN: the sampler or the decoder has diverged")
