@@ -89,6 +89,7 @@ def the_command(folder: Path) -> list[str]:
     return [sys.executable, "-m", "trajsurgery.tiny.train", "--stage", "vae", *sizes]
 
 
+@pytest.mark.slow
 def test_training_killed_and_run_again_ends_as_if_never_killed(tmp_path: Path):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
