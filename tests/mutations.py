@@ -191,7 +191,7 @@ MUTATIONS = (
         "test_closed_form.py",
     ),
     Mutation(
-        "Lagrange weights of one support too few",
+        "Lagrange weights of the wrong sign",
         "interpolant.py",
         "scale = scale * (supports[i] - support)",
         "scale = scale * (support - supports[i])",
