@@ -71,6 +71,7 @@ class Execution:
         """Drops what was computed at t: the loop changed x_t afterwards."""
         for node in [node for node in self.tensors if node.t == t]:
             del self.tensors[node]
+            self.faithful.discard(node)
 
     def adopt(self, node: Velocity, v: Tensor) -> None:
         """Takes the rollout's own call as the plan's."""

@@ -132,6 +132,8 @@ class _Loop:
         """The plan's call that the model's next one is."""
         self.given: Tensor | None = None
         """The sample that the loop was handed last."""
+        self.version = 0
+        """How often that sample had been changed in place by then."""
         self.t = -1
 
     def __enter__(self) -> None:
@@ -182,26 +184,38 @@ class _Loop:
         real = found[0] if isinstance(found, tuple) else found.prev_sample
         self.trajectory.latents[self.t] = real
         given = self._next(real)
-        self.given = given
+        self.given, self.version = given, given._version
         if isinstance(found, tuple):
             return (given, *found[1:])
         found.prev_sample = given
         return found
 
     def _record_step(self, v: Tensor, sample: Tensor) -> None:
-        """x_t as the loop hands it over (some pipelines blend after the step before), and v_t after guidance."""
+        """x_t as the loop hands it over (masks and callbacks change it after the step before), v_t after guidance."""
         if self.t == len(self.sigmas) - 1:
             self.stop_watching()
             self._start(sample)
-        elif sample is not self.given:
-            self.trajectory.latents[self.t] = sample.detach()
-            if self.execution is not None:
-                self.execution.forget(self.t)
+        elif self.given is not None and (sample is not self.given or sample._version != self.version):
+            self._change(self.given, sample.detach())
         self.trajectory.velocities[self.t] = v.detach()
         if self.execution is not None:
             self.execution.settle()
             if self.call is not None:
                 self.execution.adopt(self.call, v)
+
+    def _change(self, given: Tensor, sample: Tensor) -> None:
+        """The loop went on with another x_t than it was given: what was computed from that one is computed anew.
+
+        The model's call is the plan's only if its input still is: it depends on what was given through the change.
+        """
+        same = sample is not given and sample.dtype == given.dtype and torch.equal(sample, self.trajectory[self.t])
+        self.trajectory.replace(self.t, sample)
+        if self.execution is None:
+            return
+        self.execution.forget(self.t)
+        self.execution.settle()
+        if not same and (given.requires_grad or self.execution.wanted(self.t) is not self.call):
+            self.call = None
 
     def _start(self, sample: Tensor) -> None:
         plan = self.surgery.plan

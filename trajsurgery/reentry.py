@@ -183,6 +183,9 @@ class _Entry:
         self.count += 1
         if self.count > self.skipped:
             raise _Stop(model_output)
+        if self.step > 0:  # masks are blended in at the noise level that the scheduler's own index says
+            scheduler = self.record.pipe.scheduler
+            type(scheduler).step(scheduler, model_output, timestep, sample, *args, **kwargs)
         if self.count == self.skipped:
             self.skipping.close()
             torch.set_grad_enabled(self.gradient)

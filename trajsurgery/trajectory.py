@@ -47,6 +47,11 @@ class Trajectory:
         self._check(t, 0)
         return self.latents[t]
 
+    def replace(self, t: int, x: Tensor) -> None:
+        """Records another x_t: the sampler went on with it instead of the one that its step gave."""
+        self.latents[t] = x
+        self._measured.pop(t + 1, None)
+
     def velocity(self, t: int) -> Tensor:
         """v_t, [batch, *latent], for t in 1..T."""
         self._check(t, 1)
