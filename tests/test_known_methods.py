@@ -6,7 +6,7 @@ import torch
 
 from tests.problems import WAYS, cotangents, distance, grads, problem
 from tests.tolerances import EXACT, GRADIENT
-from trajsurgery import Plan, latent, noise, recorded, values
+from trajsurgery import Plan, apply, backward, latent, noise, recorded, rollout, values
 from trajsurgery.testing import MLP, check_gradient
 
 STEPS = 6
@@ -116,3 +116,19 @@ def test_srpo_trains_the_guided_field():
 def test_reno_trains_the_noise():
     (through, straight) = (p for p in reno(STEPS).gradient().terms if p.calls[-1].op == "noise")
     assert {through.order, straight.order} == {0, 1}
+
+
+@pytest.mark.parametrize("plan", [reno(STEPS), Plan(noise().leap(3).connect().leap(0, discount=0.5).connect())])
+def test_reno_on_a_frozen_field(plan):
+    """Nothing but x_T trains: recompute and the closed form asked for parameters."""
+    frozen = MLP(4, seed=3).requires_grad_(False)
+    start = P.noise.detach().clone().requires_grad_()
+    trajectory = rollout(frozen, start, P.sigmas)
+    (c,) = cotangents([trajectory[0]])
+    expansion = plan.gradient().evaluate(trajectory, frozen, c)
+    assert expansion.norms[0] > 0 or expansion.norms[-1] > 0
+    for memory in ("retain", "recompute"):
+        (found,) = torch.autograd.grad(apply(plan, trajectory, frozen, memory), start, c)
+        assert distance([found], [expansion.start]) <= EXACT, memory
+    backward(plan, trajectory, frozen, c)
+    assert distance([start.grad], [expansion.start]) <= EXACT

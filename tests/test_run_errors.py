@@ -149,7 +149,12 @@ def test_a_trajectory_checks_its_sigmas():
 def test_nothing_to_train():
     frozen = MLP(4).requires_grad_(False)
     trajectory = rollout(frozen, X, [1.0, 0.5, 0.0])
+    rolled = rollout(frozen, X.clone().requires_grad_(), [1.0, 0.5, 0.0])
     for run in (
+        lambda: apply(refl(1), trajectory, frozen),
+        lambda: sample(refl(1), frozen, X, [1.0, 0.5, 0.0]),
+        lambda: apply(refl(1), trajectory, lambda x, s: FIELD(x, s).detach()),
+        lambda: apply(Plan(refl(1).outputs[0], noise().leap(0)), rolled, frozen),
         lambda: apply(refl(1), trajectory, frozen, "recompute"),
         lambda: apply(refl(1), trajectory, lambda x, s: frozen(x, s), "recompute"),
         lambda: backward(refl(1), trajectory, frozen, X),
@@ -158,6 +163,12 @@ def test_nothing_to_train():
     ):
         with pytest.raises(SamplerError, match="requires_grad_"):
             run()
+
+
+def test_inference_mode_is_no_silent_stop():
+    trajectory = rollout(FIELD, X, [1.0, 0.5, 0.0])
+    with torch.inference_mode(), pytest.raises(SamplerError, match="inference_mode"):
+        apply(PLAN, trajectory, FIELD)
 
 
 def test_all_errors_are_surgery_errors():

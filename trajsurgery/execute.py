@@ -17,7 +17,7 @@ from trajsurgery import ops
 from trajsurgery.errors import PlanError, SamplerError
 from trajsurgery.graph import faithful, is_faithful, needs_gradient, reached
 from trajsurgery.linear import value
-from trajsurgery.node import Advance, Leap, Node, Velocity
+from trajsurgery.node import Advance, Leap, Node, Noise, Velocity
 from trajsurgery.params import Fields, Params, complete, leaves, named, trainable
 from trajsurgery.plan import Plan
 from trajsurgery.trajectory import Trajectory
@@ -158,14 +158,27 @@ def outputs(
     """The outputs of a run, with the calls that are left made in the way of `memory`."""
     if memory not in ("retain", "recompute"):
         raise PlanError(f'memory={memory!r}: it is "retain" or "recompute"; the staged sweep is trajsurgery.backward.')
-    if memory == "retain" or _transforming():
+    if _transforming():
         return execution.finish(fields, retained)
+    if memory == "retain":
+        return _differentiable(execution.finish(fields, retained))
     trained = recompute_leaves(execution, fields, params)
 
     def recomputed(call: Callable[[Tensor], Tensor], x: Tensor, known: Tensor | None) -> Tensor:
         return ops.recompute(complete(call, trained) if params is None else call, x, trained, known)
 
-    return execution.finish(fields, recomputed)
+    return _differentiable(execution.finish(fields, recomputed))
+
+
+def _differentiable(found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The outputs, if each requires a gradient, as the plan says it does."""
+    idle = [i for i, output in enumerate(found) if not output.requires_grad]
+    if idle:
+        raise SamplerError(
+            f"outputs {idle} of the plan carry no gradient: no parameter of the field requires a gradient, or it runs "
+            "under no_grad or inference_mode. Call requires_grad_() on what is to train, and leave such blocks."
+        )
+    return found
 
 
 def recompute_leaves(execution: Execution, fields: Fields, params: Params) -> tuple[Tensor, ...]:
@@ -175,12 +188,14 @@ def recompute_leaves(execution: Execution, fields: Fields, params: Params) -> tu
         SamplerError: they are sharded.
     """
     calls = [node for node in execution.plan.nodes if isinstance(node, Velocity) and node in execution.live]
+    required = not any(isinstance(node, Noise) for node in execution.live)
     if params is not None:
-        params = trainable(params)  # once: it may be an iterator
+        params = trainable(params, required)  # once: it may be an iterator
     found: dict[int, Tensor] = {}
     for name in dict.fromkeys(node.field for node in calls):
         t = next(_time(node) for node in calls if node.field == name)
-        for leaf in leaves(named(fields, name), execution.trajectory[t], execution.trajectory.sigma(t), params):
+        x, sigma = execution.trajectory[t], execution.trajectory.sigma(t)
+        for leaf in leaves(named(fields, name), x, sigma, params, required):
             found[id(leaf)] = leaf
     if any(hasattr(leaf, "device_mesh") for leaf in found.values()):
         raise SamplerError(

@@ -42,32 +42,36 @@ def named(fields: Fields, name: str | None) -> Field:
     )
 
 
-def leaves(field: Field, x: Tensor, sigma: Tensor, params: Params = None) -> tuple[Tensor, ...]:
+def leaves(field: Field, x: Tensor, sigma: Tensor, params: Params = None, required: bool = True) -> tuple[Tensor, ...]:
     """The leaves that the field trains.
 
     They are `params` if given, else the field's own parameters, else the leaves of the autograd graph of one call
     `field(x, sigma)`, which is made once for each field.
 
+    Args:
+        required: False where `noise()` trains too: the field may be frozen (ReNO).
+
     Raises:
-        SamplerError: no leaf requires a gradient.
+        SamplerError: no leaf requires a gradient, and one is required.
     """
     if params is not None:
-        return trainable(params)
+        return trainable(params, required)
     return trainable(
         field.parameters()  # pyright: ignore[reportFunctionMemberAccess]
         if hasattr(field, "parameters")
-        else _cached(field, x, sigma)
+        else _cached(field, x, sigma),
+        required,
     )
 
 
-def trainable(params: Iterable[Tensor] | Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+def trainable(params: Iterable[Tensor] | Mapping[str, Tensor], required: bool = True) -> tuple[Tensor, ...]:
     """Those that require a gradient.
 
     Raises:
-        SamplerError: none does.
+        SamplerError: none does, and one is required.
     """
     found = tuple(p for p in (params.values() if isinstance(params, Mapping) else params) if p.requires_grad)
-    if not found:
+    if required and not found:
         raise SamplerError(
             "no parameter of the field requires a gradient: the plan has nothing to train. Call requires_grad_() on "
             "what is to train, or pass params=."

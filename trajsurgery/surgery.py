@@ -11,6 +11,7 @@ from torch import Tensor
 from trajsurgery.errors import SamplerError
 from trajsurgery.execute import Execution, Memory, outputs, retained
 from trajsurgery.interpolant import Interpolant, RectifiedFlow
+from trajsurgery.node import Noise
 from trajsurgery.params import Fields, Params, named, trainable
 from trajsurgery.plan import Plan
 from trajsurgery.trajectory import Trajectory, as_sigmas
@@ -157,19 +158,24 @@ def backward(
 
     found = execution.finish(field, stand_in)
     _pull(found, _matching(cotangent, found))
-    trained = None if params is None else trainable(params)
+    required = not any(isinstance(node, Noise) for node in execution.live)
+    trained = None if params is None else trainable(params, required)
     for call, x, leaf in reversed(stages):
         if leaf.grad is not None:
-            _stage(call, x, leaf.grad, trained)
+            _stage(call, x, leaf.grad, trained, required)
 
 
-def _stage(call: Callable[[Tensor], Tensor], x: Tensor, cotangent: Tensor, trained: tuple[Tensor, ...] | None) -> None:
+def _stage(
+    call: Callable[[Tensor], Tensor], x: Tensor, cotangent: Tensor, trained: tuple[Tensor, ...] | None, required: bool
+) -> None:
     """One model call and its backward; the gradient of its input goes on through the linear part of the plan."""
     x_leaf = x.detach().requires_grad_(x.requires_grad)
     with torch.enable_grad():
         v = call(x_leaf)
-    if not v.requires_grad:
+    if not v.requires_grad and required:
         raise SamplerError("the field's velocity requires no gradient: call requires_grad_() on what is to train.")
+    if not v.requires_grad:
+        return
     inputs = None if trained is None else [*trained, *([x_leaf] if x.requires_grad else [])]
     torch.autograd.backward(v, cotangent.to(v.dtype), inputs=inputs)
     if x_leaf.grad is not None:

@@ -6,6 +6,7 @@ vector-Jacobian products of single model calls. That is what makes it a witness.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
@@ -50,7 +51,7 @@ class Evaluation(Sequence[Tensor]):
     @property
     def norms(self) -> tuple[float, ...]:
         """The Euclidean norm of each term: where the gradient comes from (Fig. 4a, Fig. 6)."""
-        return tuple(float(torch.stack([g.norm() for g in term]).norm()) for term in self.terms)
+        return tuple(math.hypot(*(float(g.norm()) for g in term)) for term in self.terms)
 
     @overload
     def __getitem__(self, index: int) -> Tensor: ...
@@ -94,13 +95,14 @@ def evaluate(expansion: Any, trajectory: Any, fields: Fields, cotangent: Any, pa
 
 
 def _trained(expansion: Any, walker: _Walk, params: Params) -> tuple[Tensor, ...]:
+    required = not any(isinstance(term.calls[-1], Noise) for term in expansion.terms)
     if params is not None:
-        return trainable(params)
+        return trainable(params, required)
     found: dict[int, Tensor] = {}
     for call in dict.fromkeys(term.calls[-1] for term in expansion.terms):
         if isinstance(call, Velocity):
             field, x, sigma = walker.at(call)
-            found.update((id(leaf), leaf) for leaf in leaves(field, x, sigma))
+            found.update((id(leaf), leaf) for leaf in leaves(field, x, sigma, required=required))
     return tuple(found.values())
 
 
@@ -129,6 +131,8 @@ class _Walk:
 
     def pull_params(self, call: Any, cotangent: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """(dv/dtheta)^T c."""
+        if not params:
+            return ()
         field, x, sigma = self.at(call)
         with torch.enable_grad():
             found = _maybe(torch.autograd.grad(field(x, sigma), params, cotangent, allow_unused=True))
