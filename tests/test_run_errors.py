@@ -117,6 +117,13 @@ def test_noise_without_a_leaf():
         apply(Plan(noise().leap(0)), rollout(FIELD, X, [1.0, 0.5, 0.0]), FIELD)
 
 
+def test_values_need_no_leaf():
+    trajectory = rollout(FIELD, X, [1.0, 0.5, 0.0])
+    assert torch.equal(
+        values(Plan(noise().leap(0)), trajectory, FIELD), values(Plan(latent(2).leap(0)), trajectory, FIELD)
+    )
+
+
 def test_recover_where_there_is_no_image_left():
     plan = Plan(
         latent(0).renoise(2).velocity().x.leap(1).recover(), latent(2).recover(draw="rollout").renoise(1).leap(0)

@@ -93,6 +93,8 @@ def _recover(node: Recover, of: Of, trajectory: Trajectory, _: bool, generator: 
 
 
 def _noise(node: Noise, of: Of, trajectory: Trajectory, *_: Any) -> Tensor:
+    if not torch.is_grad_enabled():  # its value alone is wanted
+        return trajectory[trajectory.steps]
     if trajectory.start is None or not trajectory.start.requires_grad:
         raise SamplerError(
             "noise() gives its gradient to x_T, which requires none: hand rollout() or sample() a noise with "
