@@ -137,6 +137,7 @@ def tell(figures: dict[str, Any], made: dict[str, str], measured: dict[str, str]
             "`pipeline/` is a FluxPipeline, `scorer/` the reward (an open_clip CLIP); all stored in bfloat16.",
             f"Made on {made['date']} from commit `{made['commit']}` by `{made['command']}`",
             f"({made['versions']}; {made['machine']}).",
+            made.get("note", ""),
             "",
             f"Measured on {measured['date']} at commit `{measured['commit']}` by `python -m trajsurgery.tiny.measure`",
             f"({measured['versions']}; {measured['machine']}). Shares unless the name says otherwise; n is the number",
