@@ -38,7 +38,7 @@ class Execution:
     def __init__(
         self, plan: Plan, trajectory: Trajectory, generator: torch.Generator | None = None, gradient: bool = True
     ) -> None:
-        self.plan = plan.prepared(trajectory.steps)
+        self.plan = fitting(plan, trajectory.steps)
         self.trajectory = trajectory
         self.generator = generator
         outputs = self.plan.outputs
@@ -120,17 +120,43 @@ class Execution:
         field, sigma, x = named(fields, node.field), self.trajectory.sigma(_time(node)), self.tensors[node.x]
         if node not in self.live:
             with torch.no_grad():
-                self._keep(node, _shaped(field(x, sigma), x, node), faithful)
+                self._keep(node, shaped(field(x, sigma), x, _time(node)), faithful)
             return
         known = self.trajectory.velocity(_time(node)) if faithful else None
         with torch.enable_grad():
             found = call(lambda x: field(x, sigma), x, known)
-        self._keep(node, _shaped(found, x, node), faithful)
+        self._keep(node, shaped(found, x, _time(node)), faithful)
 
     def _keep(self, node: Node, found: Tensor, faithful: bool) -> None:
         self.tensors[node] = found if node in self.live else found.detach()
         if faithful:
             self.faithful.add(node)
+
+
+def fitting(plan: Plan, steps: int) -> Plan:
+    """The plan bound to `steps` steps.
+
+    Raises:
+        PlanError: it does not fit them, or is no plan.
+    """
+    planned(plan)
+    return plan.prepared(steps)
+
+
+def planned(plan: object) -> None:
+    """Raises PlanError for what is no plan."""
+    if not isinstance(plan, Plan):
+        name = getattr(plan, "__name__", type(plan).__name__)
+        raise PlanError(
+            f"received {name}, which is no plan: call it with times, leapalign(18, 7), or draw one, "
+            "LeapAlign().draw(steps)."
+        )
+
+
+def known(memory: str) -> None:
+    """Raises PlanError for another way to keep activations than the two there are."""
+    if memory not in ("retain", "recompute"):
+        raise PlanError(f'memory={memory!r}: it is "retain" or "recompute"; the staged sweep is trajsurgery.backward.')
 
 
 def first_call(plan: Plan, steps: int) -> Velocity | None:
@@ -156,11 +182,8 @@ def outputs(
     plan: Plan, trajectory: Trajectory, fields: Fields, memory: Memory, execution: Execution, params: Params
 ) -> tuple[Tensor, ...]:
     """The outputs of a run, with the calls that are left made in the way of `memory`."""
-    if memory not in ("retain", "recompute"):
-        raise PlanError(f'memory={memory!r}: it is "retain" or "recompute"; the staged sweep is trajsurgery.backward.')
-    if _transforming():
-        return execution.finish(fields, retained)
-    if memory == "retain":
+    known(memory)
+    if memory == "retain" or _transforming():
         return _differentiable(execution.finish(fields, retained))
     trained = recompute_leaves(execution, fields, params)
 
@@ -173,7 +196,7 @@ def outputs(
 def _differentiable(found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The outputs, if each requires a gradient, as the plan says it does."""
     idle = [i for i, output in enumerate(found) if not output.requires_grad]
-    if idle:
+    if idle and not _transforming():
         raise SamplerError(
             f"outputs {idle} of the plan carry no gradient: no parameter of the field requires a gradient, or it runs "
             "under no_grad or inference_mode. Call requires_grad_() on what is to train, and leave such blocks."
@@ -211,11 +234,13 @@ def _transforming() -> bool:
     return dual or torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
 
 
-def _shaped(v: Tensor, x: Tensor, node: Velocity) -> Tensor:
-    if v.shape != x.shape:
+def shaped(v: Tensor, x: Tensor, t: int) -> Tensor:
+    """The velocity, if it has its latent's shape."""
+    if not isinstance(v, Tensor) or v.shape != x.shape:  # pyright: ignore[reportUnnecessaryIsInstance]
+        received = f"shape {tuple(v.shape)}" if isinstance(v, Tensor) else f"a {type(v).__name__}"  # pyright: ignore[reportUnnecessaryIsInstance]
         raise SamplerError(
-            f"the field returned shape {tuple(v.shape)} for a latent of shape {tuple(x.shape)}, at t = {node.t}: a "
-            "velocity has its latent's shape."
+            f"the field returned {received} for a latent of shape {tuple(x.shape)}, at t = {t}: a velocity is a tensor "
+            "of its latent's shape."
         )
     return v
 

@@ -70,7 +70,13 @@ def trainable(params: Iterable[Tensor] | Mapping[str, Tensor], required: bool = 
     Raises:
         SamplerError: none does, and one is required.
     """
-    found = tuple(p for p in (params.values() if isinstance(params, Mapping) else params) if p.requires_grad)
+    given = tuple(params.values() if isinstance(params, Mapping) else params)
+    if not all(isinstance(p, Tensor) for p in given):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise SamplerError(
+            f"params= received {type(given[0]).__name__}s: it takes tensors, or a mapping of names to tensors "
+            "(model.parameters(), dict(model.named_parameters()))."
+        )
+    found = tuple(p for p in given if p.requires_grad)
     if required and not found:
         raise SamplerError(
             "no parameter of the field requires a gradient: the plan has nothing to train. Call requires_grad_() on "

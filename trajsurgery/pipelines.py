@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trajsurgery import check
 from trajsurgery.errors import SamplerError, SurgeryError
-from trajsurgery.execute import Execution, Memory, first_call, outputs
+from trajsurgery.execute import Execution, Memory, first_call, known, outputs, planned
 from trajsurgery.node import Noise, Velocity
 from trajsurgery.plan import Plan
 from trajsurgery.reentry import PipelineField, Record, wrapped
@@ -43,8 +43,12 @@ def operate(
 
     Raises:
         SamplerError: no flow-matching scheduler; a block inside a block on one pipe.
-        PlanError: the plan has unbound names; in the call: it does not fit the call's number of steps.
+        PlanError: no plan, or one with unbound names; an unknown `memory`; in the call: it has another number of steps.
     """
+    known(memory)
+    if plan is not None:
+        planned(plan)
+        check.bound(plan.outputs, plan.names)
     return Surgery(pipe, plan, memory, generator)
 
 
@@ -70,19 +74,22 @@ class Surgery:
         return self.field.decode(x)
 
     def __getattr__(self, name: str) -> Any:
+        if name in ("outputs", "distances") and self.plan is None:
+            raise SurgeryError(
+                f"surgery.{name} is a plan's: this block has none and records only, operate(pipe, plan)."
+            )
         if name in Surgery.__annotations__:
             raise SurgeryError(f"surgery.{name} is there once the pipe has been called inside the block.")
         raise AttributeError(name)
 
     def __enter__(self) -> Surgery:
+        self._base = type(self._pipe)
         if hasattr(self._base, _ONE_OFF):
             raise SamplerError(
                 f"a block of operate() on this {self._base.__mro__[1].__name__} is open already. Close it first, or "
                 "record once with operate(pipe) and run several plans on surgery.trajectory."
             )
         _flow_matching(self._pipe)
-        if self.plan is not None:
-            check.bound(self.plan.outputs, self.plan.names)
         members = {_ONE_OFF: True, "__call__": self._recorded_call(), "__module__": self._base.__module__}
         if hasattr(self._base, "encode_prompt"):
             members["encode_prompt"] = self._recorded_encoding()
@@ -169,6 +176,8 @@ class _Loop:
         self.record.times = self.sigmas.tolist()
         plan = self.surgery.plan
         if plan is not None:
+            if torch.is_inference_mode_enabled():
+                raise SamplerError("a plan's gradient can't be kept under torch.inference_mode(): leave that block.")
             plan = plan.prepared(self.t)
             self.call = first_call(plan, self.t) if self.surgery.memory == "retain" else None
         self.stop_watching()
@@ -184,7 +193,7 @@ class _Loop:
         real = found[0] if isinstance(found, tuple) else found.prev_sample
         self.trajectory.latents[self.t] = real
         given = self._next(real)
-        self.given, self.version = given, given._version
+        self.given, self.version = given, _version(given)
         if isinstance(found, tuple):
             return (given, *found[1:])
         found.prev_sample = given
@@ -195,7 +204,7 @@ class _Loop:
         if self.t == len(self.sigmas) - 1:
             self.stop_watching()
             self._start(sample)
-        elif self.given is not None and (sample is not self.given or sample._version != self.version):
+        elif self.given is not None and (sample is not self.given or _version(sample) != self.version):
             self._change(self.given, sample.detach())
         self.trajectory.velocities[self.t] = v.detach()
         if self.execution is not None:
@@ -247,6 +256,11 @@ class _Loop:
         surgery.distances = execution.distances()
         torch.set_grad_enabled(self.record.arguments.get("output_type", "pt") in ("pt", "latent"))
         return surgery.outputs[0]
+
+
+def _version(x: Tensor) -> int:
+    """How often a tensor was changed in place; inference mode does not count."""
+    return 0 if x.is_inference() else x._version
 
 
 def _flow_matching(pipe: Any) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trajsurgery.errors import SamplerError
-from trajsurgery.execute import Execution, Memory, outputs, retained
+from trajsurgery.execute import Execution, Memory, fitting, known, outputs, retained, shaped
 from trajsurgery.interpolant import Interpolant, RectifiedFlow
 from trajsurgery.node import Noise
 from trajsurgery.params import Fields, Params, named, trainable
@@ -57,6 +57,8 @@ def sample(
         PlanError: the plan does not fit T = len(sigmas) - 1 steps, or has unbound names.
         SamplerError: as `rollout` and `apply`.
     """
+    known(memory)
+    fitting(plan, len(as_sigmas(sigmas, noise)) - 1)
     execution, trajectory = _roll(field, noise, sigmas, interpolant, plan if memory == "retain" else None, generator)
     execution = execution or Execution(plan, trajectory, generator)
     return _single(outputs(plan, trajectory, field, memory, execution, params)), trajectory
@@ -219,10 +221,7 @@ def _roll(
             node = execution.wanted(t)
         with torch.set_grad_enabled(node is not None):
             v = field(x if node is None or execution is None else execution.tensors[node.x], trajectory.sigma(t))
-        if v.shape != x.shape:
-            raise SamplerError(
-                f"the field returned shape {tuple(v.shape)} for a latent of shape {tuple(x.shape)} at t = {t}."
-            )
+        shaped(v, x, t)
         if node is not None and execution is not None:
             execution.adopt(node, v)
         trajectory.velocities[t] = v.detach()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from trajsurgery.errors import PlanError
 from trajsurgery.plan import Plan, latent
 
 
@@ -17,7 +18,12 @@ def draft_lv(n: int = 2) -> Plan:
 
     Args:
         n: how often the image is noised anew, each time with a noise of its own.
+
+    Raises:
+        PlanError: n is below 0.
     """
+    if n < 0:
+        raise PlanError(f"draft_lv(n={n}): the image is noised anew 0 or more times.")
     renoised = [latent(0).renoise(1, draw=i).leap(0) for i in range(n)]
     return Plan(latent(1).leap(0), *renoised)
 

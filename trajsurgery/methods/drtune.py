@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from trajsurgery.errors import PlanError
-from trajsurgery.methods.draws import uniform
+from trajsurgery.methods.draws import late, uniform
 from trajsurgery.plan import Plan, latent, recorded
 
 
@@ -57,7 +57,7 @@ class DRTune:
         """A plan for a sampler of `steps` steps.
 
         Raises:
-            PlanError: more training times than steps.
+            PlanError: more training times than steps; `last` is below 1.
         """
         if not 1 <= self.train <= steps:
             raise PlanError(
@@ -65,7 +65,7 @@ class DRTune:
             )
         apart = steps // self.train
         while True:
-            stop = 1 + uniform(min(self.last, steps), generator)
+            stop = late(self.last, steps, generator)
             first = 1 + uniform(steps - (self.train - 1) * apart, generator)
             times = {first + i * apart for i in range(self.train)}
             if max(times) >= stop:

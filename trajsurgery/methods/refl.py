@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trajsurgery.methods.draws import uniform
+from trajsurgery.methods.draws import late
 from trajsurgery.node import Time
 from trajsurgery.plan import Plan, latent
 
@@ -29,6 +29,9 @@ class ReFL:
     """Algorithm 1, line 40: w = 1."""
 
     def draw(self, steps: int, generator: torch.Generator | None = None) -> Plan:
-        """A plan for a sampler of `steps` steps."""
-        t = 1 + uniform(min(self.last, steps), generator)
-        return Plan(*refl(t).outputs, steps=steps)
+        """A plan for a sampler of `steps` steps.
+
+        Raises:
+            PlanError: `last` is below 1.
+        """
+        return Plan(*refl(late(self.last, steps, generator)).outputs, steps=steps)
