@@ -15,6 +15,8 @@ from trajsurgery.node import START, Draw
 from trajsurgery.params import Fields, Params
 from trajsurgery.terms import Evaluation, evaluate
 
+_EPS = torch.finfo(torch.float32).eps
+
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
@@ -71,14 +73,13 @@ class Trajectory:
         return self._measured[t]
 
     def _is_euler(self, t: int) -> bool:
-        """Whether x_t + dsigma v_t is x_{t-1} up to rounding. Waits for the device."""
+        """Whether x_t + dsigma v_t is x_{t-1} up to rounding, element by element. Waits for the device."""
         x, v, landed = (a.double() for a in (self[t], self.velocity(t), self[t - 1]))
         change = (self.sigma(t - 1) - self.sigma(t)).double() * v
-        # schedulers compute in float32 at best, whatever the latents' dtype
-        dtypes = (self[t].dtype, self.velocity(t).dtype, self[t - 1].dtype, torch.float32)
-        rounding = max(torch.finfo(dtype).eps for dtype in dtypes)
-        size = x.abs().max() + change.abs().max()
-        return bool(((x + change - landed).abs().max() <= 2 * rounding * size).item())
+        # schedulers compute in float32 at best; dsigma v is rounded in v's dtype, the sum in that of x_{t-1}
+        step, end = (max(torch.finfo(a.dtype).eps, _EPS) for a in (self.velocity(t), self[t - 1]))
+        rounding = step * change.abs() + end * landed.abs() + 2 * _EPS * (x.abs().max() + change.abs().max())
+        return bool(((x + change - landed).abs() <= rounding).all().item())
 
     def noise(self, draw: Draw, to: int, generator: torch.Generator | None = None) -> Tensor:
         """The noise of a renoised sample, drawn once for each (draw, to); draw="rollout" is x_T."""
