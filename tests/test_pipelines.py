@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -289,6 +291,21 @@ def test_the_pipe_is_left_as_it_was_after_an_exception(small: Small) -> None:
         small()
         raise ZeroDivisionError
     assert state(small.pipe) == before
+
+
+@pytest.mark.parametrize("memory", ["retain", "recompute"])
+def test_a_closed_block_is_freed_with_its_surgery(small: Small, memory: Any) -> None:
+    """The pipe's class for the block held the tensors until the garbage collector ran, which no GPU waits for."""
+    gc.collect()
+    gc.disable()
+    try:
+        with operate(small.pipe, leapalign(5, 2), memory) as surgery:
+            small()
+        output = weakref.ref(surgery.outputs[0])
+        del surgery
+        assert output() is None
+    finally:
+        gc.enable()
 
 
 def test_images_without_gradient_come_out_too(small: Small) -> None:

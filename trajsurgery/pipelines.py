@@ -99,7 +99,9 @@ class Surgery:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
+        one_off: Any = type(self._pipe)
         self._pipe.__class__ = self._base
+        one_off.__call__ = one_off.encode_prompt = None  # they hold the tensors, and a class waits for the collector
 
     def _recorded_call(self) -> Any:
         @functools.wraps(self._base.__call__)
@@ -193,7 +195,7 @@ class _Loop:
         real = found[0] if isinstance(found, tuple) else found.prev_sample
         self.trajectory.latents[self.t] = real
         given = self._next(real)
-        self.given, self.version = given, _version(given)
+        self.given, self.version = given, given._version if self.execution is not None else 0
         if isinstance(found, tuple):
             return (given, *found[1:])
         found.prev_sample = given
@@ -204,7 +206,9 @@ class _Loop:
         if self.t == len(self.sigmas) - 1:
             self.stop_watching()
             self._start(sample)
-        elif self.given is not None and (sample is not self.given or _version(sample) != self.version):
+        elif self.given is not None and (
+            sample is not self.given or (self.execution is not None and sample._version != self.version)
+        ):
             self._change(self.given, sample.detach())
         self.trajectory.velocities[self.t] = v.detach()
         if self.execution is not None:
@@ -256,11 +260,6 @@ class _Loop:
         surgery.distances = execution.distances()
         torch.set_grad_enabled(self.record.arguments.get("output_type", "pt") in ("pt", "latent"))
         return surgery.outputs[0]
-
-
-def _version(x: Tensor) -> int:
-    """How often a tensor was changed in place; inference mode does not count."""
-    return 0 if x.is_inference() else x._version
 
 
 def _flow_matching(pipe: Any) -> None:
