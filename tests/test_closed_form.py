@@ -99,3 +99,13 @@ def test_the_witness_can_tell():
     wrong = [(1.01 if term.order else 1.0) * float(term.coefficient) for term in expansion.terms]
     closed = Witness(plan, ROLLED, {None: FIELD}).gradient(expansion.terms, wrong, cs)
     assert distance(grads(found, [*FIELD.parameters(), ROLLED.start], cs), closed) > 1e-5
+
+
+def test_each_term_is_evaluated_in_its_place():
+    """Terms that the sampler's times make 0 were dropped: the others moved up, and norms named the wrong ones."""
+    plan = Plan(latent(3).leap(0).renoise(6).leap(0))  # at T nothing is left of the image
+    rolled = problem(MLP(4), 6)
+    expansion = plan.gradient()
+    found = expansion.evaluate(rolled.trajectory, rolled.field, torch.ones_like(rolled.noise))
+    assert len(found.terms) == len(expansion.terms) == 3
+    assert [norm > 0 for norm in found.norms] == [term.source == 6 for term in expansion.terms]

@@ -9,7 +9,7 @@ pass through no other call, the gradient of an output is the sum over chains of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -111,8 +111,11 @@ class Expansion:
         return trajectory.evaluate(self, field, cotangent, params)
 
     def numbers(self, sigmas: Sequence[float]) -> Expansion:
-        """The same terms with the sampler's times put in."""
-        return expand(self.outputs, len(sigmas) - 1, sigmas, self.interpolant, len(self.terms))
+        """The same terms, one by one, with the sampler's times put in; some may be 0 there."""
+        numeric = expand(self.outputs, len(sigmas) - 1, sigmas, self.interpolant, len(self.terms))
+        found = {(term.calls, term.output): term for term in numeric.terms}
+        zeros = [Term(sympy.Integer(0), term.calls, term.output) for term in self.terms]
+        return replace(numeric, terms=[found.get((zero.calls, zero.output), zero) for zero in zeros], count=self.count)
 
 
 def expand(
