@@ -36,13 +36,13 @@ HERE = Path(__file__).parent
 class Options:
     """What is varied."""
 
-    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
-    lambdas: tuple[float, ...] = (0.45, 0.6)
+    rates: tuple[float, ...] = (1e-4, 3e-4)
+    lambdas: tuple[float, ...] = (0.45,)
     """Beside the reward's own threshold."""
-    taus: tuple[float, ...] = (0.005, 0.1)
+    taus: tuple[float, ...] = (0.1,)
     """Beside the recipe's."""
     seeds: tuple[int, ...] = (100, 101)
-    iterations: int = 100
+    iterations: int = 150
     images: int = 480
     threads: int = 1
     """Seeds may run side by side, each with `--seeds`; a last call with all of them reads what is finished."""
