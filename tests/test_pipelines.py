@@ -219,6 +219,16 @@ def test_the_field_gives_the_recorded_velocities(small: Small) -> None:
     assert (small.pipe.scheduler.__dict__, small.pipe.__dict__) == before
 
 
+def test_re_entry_on_a_machine_of_many_devices(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch warns of a generator forked on all of them; warnings are errors here."""
+    with operate(small.pipe) as surgery:
+        small()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    state = torch.get_rng_state()
+    surgery.field(surgery.trajectory[3], surgery.trajectory.sigma(3))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_one_rollout_many_plans(small: Small) -> None:
     with operate(small.pipe) as surgery:
         small()

@@ -158,7 +158,9 @@ class _Entry:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_kept(pipe))
             stack.enter_context(_kept(scheduler))
-            stack.enter_context(torch.random.fork_rng())
+            # of all devices, which is the default, torch warns where there are several
+            devices = [self.x.device] if self.x.is_cuda else []
+            stack.enter_context(torch.random.fork_rng(devices))
             stack.enter_context(torch.no_grad())
             torch.set_rng_state(self.record.random)
             self.skipping = stack.enter_context(contextlib.ExitStack())
