@@ -23,7 +23,7 @@ import tyro
 from provenance import provenance
 
 from trajsurgery import LeapAlign, distances, operate
-from trajsurgery.objective import landings
+from trajsurgery.objective import Objective, landings
 from trajsurgery.recipe import Recipe, presets
 from trajsurgery.run import main as run
 from trajsurgery.train import generator
@@ -34,13 +34,17 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Options:
-    """What is varied."""
+    """The centre, and what is varied around it."""
 
+    rate: float = 3e-5
+    tau: float = 0.02
+    """About the lower quartile of the distances."""
     rates: tuple[float, ...] = (1e-4, 3e-4)
+    """Beside the centre's."""
     lambdas: tuple[float, ...] = (0.45,)
-    """Beside the reward's own threshold."""
+    """Beside the reward's own threshold, which is the centre's."""
     taus: tuple[float, ...] = (0.1,)
-    """Beside the recipe's."""
+    """Beside the centre's."""
     seeds: tuple[int, ...] = (100, 101)
     iterations: int = 150
     images: int = 480
@@ -53,8 +57,9 @@ class Options:
 
 
 def centre(options: Options) -> Recipe:
-    """The demo's recipe on validation prompts."""
-    chosen = presets(LeapAlign(), "")["tiny"]
+    """The demo's recipe on validation prompts, before anything was chosen."""
+    chosen = replace(presets(LeapAlign(), "")["tiny"], objective=Objective(tau=options.tau))
+    chosen = replace(chosen, optimiser=replace(chosen.optimiser, rate=options.rate))
     evaluation = replace(chosen.evaluation, images=options.images, split="validation")
     return replace(chosen, evaluation=evaluation, iterations=options.iterations, threads=options.threads)
 
