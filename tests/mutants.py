@@ -100,7 +100,7 @@ def velocity_time(m: Mutant) -> str:
 
 
 def factor_type(m: Mutant) -> str:
-    a = m.any(None, True, "not a name", "")
+    a = m.any(None, True, "not a name", "", "T")
     m.output(m.any(m.leap(m.start()[0], a=a), m.add("discount", x=m.start(0)[0], a=a)))
     return repr(a)
 

@@ -204,9 +204,7 @@ MUTATIONS = (
         "order = list(node.velocities)",
         "test_quadrature.py",
     ),
-    Mutation(
-        "a recover without beta", "linear.py", "of[node.x] - _times(beta, eps)", "of[node.x]", "test_run_values.py"
-    ),
+    Mutation("a recover without beta", "linear.py", "of[node.x] - beta * eps", "of[node.x]", "test_run_values.py"),
     Mutation(
         "pairs of times that may be equal",
         "methods/leapalign.py",

@@ -46,15 +46,8 @@ def value(node: Node, of: Of, trajectory: Trajectory, faithful: bool, generator:
 def predict(interpolant: Interpolant, x: Tensor, v: Tensor, k: Tensor, j: Tensor) -> Tensor:
     """A x + B v: the one-step prediction at sigma j from x and v at sigma k (Eq. 3, Eq. 20)."""
     a, b = interpolant.leap(k, j, torch)
-    start = x if isinstance(interpolant, RectifiedFlow) else _times(a, x)
-    return start + _times(b, v)
-
-
-def _times(coefficient: Any, x: Tensor) -> Tensor:
-    """coefficient * x in x's dtype; a per-sample coefficient [batch] is spread over the latent's dimensions."""
-    if isinstance(coefficient, Tensor) and coefficient.dim() == 1:
-        coefficient = coefficient.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
-    return coefficient * x
+    start = x if isinstance(interpolant, RectifiedFlow) else a * x
+    return start + b * v
 
 
 def _leap(node: Leap, of: Of, trajectory: Trajectory, faithful: bool, _: Any) -> Tensor:
@@ -69,7 +62,7 @@ def _advance(node: Advance, of: Of, trajectory: Trajectory, *_: Any) -> Tensor:
     ws = weights(node.rule, supports, _sigma(trajectory, node.x.t), _sigma(trajectory, node.to))
     total = of[node.x]
     for w, v in zip(ws, order, strict=True):
-        total = total + _times(w, of[v])
+        total = total + w * of[v]
     return total
 
 
@@ -77,7 +70,7 @@ def _renoise(node: Renoise, of: Of, trajectory: Trajectory, _: bool, generator: 
     to = _sigma(trajectory, node.to)
     eps = trajectory.noise(node.draw, _int(node.to), generator)
     alpha, beta = trajectory.interpolant.alpha(to, torch), trajectory.interpolant.beta(to, torch)
-    return _times(alpha, of[node.x]) + _times(beta, eps)
+    return alpha * of[node.x] + beta * eps
 
 
 def _recover(node: Recover, of: Of, trajectory: Trajectory, _: bool, generator: torch.Generator | None) -> Tensor:
@@ -89,7 +82,7 @@ def _recover(node: Recover, of: Of, trajectory: Trajectory, _: bool, generator: 
         )
     drawn = [_int(up.to) for up in walk([node]) if isinstance(up, Renoise) and up.draw == node.draw]
     eps = trajectory.noise(node.draw, drawn[0] if drawn else t, generator)
-    return _times(1 / alpha, of[node.x] - _times(beta, eps))
+    return (of[node.x] - beta * eps) / alpha
 
 
 def _noise(node: Noise, of: Of, trajectory: Trajectory, *_: Any) -> Tensor:

@@ -33,7 +33,9 @@ class Record:
     generators: dict[int, Tensor]
     """{id of a generator among the arguments: its state when the call began}."""
     random: Tensor
-    """The global generator's state when the call began."""
+    """The CPU's global generator's state when the call began."""
+    random_cuda: list[Tensor]
+    """Those of the GPUs."""
     encodings: list[Any] = field(default_factory=list[Any])
     """What `encode_prompt` returned, call by call."""
     templates: dict[nn.Module, list[Any]] = field(default_factory=dict[nn.Module, list[Any]])
@@ -50,7 +52,8 @@ class Record:
         arguments.pop(next(iter(arguments)))
         arguments.update(arguments.pop("kwargs", {}))
         states = {id(g): g.get_state() for g in _generators(arguments)}
-        return cls(pipe, base, arguments, states, torch.get_rng_state())
+        gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        return cls(pipe, base, arguments, states, torch.get_rng_state(), gpus)
 
     def watch(self) -> Callable[[], None]:
         """Notes the outputs of the modules that are called from now on, until the returned function is."""
@@ -163,6 +166,8 @@ class _Entry:
             stack.enter_context(torch.random.fork_rng(devices))
             stack.enter_context(torch.no_grad())
             torch.set_rng_state(self.record.random)
+            for device in devices:
+                torch.cuda.set_rng_state(self.record.random_cuda[device.index or 0], device)
             self.skipping = stack.enter_context(contextlib.ExitStack())
             for module, outputs in self.record.templates.items():
                 # what torch calls instead of forward and its hooks (offloading, FSDP): a skipped call runs neither

@@ -81,7 +81,7 @@ def _velocity_time(node: Leap, steps: int | None) -> Iterator[str]:
 
 def _factor_type(node: Discount | Scale, steps: int | None) -> Iterator[str]:
     if isinstance(node.a, str):
-        if not node.a.isidentifier():
+        if not node.a.isidentifier() or node.a == START:
             yield f"the factor {node.a!r}"
     elif isinstance(node.a, bool) or not isinstance(node.a, int | float):  # pyright: ignore[reportUnnecessaryIsInstance]
         yield f"the factor {node.a!r}"
@@ -203,7 +203,7 @@ RULES: dict[str, Rule] = {
         Rule("velocity-time", (Leap,), "an explicit velocity sits at its latent's t", _velocity_time,
              "Take the velocity at the latent's own time, or use advance(to, [velocities]) for several times."),
         Rule("factor-type", (Discount, Scale), "a factor is a number or a name", _factor_type,
-             "Give a float, or an identifier to bind later with plan.at(name=...)."),
+             "Give a float, or an identifier other than \"T\" to bind later with plan.at(name=...)."),
         Rule("finite", (Discount, Scale), "factors are finite", _finite, "Give a finite number."),
         Rule("discount-range", (Discount,), "a discount lies in [0, 1]", _discount_range,
              "Scale a velocity instead (v.scale(a)) if its gradient is to grow; use detach() for 0."),

@@ -75,6 +75,10 @@ def apply(
 ) -> Outputs:
     """The plan's outputs on a recorded trajectory, with the plan's gradient.
 
+    A trajectory belongs to the weights that made it. After an optimiser's step, velocities that are called anew are the
+    new weights', recorded ones are still the old ones'. A renoised sample's noise is drawn once for a trajectory: plans
+    that name the same (draw, to) share it.
+
     Args:
         memory: "retain" keeps the activations of every velocity call; "recompute" keeps those of none and runs the
             model again in the backward pass, one call at a time (first-order reverse mode only; falls back to retain

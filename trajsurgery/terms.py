@@ -37,7 +37,7 @@ from trajsurgery.node import (
 from trajsurgery.params import Fields, Params, leaves, named, trainable
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evaluation(Sequence[Tensor]):
     """A gradient by terms; as a sequence, the whole gradient: one tensor for each parameter."""
 
