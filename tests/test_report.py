@@ -35,7 +35,7 @@ def scores(reward: Sequence[float], correct: Sequence[bool] | None = None, texts
         torch.tensor(reward),
         None if correct is None else torch.tensor(correct),
         None if correct is None else torch.zeros(count),
-        torch.rand(min(3, count), 3, 8, 8, generator=torch.Generator().manual_seed(0)),
+        torch.randint(255, (count, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8),
     )
 
 
@@ -107,7 +107,7 @@ def test_an_evaluation_is_the_same_whenever_it_is_asked(tmp_path: Path) -> None:
     assert len(first.pictures) == recipe.evaluation.pictures
     assert not torch.equal(first.reward, evaluate(replace(recipe, seed=5), world).reward)
     assert first.correct is not None
-    wanted = toy_world.rules(first.pictures, first.texts[:4])[0]
+    wanted = toy_world.rules(first.pictures / 255, first.texts[:4])[0]
     assert torch.equal(first.correct[:4], wanted)
     assert Scores.from_dict(first.to_dict()).texts == first.texts
 
@@ -116,6 +116,15 @@ def test_smoothing_keeps_a_constant_and_the_ends() -> None:
     assert report.smoothed([2.0] * 30) == pytest.approx([2.0] * 30)
     assert report.smoothed([1.0]) == [1.0]
     assert report.smoothed([]) == []
+
+
+def test_the_pictures_shown_are_not_chosen() -> None:
+    right = [i % 3 == 0 for i in range(20)]
+    turned = [(not r) if i in (1, 9, 12, 15, 16) else r for i, r in enumerate(right)]
+    places, remark = report.shown(scores([0.1] * 20, right), scores([0.2] * 20, turned), 8)
+    assert places == [0, 1, 2, 3, 9, 12, 15, 16]
+    assert "2 to right, 3 to wrong of 20" in remark
+    assert report.shown(scores([0.1] * 20), scores([0.2] * 20), 8)[0] == list(range(8))
 
 
 def test_pictures_are_drawn(tmp_path: Path) -> None:

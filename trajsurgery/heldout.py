@@ -26,7 +26,7 @@ class Scores:
     junk: Tensor | None
     """Float[images]: the share of pixels that belong to nothing."""
     pictures: Tensor
-    """Float[pictures 3 h w] in [0, 1]: the first images."""
+    """UInt8[pictures 3 h w]: the first images."""
 
     def to_dict(self) -> dict[str, Any]:
         """A dict of tensors, lists and None."""
@@ -60,7 +60,7 @@ def evaluate(recipe: Recipe, world: World) -> Scores:
         if world.judge is not None:
             verdicts.append(world.judge(images, texts))
         wanted = recipe.evaluation.pictures - sum(map(len, pictures))
-        pictures.append(images[: max(0, wanted)].float().cpu())
+        pictures.append((images[: max(0, wanted)].float().cpu() * 255).round().to(torch.uint8))
     return Scores(
         tuple(prompt.text for prompt in asked),
         tuple(prompt.category for prompt in asked),

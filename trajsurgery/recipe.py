@@ -63,7 +63,7 @@ class Evaluation:
     batch: int = 48
     """Images at once."""
     pictures: int = 12
-    """How many of them samples.png shows: the first ones."""
+    """How many of them are kept for samples.png, which shows the first ones and some whose verdict changed."""
     split: Literal["heldout", "validation"] = "heldout"
     """Which prompts of the embedded world; settings are chosen on validation."""
 
@@ -173,7 +173,13 @@ def presets(method: Method, output: str) -> dict[str, Recipe]:
     The embedded world's learning rate, lambda and tau were chosen on validation prompts (benchmarks/choose.py).
     """
     return {
-        "tiny": replace(Recipe(), method=method, objective=Objective(threshold=0.45, tau=0.02), output=Path(output)),
+        "tiny": replace(
+            Recipe(),
+            method=method,
+            objective=Objective(threshold=0.45, tau=0.02),
+            evaluation=Evaluation(pictures=480),
+            output=Path(output),
+        ),
         "paper": paper(method, f"{output}_paper"),
     }
 

@@ -54,20 +54,40 @@ def smoothed(values: Sequence[float], share: float = 0.1) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-def samples(path: Path, title: str, before: Scores, after: Scores, columns: int = 3) -> Path:
-    """Draws the first images before | after, same prompt and noise, with reward and the rules' verdict below each."""
+def samples(path: Path, title: str, before: Scores, after: Scores, count: int = 12, columns: int = 3) -> Path:
+    """Draws images before | after, same prompt and noise, with the rules' verdict and the reward below each.
+
+    None is chosen for its looks: see `shown`.
+    """
     from matplotlib.figure import Figure
 
-    count = min(len(before.pictures), len(after.pictures))
-    columns = min(columns, count)
-    rows = math.ceil(count / columns)
+    places, remark = shown(before, after, count)
+    columns = min(columns, len(places))
+    rows = math.ceil(len(places) / columns)
     figure = Figure(figsize=(3.5 * columns, 2.15 * rows + 0.7), layout="constrained")
-    figure.suptitle(f"{title}\nthe first held-out prompts of each category, same noise", fontsize=12)
-    for place, part in enumerate(figure.subfigures(rows, columns, squeeze=False, wspace=0.06).flat):
-        if place < count:
-            _pair(part, place, before, after)
+    figure.suptitle(f"{title}\n{remark}", fontsize=12)
+    parts = figure.subfigures(rows, columns, squeeze=False, wspace=0.06).flat
+    for part, place in zip(parts, places):
+        _pair(part, place, before, after)
     figure.savefig(path, dpi=110)
     return path
+
+
+def shown(before: Scores, after: Scores, count: int) -> tuple[list[int], str]:
+    """Which images are drawn, and a remark that says so.
+
+    They are the first ones, which are spread over the categories; where there are rules, the second half are the first
+    images whose verdict changed, for better or worse as it comes.
+    """
+    kept = min(len(before.pictures), len(after.pictures))
+    if before.correct is None or after.correct is None:
+        return list(range(min(count, kept))), "the first held-out prompts, same noise"
+    first = list(range(min(count // 2, kept)))
+    changed = (before.correct != after.correct).nonzero().flatten().tolist()
+    better = sum(bool(after.correct[i]) for i in changed)
+    others = [i for i in changed if len(first) <= i < kept][: count - len(first)]
+    remark = f"{len(first)} first held-out images; then the first whose verdict changed ({better} to right, "
+    return first + others, f"{remark}{len(changed) - better} to wrong of {len(before.texts)})"
 
 
 def _pair(part: Any, place: int, before: Scores, after: Scores) -> None:
@@ -88,7 +108,7 @@ def _verdict(scores: Scores, place: int) -> tuple[str, str]:
 
 
 def _pixels(picture: Tensor) -> Any:
-    return picture.float().clamp(0, 1).permute(1, 2, 0).numpy()
+    return picture.permute(1, 2, 0).numpy()
 
 
 def table(evaluation: Mapping[str, Any]) -> Table:
