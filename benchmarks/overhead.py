@@ -2,7 +2,7 @@
 
     python benchmarks/overhead.py
 
-Both sample the same images from the same FluxPipeline (about 20 M parameters), take LeapAlign's two leaps, decode,
+Both sample the same images from the same FluxPipeline (18 M parameters), take LeapAlign's two leaps, decode,
 grade, and differentiate; images and gradients are compared first. Times are of alternating pairs on one thread; peaks
 are bytes of tensors alive at once, counted storage by storage. Writes overhead.json and overhead.png beside this file.
 """
@@ -142,7 +142,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
         axes.plot(spread, values, "o", color="#0b6e99" if name == "operate" else "#7a8691", alpha=0.6)
         axes.hlines(statistics.median(values), place - 0.25, place + 0.25, color="black", linewidth=1.5)
     axes.set_xticks(range(len(labels)), labels.values())
-    axes.set_ylim(0)
+    axes.set_ylim(0, 1.1 * max(max(values) for values in found["seconds"].values()))
     axes.set_ylabel("seconds an iteration")
     axes.set_title(
         f"operate / by hand: time {found['time_ratio']:.3f} (median of {len(found['pairs'])} pairs), "

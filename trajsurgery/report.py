@@ -30,15 +30,15 @@ def curve(path: Path, title: str, records: Sequence[Mapping[str, Any]]) -> Path:
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.add_subplot()
     times, rewards = [r["iteration"] for r in lines], [r["reward"] for r in lines]
-    axes.plot(times, rewards, color=AFTER, alpha=0.25, linewidth=1, label="training batch")
-    axes.plot(times, smoothed(rewards), color=AFTER, linewidth=2, label="its moving mean")
+    axes.plot(times, rewards, color=AFTER, alpha=0.25, linewidth=1, label="training prompts, batch by batch")
+    axes.plot(times, smoothed(rewards), color=AFTER, linewidth=2, label="their moving mean")
     if evaluation is not None and lines:
         ends = ((times[0], "before", BEFORE), (times[-1], "after (EMA)", AFTER))
         for t, when, colour in ends:
             mean = evaluation[f"reward_{when.split()[0]}"]
             bar = 2 * (evaluation["reward_gain_se"] or 0) if when != "before" else None
             axes.errorbar(t, mean, bar, fmt="o", color=colour, capsize=4, markeredgecolor="white", markersize=9,
-                          label=f"held out, {when}: {mean:.3f}")  # fmt: skip
+                          label=f"held-out prompts, {when}: {mean:.3f}")  # fmt: skip
     axes.set(xlabel="iteration", ylabel="reward", title=title)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.2)
