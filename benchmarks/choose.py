@@ -1,4 +1,4 @@
-"""How the demo's learning rate, lambda and tau were chosen: on validation prompts, on seeds that no report uses.
+"""How the demo's learning rate, lambda, tau and length were chosen: on validation prompts, on seeds that no report uses.
 
     python benchmarks/choose.py
 
@@ -45,6 +45,8 @@ class Options:
     """Beside the reward's own threshold, which is the centre's."""
     taus: tuple[float, ...] = (0.1,)
     """Beside the centre's."""
+    longer: tuple[int, ...] = (225,)
+    """Beside the centre's iterations."""
     seeds: tuple[int, ...] = (100, 101)
     iterations: int = 150
     images: int = 480
@@ -73,6 +75,8 @@ def variants(options: Options) -> Iterator[tuple[str, Recipe]]:
         yield f"lambda {threshold:g}", replace(base, objective=replace(base.objective, threshold=threshold))
     for tau in options.taus:
         yield f"tau {tau:g}", replace(base, objective=replace(base.objective, tau=tau))
+    for iterations in options.longer:
+        yield f"iterations {iterations}", replace(base, iterations=iterations)
 
 
 def measured(options: Options) -> dict[str, Any]:

@@ -89,7 +89,7 @@ class Recipe:
     optimiser: Optimiser = field(default_factory=Optimiser)
     ema: float = 0.995
     """Decay of the moving average of the weights, which is what is evaluated and saved."""
-    iterations: int = 150
+    iterations: int = 225
     """Steps of the optimiser. A finished run goes on if there are more of them."""
     evaluation: Evaluation = field(default_factory=Evaluation)
     seed: int = 0
@@ -170,7 +170,7 @@ def paper(method: Method, output: str) -> Recipe:
 def presets(method: Method, output: str) -> dict[str, Recipe]:
     """The two recipes of a method: on the embedded world, and the paper's.
 
-    The embedded world's learning rate, lambda and tau were chosen on validation prompts (benchmarks/choose.py).
+    The embedded world's learning rate, lambda, tau and length were chosen on validation prompts (benchmarks/choose.py).
     """
     return {
         "tiny": replace(
