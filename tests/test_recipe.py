@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, replace
@@ -13,7 +14,7 @@ import torch
 
 from trajsurgery import DRaFTLV, DRTune, LeapAlign, RecipeError, ReFL, preflight, run
 from trajsurgery.objective import Objective
-from trajsurgery.recipe import FREE, Evaluation, Recipe, Rollout, differences, paper, presets
+from trajsurgery.recipe import FREE, Evaluation, Method, Optimiser, Recipe, Rollout, differences, paper, presets
 
 ROOT = Path(__file__).parents[1]
 TINY = presets(LeapAlign(), "outputs/x")
@@ -104,6 +105,56 @@ def test_weights_follow_the_method(method: LeapAlign | DRTune | ReFL | DRaFTLV, 
 def test_numbers_out_of_range_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(RecipeError, match=next(iter(wrong))):
         replace(Recipe(), **wrong)
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    "part, wrong",
+    [
+        ("rollout", Rollout(steps=0)),
+        ("rollout", Rollout(at_once=0)),
+        ("rollout", Rollout(at_once=-1)),
+        ("rollout", Rollout(size=0)),
+        ("rollout", Rollout(guidance=NAN)),
+        ("evaluation", Evaluation(steps=0)),
+        ("evaluation", Evaluation(pictures=0)),
+        ("evaluation", Evaluation(pictures=-1)),
+        ("optimiser", Optimiser(rate=NAN)),
+        ("optimiser", Optimiser(rate=math.inf)),
+        ("optimiser", Optimiser(betas=(0.9, 1.0))),
+        ("optimiser", Optimiser(weight_decay=-1e-4)),
+        ("optimiser", Optimiser(clip=NAN)),
+    ],
+)
+def test_numbers_of_a_part_out_of_range_are_refused(part: str, wrong: object) -> None:
+    name = next(n for n, value in vars(wrong).items() if value != getattr(type(wrong)(), n))
+    with pytest.raises(RecipeError, match=rf"^{part}\.{name}\b"):
+        replace(Recipe(), **{part: wrong})
+
+
+def test_all_numbers_out_of_range_are_told_at_once() -> None:
+    with pytest.raises(RecipeError) as found:
+        Recipe(ema=NAN, evaluation=Evaluation(pictures=0, steps=0), optimiser=Optimiser(rate=-1.0))
+    assert [line.split(" = ")[0] for line in str(found.value).splitlines()] == [
+        "evaluation.steps",
+        "evaluation.pictures",
+        "ema",
+        "optimiser.rate",
+    ]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [LeapAlign(alpha=2), LeapAlign(leaps=0), LeapAlign(window=(0, 2)), DRTune(train=0), ReFL(last=0), DRaFTLV(n=-1)],
+    ids=repr,
+)
+def test_a_method_that_allows_no_plan_is_told_before_anything_is_loaded(method: Method) -> None:
+    with pytest.raises(RecipeError) as found:
+        preflight.check(Recipe(method=method))
+    assert repr(method) in str(found.value)
+    assert "--preset paper" not in str(found.value)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from trajsurgery.errors import RecipeError
+from trajsurgery.errors import PlanError, RecipeError
 from trajsurgery.recipe import Recipe
 
 PARAMETERS = {"black-forest-labs/FLUX.1-dev": 11_901_408_320, "stabilityai/stable-diffusion-3.5-medium": 2_243_171_520}
@@ -33,7 +33,8 @@ def check(recipe: Recipe) -> None:
     Raises:
         RecipeError: what is missing, what the run would need, and what to do.
     """
-    missing = [line for line in (_device(recipe), _model(recipe), _reward(recipe), *_prompts(recipe)) if line]
+    found = (_method(recipe), _device(recipe), _model(recipe), _reward(recipe), *_prompts(recipe))
+    missing = [line for line in found if line]
     if missing:
         raise RecipeError(
             "\n".join(["this recipe can't run here:", *(f"  - {line}" for line in missing), *_needs(recipe)])
@@ -59,6 +60,15 @@ def _elements(file: Path) -> int:
 
     with safe_open(file, "pt") as weights:
         return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+
+
+def _method(recipe: Recipe) -> str | None:
+    """Draws one plan: settings that allow none would else be told after the first evaluation."""
+    try:
+        recipe.method.draw(recipe.rollout.steps, torch.Generator().manual_seed(recipe.seed))
+    except PlanError as error:
+        return f"no plan: {recipe.method} on {recipe.rollout.steps} steps: {error}"
+    return None
 
 
 def _device(recipe: Recipe) -> str | None:
@@ -139,4 +149,6 @@ def _needs(recipe: Recipe) -> list[str]:
         )
     if count == PARAMETERS["black-forest-labs/FLUX.1-dev"]:
         lines.append(_FLUX)
-    return [*lines, "The same recipe without --preset paper runs on any CPU in minutes, on the embedded tiny Flux."]
+    if recipe.preset == "paper":
+        lines.append("The same recipe without --preset paper runs on any CPU in minutes, on the embedded tiny Flux.")
+    return lines

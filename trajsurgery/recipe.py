@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -107,23 +108,39 @@ class Recipe:
         self._bounds()
 
     def _bounds(self) -> None:
-        """Raises RecipeError for a number out of its range."""
+        """Raises RecipeError for numbers out of their ranges, all at once."""
         counts = {
             "iterations": self.iterations,
             "rollout.steps": self.rollout.steps,
             "rollout.batch": self.rollout.batch,
+            "rollout.at_once": self.rollout.at_once,
+            "rollout.size": self.rollout.size,
             "evaluation.images": self.evaluation.images,
+            "evaluation.steps": self.evaluation.steps,
             "evaluation.batch": self.evaluation.batch,
+            "evaluation.pictures": self.evaluation.pictures,
             "save_every": self.save_every,
             "threads": self.threads,
         }
-        for name, value in counts.items():
-            if value < 1:
-                raise RecipeError(f"{name} = {value}: it is at least 1.")
-        if not 0 <= self.ema < 1:
-            raise RecipeError(f"ema = {self.ema}: a decay lies in [0, 1).")
-        if self.optimiser.rate <= 0 or self.optimiser.clip <= 0:
-            raise RecipeError(f"optimiser: rate = {self.optimiser.rate} and clip = {self.optimiser.clip} are above 0.")
+        wrong = [f"{name} = {n}: it is at least 1." for name, n in counts.items() if n is not None and n < 1]
+        wrong += [f"{name}: {rule}." for name, (holds, rule) in self._ranges().items() if not holds]
+        if wrong:
+            raise RecipeError("\n".join(wrong))
+
+    def _ranges(self) -> dict[str, tuple[bool, str]]:
+        """Whether each number that is no count lies in its range (NaN lies in none), and what the range is."""
+        here, guidance = self.optimiser, self.rollout.guidance
+        return {
+            f"ema = {self.ema}": (0 <= self.ema < 1, "a decay lies in [0, 1)"),
+            f"rollout.guidance = {guidance}": (math.isfinite(guidance), "it is finite"),
+            f"optimiser.rate = {here.rate}": (0 < here.rate < math.inf, "it is finite and above 0"),
+            f"optimiser.betas = {here.betas}": (all(0 <= b < 1 for b in here.betas), "decays lie in [0, 1)"),
+            f"optimiser.weight_decay = {here.weight_decay}": (
+                0 <= here.weight_decay < math.inf,
+                "it is finite and at least 0",
+            ),
+            f"optimiser.clip = {here.clip}": (here.clip > 0, "it is above 0; inf does not clip"),
+        }
 
     @property
     def weights_at(self) -> WeightsAt:
@@ -159,8 +176,17 @@ def paper(method: Method, output: str) -> Recipe:
         prompts="prompts/hpdv2_train.txt",
         heldout="prompts/hpdv2_test.txt",
         objective=Objective(threshold=0.55, tau=0.1),
-        rollout=Rollout(25, 64, 4, 720, 3.5, memory="staged", checkpointing=True, precision="bfloat16"),
-        optimiser=Optimiser(1e-5, (0.9, 0.999), 1e-4),
+        rollout=Rollout(
+            steps=25,
+            batch=64,
+            at_once=4,
+            size=720,
+            guidance=3.5,
+            memory="staged",
+            checkpointing=True,
+            precision="bfloat16",
+        ),
+        optimiser=Optimiser(rate=1e-5, betas=(0.9, 0.999), weight_decay=1e-4),
         iterations=300,
         evaluation=Evaluation(images=1600, steps=50, batch=4),
         output=Path(output),
