@@ -152,6 +152,9 @@ def test_windows_and_distances_of_leapalign():
     for bad in (LeapAlign(window=(0, 0.1)), LeapAlign(distance=1.0), LeapAlign(distance=0.3, leaps=3)):
         with pytest.raises(PlanError, match="LeapAlign"):
             bad.draw(10, generator)
+    for window in ((0, 2), (-0.5, 1), (0.5, 0.4), (0.0, float("nan"))):
+        with pytest.raises(PlanError, match="two shares of T"):
+            LeapAlign(window=window).draw(10, generator)
     with pytest.raises(PlanError, match=r"1\.\.3"):
         DRTune(train=4).draw(3, generator)
 

@@ -69,8 +69,13 @@ class LeapAlign:
         """A plan for a sampler of `steps` steps.
 
         Raises:
-            PlanError: the window holds fewer times than leaps, or no pair at the distance.
+            PlanError: the window is no part of (0, 1), or holds fewer times than leaps, or no pair at the distance.
         """
+        if not 0 <= self.window[0] < self.window[1] <= 1:
+            raise PlanError(
+                f"LeapAlign(window={self.window}): a window is two shares of T, rising, in [0, 1]: (0, 0.5) is the "
+                "later half of the steps."
+            )
         low = max(1, 1 + round(self.window[0] * steps))
         allowed = range(low, round(self.window[1] * steps) + 1)
         if self.distance is not None:
