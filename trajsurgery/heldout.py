@@ -72,7 +72,7 @@ def evaluate(recipe: Recipe, world: World) -> Scores:
 
 
 def _images(recipe: Recipe, world: World, texts: list[str]) -> Iterator[tuple[list[str], Tensor]]:
-    """(prompts, images [batch 3 h w]) batch by batch; the noise follows from seed and place alone."""
+    """(prompts, images [batch 3 h w]) batch by batch; the noise follows from seed, place and `evaluation.batch`."""
     embeddings, size = Embeddings(world.pipe, texts), recipe.rollout.size
     for start in range(0, len(texts), recipe.evaluation.batch):
         part = texts[start : start + recipe.evaluation.batch]
