@@ -14,11 +14,12 @@ from torch import Tensor
 
 from tests import toy_world
 from tests.problems import distance
-from trajsurgery import DRaFTLV, DRTune, LeapAlign, RecipeError, ReFL
+from trajsurgery import DRaFTLV, DRTune, LeapAlign, RecipeError, ReFL, run
 from trajsurgery.checkpoint import CHECKPOINT, METRICS, Log, Training
+from trajsurgery.objective import Objective
 from trajsurgery.recipe import Method, Optimiser, Recipe
 from trajsurgery.train import PATIENCE, Iteration, generator, iterate, train
-from trajsurgery.world import Embeddings, World
+from trajsurgery.world import Embeddings, World, trial
 
 METHODS: dict[str, Method] = {
     "leapalign": LeapAlign(),
@@ -244,6 +245,38 @@ def test_a_reward_without_a_threshold_is_named(tmp_path: Path) -> None:
     world = replace(toy_world.world(recipe), reward=lambda images, prompts: images.mean((1, 2, 3)))
     with pytest.raises(RecipeError, match=r"--objective\.threshold"):
         ran(recipe, world)
+
+
+class Stubborn(toy_world.LikesRed):
+    """Has parameters of its own, so that its scores carry a gradient; the images get none of it."""
+
+    weight = torch.ones((), requires_grad=True)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return super().__call__(images.detach(), prompts) * self.weight
+
+
+@pytest.mark.parametrize(
+    "reward, said",
+    [
+        (lambda images, prompts: images.mean((1, 2, 3)), r"--objective\.threshold"),
+        (Stubborn(), "carry no gradient"),
+    ],
+)
+def test_what_a_reward_lacks_is_told_before_images_are_sampled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reward: Any, said: str
+) -> None:
+    recipe = toy_world.recipe(tmp_path)
+    monkeypatch.setattr(run, "evaluate", lambda *_: pytest.fail("images were sampled"))
+    with pytest.raises(RecipeError, match=said):
+        run.main(recipe, replace(toy_world.world(recipe), reward=reward))
+
+
+@pytest.mark.parametrize("scores, said", [(torch.zeros(()), r"shape \(\)"), ([0.5], "list"), (torch.zeros(1), "carry")])
+def test_a_reward_gives_a_score_an_image(tmp_path: Path, scores: Any, said: str) -> None:
+    recipe = toy_world.recipe(tmp_path, objective=Objective(threshold=1.0))
+    with pytest.raises(RecipeError, match=said):
+        trial(recipe, replace(toy_world.world(recipe), reward=lambda images, prompts: scores))
 
 
 def test_draws_follow_from_seed_iteration_and_purpose() -> None:

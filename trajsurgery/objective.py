@@ -19,6 +19,11 @@ from trajsurgery.trajectory import Trajectory
 WeightsAt = Literal["all", "none", "j"] | tuple[int, ...]
 """Where similarity is measured (Fig. 4d): at all landings of leaps, nowhere, at all but the last (d_j), or at times."""
 
+DETACHED = (
+    "the reward's scores carry no gradient: it runs under no_grad or inference_mode, or detaches its images. Use a "
+    "variant of it that keeps the graph from the images, Float[batch 3 h w] in [0, 1], to the scores."
+)
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -116,8 +121,5 @@ def cotangents(value: Tensor, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         RecipeError: the reward cut the gradient.
     """
     if not value.requires_grad:
-        raise RecipeError(
-            "the reward's scores carry no gradient: it runs under no_grad or inference_mode, or detaches its images. "
-            "Use a variant of it that keeps the graph from the images, Float[batch 3 h w] in [0, 1], to the scores."
-        )
+        raise RecipeError(DETACHED)
     return torch.autograd.grad(value, tuple(outputs))

@@ -63,6 +63,7 @@ def main(recipe: Recipe, scene: world.World | None = None, console: Console | No
         preflight.check(recipe)
     torch.set_num_threads(recipe.threads)
     found = scene or world.load(recipe)
+    world.trial(recipe, found)
     training = Training.start(recipe, found.module)
     log = Log(recipe.output / METRICS)
     finished = _finished(log)

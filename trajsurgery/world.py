@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from trajsurgery.errors import RecipeError
+from trajsurgery.objective import DETACHED
 from trajsurgery.recipe import Recipe
 
 Reward = Callable[[Tensor, Sequence[str]], Tensor]
@@ -249,3 +250,24 @@ def threshold(recipe: Recipe, world: World) -> float:
             "the reward's own scale and below the highest score that is to be rewarded."
         )
     return float(found)
+
+
+def trial(recipe: Recipe, world: World) -> None:
+    """Asks the reward for the score of one grey image: what it lacks is told before images are sampled for hours.
+
+    Raises:
+        RecipeError: no threshold; no score for each image; scores without a gradient to the images.
+    """
+    threshold(recipe, world)
+    size = recipe.rollout.size or 64
+    image = torch.full((1, 3, size, size), 0.5, device=world.device, requires_grad=True)
+    scores: Any = world.reward(image, [world.texts[0]])
+    if not isinstance(scores, Tensor) or scores.shape != (1,):
+        found = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+        raise RecipeError(
+            f"reward {recipe.reward!r} gave {found} for one image: it takes Float[batch 3 h w] and a list of as many "
+            "prompts, and returns the scores, Float[batch]."
+        )
+    reached = torch.autograd.grad(scores.sum(), image, allow_unused=True)[0] if scores.requires_grad else None
+    if reached is None:
+        raise RecipeError(DETACHED)
