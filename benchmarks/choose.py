@@ -1,4 +1,4 @@
-"""How the demo's learning rate, lambda, tau and length were chosen: on validation prompts, on seeds that no report uses.
+"""How the demo's learning rate, lambda, tau and length were chosen, on validation prompts and seeds of their own.
 
     python benchmarks/choose.py
 
