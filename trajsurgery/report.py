@@ -77,17 +77,20 @@ def shown(before: Scores, after: Scores, count: int) -> tuple[list[int], str]:
     """Which images are drawn, and a remark that says so.
 
     They are the first ones, which are spread over the categories; where there are rules, the second half are the first
-    images whose verdict changed, for better or worse as it comes.
+    images whose verdict changed, for better and for worse in proportion to how many did.
     """
     kept = min(len(before.pictures), len(after.pictures))
     if before.correct is None or after.correct is None:
         return list(range(min(count, kept))), "the first held-out prompts, same noise"
     first = list(range(min(count // 2, kept)))
-    changed = (before.correct != after.correct).nonzero().flatten().tolist()
-    better = sum(bool(after.correct[i]) for i in changed)
-    others = [i for i in changed if len(first) <= i < kept][: count - len(first)]
-    remark = f"{len(first)} first held-out images; then the first whose verdict changed ({better} to right, "
-    return first + others, f"{remark}{len(changed) - better} to wrong of {len(before.texts)})"
+    mended = (~before.correct & after.correct).nonzero().flatten().tolist()
+    broken = (before.correct & ~after.correct).nonzero().flatten().tolist()
+    slots = count - len(first)
+    share = round(slots * len(mended) / max(1, len(mended) + len(broken)))
+    parts = [[i for i in part if len(first) <= i < kept] for part in (mended, broken)]
+    others = parts[0][:share] + parts[1][: slots - share]
+    remark = f"the first {len(first)} held-out images, then the first whose verdict changed, in proportion"
+    return first + others, f"{remark} ({len(mended)} to right, {len(broken)} to wrong of {len(before.texts)})"
 
 
 def _pair(part: Any, place: int, before: Scores, after: Scores) -> None:
