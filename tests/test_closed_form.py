@@ -14,6 +14,7 @@ STEPS = 5
 DIM = 4
 FIELD, GUIDED = MLP(DIM, seed=11), MLP(DIM, seed=12)
 ROLLED = problem(FIELD, STEPS).trajectory
+FROM_START = Plan(noise().advance(0, [latent(1).velocity(), noise().velocity(), latent(2).velocity()], rule="euler"))
 
 
 def closed_and_autograd(plan, trajectory, field, guided=None):
@@ -69,6 +70,7 @@ def test_methods_on_any_number_of_steps(steps, data):
 
 @given(plans(STEPS), trajectories(FIELD, STEPS, (DIM,), INTERPOLANTS))
 @example(Plan(noise()), ROLLED)  # params were forgotten where no call trains them
+@example(FROM_START, ROLLED)  # supports stood in the order given where one is at "T"
 def test_the_library_s_own_evaluation_agrees(plan, trajectory):
     found = outputs(apply(plan, trajectory, FIELD))
     cs = cotangents(found)

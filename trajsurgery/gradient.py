@@ -8,6 +8,7 @@ pass through no other call, the gradient of an output is the sum over chains of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -210,8 +211,9 @@ def _leap_weights(node: Leap, times: _Times, interpolant: Interpolant) -> Sequen
 
 def _advance_weights(node: Advance, times: _Times, interpolant: Interpolant) -> Sequence[Any]:
     order = list(node.velocities)
-    if all(isinstance(v.t, int) for v in order):
-        order.sort(key=lambda v: -int(v.t))
+    ranks = {v: math.inf if v.t == START else v.t for v in order}
+    if not any(isinstance(t, str) for t in ranks.values()):  # names still unbound stand in the order given
+        order.sort(key=lambda v: ranks[v], reverse=True)
     ws = dict(zip(order, weights(node.rule, [times(v.t) for v in order], times(node.x.t), times(node.to)), strict=True))
     return [1, *(ws[v] for v in node.velocities)]
 
