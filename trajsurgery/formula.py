@@ -87,20 +87,25 @@ def _ordered(expression: Any, order: dict[Any, int]) -> list[Any]:
     return sorted(sympy.Add.make_args(expression), key=rank)
 
 
+def _sum(expression: Any, order: dict[Any, int], shown: Callable[[Any], str]) -> str:
+    """A sum with its signs, the noisier times first: k - j, not -j + k."""
+    pieces: list[str] = []
+    for term in _ordered(expression, order):
+        minus = bool(term.as_coeff_Mul()[0] < 0)
+        sign = (" - " if minus else " + ") if pieces else ("-" if minus else "")
+        pieces.append(sign + shown(-term if minus else term))
+    return "".join(pieces)
+
+
 class _StrTimes(StrPrinter):
-    """k - j, not -j + k; products without stars."""
+    """Sums in the order of times; products without stars."""
 
     def __init__(self, order: dict[Any, int]) -> None:
         super().__init__()
         self._times = order
 
     def _print_Add(self, expr: Any, order: Any = None) -> str:  # noqa: N802  # sympy's name
-        pieces: list[str] = []
-        for term in _ordered(expr, self._times):
-            minus = bool(term.as_coeff_Mul()[0] < 0)
-            sign = (" - " if minus else " + ") if pieces else ("-" if minus else "")
-            pieces.append(sign + self.parenthesize(-term if minus else term, 30))
-        return "".join(pieces)
+        return _sum(expr, self._times, lambda term: self.parenthesize(term, 30))
 
     def _print_Mul(self, expr: Any) -> str:  # noqa: N802  # sympy's name
         if any(factor.is_Pow and factor.exp.is_negative for factor in expr.args):
@@ -117,11 +122,4 @@ class _LatexTimes(LatexPrinter):
         self._times = order
 
     def _print_Add(self, expr: Any, order: Any = None) -> str:  # noqa: N802  # sympy's name
-        pieces: list[str] = []
-        for term in _ordered(expr, self._times):
-            minus = bool(term.as_coeff_Mul()[0] < 0)
-            pieces.append(
-                ((" - " if minus else " + ") if pieces else ("-" if minus else ""))
-                + self._print(-term if minus else term)
-            )
-        return "".join(pieces)
+        return _sum(expr, self._times, self._print)
