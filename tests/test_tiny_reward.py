@@ -44,6 +44,18 @@ def test_prompts_and_their_texts_are_the_same_in_any_order_and_batch(reward, sho
     assert torch.allclose(reward(images[:1], prompts[:1]), scores[:1], atol=1e-5)
 
 
+def test_scores_do_not_depend_on_what_was_asked_before(shown):
+    """Bit for bit: a run that goes on asks a fresh reward, and has to get the scores of the run that was left alone."""
+    images, prompts = shown
+    whole = tiny.Reward()(images, prompts)
+    for parts in ((1, 5), (7, 3), (2,)):
+        reward, start = tiny.Reward(), 0
+        for count in parts:
+            reward.embed([prompt.text for prompt in prompts[start : start + count]])
+            start += count
+        assert torch.equal(reward(images, prompts), whole)
+
+
 def test_gradient_agrees_with_finite_differences(shown):
     exact = tiny.Reward().double()
     images = (0.8 * shown[0][:4].double() + 0.1).requires_grad_()

@@ -90,13 +90,16 @@ class Reward(nn.Module):
         return (pictures * self.embed([str(prompt) for prompt in prompts])).sum(-1)
 
     def embed(self, texts: list[str]) -> Tensor:
-        """Float[texts 96], unit text embeddings; each text is encoded once and kept."""
+        """Float[texts 96], unit text embeddings; each text is encoded once, and kept.
+
+        By itself: in a batch the rounding would hang on the texts beside it, and so on what was asked before.
+        """
         weight: Tensor = self.clip.text_projection
-        fresh = [text for text in dict.fromkeys(texts) if text not in self._texts]
-        if fresh:
-            with torch.no_grad():
-                made = self.clip.encode_text(self.tokenizer(fresh).to(weight.device), normalize=True)
-            self._texts |= dict(zip(fresh, made))
+        for text in texts:
+            if text not in self._texts:
+                with torch.no_grad():
+                    made = self.clip.encode_text(self.tokenizer([text]).to(weight.device), normalize=True)
+                self._texts[text] = made[0]
         return torch.stack([self._texts[text] for text in texts]).to(weight)
 
     def _apply(self, *args: Any, **kwargs: Any) -> "Reward":
