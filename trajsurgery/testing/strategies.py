@@ -1,17 +1,15 @@
-"""Hypothesis strategies for plans, fields, trajectories and methods, and a checker of gradients: for your own tests.
+"""Hypothesis strategies for plans, fields, trajectories and methods.
 
-Every primitive has an entry in `MOVES`, so that drawn plans reach all of them. Needs the `dev` extra (hypothesis).
+Every primitive has an entry in `MOVES`, so that drawn plans reach all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from torch import Tensor, nn
 
 from trajsurgery.graph import trained
 from trajsurgery.interpolant import Interpolant, Polynomial, RectifiedFlow, Trigonometric
@@ -20,7 +18,8 @@ from trajsurgery.node import START, LatentNode, Node, Recover, VelocityNode, wal
 from trajsurgery.params import Field
 from trajsurgery.plan import Plan, latent, noise, recorded
 from trajsurgery.rules import QUADRATURES, renoised
-from trajsurgery.surgery import apply, backward, rollout
+from trajsurgery.surgery import rollout
+from trajsurgery.testing.velocity import MLP, Gaussian
 from trajsurgery.trajectory import Trajectory
 
 INTERPOLANTS: tuple[Interpolant, ...] = (RectifiedFlow(), Trigonometric(), Polynomial())
@@ -156,60 +155,8 @@ def sigmas(draw: st.DrawFn, steps: int) -> list[float]:
     return [1 - sum(widths[:i]) / sum(widths) for i in range(steps)] + [0.0]
 
 
-class MLP(nn.Module):
-    """A random field that bends: one leap misses by the order of the latents. x is [batch, dim].
-
-    Args:
-        seed: of the weights.
-    """
-
-    def __init__(self, dim: int, hidden: int = 8, seed: int = 0, dtype: torch.dtype = torch.float64) -> None:
-        super().__init__()
-        self.inner = nn.Linear(dim + 1, hidden, dtype=dtype)
-        self.outer = nn.Linear(hidden, dim, dtype=dtype)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for p in self.parameters():
-                p.copy_(torch.randn(p.shape, generator=generator))
-
-    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
-        time = sigma.to(x.dtype).reshape(-1, 1).expand(len(x), 1)
-        return self.outer(torch.tanh(self.inner(torch.cat([x, time], 1))))
-
-
-class Gaussian(nn.Module):
-    """The exact velocity of images distributed as N(mean, spread^2), for any interpolant: linear in x.
-
-    v(x) = alpha' E[x_0 | x] + beta' E[x_1 | x], with both expectations in `images` and `noises`. Mean and spread,
-    each [dim], are what trains. It needs beta > 0 or a spread > 0.
-    """
-
-    def __init__(self, mean: Tensor, spread: Tensor, interpolant: Interpolant | None = None) -> None:
-        super().__init__()
-        self.mean, self.spread = nn.Parameter(mean.clone()), nn.Parameter(spread.clone())
-        self.interpolant = interpolant or RectifiedFlow()
-
-    def images(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """E[x_0 | x_sigma = x]."""
-        alpha, _, gain = self._gain(sigma)
-        return self.mean + gain * alpha * self.spread**2 * (x - alpha * self.mean)
-
-    def noises(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """E[x_1 | x_sigma = x]."""
-        alpha, beta, gain = self._gain(sigma)
-        return gain * beta * (x - alpha * self.mean)
-
-    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
-        rates = self.interpolant.alpha_rate(sigma, torch), self.interpolant.beta_rate(sigma, torch)
-        return rates[0] * self.images(x, sigma) + rates[1] * self.noises(x, sigma)
-
-    def _gain(self, sigma: Tensor) -> tuple[Any, Any, Tensor]:
-        alpha, beta = self.interpolant.alpha(sigma, torch), self.interpolant.beta(sigma, torch)
-        return alpha, beta, 1 / (alpha**2 * self.spread**2 + beta**2)
-
-
 @st.composite
-def fields(draw: st.DrawFn, dim: int, interpolant: Interpolant | None = None) -> MLP | Gaussian:
+def fields(draw: st.DrawFn, dim: int = 4, interpolant: Interpolant | None = None) -> MLP | Gaussian:
     """Trainable velocity fields on [batch, dim] in float64: random MLPs, and Gaussians with their exact velocity."""
     seed = draw(st.integers(0, 2**16))
     if draw(st.booleans()):
@@ -221,24 +168,30 @@ def fields(draw: st.DrawFn, dim: int, interpolant: Interpolant | None = None) ->
 
 @st.composite
 def trajectories(
-    draw: st.DrawFn, field: Field, steps: int, shape: Sequence[int] = (4,), interpolants: Sequence[Interpolant] = ()
+    draw: st.DrawFn,
+    field: Field | None = None,
+    steps: int | None = None,
+    shape: Sequence[int] = (4,),
+    interpolants: Sequence[Interpolant] = (),
 ) -> Trajectory:
     """Rollouts of a field in float64 on random times, batches of 1 to 3. Their noise requires a gradient.
 
     Args:
+        field: `MLP(shape[-1])` if left out.
+        steps: 1 to 8 if left out.
         shape: of a latent, without the batch.
         interpolants: what leaps may assume; rectified flow if left out.
     """
-    times = draw(sigmas(steps))
+    times = draw(sigmas(draw(st.integers(1, 8)) if steps is None else steps))
     batch = draw(st.integers(1, 3))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     start = torch.randn(batch, *shape, generator=generator, dtype=torch.float64).requires_grad_()
     interpolant = draw(st.sampled_from(tuple(interpolants) or INTERPOLANTS[:1]))
-    return rollout(field, start, torch.tensor(times, dtype=torch.float64), interpolant)
+    return rollout(field or MLP(shape[-1]), start, torch.tensor(times, dtype=torch.float64), interpolant)
 
 
 @st.composite
-def methods(draw: st.DrawFn, steps: int) -> LeapAlign | DRTune | ReFL | DRaFTLV:
+def methods(draw: st.DrawFn, steps: int = 8) -> LeapAlign | DRTune | ReFL | DRaFTLV:
     """Methods whose `draw(steps)` succeeds."""
     last = st.integers(1, steps)
     match draw(st.sampled_from((LeapAlign, ReFL, DRTune, DRaFTLV))):
@@ -250,47 +203,3 @@ def methods(draw: st.DrawFn, steps: int) -> LeapAlign | DRTune | ReFL | DRaFTLV:
             return DRTune(draw(last), draw(last))
         case _:
             return DRaFTLV(draw(st.integers(0, 2)))
-
-
-def check_gradient(
-    plan: Plan,
-    trajectory: Trajectory,
-    field: Field,
-    cotangents: Sequence[Tensor] | None = None,
-    tolerance: float = 1e-10,
-) -> tuple[Tensor, ...]:
-    """Asserts that every way of running the plan gives the gradient of its closed form, and returns that gradient.
-
-    Args:
-        field: a field with `parameters()`; their `.grad` is overwritten.
-        cotangents: one for each output; random ones if left out.
-        tolerance: relative to the norm of the whole gradient.
-    """
-    found = apply(plan, trajectory, field)
-    outputs = found if isinstance(found, tuple) else (found,)
-    seeded = torch.Generator().manual_seed(0)
-    cotangents = cotangents or [torch.randn(o.shape, generator=seeded, dtype=o.dtype) for o in outputs]
-    params = [p for p in field.parameters() if p.requires_grad]  # pyright: ignore[reportFunctionMemberAccess]
-    expansion = plan.gradient(interpolant=trajectory.interpolant)
-    closed = tuple(expansion.evaluate(trajectory, field, cotangents, params))
-    ways: dict[str, Callable[[], Any]] = {
-        "retain": lambda: torch.autograd.backward(outputs, cotangents),
-        "recompute": lambda: torch.autograd.backward(_tuple(apply(plan, trajectory, field, "recompute")), cotangents),
-        "staged": lambda: backward(plan, trajectory, field, cotangents),
-    }
-    for way, run in ways.items():
-        for p in params:
-            p.grad = torch.zeros_like(p)
-        run()
-        miss = [p.grad - g for p, g in zip(params, closed, strict=True) if p.grad is not None]
-        distance, size = _norm(miss), max(_norm(closed), 1e-300)
-        assert distance <= tolerance * size, f"{way} misses the closed form by {distance / size:.1e}:\n{plan}"
-    return closed
-
-
-def _tuple(found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return found if isinstance(found, tuple) else (found,)
-
-
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return float(torch.stack([t.norm() for t in tensors]).norm())
