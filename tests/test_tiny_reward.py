@@ -132,6 +132,19 @@ def test_its_embeddings_are_kept_without_holding_a_graph(reward, shown):
     assert all(not e.requires_grad for e in reward._texts.values())
 
 
+def test_a_scorer_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(RewardError, match="no scorer 'scorer_d': it is one of scorer, scorer_b, scorer_c"):
+        tiny.Reward("scorer_d")
+    with pytest.raises(RewardError, match=r"no weights in .*--stage ship"):
+        tiny.Reward(tmp_path)
+
+
+def test_features_are_unit_embeddings_of_the_images(reward, shown):
+    found = reward.features(shown[0])
+    assert torch.allclose(found.norm(dim=-1), torch.ones(len(found)), atol=1e-5)
+    assert torch.allclose((found * reward.embed([p.text for p in shown[1]])).sum(-1), reward(*shown), atol=1e-6)
+
+
 def test_its_scale_is_stated(reward):
     assert reward.name
     assert "cosine" in reward.scale

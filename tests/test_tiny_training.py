@@ -1,5 +1,6 @@
 """The training of the embedded world: killed and resumed, it is the training that was not interrupted."""
 
+import json
 import os
 import signal
 import subprocess
@@ -14,12 +15,14 @@ from torch import Generator, nn
 
 from trajsurgery.tiny import architecture, stage, train
 from trajsurgery.tiny.fit_flux import corpus, flux_stage, unpack
-from trajsurgery.tiny.fit_scorer import attack, fit_loss, scorer_stage
+from trajsurgery.tiny.fit_scorer import Course, attack, fit_loss, save_scorer, scorer_stage
 from trajsurgery.tiny.fit_text import text_stage
 from trajsurgery.tiny.layout import KINDS, layouts
 from trajsurgery.tiny.prompt import split_prompts
 from trajsurgery.tiny.scene import COLOURS, SHAPES
+from trajsurgery.tiny.scorer import Reward
 from trajsurgery.tiny.stage import Budget, Stage, run
+from trajsurgery.tiny.variant import VARIANTS, shipped
 
 torch.set_num_threads(1)
 BUDGET = Budget(steps=4, rate=1e-3, save_every=2)
@@ -37,8 +40,8 @@ def a_vae() -> nn.Module:
 def a_stage(name: str, folder: Path) -> Stage:
     """A freshly made stage, small: as a new process makes it."""
     torch.manual_seed(12345)
-    if name == "scorer":
-        return replace(scorer_stage(replace(BUDGET, seed=1), folder, a_vae()), report=None)
+    if name in VARIANTS:
+        return replace(scorer_stage(replace(BUDGET, seed=1), folder, a_vae(), VARIANTS[name]), report=None)
     encoders = train.new_encoders(folder, seed=0)
     if name == "text":
         return replace(text_stage(BUDGET, encoders), report=None)
@@ -58,7 +61,7 @@ def small(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("name", ["text", "flux", "scorer"])
+@pytest.mark.parametrize("name", ["text", "flux", "scorer", "scorer_c"])
 def test_a_stage_stopped_and_resumed_is_equal_bit_for_bit(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     whole = a_stage(name, tmp_path / "whole")
     run(whole, tmp_path / "whole", quietly)
@@ -82,6 +85,53 @@ def test_a_stage_stopped_and_resumed_is_equal_bit_for_bit(name: str, tmp_path: P
     assert f"{name}: goes on from step 2" in said
     for key, value in whole.modules.state_dict().items():
         assert torch.equal(value, resumed.modules.state_dict()[key]), key
+
+
+@pytest.mark.usefixtures("small")
+def test_scorers_differ_and_each_is_loaded_as_it_was_saved(tmp_path: Path):
+    images, texts = torch.rand(3, 3, 32, 32, generator=Generator().manual_seed(0)), [*map(str, split_prompts("train"))]
+    found: dict[str, torch.Tensor] = {}
+    for name in VARIANTS:
+        scorer = a_stage(name, tmp_path)
+        run(scorer, tmp_path, quietly)
+        save_scorer(scorer, tmp_path)
+    for name, variant in VARIANTS.items():
+        reward = Reward(tmp_path / name)
+        config = json.loads((tmp_path / name / f"{variant.model}.json").read_text())
+        assert config["vision_cfg"].items() >= variant.tower.items()
+        assert reward.name == f"tiny:{name}"
+        found[name] = reward(images, texts[:3])
+        clip = scorer_stage(BUDGET, tmp_path / "again", a_vae(), variant).modules["clip"]
+        saved = torch.load(tmp_path / f"{name}.checkpoint.pt")
+        clip.load_state_dict({k.removeprefix("clip."): v for k, v in saved["modules"].items() if k[:5] == "clip."})
+        with torch.no_grad():
+            for key, value in clip.named_parameters():
+                value.copy_(saved["averages"][f"clip.{key}"])
+        clip.eval().to(torch.bfloat16).float()
+        own = clip.encode_image(2 * images - 1, normalize=True), clip.encode_text(reward.tokenizer(texts[:3]), True)
+        assert torch.allclose(found[name], (own[0] * own[1]).sum(-1), atol=1e-5)
+    assert len({tuple(scores.tolist()) for scores in found.values()}) == len(VARIANTS)
+    assert [type(Reward(tmp_path / name).clip.visual).__name__ for name in VARIANTS] == [
+        *["VisionTransformer"] * 2,
+        "ModifiedResNet",
+    ]
+    assert shipped(tmp_path) == ("scorer_b", "scorer_c")
+    (tmp_path / "scorer_b" / "model.safetensors").unlink()
+    assert shipped(tmp_path) == ("scorer_c",)
+
+
+@pytest.mark.usefixtures("small")
+def test_scorers_start_elsewhere_and_see_other_scenes(tmp_path: Path):
+    """A variant with the reward's tower and seeds is the reward; each of its two seeds changes what it names."""
+    budget, reward = replace(BUDGET, seed=3), VARIANTS["scorer"]
+    courses = [
+        Course(budget, tmp_path / str(i), a_vae(), replace(reward, **change))
+        for i, change in enumerate(({}, {}, {"seed": 1}, {"data_seed": 1}))
+    ]
+    weights = [course.clip.visual.conv1.weight for course in courses]
+    assert [torch.equal(weights[0], w) for w in weights] == [True, True, False, True]
+    assert [torch.equal(courses[0].pictures, course.pictures) for course in courses] == [True, True, True, False]
+    assert [course.budget.seed for course in courses] == [3, 3, 3, 4]
 
 
 def the_command(folder: Path) -> list[str]:

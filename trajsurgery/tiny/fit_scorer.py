@@ -9,6 +9,7 @@ to which shape and where it is are then in both embeddings, in the same directio
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from trajsurgery.tiny.scorer import Reward, new_clip, normalised
 from trajsurgery.tiny.spoil import decoded, degrade, nonsense
 from trajsurgery.tiny.stage import Budget, Stage
 from trajsurgery.tiny.truth import holds
+from trajsurgery.tiny.variant import REWARD, Variant
 
 WEIGHTS = {
     "single object": 0.08,
@@ -77,18 +79,18 @@ class Course:
     Its parameters are those of `modules`: CLIP, the shift of its logits, and the head that reads layouts.
     """
 
-    def __init__(self, budget: Budget, folder: Path, vae: Any) -> None:
-        torch.manual_seed(budget.seed + 4)
+    def __init__(self, budget: Budget, folder: Path, vae: Any, variant: Variant) -> None:
+        torch.manual_seed(budget.seed + variant.seed + 4)
         folder.mkdir(parents=True, exist_ok=True)
-        self.budget = budget
-        self.clip, tokenizer = new_clip(folder)
+        self.budget = replace(budget, seed=budget.seed + variant.data_seed)
+        self.clip, tokenizer = new_clip(folder, variant)
         self.clip.logit_scale.data.fill_(2.5)  # e^2.5 = 12: cosines that a softmax can tell apart
         self.shift = nn.Parameter(torch.tensor(-6.0))
         self.head = nn.Linear(self.clip.visual.output_dim, 4 * (KINDS + 1))
         self.prompts = {split: split_prompts(split) for split in ("train", "validation")}
         self.tokens = {split: tokenizer([p.text for p in prompts]) for split, prompts in self.prompts.items()}
         self.meaning = meanings(self.prompts["train"])
-        generator = Generator().manual_seed(budget.seed + 5)
+        generator = Generator().manual_seed(self.budget.seed + 5)
         self.pool = compose(meanings(draw_prompts("train", POOL, WEIGHTS, generator)), generator)
         parts = [decoded(vae, render(self.pool[slice(i, i + 256)]), generator) for i in range(0, POOL, 256)]
         self.pictures = torch.cat(parts)
@@ -156,18 +158,18 @@ class Course:
         return f"own prompt above all false ones of validation: {float((own > best).float().mean()):.3f}"
 
 
-def scorer_stage(budget: Budget, folder: Path, vae: Any) -> Stage:
-    """Trains the open_clip CLIP whose config and tokenizer it writes to `<folder>/scorer`."""
-    course = Course(budget, folder / "scorer", vae)
-    return Stage("scorer", course.modules, course.loss, budget, course.report, report_every=200)
+def scorer_stage(budget: Budget, folder: Path, vae: Any, variant: Variant = REWARD) -> Stage:
+    """Trains the open_clip CLIP whose config and tokenizer it writes to `<folder>/<variant's name>`."""
+    course = Course(budget, folder / variant.name, vae, variant)
+    return Stage(variant.name, course.modules, course.loss, course.budget, course.report, report_every=200)
 
 
 def save_scorer(stage: Stage, folder: Path) -> None:
     """Writes the weights, bfloat16, and the threshold that fits them: a fifth of correct renders score below it."""
     from safetensors.torch import save_file
 
-    place = folder / "scorer"
-    state = {name: value.to(torch.bfloat16).contiguous() for name, value in stage.modules["clip"].state_dict().items()}
+    place, clip = folder / stage.name, stage.modules["clip"]
+    state = {name: _halved(value).contiguous() for name, value in clip.state_dict().items()}
     save_file(state, place / "model.safetensors")
     (place / "threshold.json").write_text(json.dumps({"threshold": 1.0}))
     prompts = [prompt for prompt in split_prompts("validation") for _ in range(8)]
@@ -176,3 +178,7 @@ def save_scorer(stage: Stage, folder: Path) -> None:
         scores = Reward(place)(images, prompts)
     threshold = round(float(scores.quantile(0.2)), 3)
     (place / "threshold.json").write_text(json.dumps({"threshold": threshold}) + "\n")
+
+
+def _halved(value: Tensor) -> Tensor:
+    return value.to(torch.bfloat16) if value.is_floating_point() else value  # a ResNet counts its batches

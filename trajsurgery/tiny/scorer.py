@@ -13,42 +13,17 @@ from trajsurgery.errors import RewardError
 from trajsurgery.tiny.prompt import Prompt
 from trajsurgery.tiny.scene import SIDE
 from trajsurgery.tiny.tokenizers import TEXT_LENGTH, clip_tokenizer
-
-MODEL = "trajsurgery-tiny"
-WEIGHTS = Path(__file__).parent / "weights" / "scorer"
+from trajsurgery.tiny.variant import REWARD, VARIANTS, WEIGHTS, Variant
 
 
-def configuration(vocabulary: int) -> dict[str, Any]:
-    """The open_clip model config: images of SIDE pixels in patches of eight, texts of TEXT_LENGTH tokens."""
-    return {
-        "embed_dim": 96,
-        "vision_cfg": {
-            "image_size": SIDE,
-            "layers": 4,
-            "width": 128,
-            "head_width": 32,
-            "patch_size": 8,
-            "pool_type": "avg",
-        },
-        "text_cfg": {
-            "context_length": TEXT_LENGTH,
-            "vocab_size": vocabulary,
-            "width": 64,
-            "heads": 4,
-            "layers": 3,
-            "no_causal_mask": True,
-        },
-    }
-
-
-def new_clip(folder: Path) -> tuple[Any, Any]:
+def new_clip(folder: Path, variant: Variant = REWARD) -> tuple[Any, Any]:
     """An untrained CLIP and its tokenizer; config and tokenizer files are written to the folder."""
     import open_clip
 
-    tokenizer = clip_tokenizer(folder / "tokenizer")
-    (folder / f"{MODEL}.json").write_text(json.dumps(configuration(len(tokenizer)), indent=1) + "\n")
-    open_clip.add_model_config(folder / f"{MODEL}.json")
-    return open_clip.create_model(MODEL), open_clip.tokenizer.HFTokenizer(
+    tokenizer, config = clip_tokenizer(folder / "tokenizer"), folder / f"{variant.model}.json"
+    config.write_text(json.dumps(variant.configuration(len(tokenizer)), indent=1) + "\n")
+    open_clip.add_model_config(config)
+    return open_clip.create_model(variant.model), open_clip.tokenizer.HFTokenizer(
         str(folder / "tokenizer"), context_length=TEXT_LENGTH
     )
 
@@ -66,18 +41,24 @@ class Reward(nn.Module):
     dtype, float32 or, after `.double()`, float64. `threshold` is the lambda of the hinge
     that fits it: the reward that four in five correct renders reach, so that a hinge at it can close.
 
-    Raises RewardError for images of another shape, dtype or range, with NaN, or for another number of prompts.
+    `weights` names one of the shipped scorers ("scorer" is the reward, the others are there to be watched, not
+    climbed), or is a folder of weights; the image tower is that of the open_clip config beside them.
+
+    Raises RewardError for images of another shape, dtype or range, with NaN, or for another number of prompts; and for
+    a scorer whose weights are not there.
     """
 
-    name = "tiny-clip"
     scale = "cosine, in [-1, 1]"
 
-    def __init__(self, folder: Path = WEIGHTS) -> None:
+    def __init__(self, weights: str | Path = REWARD.name) -> None:
         import open_clip
 
         super().__init__()
-        open_clip.add_model_config(folder / f"{MODEL}.json")
-        self.clip: Any = open_clip.create_model(MODEL, pretrained=str(folder / "model.safetensors"))
+        folder = _folder(weights)
+        (config,) = folder.glob("trajsurgery-*.json")
+        self.name = f"tiny:{folder.name}"
+        open_clip.add_model_config(config)
+        self.clip: Any = open_clip.create_model(config.stem, pretrained=str(folder / "model.safetensors"))
         self.tokenizer = open_clip.tokenizer.HFTokenizer(str(folder / "tokenizer"), context_length=TEXT_LENGTH)
         self.threshold = float(json.loads((folder / "threshold.json").read_text())["threshold"])
         self.eval().requires_grad_(False)
@@ -85,9 +66,16 @@ class Reward(nn.Module):
 
     def forward(self, images: Tensor, prompts: Sequence[str | Prompt]) -> Tensor:
         """Float[batch], the cosines; see the class."""
-        self._check(images, prompts)
-        pictures = self.clip.encode_image(normalised(images), normalize=True)
-        return (pictures * self.embed([str(prompt) for prompt in prompts])).sum(-1)
+        self._check(images)
+        self._paired(images, prompts)
+        return (
+            self.clip.encode_image(normalised(images), normalize=True) * self.embed([str(prompt) for prompt in prompts])
+        ).sum(-1)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Float[batch 96], unit image embeddings, of images as in `forward`."""
+        self._check(images)
+        return self.clip.encode_image(normalised(images), normalize=True)
 
     def embed(self, texts: list[str]) -> Tensor:
         """Float[texts 96], unit text embeddings; each text is encoded once, and kept.
@@ -106,7 +94,12 @@ class Reward(nn.Module):
         self._texts = {}  # embeddings of another dtype or device are of no use
         return super()._apply(*args, **kwargs)
 
-    def _check(self, images: Tensor, prompts: Sequence[str | Prompt]) -> None:
+    def _paired(self, images: Tensor, prompts: Sequence[str | Prompt]) -> None:
+        if isinstance(prompts, str) or len(prompts) != len(images):
+            received = "one string" if isinstance(prompts, str) else f"{len(prompts)}"
+            raise RewardError(f"{self.name} takes one prompt an image: {len(images)} images, prompts: {received}")
+
+    def _check(self, images: Tensor) -> None:
         weight: Tensor = self.clip.text_projection
         if images.dim() != 4 or images.shape[1:] != (3, SIDE, SIDE) or not len(images):
             raise RewardError(
@@ -118,9 +111,6 @@ class Reward(nn.Module):
                 f"{self.name} is {weight.dtype} and received images of {images.dtype}: "
                 "convert the images with .to(), or the reward with .float() or .double()"
             )
-        if isinstance(prompts, str) or len(prompts) != len(images):
-            received = "one string" if isinstance(prompts, str) else f"{len(prompts)}"
-            raise RewardError(f"{self.name} takes one prompt an image: {len(images)} images, prompts: {received}")
         low, high = torch.stack(torch.aminmax(images.detach())).tolist()  # the one wait for the device
         if math.isnan(low):
             raise RewardError(f"{self.name} received images with NaN: the sampler or the decoder has diverged")
@@ -129,3 +119,16 @@ class Reward(nn.Module):
                 f"{self.name} takes images in [0, 1], received values from {low:.3g} to {high:.3g}: "
                 "ask the pipeline for output_type='pt', or map [-1, 1] by x / 2 + 0.5"
             )
+
+
+def _folder(weights: str | Path) -> Path:
+    """The folder of a scorer; a RewardError if it holds none."""
+    folder = WEIGHTS / weights if isinstance(weights, str) else weights
+    if isinstance(weights, str) and weights not in VARIANTS:
+        raise RewardError(f"the embedded world has no scorer {weights!r}: it is one of {', '.join(VARIANTS)}")
+    if not (folder / "model.safetensors").is_file():
+        raise RewardError(
+            f"{folder.name}: there are no weights in {folder}; `python -m trajsurgery.tiny.train --stage "
+            "scorer_b` makes those of scorer_b, `--stage ship` puts them there"
+        )
+    return folder

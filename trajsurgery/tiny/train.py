@@ -3,12 +3,13 @@
 import json
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-StageName = Literal["vae", "text", "flux", "scorer", "ship", "all"]
+StageName = Literal["vae", "text", "flux", "scorer", "scorer_b", "scorer_c", "sd3", "wan", "ship", "all"]
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,10 @@ class Training:
     text_steps: int = 700
     flux_steps: int = 7000
     scorer_steps: int = 1500
+    sd3_steps: int = 5000
     vae_batch: int = 48
     batch: int = 64
-    """Pictures a step of the flux stage, two noises for each caption."""
+    """Pictures a step of the flux and sd3 stages, two noises for each caption."""
     scenes: int = 48_000
     """Scenes whose latents are cached."""
     save_every: int = 250
@@ -111,24 +113,41 @@ def train_flux(config: Training) -> None:
     pipe.to(torch.bfloat16).save_pretrained(config.output / "pipeline")
 
 
-def train_scorer(config: Training) -> None:
-    """Trains the reward and saves it."""
-    from trajsurgery.tiny.fit_scorer import save_scorer, scorer_stage
+def train_sd3(config: Training) -> None:
+    """Trains the transformer of a Stable Diffusion 3 on the encoders that Flux left, and saves the whole pipeline."""
+    from trajsurgery.tiny.fit_flux import corpus
+    from trajsurgery.tiny.fit_sd3 import sd3_stage, untrained
     from trajsurgery.tiny.stage import Budget, run
 
+    vae = load_vae(config.output)
+    data = corpus(vae, config.scenes, config.seed)
+    torch.manual_seed(config.seed + 4)
+    pipe = untrained(config.output / "pipeline", vae)
+    budget = Budget(config.sd3_steps, 2e-3, seed=config.seed, save_every=config.save_every)
+    run(sd3_stage(budget, config.batch, pipe, data), config.output, say)
+    pipe.to(torch.bfloat16).save_pretrained(config.output / "sd3")
+
+
+def train_scorer(config: Training, name: str = "scorer") -> None:
+    """Trains the reward, or a further scorer, and saves it."""
+    from trajsurgery.tiny.fit_scorer import save_scorer, scorer_stage
+    from trajsurgery.tiny.stage import Budget, run
+    from trajsurgery.tiny.variant import VARIANTS
+
     budget = Budget(config.scorer_steps, 1.5e-3, weight_decay=0.05, seed=config.seed, save_every=config.save_every)
-    stage = scorer_stage(budget, config.output, load_vae(config.output))
+    stage = scorer_stage(budget, config.output, load_vae(config.output), VARIANTS[name])
     run(stage, config.output, say)
     save_scorer(stage, config.output)
 
 
 def ship(config: Training) -> None:
-    """Copies pipeline and scorer to the package's weights, with what made them: never part of "all"."""
+    """Copies pipeline and scorers to the package's weights, with what made them: never part of "all"."""
     import shutil
 
     from trajsurgery.tiny.measure import WEIGHTS, origin
+    from trajsurgery.tiny.variant import shipped
 
-    for part in ("pipeline", "scorer"):
+    for part in ("pipeline", "scorer", *shipped(config.output)):
         shutil.rmtree(WEIGHTS / part, ignore_errors=True)
         shutil.copytree(config.output / part, WEIGHTS / part)
     made = {**origin(), "command": f"python -m trajsurgery.tiny.train --seed {config.seed}"}
@@ -138,7 +157,8 @@ def ship(config: Training) -> None:
 def main(config: Training) -> None:
     """Runs the stage asked for, or all in order."""
     torch.set_num_threads(config.threads)
-    stages = {"vae": train_vae, "text": train_text, "flux": train_flux, "scorer": train_scorer}
+    stages = {"vae": train_vae, "text": train_text, "flux": train_flux, "scorer": train_scorer, "sd3": train_sd3}
+    stages |= {name: partial(train_scorer, name=name) for name in ("scorer_b", "scorer_c")}
     for name in stages if config.stage == "all" else (config.stage,):
         {**stages, "ship": ship}[name](config)
 

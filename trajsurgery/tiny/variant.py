@@ -1,0 +1,59 @@
+"""The world's scorers: the reward, and two that no gradient climbs, of other seeds, scenes and image towers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trajsurgery.tiny.scene import SIDE
+from trajsurgery.tiny.tokenizers import TEXT_LENGTH
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What tells a scorer from the others."""
+
+    name: str
+    """Of its training stage and of its folder of weights."""
+    model: str
+    """Its name in open_clip's table of models."""
+    tower: Mapping[str, Any]
+    """open_clip's `vision_cfg`, all but the image size: a ViT, or a ResNet where `layers` is a list."""
+    seed: int = 0
+    """Of its first weights; added to the training's seed."""
+    data_seed: int = 0
+    """Of its scenes, their spoiling and its attacks; added to the training's seed."""
+
+    def configuration(self, vocabulary: int) -> dict[str, Any]:
+        """The open_clip model config: images of SIDE pixels, texts of TEXT_LENGTH tokens."""
+        return {
+            "embed_dim": 96,
+            "vision_cfg": {"image_size": SIDE, **self.tower},
+            "text_cfg": {
+                "context_length": TEXT_LENGTH,
+                "vocab_size": vocabulary,
+                "width": 64,
+                "heads": 4,
+                "layers": 3,
+                "no_causal_mask": True,
+            },
+        }
+
+
+_VIT: dict[str, Any] = {"layers": 4, "width": 128, "head_width": 32, "patch_size": 8, "pool_type": "avg"}
+_FINER_VIT: dict[str, Any] = {"layers": 3, "width": 96, "head_width": 24, "patch_size": 4, "pool_type": "avg"}
+_RESNET: dict[str, Any] = {"layers": [2, 2, 1, 1], "width": 16, "head_width": 64}
+
+REWARD = Variant("scorer", "trajsurgery-tiny", _VIT)
+FURTHER = (
+    Variant("scorer_b", "trajsurgery-tiny-b", _FINER_VIT, seed=100, data_seed=200),
+    Variant("scorer_c", "trajsurgery-tiny-c", _RESNET, seed=300, data_seed=400),
+)
+VARIANTS = {variant.name: variant for variant in (REWARD, *FURTHER)}
+
+
+def shipped(weights: Path = WEIGHTS) -> tuple[str, ...]:
+    """The names of those further scorers whose weights are there."""
+    return tuple(variant.name for variant in FURTHER if (weights / variant.name / "model.safetensors").is_file())
