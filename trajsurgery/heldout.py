@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trajsurgery.recipe import Recipe
-from trajsurgery.world import Asked, Embeddings, World
+from trajsurgery.world import Asked, Embeddings, World, call_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,16 +73,14 @@ def evaluate(recipe: Recipe, world: World) -> Scores:
 
 def _images(recipe: Recipe, world: World, texts: list[str]) -> Iterator[tuple[list[str], Tensor]]:
     """(prompts, images [batch 3 h w]) batch by batch; the noise follows from seed, place and `evaluation.batch`."""
-    embeddings, size = Embeddings(world.pipe, texts), recipe.rollout.size
+    embeddings = Embeddings(world.pipe, texts)
     for start in range(0, len(texts), recipe.evaluation.batch):
         part = texts[start : start + recipe.evaluation.batch]
         images = world.pipe(
             **embeddings(part),
             num_inference_steps=recipe.evaluation.steps,
-            guidance_scale=recipe.rollout.guidance,
-            height=size,
-            width=size,
+            **call_of(recipe),
             generator=torch.Generator().manual_seed(2**40 + recipe.seed * 1_000_003 + start),
             output_type="pt",
-        ).images
+        )[0]
         yield part, images

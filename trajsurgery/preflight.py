@@ -14,6 +14,9 @@ from trajsurgery.recipe import Recipe
 PARAMETERS = {"black-forest-labs/FLUX.1-dev": 11_901_408_320, "stabilityai/stable-diffusion-3.5-medium": 2_243_171_520}
 """Of the transformers that recipes name."""
 
+TINY = ("tiny", "tiny:sd3")
+"""The models of the embedded world."""
+
 WITHOUT_GPU = 10**9
 """Parameters that can be trained on a CPU, if one is patient."""
 
@@ -89,7 +92,7 @@ def _device(recipe: Recipe) -> str | None:
 
 def _model(recipe: Recipe) -> str | None:
     name = recipe.model
-    if name == "tiny" or (Path(name) / "model_index.json").is_file():
+    if name in TINY or (Path(name) / "model_index.json").is_file():
         return None
     if Path(name).is_dir():
         return f"{name} is a folder without model_index.json: --model takes what diffusers' save_pretrained wrote."
@@ -150,5 +153,5 @@ def _needs(recipe: Recipe) -> list[str]:
     if count == PARAMETERS["black-forest-labs/FLUX.1-dev"]:
         lines.append(_FLUX)
     if recipe.preset == "paper":
-        lines.append("The same recipe without --preset paper runs on any CPU in minutes, on the embedded tiny Flux.")
+        lines.append("The same recipe without --preset paper runs on any CPU in minutes, on the embedded world.")
     return lines

@@ -29,6 +29,8 @@ class Rollout:
     """Images a rollout; the batch is gathered from several if it does not fit. All at once if left out."""
     size: int | None = 32
     """Height and width of the images in pixels; the pipeline's own if left out."""
+    frames: int | None = None
+    """Frames of a video; left out for images."""
     guidance: float = 3.5
     """The pipeline's guidance_scale."""
     memory: Literal["retain", "recompute", "staged"] = "retain"
@@ -78,7 +80,7 @@ class Recipe:
     method: Annotated[Method, tyro.conf.AvoidSubcommands] = field(default_factory=LeapAlign)
     """Draws a plan for each iteration."""
     model: str = "tiny"
-    """tiny (the embedded Flux), a local folder that diffusers can load, or a hub id that is in the local cache."""
+    """tiny (the embedded Flux), tiny:sd3, tiny:wan, a folder that diffusers can load, or a hub id in the local cache."""
     reward: str = "tiny"
     """tiny, hpsv2.1, hpsv2.1:FILE, or MODULE:NAME, called without arguments for reward(images, prompts) -> scores."""
     prompts: str = "tiny"
@@ -115,6 +117,7 @@ class Recipe:
             "rollout.batch": self.rollout.batch,
             "rollout.at_once": self.rollout.at_once,
             "rollout.size": self.rollout.size,
+            "rollout.frames": self.rollout.frames,
             "evaluation.images": self.evaluation.images,
             "evaluation.steps": self.evaluation.steps,
             "evaluation.batch": self.evaluation.batch,

@@ -21,7 +21,7 @@ from trajsurgery.pipelines import Surgery, operate
 from trajsurgery.plan import Plan
 from trajsurgery.recipe import Recipe
 from trajsurgery.surgery import backward, distances, values
-from trajsurgery.world import Embeddings, World, threshold
+from trajsurgery.world import Embeddings, World, call_of, threshold
 
 PATIENCE = 3
 """So many iterations in a row without a finite gradient stop the run."""
@@ -162,16 +162,10 @@ def _sample(
 ) -> tuple[Tensor, tuple[Tensor, ...], dict[int, Tensor], Surgery]:
     """A rollout through the pipe: images of the plan's first output, all outputs, its leaps' distances, the surgery."""
     rollout, memory = recipe.rollout, recipe.rollout.memory
-    call = {
-        "num_inference_steps": rollout.steps,
-        "guidance_scale": rollout.guidance,
-        "height": rollout.size,
-        "width": rollout.size,
-        **kwargs,
-    }
+    call = {"num_inference_steps": rollout.steps, **call_of(recipe), **kwargs}
     if memory != "staged":
         with operate(world.pipe, plan, memory=memory, generator=renoise) as surgery:
-            images = world.pipe(**call, output_type="pt").images
+            images = world.pipe(**call, output_type="pt")[0]
         return images, surgery.outputs, surgery.distances, surgery
     with operate(world.pipe) as surgery:
         world.pipe(**call, output_type="latent")

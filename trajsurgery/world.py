@@ -30,10 +30,11 @@ Draw = Callable[[int, torch.Generator], list[str]]
 """draw(count, generator) -> training prompts."""
 
 ENCODINGS = {
+    2: ("prompt_embeds", "negative_prompt_embeds"),
     3: ("prompt_embeds", "pooled_prompt_embeds", None),
     4: ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
 }
-"""The names under which a pipeline's call takes what its `encode_prompt` returns, by their number (Flux; SD3)."""
+"""The names under which a pipeline's call takes what its `encode_prompt` returns, by their number (Wan; Flux; SD3)."""
 
 
 @dataclass(frozen=True)
@@ -91,20 +92,33 @@ class Embeddings:
 def _encode(pipe: Any, texts: list[str]) -> dict[str, Tensor]:
     parameters = inspect.signature(pipe.encode_prompt).parameters
     given: dict[str, Any] = {n: None for n, p in parameters.items() if p.default is p.empty and p.kind != p.VAR_KEYWORD}
-    longest = getattr(getattr(pipe, "tokenizer_2", None), "model_max_length", 512)
     if "max_sequence_length" in parameters:
-        given["max_sequence_length"] = min(longest, parameters["max_sequence_length"].default)
+        given["max_sequence_length"] = _length(pipe)
     found = pipe.encode_prompt(**given | {"prompt": texts})
     if len(found) not in ENCODINGS:
         raise RecipeError(
-            f"{type(pipe).__name__}.encode_prompt returned {len(found)} values; of Flux (3) and SD3 (4) are known: "
-            "add the names under which its call takes them to trajsurgery.world.ENCODINGS."
+            f"{type(pipe).__name__}.encode_prompt returned {len(found)} values; of Wan (2), Flux (3) and SD3 (4) are "
+            "known: add the names under which its call takes them to trajsurgery.world.ENCODINGS."
         )
     return {
         name: value.cpu()
         for name, value in zip(ENCODINGS[len(found)], found, strict=True)
         if name and value is not None
     }
+
+
+def _length(pipe: Any) -> int:
+    """The number of tokens that the pipe's own call encodes, but no more than its T5 tokenizer says."""
+    default = inspect.signature(pipe.__call__).parameters["max_sequence_length"].default
+    names = [name for name in ("tokenizer_3", "tokenizer_2", "tokenizer") if getattr(pipe, name, None) is not None]
+    return min(default, getattr(pipe, names[0]).model_max_length) if names else default
+
+
+def call_of(recipe: Recipe) -> dict[str, Any]:
+    """The arguments that every call of a recipe's pipe gets, in training and evaluation."""
+    rollout = recipe.rollout
+    found = {"guidance_scale": rollout.guidance, "height": rollout.size, "width": rollout.size}
+    return found if rollout.frames is None else {**found, "num_frames": rollout.frames}
 
 
 def load(recipe: Recipe) -> World:
@@ -122,7 +136,7 @@ def load(recipe: Recipe) -> World:
         asked = tuple(Asked(str(p.text), str(p.category)) for p in tiny.prompts(recipe.evaluation.split))
     else:
         asked = tuple(Asked(text) for text in read_prompts(recipe.heldout))
-    judge = _rules(tiny.judge) if recipe.model == "tiny" and recipe.heldout == "tiny" else None
+    judge = _rules(tiny.judge) if recipe.model in ("tiny", "tiny:sd3") and recipe.heldout == "tiny" else None
     return World(pipe, reward, texts, draw, asked, judge)
 
 
@@ -176,8 +190,9 @@ def _autocast(module: nn.Module) -> None:
 
 
 def _pipeline(recipe: Recipe) -> Any:
-    if recipe.model == "tiny":
-        return import_module("trajsurgery.tiny").pipeline()
+    world, _, name = recipe.model.partition(":")
+    if world == "tiny":
+        return import_module("trajsurgery.tiny").pipeline(name or "flux")
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     cuda = torch.cuda.is_available()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
+    from trajsurgery.tiny.pipe import PipelineName
     from trajsurgery.tiny.prompt import Prompt, Split
     from trajsurgery.tiny.rules import Verdict
     from trajsurgery.tiny.scorer import Reward as Reward
@@ -35,11 +36,19 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_LAZY[name]), name)
 
 
-def pipeline() -> Any:
-    """The shipped FluxPipeline, in float32, with the world's defaults: `pipe("a red circle left of a blue square")`."""
-    from trajsurgery.tiny.pipe import pipeline
+def pipeline(name: "PipelineName" = "flux") -> Any:
+    """A shipped pipeline, in float32, with the world's defaults: `pipe("a red circle left of a blue square")`.
 
-    return pipeline()
+    "flux" is a FluxPipeline without guidance; "sd3" a StableDiffusion3Pipeline with real classifier-free guidance, to
+    be called with `guidance_scale=2.5`.
+
+    Raises ValueError for another name.
+    """
+    from trajsurgery.tiny.pipe import FOLDERS, pipeline
+
+    if name not in FOLDERS:
+        raise ValueError(f"there is no pipeline {name!r}: choose one of {', '.join(FOLDERS)}")
+    return pipeline(FOLDERS[name])
 
 
 def prompts(split: "Split", generator: "Generator | None" = None, count: int | None = None) -> "list[Prompt]":

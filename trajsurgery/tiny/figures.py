@@ -60,11 +60,14 @@ def autoencoder(vae: Any, each: int) -> Figures:
     }
 
 
-def draw(pipe: Any, prompts: list[Prompt], steps: int, seed: int, batch: int = 120) -> Tensor:
-    """One picture for each prompt by the pipeline's own call, Float[prompts 3 32 32] in [0, 1]."""
+def draw(pipe: Any, prompts: list[Prompt], steps: int, seed: int, batch: int = 120, **more: Any) -> Tensor:
+    """One picture for each prompt by the pipeline's own call, Float[prompts 3 32 32] in [0, 1].
+
+    `more` are arguments of the call, such as guidance_scale.
+    """
     generator = Generator().manual_seed(seed)
     parts = [[prompt.text for prompt in prompts[i : i + batch]] for i in range(0, len(prompts), batch)]
-    options: dict[str, Any] = {"num_inference_steps": steps, "generator": generator, "output_type": "pt"}
+    options: dict[str, Any] = {"num_inference_steps": steps, "generator": generator, "output_type": "pt", **more}
     return torch.cat([pipe(part, **options).images for part in parts]).float()
 
 
