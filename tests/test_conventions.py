@@ -19,10 +19,10 @@ FILES = sorted(LIBRARY.rglob("*.py"))
 
 LAYERS: dict[str, str] = {
     "nodes": "errors interned node interpolant",
-    "graph": "notation graph rules check formula gradient columns scene placing mermaid draw",
+    "graph": "notation graph rules check derivative formula tables gradient columns scene placing mermaid draw",
     "language": "plan",
     "surgery": "ops",
-    "execution": "params terms trajectory linear execute surgery",
+    "execution": "inputs params terms trajectory linear execute surgery",
     "samplers": "reentry pipelines",
     "methods": "methods",
     "rewards": "rewards",
@@ -38,7 +38,7 @@ RANK = {name: i for i, names in enumerate(LAYERS.values()) for name in names.spl
 
 OWNERS: dict[str, str] = {
     "networkx": "graph columns",
-    "sympy": "gradient formula",
+    "sympy": "derivative gradient formula",
     "diffusers": "reentry pipelines tiny objective recipe world heldout preflight checkpoint train",
     "matplotlib": "draw report tiny",
 }

@@ -16,6 +16,7 @@ from torch import Tensor
 from trajsurgery import ops
 from trajsurgery.errors import PlanError, SamplerError
 from trajsurgery.graph import faithful, is_faithful, needs_gradient, reached
+from trajsurgery.inputs import called, check_generator
 from trajsurgery.linear import value
 from trajsurgery.node import Advance, Leap, Node, Noise, Velocity
 from trajsurgery.params import Fields, Params, complete, leaves, named, trainable
@@ -38,6 +39,9 @@ class Execution:
     def __init__(
         self, plan: Plan, trajectory: Trajectory, generator: torch.Generator | None = None, gradient: bool = True
     ) -> None:
+        planned(plan)
+        rolled(trajectory)
+        check_generator(generator)
         self.plan = fitting(plan, trajectory.steps)
         self.trajectory = trajectory
         self.generator = generator
@@ -100,7 +104,7 @@ class Execution:
                 if node not in self.faithful:
                     real = self.trajectory[t]
                     wide = torch.promote_types(real.dtype, torch.float32)
-                    misses.append((real.to(wide) - self.tensors[node].detach()).abs().flatten(1).mean(1))
+                    misses.append((real.to(wide) - self.tensors[node].detach()).abs().reshape(len(real), -1).mean(1))
         zero = self.trajectory[0].new_zeros(len(self.trajectory[0]))
         return {t: torch.stack(found[t]).mean(0) if found[t] else zero for t in sorted(found, reverse=True)}
 
@@ -117,15 +121,16 @@ class Execution:
         self._keep(node, found, faithful)
 
     def _call(self, node: Velocity, faithful: bool, fields: Fields, call: Call) -> None:
-        field, sigma, x = named(fields, node.field), self.trajectory.sigma(_time(node)), self.tensors[node.x]
+        t, x, field = _time(node), self.tensors[node.x], named(fields, node.field)
+        sigma, recorded = self.trajectory.sigma(t), self.trajectory.velocities.get(t)
         if node not in self.live:
             with torch.no_grad():
-                self._keep(node, shaped(field(x, sigma), x, _time(node)), faithful)
+                self._keep(node, called(field, x, sigma, t, recorded), faithful)
             return
-        known = self.trajectory.velocity(_time(node)) if faithful else None
+        known = self.trajectory.velocity(t) if faithful else None
         with torch.enable_grad():
-            found = call(lambda x: field(x, sigma), x, known)
-        self._keep(node, shaped(found, x, _time(node)), faithful)
+            found = call(lambda x: called(field, x, sigma, t, recorded), x, known)
+        self._keep(node, found, faithful)
 
     def _keep(self, node: Node, found: Tensor, faithful: bool) -> None:
         self.tensors[node] = found if node in self.live else found.detach()
@@ -150,6 +155,15 @@ def planned(plan: object) -> None:
         raise PlanError(
             f"received {name}, which is no plan: call it with times, leapalign(18, 7), or draw one, "
             "LeapAlign().draw(steps)."
+        )
+
+
+def rolled(trajectory: object) -> None:
+    """Raises SamplerError for what is no trajectory."""
+    if not isinstance(trajectory, Trajectory):
+        raise SamplerError(
+            f"received a {type(trajectory).__name__} for the trajectory: the order is (plan, trajectory, field), and "
+            "the trajectory is what rollout() returns, the second of what sample() returns, or surgery.trajectory."
         )
 
 
@@ -183,6 +197,8 @@ def outputs(
 ) -> tuple[Tensor, ...]:
     """The outputs of a run, with the calls that are left made in the way of `memory`."""
     known(memory)
+    if params is not None:  # once: it may be an iterator
+        params = trainable(params, not any(isinstance(node, Noise) for node in execution.live))
     if memory == "retain" or _transforming():
         return _differentiable(execution.finish(fields, retained))
     trained = recompute_leaves(execution, fields, params)
@@ -212,8 +228,6 @@ def recompute_leaves(execution: Execution, fields: Fields, params: Params) -> tu
     """
     calls = [node for node in execution.plan.nodes if isinstance(node, Velocity) and node in execution.live]
     required = not any(isinstance(node, Noise) for node in execution.live)
-    if params is not None:
-        params = trainable(params, required)  # once: it may be an iterator
     found: dict[int, Tensor] = {}
     for name in dict.fromkeys(node.field for node in calls):
         t = next(_time(node) for node in calls if node.field == name)
@@ -232,17 +246,6 @@ def _transforming() -> bool:
     """Whether a torch.func transform or forward AD is at work: a Function over captured parameters is zero there."""
     dual = torch.autograd.forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage]
     return dual or torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
-
-
-def shaped(v: Tensor, x: Tensor, t: int) -> Tensor:
-    """The velocity, if it has its latent's shape."""
-    if not isinstance(v, Tensor) or v.shape != x.shape:  # pyright: ignore[reportUnnecessaryIsInstance]
-        received = f"shape {tuple(v.shape)}" if isinstance(v, Tensor) else f"a {type(v).__name__}"  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise SamplerError(
-            f"the field returned {received} for a latent of shape {tuple(x.shape)}, at t = {t}: a velocity is a tensor "
-            "of its latent's shape."
-        )
-    return v
 
 
 def _time(node: Node) -> int:

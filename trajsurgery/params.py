@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trajsurgery.errors import SamplerError
+from trajsurgery.inputs import called
 
 Field = Callable[[Tensor, Tensor], Tensor]
 """A velocity field: field(x, sigma) -> v, with x and v [batch, *latent] and sigma 0-dim or [batch], in [0, 1]."""
@@ -70,10 +71,16 @@ def trainable(params: Iterable[Tensor] | Mapping[str, Tensor], required: bool = 
     Raises:
         SamplerError: none does, and one is required.
     """
-    given = tuple(params.values() if isinstance(params, Mapping) else params)
-    if not all(isinstance(p, Tensor) for p in given):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if isinstance(params, Tensor | nn.Module) or not isinstance(params, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise SamplerError(
-            f"params= received {type(given[0]).__name__}s: it takes tensors, or a mapping of names to tensors "
+            f"params= received a {type(params).__name__}: it takes several tensors (model.parameters(), [weight]), "
+            "or a mapping of names to tensors."
+        )
+    given = tuple(params.values() if isinstance(params, Mapping) else params)
+    others = [type(p).__name__ for p in given if not isinstance(p, Tensor)]  # pyright: ignore[reportUnnecessaryIsInstance]
+    if others:
+        raise SamplerError(
+            f"params= received {others[0]}s: it takes tensors, or a mapping of names to tensors "
             "(model.parameters(), dict(model.named_parameters()))."
         )
     found = tuple(p for p in given if p.requires_grad)
@@ -97,7 +104,7 @@ def _cached(field: Field, x: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
 def _walk(field: Field, x: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
     """The leaves of the graph of one call."""
     with torch.enable_grad():
-        return _leaves_of(field(x.detach(), sigma))
+        return _leaves_of(called(field, x.detach(), sigma))
 
 
 def complete(call: Callable[[Tensor], Tensor], trained: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from trajsurgery.errors import SamplerError
-from trajsurgery.execute import Execution, Memory, fitting, known, outputs, retained, shaped
+from trajsurgery.execute import Execution, Memory, fitting, known, outputs, planned, retained
+from trajsurgery.inputs import called, check_finite, matching, version
 from trajsurgery.interpolant import Interpolant, RectifiedFlow
 from trajsurgery.node import Noise
 from trajsurgery.params import Fields, Params, named, trainable
@@ -20,7 +21,12 @@ Outputs = Tensor | tuple[Tensor, ...]
 
 
 def rollout(
-    field: Fields, noise: Tensor, sigmas: Tensor | Sequence[float], interpolant: Interpolant | None = None
+    field: Fields,
+    noise: Tensor,
+    sigmas: Tensor | Sequence[float],
+    interpolant: Interpolant | None = None,
+    *,
+    check: bool = True,
 ) -> Trajectory:
     """The sampler's own run, x + dsigma v, without gradient: records every x_t and v_t.
 
@@ -30,11 +36,15 @@ def rollout(
         noise: x_T, [batch, *latent]. If it requires a gradient, `noise()` in a plan gives it one.
         sigmas: [T + 1] strictly monotone times in [0, 1], from noise to image.
         interpolant: what leaps assume; rectified flow if left out. The rollout itself is Euler's whatever it is.
+        check: whether NaN and Inf are looked for at the end, which waits for the device once.
 
     Raises:
-        SamplerError: sigmas of a wrong shape, order or range; a velocity that has not its latent's shape.
+        SamplerError: sigmas of a wrong shape, order or range; what is no velocity (`inputs.called`); NaN or Inf.
     """
-    return _roll(field, noise, sigmas, interpolant, None)[1]
+    trajectory = _roll(field, noise, sigmas, interpolant, None)[1]
+    if check:
+        check_finite(trajectory.latents, trajectory.velocities)
+    return trajectory
 
 
 def sample(
@@ -47,8 +57,12 @@ def sample(
     memory: Memory = "retain",
     generator: torch.Generator | None = None,
     params: Params = None,
+    check: bool = True,
 ) -> tuple[Outputs, Trajectory]:
     """Rollout and surgery in one pass: the plan's faithful calls are the rollout's own, so that they cost no extra one.
+
+    Args:
+        check: as in `rollout`: False in a training loop that looks at its loss anyway.
 
     Returns:
         The outputs as `apply` gives them, and the trajectory as `rollout` does.
@@ -58,8 +72,11 @@ def sample(
         SamplerError: as `rollout` and `apply`.
     """
     known(memory)
+    planned(plan)
     fitting(plan, len(as_sigmas(sigmas, noise)) - 1)
     execution, trajectory = _roll(field, noise, sigmas, interpolant, plan if memory == "retain" else None, generator)
+    if check:
+        check_finite(trajectory.latents, trajectory.velocities)
     execution = execution or Execution(plan, trajectory, generator)
     return _single(outputs(plan, trajectory, field, memory, execution, params)), trajectory
 
@@ -139,6 +156,7 @@ def backward(
     *,
     generator: torch.Generator | None = None,
     params: Params = None,
+    check: bool = True,
 ) -> None:
     """The staged sweep: walks the plan in reverse, one model call and one backward at a time, and adds into `.grad`.
 
@@ -148,9 +166,10 @@ def backward(
     Args:
         cotangent: d(loss)/d(output), [batch, *latent], or one for each output.
         params: what receives a gradient; every leaf of the field's graph if left out.
+        check: whether NaN and Inf are looked for in the cotangent, which waits for the device once.
 
     Raises:
-        PlanError, SamplerError: as `apply`; a cotangent that has not its output's shape.
+        PlanError, SamplerError: as `apply`; a cotangent that is none of its output (`inputs.matching`).
     """
     execution = Execution(plan, trajectory, generator)
     stages: list[tuple[Callable[[Tensor], Tensor], Tensor, Tensor]] = []
@@ -162,10 +181,10 @@ def backward(
         stages.append((call, x, leaf))
         return leaf
 
-    found = execution.finish(field, stand_in)
-    _pull(found, _matching(cotangent, found))
     required = not any(isinstance(node, Noise) for node in execution.live)
     trained = None if params is None else trainable(params, required)
+    found = execution.finish(field, stand_in)
+    _pull(found, matching(cotangent, found, check))
     for call, x, leaf in reversed(stages):
         if leaf.grad is not None:
             _stage(call, x, leaf.grad, trained, required)
@@ -194,16 +213,6 @@ def _pull(roots: Sequence[Tensor], cotangents: Sequence[Tensor]) -> None:
     torch.autograd.backward([root for root, _ in pairs], [c for _, c in pairs], retain_graph=True)
 
 
-def _matching(cotangent: Tensor | Sequence[Tensor], found: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    given = (cotangent,) if isinstance(cotangent, Tensor) else tuple(cotangent)
-    shapes, wanted = [tuple(c.shape) for c in given], [tuple(output.shape) for output in found]
-    if shapes != wanted:
-        raise SamplerError(
-            f"cotangents of shapes {shapes} for outputs of shapes {wanted}: give one for each output, alike."
-        )
-    return tuple(c.to(output.dtype) for c, output in zip(given, found, strict=True))
-
-
 def _roll(
     fields: Fields,
     noise: Tensor,
@@ -217,20 +226,27 @@ def _roll(
     x = noise.detach()
     trajectory = Trajectory(times, {len(times) - 1: x}, {}, interpolant or RectifiedFlow(), start=noise)
     execution = None if plan is None else Execution(plan, trajectory, generator)
-    field = named(fields, None)
+    field, versions = named(fields, None), dict[int, int]()
     for t in range(trajectory.steps, 0, -1):
         node = None
         if execution is not None:
             execution.settle()
             node = execution.wanted(t)
         with torch.set_grad_enabled(node is not None):
-            v = field(x if node is None or execution is None else execution.tensors[node.x], trajectory.sigma(t))
-        shaped(v, x, t)
+            given = x if node is None or execution is None else execution.tensors[node.x]
+            v = called(field, given, trajectory.sigma(t), t)
+        versions[t] = version(v)
         if node is not None and execution is not None:
             execution.adopt(node, v)
         trajectory.velocities[t] = v.detach()
         x = x + (trajectory.sigma(t - 1) - trajectory.sigma(t)) * v.detach()
         trajectory.latents[t - 1] = x
+    changed = [t for t, v in trajectory.velocities.items() if version(v) != versions[t]]
+    if changed:
+        raise SamplerError(
+            f"the velocities of t = {changed} were changed in place after the field had returned them: it writes into "
+            "one buffer again and again. Return a new tensor each time (v.clone())."
+        )
     return execution, trajectory
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from trajsurgery.errors import PlanError
 from trajsurgery.graph import faithful
+from trajsurgery.inputs import called
 from trajsurgery.interpolant import weights
 from trajsurgery.node import (
     Advance,
@@ -123,20 +124,24 @@ class _Walk:
 
     def pull_latent(self, call: Any, cotangent: Tensor) -> Tensor:
         """(dv/dx)^T c."""
-        field, x, sigma = self.at(call)
-        x = x.clone().requires_grad_()
+        x = self.at(call)[1].clone().requires_grad_()
         with torch.enable_grad():
-            found = _maybe(torch.autograd.grad(field(x, sigma), x, cotangent, allow_unused=True))[0]
+            found = _maybe(torch.autograd.grad(self._call(call, x), x, cotangent, allow_unused=True))[0]
         return torch.zeros_like(x) if found is None else found
 
     def pull_params(self, call: Any, cotangent: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """(dv/dtheta)^T c."""
         if not params:
             return ()
-        field, x, sigma = self.at(call)
+        x = self.at(call)[1]
         with torch.enable_grad():
-            found = _maybe(torch.autograd.grad(field(x, sigma), params, cotangent, allow_unused=True))
+            found = _maybe(torch.autograd.grad(self._call(call, x), params, cotangent, allow_unused=True))
         return tuple(torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True))
+
+    def _call(self, call: Velocity, x: Tensor) -> Tensor:
+        """The model at a call's time."""
+        t = self._int(call.t)
+        return called(named(self.fields, call.field), x, self._sigma(t), t, self.trajectory.velocities.get(t))
 
     def _sigma(self, t: Any) -> Tensor:
         return self.trajectory.sigma(self._int(t))
@@ -154,7 +159,7 @@ class _Walk:
             case Discount() | Detach() | Scale() | DetachVelocity():
                 return of[node.parents[0]]
             case Velocity():
-                return named(self.fields, node.field)(of[node.x], self._sigma(node.t))
+                return self._call(node, of[node.x])
             case Leap() if faithful([node], self.trajectory.is_step).issuperset([node]):
                 return self.trajectory[self._int(node.to)]
             case Leap():

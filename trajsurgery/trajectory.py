@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from numbers import Integral
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from trajsurgery.errors import PlanError, SamplerError
+from trajsurgery.inputs import check_noise, matching
 from trajsurgery.interpolant import Interpolant, RectifiedFlow
 from trajsurgery.node import START, Draw
 from trajsurgery.params import Fields, Params
@@ -39,6 +41,16 @@ class Trajectory:
 
     def __post_init__(self) -> None:
         check_sigmas(self.sigmas)
+        if not isinstance(self.interpolant, Interpolant):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise SamplerError(
+                f"the interpolant received is {self.interpolant!r}: it is an object, RectifiedFlow(), Trigonometric(), "
+                "Polynomial() or one of your own."
+            )
+        for name, given, lowest in (("latents", self.latents, 0), ("velocities", self.velocities, 1)):
+            _recorded(name, given, lowest, self.steps)
+        shapes = {tuple(a.shape) for a in (*self.latents.values(), *self.velocities.values())}
+        if len(shapes) > 1:
+            raise SamplerError(f"a trajectory's latents and velocities have one shape; received {sorted(shapes)}.")
 
     @property
     def steps(self) -> int:
@@ -47,17 +59,18 @@ class Trajectory:
 
     def __getitem__(self, t: int) -> Tensor:
         self._check(t, 0)
-        return self.latents[t]
+        return self._held("x", self.latents, t)
 
     def replace(self, t: int, x: Tensor) -> None:
         """Records another x_t: the sampler went on with it instead of the one that its step gave."""
+        self._check(t, 0)
         self.latents[t] = x
         self._measured.pop(t + 1, None)
 
     def velocity(self, t: int) -> Tensor:
         """v_t, [batch, *latent], for t in 1..T."""
         self._check(t, 1)
-        return self.velocities[t]
+        return self._held("v", self.velocities, t)
 
     def sigma(self, t: int) -> Tensor:
         """The time of t, 0-dim, in [0, 1]."""
@@ -95,17 +108,42 @@ class Trajectory:
 
     def evaluate(self, expansion: Any, fields: Fields, cotangent: Any, params: Params = None) -> Evaluation:
         """The closed form's terms on this trajectory: what `Expansion.evaluate` returns."""
-        return evaluate(expansion, self, fields, cotangent, params)
+        given = matching(cotangent, [self[0]] * len(expansion.outputs))
+        return evaluate(expansion, self, fields, given, params)
 
     def _check(self, t: int, lowest: int) -> None:
-        if not lowest <= t <= self.steps:
+        if not isinstance(t, Integral) or not lowest <= t <= self.steps:
             raise PlanError(
-                f"t = {t} is outside {lowest}..{self.steps}: the trajectory has {self.steps} steps ({START})."
+                f"t = {t!r} is outside {lowest}..{self.steps}: the trajectory has {self.steps} steps ({START})."
+            )
+
+    def _held(self, letter: str, held: dict[int, Tensor], t: int) -> Tensor:
+        if t not in held:
+            raise SamplerError(
+                f"the trajectory holds no {letter}_{t}, only those of t = {sorted(held, reverse=True)}: record all of "
+                "them, as rollout() does."
+            )
+        return held[t]
+
+
+def _recorded(name: str, given: object, lowest: int, steps: int) -> None:
+    """Raises SamplerError for what can't be a trajectory's latents or velocities."""
+    if not isinstance(given, dict):
+        raise SamplerError(f"a trajectory's {name} are a dict of t to tensor; received a {type(given).__name__}.")
+    for t, a in cast(dict[Any, Any], given).items():
+        times = isinstance(t, Integral) and lowest <= int(t) <= steps
+        if not times or not isinstance(a, Tensor) or not a.is_floating_point():
+            kind = str(a.dtype) if isinstance(a, Tensor) else type(a).__name__
+            raise SamplerError(
+                f"a trajectory's {name} are floating tensors at t = {lowest}..{steps}; received {kind} at t = {t!r}."
             )
 
 
 def check_sigmas(sigmas: Tensor) -> None:
-    """Raises SamplerError unless sigmas is [T + 1], finite, strictly monotone and in [0, 1]."""
+    """Raises SamplerError unless sigmas is [T + 1], floating, finite, strictly monotone and in [0, 1]."""
+    if not isinstance(sigmas, Tensor) or not sigmas.is_floating_point() or sigmas.is_meta:  # pyright: ignore[reportUnnecessaryIsInstance]
+        kind = f"{sigmas.dtype} on {sigmas.device}" if isinstance(sigmas, Tensor) else type(sigmas).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise SamplerError(f"sigmas received {kind}: they are a floating tensor of numbers, or a list of floats.")
     shape = tuple(sigmas.shape)
     if len(shape) != 1 or shape[0] < 2:
         raise SamplerError(
@@ -126,10 +164,17 @@ def check_sigmas(sigmas: Tensor) -> None:
 
 def as_sigmas(sigmas: Tensor | Sequence[float], like: Tensor) -> Tensor:
     """Sigmas as a checked [T + 1] tensor on the device of the latents."""
+    check_noise(like)
+    dtype = like.dtype if like.dtype in (torch.float32, torch.float64) else torch.float32
     if isinstance(sigmas, Tensor):
-        times = sigmas.detach().to(like.device)
-    else:
-        dtype = like.dtype if like.dtype in (torch.float32, torch.float64) else torch.float32
+        whole = not (sigmas.is_floating_point() or sigmas.is_complex() or sigmas.dtype == torch.bool)
+        check_sigmas(sigmas := sigmas.detach().to(dtype) if whole else sigmas.detach())
+        return sigmas.to(like.device)
+    try:
         times = torch.tensor(list(sigmas), dtype=dtype, device=like.device)
+    except (TypeError, ValueError) as error:
+        raise SamplerError(
+            f"sigmas received {sigmas!r:.60}: they are T + 1 numbers, from noise to image, [1.0, 0.5, 0.0]."
+        ) from error
     check_sigmas(times)
     return times

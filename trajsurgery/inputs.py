@@ -1,0 +1,175 @@
+"""What a run is handed by its user, and when it is refused: a field's velocities, x_T, cotangents, generators."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trajsurgery.errors import SamplerError
+
+
+def called(
+    field: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    sigma: Tensor,
+    t: int | None = None,
+    recorded: Tensor | None = None,
+) -> Tensor:
+    """field(x, sigma), if it is a velocity: a new tensor like x, with x left as it was. Never waits for the device.
+
+    Args:
+        x: [batch, *latent].
+        t: where, for the message; None where the field's leaves are looked up.
+        recorded: the rollout's own velocity at t, if there is one: its dtype will do.
+
+    Raises:
+        SamplerError: no function of (x, sigma); no tensor of x's shape and device; a dtype that is not floating or
+            wider than x's; x changed in place; x itself returned.
+    """
+    where = "" if t is None else f", at t = {t}"
+    before = version(x)
+    v: Any = _run(field, x, sigma, where)
+    if version(x) != before:
+        raise SamplerError(
+            f"the field changed its input in place{where}: x_t and what was recorded of it are spoilt. Work on a copy "
+            "in the field (x = x.clone(), or x * a for x.mul_(a)), and roll out anew."
+        )
+    if not isinstance(v, Tensor) or v.shape != x.shape:
+        received = f"shape {tuple(v.shape)}" if isinstance(v, Tensor) else f"a {type(v).__name__}"
+        raise SamplerError(
+            f"the field returned {received} for a latent of shape {tuple(x.shape)}{where}: a velocity is a tensor of "
+            "its latent's shape."
+        )
+    if v.device != x.device:
+        raise SamplerError(f"the field returned a velocity on {v.device} for a latent on {x.device}{where}: move it.")
+    fits = v.dtype in (x.dtype, x.dtype if recorded is None else recorded.dtype) or t is None
+    if not v.is_floating_point() or not (fits or torch.promote_types(v.dtype, x.dtype) == x.dtype):
+        raise SamplerError(
+            f"the field returned {v.dtype} for a latent of {x.dtype}{where}: the next latent would have another dtype. "
+            "Return v.to(x.dtype), or start from noise of the field's dtype."
+        )
+    if t is not None and torch._C._is_alias_of(v, x):  # pyright: ignore
+        raise SamplerError(
+            f"the field returned its own input, or a view of it{where}: the recorded v_t and x_t would share memory. "
+            "Return the prediction; if v = x is meant, a copy (x.clone())."
+        )
+    return v
+
+
+def _run(field: Any, x: Tensor, sigma: Tensor, where: str) -> Any:
+    """The call; what autograd and Python say of a field that can't be called so is said in the field's terms."""
+    if not callable(field):
+        raise SamplerError(
+            f"the field is a {type(field).__name__}, which can't be called{where}: it is a function (x, sigma) -> v."
+        )
+    try:
+        return field(x, sigma)
+    except TypeError as error:
+        if _takes_two(field):
+            raise
+        raise SamplerError(
+            f"the field can't be called as field(x, sigma){where}: {error}. Wrap it in a function of x and sigma, "
+            "lambda x, sigma: model(x, timestep=sigma, ...)."
+        ) from error
+    except RuntimeError as error:
+        if "leaf Variable that requires grad" not in str(error):
+            raise
+        raise SamplerError(
+            f"the field changed its input or a parameter in place{where}: {error} Work on a copy (x.clone())."
+        ) from error
+
+
+def _takes_two(field: Any) -> bool:
+    try:
+        inspect.signature(field).bind(None, None)
+    except TypeError:
+        return False
+    except ValueError:  # a builtin without signature
+        return True
+    return True
+
+
+def version(x: Tensor) -> int:
+    """How often the tensor was changed in place; 0 where torch does not count (inference mode)."""
+    return 0 if x.is_inference() else x._version
+
+
+def check_noise(noise: object) -> None:
+    """Raises SamplerError unless x_T can be one: a floating tensor with a batch."""
+    if not isinstance(noise, Tensor):
+        raise SamplerError(f"the noise received is a {type(noise).__name__}: x_T is a tensor, [batch, *latent].")
+    if noise.dim() == 0 or not noise.is_floating_point():
+        raise SamplerError(
+            f"the noise received has shape {tuple(noise.shape)} and dtype {noise.dtype}: x_T is [batch, *latent], of a "
+            "floating dtype (torch.randn)."
+        )
+
+
+def check_generator(generator: object) -> None:
+    """Raises SamplerError for what is no torch.Generator."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise SamplerError(
+            f"generator= received a {type(generator).__name__}: it is a torch.Generator, "
+            "torch.Generator().manual_seed(0)."
+        )
+
+
+def matching(cotangent: Any, outputs: Sequence[Tensor], check: bool = True) -> tuple[Tensor, ...]:
+    """The cotangents as a tuple, one for each output, in its dtype.
+
+    Args:
+        check: whether NaN and Inf are looked for, which waits for the device.
+
+    Raises:
+        SamplerError: another number, shape or device; no floating tensors; NaN or Inf.
+    """
+    several = isinstance(cotangent, Iterable) and not isinstance(cotangent, Tensor | str | Mapping)
+    given: tuple[Any, ...] = tuple(cotangent) if several else (cotangent,)
+    wanted = [tuple(output.shape) for output in outputs]
+    received = [tuple(c.shape) if isinstance(c, Tensor) else type(c).__name__ for c in given]
+    if received != wanted:
+        raise SamplerError(
+            f"cotangents of shapes {received} for outputs of shapes {wanted}: give one for each output, alike: "
+            "d(loss)/d(output), as torch.autograd.grad(loss, outputs) returns it."
+        )
+    for i, (c, output) in enumerate(zip(given, outputs, strict=True)):
+        if not c.is_floating_point() or c.device != output.device:
+            raise SamplerError(
+                f"cotangent {i} is {c.dtype} on {c.device}, its output {output.dtype} on {output.device}: give it a "
+                "floating dtype, on the output's device."
+            )
+    if check:
+        spoilt = [i for i, c in enumerate(given) if _looked_at(c) and not bool(c.isfinite().all())]
+        if spoilt:
+            raise SamplerError(
+                f"cotangents {spoilt} hold NaN or Inf: every parameter would get NaN. Look at the reward and at the "
+                "decoder (bfloat16 overflows there), or skip this batch."
+            )
+    return tuple(c.to(output.dtype) for c, output in zip(given, outputs, strict=True))
+
+
+def check_finite(latents: Mapping[int, Tensor], velocities: Mapping[int, Tensor]) -> None:
+    """Raises SamplerError if x_0 is not finite, naming the first t that is not. Waits for the device once.
+
+    What a step makes of NaN is NaN: x_0 speaks for them all.
+    """
+    if not _looked_at(latents[0]) or bool(latents[0].isfinite().all()):
+        return
+    for t in sorted(latents, reverse=True):
+        for name, found in (("x", latents[t]), ("v", velocities.get(t, latents[t]))):
+            bad = ~found.isfinite().flatten(1 if found.dim() > 1 else 0).all(-1)
+            if bool(bad.any()):
+                what = "the noise handed in" if t == max(latents) and name == "x" else f"{name}_{t}"
+                raise SamplerError(
+                    f"the rollout's x_0 holds NaN or Inf: {what} is the first that does, in {int(bad.sum())} of "
+                    f"{bad.numel()} samples. Look at the field there (float16 overflows; a wider dtype holds more)."
+                )
+
+
+def _looked_at(x: Tensor) -> bool:
+    """Whether a tensor's numbers can be read here: not of a fake or sharded one, not under a torch.func transform."""
+    return type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta and not torch._C._are_functorch_transforms_active()  # pyright: ignore
