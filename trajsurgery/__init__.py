@@ -16,15 +16,27 @@ if TYPE_CHECKING:
     from trajsurgery.interpolant import Polynomial as Polynomial
     from trajsurgery.interpolant import RectifiedFlow as RectifiedFlow
     from trajsurgery.interpolant import Trigonometric as Trigonometric
+    from trajsurgery.methods import SRPO as SRPO
+    from trajsurgery.methods import AlignProp as AlignProp
+    from trajsurgery.methods import DRaFTK as DRaFTK
     from trajsurgery.methods import DRaFTLV as DRaFTLV
     from trajsurgery.methods import DRTune as DRTune
+    from trajsurgery.methods import FlowBPBridge as FlowBPBridge
+    from trajsurgery.methods import FlowBPLagrange as FlowBPLagrange
+    from trajsurgery.methods import FlowBPSparse as FlowBPSparse
     from trajsurgery.methods import LeapAlign as LeapAlign
     from trajsurgery.methods import ReFL as ReFL
+    from trajsurgery.methods import draft_k as draft_k
     from trajsurgery.methods import draft_lv as draft_lv
     from trajsurgery.methods import drtune as drtune
+    from trajsurgery.methods import flowbp_bridge as flowbp_bridge
+    from trajsurgery.methods import flowbp_lagrange as flowbp_lagrange
+    from trajsurgery.methods import flowbp_sparse as flowbp_sparse
     from trajsurgery.methods import leapalign as leapalign
     from trajsurgery.methods import leaps as leaps
     from trajsurgery.methods import refl as refl
+    from trajsurgery.methods import reno as reno
+    from trajsurgery.methods import srpo as srpo
     from trajsurgery.pipelines import Surgery as Surgery
     from trajsurgery.pipelines import operate as operate
     from trajsurgery.plan import Plan as Plan
@@ -43,7 +55,29 @@ if TYPE_CHECKING:
 _HOME = {
     "errors": ("PlanError", "RecipeError", "RewardError", "SamplerError", "SurgeryError"),
     "interpolant": ("Interpolant", "Polynomial", "RectifiedFlow", "Trigonometric"),
-    "methods": ("DRTune", "DRaFTLV", "LeapAlign", "ReFL", "draft_lv", "drtune", "leapalign", "leaps", "refl"),
+    "methods": (
+        "AlignProp",
+        "DRTune",
+        "DRaFTK",
+        "DRaFTLV",
+        "FlowBPBridge",
+        "FlowBPLagrange",
+        "FlowBPSparse",
+        "LeapAlign",
+        "ReFL",
+        "SRPO",
+        "draft_k",
+        "draft_lv",
+        "drtune",
+        "flowbp_bridge",
+        "flowbp_lagrange",
+        "flowbp_sparse",
+        "leapalign",
+        "leaps",
+        "refl",
+        "reno",
+        "srpo",
+    ),
     "pipelines": ("Surgery", "operate"),
     "plan": ("Plan", "latent", "noise", "recorded"),
     "reentry": ("PipelineField",),

@@ -10,11 +10,22 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from trajsurgery import methods
 from trajsurgery.errors import RecipeError
-from trajsurgery.methods import DRaFTLV, DRTune, LeapAlign, ReFL
 from trajsurgery.objective import Objective, WeightsAt
 
-Method = LeapAlign | DRTune | ReFL | DRaFTLV
+Method = (
+    methods.LeapAlign
+    | methods.DRTune
+    | methods.ReFL
+    | methods.DRaFTLV
+    | methods.DRaFTK
+    | methods.AlignProp
+    | methods.FlowBPSparse
+    | methods.FlowBPBridge
+    | methods.FlowBPLagrange
+    | methods.SRPO
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,8 @@ class Evaluation:
     """How many of them are kept for samples.png, which shows the first ones and some whose verdict changed."""
     split: Literal["heldout", "validation"] = "heldout"
     """Which prompts of the embedded world; settings are chosen on validation."""
+    metrics: tuple[str, ...] | None = None
+    """Further scorers of the images, named as a reward is, that no gradient climbs; else those of the world."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +90,12 @@ class Recipe:
 
     preset: Literal["tiny", "paper"] = "tiny"
     """Where defaults come from: tiny is the embedded world on a CPU, paper is FLUX.1-dev with the paper's numbers."""
-    method: Annotated[Method, tyro.conf.AvoidSubcommands] = field(default_factory=LeapAlign)
+    method: Annotated[Method, tyro.conf.AvoidSubcommands] = field(default_factory=methods.LeapAlign)
     """Draws a plan for each iteration."""
     model: str = "tiny"
     """tiny (the embedded Flux), tiny:sd3, tiny:wan, a folder that diffusers can load, or a hub id in the local cache."""
     reward: str = "tiny"
-    """tiny, hpsv2.1, hpsv2.1:FILE, or MODULE:NAME, called without arguments for reward(images, prompts) -> scores."""
+    """tiny, tiny:SCORER, hpsv2.1, hpsv2.1:FILE, or MODULE:NAME: called without arguments, it returns a reward."""
     prompts: str = "tiny"
     """Training prompts: tiny, or a text file with one a line."""
     heldout: str = "tiny"

@@ -1,8 +1,40 @@
 """One file a method: a function of times that returns a plan, and a frozen dataclass that draws the times."""
 
-from trajsurgery.methods.draft import DRaFTLV, draft_lv
+from trajsurgery.methods.draft import AlignProp, DRaFTK, DRaFTLV, draft_k, draft_lv
 from trajsurgery.methods.drtune import DRTune, drtune
+from trajsurgery.methods.flowbp import (
+    FlowBPBridge,
+    FlowBPLagrange,
+    FlowBPSparse,
+    flowbp_bridge,
+    flowbp_lagrange,
+    flowbp_sparse,
+)
 from trajsurgery.methods.leapalign import LeapAlign, leapalign, leaps
 from trajsurgery.methods.refl import ReFL, refl
+from trajsurgery.methods.reno import reno
+from trajsurgery.methods.srpo import SRPO, srpo
 
-__all__ = ["DRTune", "DRaFTLV", "LeapAlign", "ReFL", "draft_lv", "drtune", "leapalign", "leaps", "refl"]
+__all__ = [
+    "SRPO",
+    "AlignProp",
+    "DRTune",
+    "DRaFTK",
+    "DRaFTLV",
+    "FlowBPBridge",
+    "FlowBPLagrange",
+    "FlowBPSparse",
+    "LeapAlign",
+    "ReFL",
+    "draft_k",
+    "draft_lv",
+    "drtune",
+    "flowbp_bridge",
+    "flowbp_lagrange",
+    "flowbp_sparse",
+    "leapalign",
+    "leaps",
+    "refl",
+    "reno",
+    "srpo",
+]

@@ -1,4 +1,4 @@
-"""DRaFT-LV (Clark et al., 2024, arXiv 2309.17400): the last step's gradient, and those of renoised images."""
+"""DRaFT (Clark et al., 2024, arXiv 2309.17400) and AlignProp (Prabhudesai et al., 2023, arXiv 2310.03739)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,28 @@ from dataclasses import dataclass
 import torch
 
 from trajsurgery.errors import PlanError
+from trajsurgery.methods.draws import uniform
 from trajsurgery.plan import Plan, latent
+
+
+def draft_k(k: int) -> Plan:
+    """x_k -> x_{k-1} -> ... -> x_0, plain backpropagation through the last k steps: DRaFT-K; k = T is all of them.
+
+    Gradient, with s_t the length of the step at t and the product running from the image's side:
+
+        - sum over t <= k of s_t [prod over u < t of (1 - s_u dv/dx_u)] dv(x_t)/dtheta
+
+    No deviation.
+
+    Raises:
+        PlanError: k is below 1.
+    """
+    if k < 1:
+        raise PlanError(f"draft_k({k}): the gradient runs through at least the last step.")
+    x = latent(k)
+    for t in range(k, 0, -1):
+        x = x.leap(t - 1)
+    return Plan(x)
 
 
 def draft_lv(n: int = 2) -> Plan:
@@ -26,6 +47,45 @@ def draft_lv(n: int = 2) -> Plan:
         raise PlanError(f"draft_lv(n={n}): the image is noised anew 0 or more times.")
     renoised = [latent(0).renoise(1, draw=i).leap(0) for i in range(n)]
     return Plan(latent(1).leap(0), *renoised)
+
+
+@dataclass(frozen=True)
+class DRaFTK:
+    """DRaFT-K: the last `k` steps; 1 is DRaFT-1, None the whole trajectory. Nothing is drawn."""
+
+    k: int | None = 1
+
+    weights_at = "none"
+    """The gradient is plain backpropagation's."""
+
+    def draw(self, steps: int, generator: torch.Generator | None = None) -> Plan:
+        """A plan for a sampler of `steps` steps.
+
+        Raises:
+            PlanError: more steps than the sampler has.
+        """
+        return Plan(*draft_k(steps if self.k is None else self.k).outputs, steps=steps)
+
+
+@dataclass(frozen=True)
+class AlignProp:
+    """AlignProp: DRaFT-K with K drawn uniformly from 1..`most` in each iteration; None is T."""
+
+    most: int | None = None
+
+    weights_at = "none"
+    """The gradient is plain backpropagation's."""
+
+    def draw(self, steps: int, generator: torch.Generator | None = None) -> Plan:
+        """A plan for a sampler of `steps` steps.
+
+        Raises:
+            PlanError: `most` does not lie in 1..`steps`.
+        """
+        most = steps if self.most is None else self.most
+        if not 1 <= most <= steps:
+            raise PlanError(f"AlignProp(most={most}) on {steps} steps: the gradient runs through 1..{steps} of them.")
+        return Plan(*draft_k(1 + uniform(most, generator)).outputs, steps=steps)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 import torch
@@ -28,3 +29,24 @@ def late(last: int, steps: int, generator: torch.Generator | None) -> int:
 def choose(among: Sequence[int], count: int, generator: torch.Generator | None) -> list[int]:
     """`count` distinct ones, every subset alike."""
     return [among[int(i)] for i in torch.randperm(len(among), generator=generator)[:count]]
+
+
+def biased(among: Sequence[int], count: int, generator: torch.Generator | None) -> list[int]:
+    """`count` distinct times, drawn one by one; the chance of a time t among those left is proportional to 1 / t."""
+    odds = torch.tensor([1.0 / t for t in among])
+    return [among[int(i)] for i in torch.multinomial(odds, count, generator=generator)]
+
+
+def split(shares: Sequence[float], steps: int, generator: torch.Generator | None) -> tuple[int, int]:
+    """T >= k > j >= 1: the lengths T - k, k - j and j are a Dirichlet draw of `shares`, rounded.
+
+    Raises:
+        PlanError: fewer than two steps.
+    """
+    if steps < 2:
+        raise PlanError(f"a pair of times needs at least two steps, received {steps}.")
+    seeded = random.Random(uniform(2**31, generator))  # torch has no public gamma draw that takes a generator
+    before, between, after = (seeded.gammavariate(share, 1.0) for share in shares)
+    whole = before + between + after
+    j = min(max(1, round(steps * after / whole)), steps - 1)
+    return min(max(j + 1, round(steps * (after + between) / whole)), steps), j

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from trajsurgery.errors import PlanError
-from trajsurgery.methods.draws import choose, uniform
+from trajsurgery.methods.draws import choose, split, uniform
 from trajsurgery.node import Factor, Time
 from trajsurgery.plan import Plan, latent
+
+RewardAt = Literal["image", "prediction"]
 
 
 def leapalign(k: Time, j: Time, alpha: Factor = 0.3) -> Plan:
@@ -29,21 +32,30 @@ def leapalign(k: Time, j: Time, alpha: Factor = 0.3) -> Plan:
     return leaps((k, j), alpha)
 
 
-def leaps(times: Sequence[Time], alpha: Factor = 0.3) -> Plan:
+def leaps(times: Sequence[Time], alpha: Factor = 0.3, reward_at: RewardAt = "image", straight: bool = True) -> Plan:
     """Any number of leaps, from times[0] over times[1], ... to 0, each connected, each input but the first discounted.
 
     Two are LeapAlign; one and three are the ablation of Fig. 4b.
 
+    Args:
+        reward_at: "image" connects the last prediction to x_0, "prediction" leaves it as it is (Fig. 4c).
+        straight: False stops the straight part of every leap but the first, so that earlier velocities are reached
+            through dv/dx alone (Eq. 14).
+
     Raises:
-        PlanError: no time.
+        PlanError: no time; another word for `reward_at`.
     """
     if not times:
         raise PlanError("leaps received no time: it takes one for each leap, noisiest first, leaps((18, 7)).")
+    if reward_at not in ("image", "prediction"):
+        raise PlanError(f'leaps received reward_at={reward_at!r}: the reward looks at the "image" or the "prediction".')
     first, *others = times
-    x = latent(first)
-    for i, to in enumerate([*others, 0]):
-        x = x.leap(to, discount=alpha if i else None).connect()
-    return Plan(x)
+    x = latent(first).leap([*others, 0][0])
+    for to in [*others, 0][1:]:
+        x = x.connect()
+        v = x.discount(alpha).velocity()
+        x = (x if straight else x.detach()).leap(to, velocity=v)
+    return Plan(x.connect() if reward_at == "image" else x)
 
 
 @dataclass(frozen=True)
@@ -54,13 +66,20 @@ class LeapAlign:
         alpha: discount of nested gradients: 0.3 with HPSv2.1, 0.1 with PickScore and HPSv3 (appendix E).
         window: the range of the times as shares of T; (0, 1) is all of 1..T, (0, 0.5) the later half (Fig. 4e).
         leaps: how many leaps (Fig. 4b); 2 is the method.
+        pairs: how two leaps' times are drawn: "uniform" over pairs; "midpoint", k uniform and j its half;
+            "dirichlet", FlowBP-Lagrange's split.
         distance: k - j as a share of T, fixed (Fig. 4f); None draws both.
+        reward_at: whether the reward looks at the image or at the last prediction (Fig. 4c).
+        straight: False drops the single-step terms of earlier velocities (Eq. 14, appendix C).
     """
 
     alpha: float = 0.3
     window: tuple[float, float] = (0.0, 1.0)
     leaps: int = 2
+    pairs: Literal["uniform", "midpoint", "dirichlet"] = "uniform"
     distance: float | None = None
+    reward_at: RewardAt = "image"
+    straight: bool = True
 
     weights_at = "all"
     """Trajectory-similarity weights at every connected prediction (Eq. 12)."""
@@ -69,7 +88,8 @@ class LeapAlign:
         """A plan for a sampler of `steps` steps.
 
         Raises:
-            PlanError: the window is no part of (0, 1), or holds fewer times than leaps, or no pair at the distance.
+            PlanError: the window is no part of (0, 1), or holds fewer times than leaps, or no pair at the distance;
+                settings that exclude one another.
         """
         if not 0 <= self.window[0] < self.window[1] <= 1:
             raise PlanError(
@@ -78,23 +98,40 @@ class LeapAlign:
             )
         low = max(1, 1 + round(self.window[0] * steps))
         allowed = range(low, round(self.window[1] * steps) + 1)
+        drawn = leaps(self._times(allowed, steps, generator), self.alpha, self.reward_at, self.straight)
+        return Plan(*drawn.outputs, steps=steps)
+
+    def _times(self, allowed: range, steps: int, generator: torch.Generator | None) -> Sequence[int]:
         if self.distance is not None:
             return self._apart(allowed, steps, generator)
+        if self.pairs != "uniform":
+            return self._pair(steps, generator)
         if len(allowed) < self.leaps:
             raise PlanError(
                 f"LeapAlign(window={self.window}) leaves the times {list(allowed)} of {steps}, too few for "
                 f"{self.leaps} leaps. Widen the window, or take more steps."
             )
-        times = sorted(choose(allowed, self.leaps, generator), reverse=True)
-        return Plan(*leaps(times, self.alpha).outputs, steps=steps)
+        return sorted(choose(allowed, self.leaps, generator), reverse=True)
 
-    def _apart(self, allowed: range, steps: int, generator: torch.Generator | None) -> Plan:
+    def _pair(self, steps: int, generator: torch.Generator | None) -> Sequence[int]:
+        if self.leaps != 2 or self.window != (0.0, 1.0) or self.pairs not in ("midpoint", "dirichlet") or steps < 2:
+            raise PlanError(
+                f"LeapAlign(pairs={self.pairs!r}, leaps={self.leaps}, window={self.window}) on {steps} steps: pairs is "
+                '"uniform", "midpoint" or "dirichlet"; the last two are of two leaps over the whole trajectory.'
+            )
+        if self.pairs == "dirichlet":
+            return split((2.5, 6.0, 2.0), steps, generator)
+        k = 2 + uniform(steps - 1, generator)
+        return k, k // 2
+
+    def _apart(self, allowed: range, steps: int, generator: torch.Generator | None) -> Sequence[int]:
         apart = round((self.distance or 0) * steps)
         firsts = [j for j in allowed if j + apart in allowed]
-        if self.leaps != 2 or apart < 1 or not firsts:
+        if self.leaps != 2 or apart < 1 or not firsts or self.pairs != "uniform":
             raise PlanError(
                 f"LeapAlign(distance={self.distance}, leaps={self.leaps}) has no pair {apart} steps apart among the "
-                f"times {list(allowed)} of {steps}: a distance is of two leaps, at least one step, inside the window."
+                f"times {list(allowed)} of {steps}: a distance is of two uniform leaps, at least one step, inside the "
+                "window."
             )
         j = firsts[uniform(len(firsts), generator)]
-        return Plan(*leapalign(j + apart, j, self.alpha).outputs, steps=steps)
+        return j + apart, j

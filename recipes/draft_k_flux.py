@@ -1,0 +1,12 @@
+"""DRaFT-K on Flux. Without an argument: the embedded tiny Flux, on a CPU, in minutes."""
+
+import sys
+
+from trajsurgery import DRaFTK
+from trajsurgery.recipe import presets
+from trajsurgery.run import cli
+
+RECIPES = presets(DRaFTK(k=1), "outputs/draft_k_flux")
+
+if __name__ == "__main__":
+    sys.exit(cli(RECIPES, __doc__))

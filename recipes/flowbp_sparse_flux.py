@@ -1,0 +1,12 @@
+"""FlowBP-Sparse on Flux. Without an argument: the embedded tiny Flux, on a CPU, in minutes."""
+
+import sys
+
+from trajsurgery import FlowBPSparse
+from trajsurgery.recipe import presets
+from trajsurgery.run import cli
+
+RECIPES = presets(FlowBPSparse(active=3), "outputs/flowbp_sparse_flux")
+
+if __name__ == "__main__":
+    sys.exit(cli(RECIPES, __doc__))

@@ -1,0 +1,246 @@
+"""The methods beyond Algorithm 1 against loops written from their descriptions: value, gradient and draws."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from tests.problems import WAYS, cotangents, distance, problem, seeded
+from tests.tolerances import EXACT
+from trajsurgery import (
+    SRPO,
+    AlignProp,
+    DRaFTK,
+    FlowBPBridge,
+    FlowBPLagrange,
+    FlowBPSparse,
+    LeapAlign,
+    PlanError,
+    draft_k,
+    flowbp_bridge,
+    flowbp_lagrange,
+    flowbp_sparse,
+    leaps,
+    srpo,
+)
+from trajsurgery.methods import reno
+from trajsurgery.testing import MLP
+
+STEPS = 6
+P = problem(MLP(4, hidden=12, seed=7), STEPS)
+X, V = P.trajectory, P.trajectory.velocity
+
+
+def s(t):
+    return P.sigmas[STEPS - t]
+
+
+def h(t):
+    return s(t - 1) - s(t)
+
+
+def fresh(t, x=None):
+    return P.field((X[t] if x is None else x).detach(), s(t))
+
+
+def discounted(x, alpha):
+    return alpha * x + (1 - alpha) * x.detach()
+
+
+def real(prediction, t):
+    return prediction + (X[t] - prediction).detach()
+
+
+def through_the_last(k):
+    x = X[k].detach()
+    for t in range(k, 0, -1):
+        x = x + h(t) * P.field(x, s(t))
+    return x
+
+
+def sparse(active):
+    gain = (s(0) - s(STEPS)) / sum(h(t) for t in active)
+    x = X[STEPS].detach()
+    for t in range(STEPS, 0, -1):
+        v = fresh(t)
+        kept = gain * v + (1 - gain) * v.detach() if t in active else v.detach()
+        x = x + h(t) * kept
+    return x
+
+
+def bridge(j, active, alpha):
+    x = X[STEPS].detach()
+    for start, stop in ((STEPS, j), (j, 0)):
+        live = [t for t in range(start, stop, -1) if t in active or t == j]
+        gain = (s(stop) - s(start)) / sum(h(t) for t in live)
+        for t in range(start, stop, -1):
+            v = P.field(discounted(x, alpha), s(t)) if t == j else fresh(t)
+            x = x + h(t) * (gain * v + (1 - gain) * v.detach() if t in live else v.detach())
+        x = real(x, stop)
+    return x
+
+
+def quadratic(nodes, start, stop):
+    """Weights that integrate polynomials through the nodes: solved from their moments, not from Lagrange's formula."""
+    powers = range(len(nodes))
+    moments = torch.stack([(stop ** (p + 1) - start ** (p + 1)) / (p + 1) for p in powers])
+    return torch.linalg.solve(torch.stack([torch.stack([n**p for n in nodes]) for p in powers]), moments)
+
+
+def lagrange(k, j, alpha, quarter):
+    x = X[k].detach()
+    for start, stop in ((k, j), (j, 0)):
+        times = sorted({start, (start + max(stop, 1)) // 2, max(stop, 1)}, reverse=True)
+        first = P.field(discounted(x, alpha) if start == j else x, s(start))
+        vs = [first, *(discounted(fresh(t), quarter) for t in times[1:-1]), *(V(t) for t in times[1:][-1:])]
+        ws = quadratic([s(t) for t in times], s(start), s(stop))
+        x = real(x + sum(w * v for w, v in zip(ws, vs, strict=True)), stop)
+    return x
+
+
+def known_noise(k, j):
+    eps = torch.randn(P.noise.shape, generator=seeded(), dtype=torch.float64)
+    x_k = (1 - s(k)) * X[0] + s(k) * eps
+    x_j = x_k + (s(j) - s(k)) * P.field(x_k, s(k))
+    return (x_j - s(j) * eps) / (1 - s(j))
+
+
+def leaping(times, alpha, connected, straight):
+    x, first = X[times[0]].detach(), True
+    for t, to in zip(times, [*times[1:], 0], strict=True):
+        v = P.field(x if first else discounted(x, alpha), s(t))
+        x = (x if straight else x.detach()) + (s(to) - s(t)) * v
+        x = real(x, to) if connected or to else x
+        first = False
+    return x
+
+
+SIGMAS = P.sigmas.tolist()
+CASES = {
+    "DRaFT-1": (draft_k(1), lambda: through_the_last(1)),
+    "DRaFT-3": (draft_k(3), lambda: through_the_last(3)),
+    "the whole trajectory": (draft_k(6), lambda: through_the_last(6)),
+    "sparse": (flowbp_sparse(6, {6, 3, 2}, SIGMAS), lambda: sparse({6, 3, 2})),
+    "sparse at one": (flowbp_sparse(6, {4}, SIGMAS), lambda: sparse({4})),
+    "bridge": (flowbp_bridge(6, 3, {5, 1}, 0.3, SIGMAS), lambda: bridge(3, {5, 1}, 0.3)),
+    "bridge at 1": (flowbp_bridge(6, 1, {2}, 0.5, SIGMAS), lambda: bridge(1, {2}, 0.5)),
+    "lagrange": (flowbp_lagrange(6, 3), lambda: lagrange(6, 3, 0.1, 0.25)),
+    "lagrange next": (flowbp_lagrange(3, 2, 0.4, 0.5), lambda: lagrange(3, 2, 0.4, 0.5)),
+    "lagrange at 1": (flowbp_lagrange(5, 1, 0.4), lambda: lagrange(5, 1, 0.4, 0.25)),
+    "srpo": (srpo(4, 2), lambda: known_noise(4, 2)),
+    "reward at the prediction": (leaps((5, 2), 0.3, "prediction"), lambda: leaping((5, 2), 0.3, False, True)),
+    "nested only": (leaps((5, 2), 0.3, straight=False), lambda: leaping((5, 2), 0.3, True, False)),
+    "nested only, three": (leaps((5, 3, 2), 0.3, straight=False), lambda: leaping((5, 3, 2), 0.3, True, False)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("case", CASES)
+def test_gradient_and_value(case, way):
+    plan, reference = CASES[case]
+    P.trajectory.noises.clear()
+    wanted = reference()
+    (found,), got = WAYS[way](plan, P, P.params, P.field)
+    torch.testing.assert_close(found.detach(), wanted.detach(), rtol=EXACT, atol=EXACT)
+    gradient = torch.autograd.grad(wanted, P.params, cotangents([wanted]))
+    assert distance(got, gradient) <= EXACT
+
+
+def test_reno_s_gradient_is_plain_backpropagation_s_if_it_leaps_step_by_step():
+    start = P.noise.detach().clone().requires_grad_()
+    x = start
+    for t in range(STEPS, 0, -1):
+        x = x + h(t) * P.field(x, s(t))
+    wanted = torch.autograd.grad(x, start, cotangents([x]))
+    for way in WAYS:
+        _, got = WAYS[way](reno(*range(STEPS - 1, 0, -1)), P, [P.noise], P.field)
+        assert distance(got, wanted) <= EXACT, way
+
+
+DRAWN = (
+    LeapAlign(pairs="midpoint"),
+    LeapAlign(pairs="dirichlet"),
+    LeapAlign(reward_at="prediction"),
+    LeapAlign(straight=False),
+    DRaFTK(2),
+    DRaFTK(None),
+    AlignProp(),
+    FlowBPSparse(),
+    FlowBPBridge(),
+    FlowBPBridge(active=2),
+    FlowBPLagrange(),
+    SRPO(),
+    SRPO(step=3),
+)
+
+
+@pytest.mark.parametrize("method", DRAWN, ids=str)
+def test_every_draw_is_a_legal_plan_of_the_generator_alone(method):
+    assert method.draw(25, seeded(3)) == method.draw(25, seeded(3))
+    generator = seeded(1)
+    for steps in (5, 6, 7, 25):
+        for _ in range(20):
+            assert method.draw(steps, generator).prepared(steps).steps == steps
+
+
+def test_alignprop_draws_every_length_alike():
+    generator = seeded(0)
+    counts = Counter(len(AlignProp(4).draw(9, generator).nodes) // 2 for _ in range(400))
+    assert set(counts) == {1, 2, 3, 4}
+    assert min(counts.values()) > 70  # of 100, five standard deviations of 6
+
+
+def active_times(plan):
+    return sorted(node.t for node in plan.nodes if node.op == "velocity")
+
+
+def test_sparse_draws_late_times_more_often():
+    generator = seeded(0)
+    counts = Counter(t for _ in range(400) for t in active_times(FlowBPSparse(1).draw(4, generator)))
+    odds = {t: 400 / t / sum(1 / u for u in range(1, 5)) for t in range(1, 5)}
+    assert sum((counts[t] - odds[t]) ** 2 / odds[t] for t in odds) < 16.3  # chi-square of 3 degrees, p = 0.001
+
+
+def test_bridge_trains_both_halves():
+    generator = seeded(0)
+    for _ in range(100):
+        plan = FlowBPBridge(active=3).draw(8, generator)
+        (j,) = {node.t for node in plan.nodes if node.op == "connect"} - {0}
+        times = active_times(plan)
+        assert j in times
+        assert max(times) > j
+        assert len(times) == 3
+
+
+def test_dirichlet_splits_have_the_mean_of_their_shares():
+    generator = seeded(0)
+    pairs = [LeapAlign(pairs="dirichlet").draw(1000, generator) for _ in range(300)]
+    times = [[n.t for n in plan.nodes if n.op == "velocity"] for plan in pairs]
+    k, j = (sum(t[i] for t in times) / 300 for i in (0, 1))
+    assert abs(j - 1000 * 2 / 10.5) < 40  # the standard error of the mean is 7
+    assert abs(k - 1000 * 8 / 10.5) < 40
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: draft_k(0),
+        lambda: DRaFTK(9).draw(8),
+        lambda: AlignProp(0).draw(8),
+        lambda: AlignProp(9).draw(8),
+        lambda: SRPO(step=7).draw(8),
+        lambda: SRPO(step=0).draw(8),
+        lambda: FlowBPSparse(9).draw(8),
+        lambda: FlowBPBridge(1).draw(8),
+        lambda: FlowBPLagrange().draw(1),
+        lambda: flowbp_sparse(5, ()),
+        lambda: flowbp_bridge(5, 3, {2}),
+        lambda: leaps((3,), reward_at="x_0"),
+        lambda: LeapAlign(pairs="midpoint", leaps=3).draw(8),
+        lambda: LeapAlign(pairs="halves").draw(8),
+        lambda: LeapAlign(pairs="midpoint", distance=0.5).draw(8),
+    ],
+)
+def test_settings_that_make_no_plan_are_refused(wrong):
+    with pytest.raises(PlanError, match=r"\d"):
+        wrong()
