@@ -8,33 +8,19 @@ pass through no other call, the gradient of an output is the sum over chains of 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import sympy
 
 from trajsurgery import formula
+from trajsurgery.derivative import Times, derivative, tidy
 from trajsurgery.errors import PlanError
 from trajsurgery.graph import passes
-from trajsurgery.interpolant import Interpolant, weights
-from trajsurgery.node import (
-    START,
-    Advance,
-    Connect,
-    Discount,
-    Leap,
-    Node,
-    Noise,
-    Recover,
-    Renoise,
-    Scale,
-    Time,
-    Velocity,
-    walk,
-)
+from trajsurgery.interpolant import Interpolant
+from trajsurgery.node import Node, Noise, Time, Velocity, walk
 
 Linear = dict[Node, Any]
 """{call or noise: its coefficient}."""
@@ -65,6 +51,12 @@ class Term:
     def order(self) -> int:
         """How often the term is nested: 0 for a single-step term, 1 for one factor dv/dx, ..."""
         return len(self.calls) - 1
+
+    @property
+    def kind(self) -> str:
+        """The order in the paper's words: "single-step", "nested once", ...; "straight" is x_T's path past all calls."""
+        words = ("straight" if isinstance(self.calls[-1], Noise) else "single-step", "nested once", "nested twice")
+        return words[self.order] if self.order < len(words) else f"nested {self.order} times"
 
 
 @dataclass(frozen=True)
@@ -100,6 +92,11 @@ class Expansion:
         Raises:
             PlanError: names are unbound, some terms are not listed, or the trajectory has another interpolant.
         """
+        if not hasattr(trajectory, "interpolant"):
+            raise PlanError(
+                f"evaluate received a {type(trajectory).__name__} for the trajectory: the order is (trajectory, field, "
+                "cotangent)."
+            )
         if self.interpolant != trajectory.interpolant:
             raise PlanError(
                 f"an expansion for {self.interpolant} on a trajectory of {trajectory.interpolant}: ask for "
@@ -123,122 +120,80 @@ def expand(
     outputs: Sequence[Node], steps: int | None, sigmas: Sequence[float] | None, interpolant: Interpolant, limit: int
 ) -> Expansion:
     """Derives the closed form from the graph; see `Plan.gradient`."""
-    chains = Chains(outputs, _Times(steps, sigmas), interpolant)
-    terms: list[Term] = []
-    for term in chains.terms():
-        if len(terms) == limit:
-            break
-        terms.append(term)
-    return Expansion(terms, chains.count, tuple(outputs), interpolant)
+    chains = Chains(outputs, Times(steps, sigmas), interpolant)
+    return Expansion(list(islice(chains.terms(), limit)), chains.count, tuple(outputs), interpolant)
 
 
 class Chains:
-    """The chains of calls of a plan, by dynamic programming over its DAG."""
+    """The chains of calls of a plan: counted by dynamic programming over its DAG, and listed one by one."""
 
-    def __init__(self, outputs: Sequence[Node], times: _Times, interpolant: Interpolant) -> None:
+    def __init__(self, outputs: Sequence[Node], times: Times, interpolant: Interpolant) -> None:
         self.outputs = outputs
-        self.linear: dict[Node, Linear] = {}
-        rank = {node: i for i, node in enumerate(walk(outputs))}
-        for node in rank:
-            found = _linear(node, self.linear, times, interpolant)
-            # output side first: the calls made last lead
-            self.linear[node] = dict(sorted(found.items(), key=lambda item: -rank[item[0]]))
-        self._below: dict[Node, int] = {}
+        self._rank = {node: i for i, node in enumerate(walk(outputs))}
+        self._weights = {
+            node: derivative(node, times, interpolant)
+            for node in self._rank
+            if passes(node) and not isinstance(node, Velocity | Noise)
+        }
+        self._linear: dict[Node, Linear] = {}
+        self.calls: dict[Node, frozenset[Node]] = {}
+        """The calls that L(node) holds."""
+        self.below: dict[Node, int] = {}
+        """The number of chains that start in one of them."""
+        for node in self._rank:
+            self.calls[node], self.below[node] = self._counted(node)
+        self.count = sum(self.below[output] for output in outputs)
 
-    @cached_property
-    def count(self) -> int:
-        """The number of chains that end in an output."""
-        for node in self.linear:
-            if isinstance(node, Velocity | Noise):
-                self._below[node] = 1 + sum(self._below[call] for call in self._next(node))
-        return sum(self._below[call] for output in self.outputs for call in self.linear[output])
+    def _counted(self, node: Node) -> tuple[frozenset[Node], int]:
+        if isinstance(node, Velocity | Noise):
+            return frozenset([node]), 1 + (self.below[node.x] if isinstance(node, Velocity) else 0)
+        found: frozenset[Node] = frozenset()
+        count = 0
+        for parent, weight in zip(node.parents, self._weights.get(node, ()), strict=False):
+            if weight != 0 and (more := self.calls[parent]):
+                if found & more:  # a call on two ways: they are merged, and may cancel
+                    kept = self.linear(node)
+                    return frozenset(kept), sum(self.below[call] for call in kept)
+                found, count = found | more if found else more, count + self.below[parent]
+        return found, count
+
+    def linear(self, node: Node) -> Linear:
+        """L(node), the calls made last first."""
+        if node not in self._linear:
+            found: dict[Node, list[Any]] = {}
+            ways: list[tuple[Node, Any]] = [(node, 1)]
+            while ways:
+                at, coefficient = ways.pop()
+                if isinstance(at, Velocity | Noise):
+                    found.setdefault(at, []).append(coefficient)
+                else:
+                    weights = zip(at.parents, self._weights.get(at, ()), strict=False)
+                    ways += [(parent, _product(coefficient, weight)) for parent, weight in weights if weight != 0]
+            calls = sorted(found, key=lambda call: -self._rank[call])
+            merged = {call: found[call][0] if len(found[call]) == 1 else tidy(sum(found[call])) for call in calls}
+            self._linear[node] = {call: coefficient for call, coefficient in merged.items() if coefficient != 0}
+        return self._linear[node]
 
     def terms(self) -> Iterator[Term]:
         """Every chain, shortest first."""
-        level = [Term(sympy.Integer(1), (), i) for i in range(len(self.outputs))]
+        level = [Term(1, (), i) for i in range(len(self.outputs))]
         while level:
             longer: list[Term] = []
             for term in level:
-                step = self._next(term.calls[-1]) if term.calls else self.linear[self.outputs[term.output]]
-                longer += [Term(term.coefficient * c, (*term.calls, call), term.output) for call, c in step.items()]
-            yield from longer
+                for call, c in self._next(term).items():
+                    longer.append(Term(_product(term.coefficient, c), (*term.calls, call), term.output))
+                    yield replace(longer[-1], coefficient=sympy.sympify(longer[-1].coefficient))
             level = longer
 
-    def _next(self, call: Node) -> Linear:
-        return self.linear[call.x] if isinstance(call, Velocity) else {}
+    def _next(self, term: Term) -> Linear:
+        if not term.calls:
+            return self.linear(self.outputs[term.output])
+        last = term.calls[-1]
+        return self.linear(last.x) if isinstance(last, Velocity) else {}
 
 
-class _Times:
-    """The sigma of each time: a symbol, or a number where the sampler's sigmas are given."""
-
-    def __init__(self, steps: int | None, sigmas: Sequence[float] | None) -> None:
-        self.steps = len(sigmas) - 1 if sigmas is not None else steps
-        self.sigmas = sigmas
-
-    def __call__(self, t: Time) -> Any:
-        if t == START and self.sigmas is not None:
-            t = len(self.sigmas) - 1
-        if isinstance(t, str):
-            return sympy.Symbol(t)
-        if self.sigmas is not None:
-            return sympy.Float(float(self.sigmas[len(self.sigmas) - 1 - t]))
-        return sympy.Integer(0) if t == 0 else sympy.Symbol(f"sigma_{t}")
-
-
-def _linear(node: Node, of: dict[Node, Linear], times: _Times, interpolant: Interpolant) -> Linear:
-    """The coefficients of the calls in a node, given its parents'."""
-    if isinstance(node, Velocity | Noise):
-        return {node: sympy.Integer(1)}
-    if not passes(node):
-        return {}
-    found: Linear = {}
-    for parent, weight in zip(node.parents, _WEIGHTS[type(node)](node, times, interpolant), strict=True):
-        for call, coefficient in of[parent].items():
-            found[call] = found.get(call, 0) + weight * coefficient
-    tidy = {call: _tidy(c) for call, c in found.items()}
-    return {call: c for call, c in tidy.items() if c != 0}
-
-
-def _tidy(coefficient: Any) -> Any:
-    """Like terms merged, the result as a product."""
-    expression = sympy.sympify(coefficient)
-    return expression if expression.is_number or len(expression.args) > 200 else sympy.factor(expression)
-
-
-def _leap_weights(node: Leap, times: _Times, interpolant: Interpolant) -> Sequence[Any]:
-    return interpolant.leap(times(node.x.t), times(node.to), sympy)
-
-
-def _advance_weights(node: Advance, times: _Times, interpolant: Interpolant) -> Sequence[Any]:
-    order = list(node.velocities)
-    ranks = {v: math.inf if v.t == START else v.t for v in order}
-    if not any(isinstance(t, str) for t in ranks.values()):  # names still unbound stand in the order given
-        order.sort(key=lambda v: ranks[v], reverse=True)
-    ws = dict(zip(order, weights(node.rule, [times(v.t) for v in order], times(node.x.t), times(node.to)), strict=True))
-    return [1, *(ws[v] for v in node.velocities)]
-
-
-def _factor(node: Discount | Scale, *_: Any) -> Sequence[Any]:
-    if isinstance(node.a, str):
-        return [sympy.Symbol(node.a)]
-    return [sympy.Integer(int(node.a)) if float(node.a).is_integer() else sympy.Float(node.a)]
-
-
-def _renoise_weights(node: Renoise, times: _Times, interpolant: Interpolant) -> Sequence[Any]:
-    return [interpolant.alpha(times(node.to), sympy)]
-
-
-def _recover_weights(node: Recover, times: _Times, interpolant: Interpolant) -> Sequence[Any]:
-    return [1 / interpolant.alpha(times(node.x.t), sympy)]
-
-
-_WEIGHTS: dict[type[Node], Callable[[Any, _Times, Interpolant], Sequence[Any]]] = {
-    Leap: _leap_weights,
-    Advance: _advance_weights,
-    Connect: lambda *_: [1],
-    Discount: _factor,
-    Scale: _factor,
-    Renoise: _renoise_weights,
-    Recover: _recover_weights,
-}
-"""d(node)/d(parent) of each primitive that passes gradients on."""
+def _product(a: Any, b: Any) -> Any:
+    """a b; most factors are 1, and sympy's multiplication is slow."""
+    if isinstance(a, int) and a == 1:
+        return b
+    return a if isinstance(b, int) and b == 1 else a * b

@@ -134,13 +134,15 @@ class Plan:
         Raises:
             PlanError: names still unbound, a plan drawn for another number of steps, times above it.
         """
+        if isinstance(steps, bool) or not isinstance(steps, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise PlanError(f"a plan runs on a number of steps, an int, or on a trajectory; received {steps!r}.")
         return _prepared(self, steps)
 
     def cost(self, trajectory: Any) -> Cost:
         """The model calls that the plan costs on a trajectory."""
         from trajsurgery.graph import faithful, trained
 
-        plan = self.prepared(trajectory.steps)
+        plan = self.prepared(getattr(trajectory, "steps", trajectory))
         known = faithful(plan.outputs, trajectory.is_step)
         calls = [node for node in trained(plan.outputs) if isinstance(node, Velocity)]
         extra = sum(isinstance(node, Velocity) and node not in known for node in plan.nodes)
@@ -153,15 +155,19 @@ class Plan:
 
         Args:
             sigmas: the T + 1 times of the sampler, noise first; with them coefficients are numbers, without symbols.
+                Exact ones if all are ints or `fractions.Fraction`s, else floats.
             interpolant: rectified flow if left out.
             limit: how many terms are listed, by order of nesting; all of them are counted.
 
         Raises:
-            PlanError: the plan does not fit len(sigmas) - 1 steps.
+            PlanError: sigmas of no sampler; the plan does not fit len(sigmas) - 1 steps, or the limit is negative.
         """
         from trajsurgery.gradient import expand
 
+        if limit < 0:
+            raise PlanError(f"plan.gradient received limit={limit}: it is the number of terms to list, 0 or more.")
         if sigmas is not None:
+            check.sampled(sigmas)
             check.runnable(self.outputs, (), self.steps, len(sigmas) - 1)
             check.legal(self.outputs, len(sigmas) - 1)
         return expand(self.outputs, self.steps, sigmas, interpolant or RectifiedFlow(), limit)
@@ -227,9 +233,14 @@ def _plain(value: Any) -> Time | Factor:
     if isinstance(value, str | float):
         return value if isinstance(value, str) else float(value)
     try:
-        return operator.index(value)
+        return value if isinstance(value, bool) else operator.index(value)
     except TypeError:
-        return float(value)
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            raise PlanError(
+                f"plan.at received a {type(value).__name__}: names stand for numbers, or for other names."
+            ) from None
 
 
 def _index(value: Any, count: int) -> int:
