@@ -39,6 +39,8 @@ class Training:
     skipped: int = 0
     """How many of them changed nothing, because their loss or gradient was not finite."""
     in_a_row: int = 0
+    looked: bool = False
+    """Whether the gradient alarm has looked (alarm.py)."""
     seconds: float = 0.0
     """Wall clock of the run so far, its interruptions left out."""
     parameters: list[nn.Parameter] = field(default_factory=list[nn.Parameter])
@@ -69,6 +71,7 @@ class Training:
             "iteration": self.iteration,
             "skipped": self.skipped,
             "in_a_row": self.in_a_row,
+            "looked": self.looked,
             "seconds": self.seconds,
         }
 
@@ -84,6 +87,7 @@ class Training:
         ]
         self.before = None if state["before"] is None else Scores.from_dict(state["before"])
         self.iteration, self.skipped, self.in_a_row = state["iteration"], state["skipped"], state["in_a_row"]
+        self.looked = state.get("looked", False)  # checkpoints of 0.1.0 have none
         self.seconds = state["seconds"]
 
 

@@ -19,14 +19,14 @@ from trajsurgery.graph import faithful, is_faithful, needs_gradient, reached
 from trajsurgery.inputs import called, check_generator
 from trajsurgery.linear import value
 from trajsurgery.node import Advance, Leap, Node, Noise, Velocity
-from trajsurgery.params import Fields, Params, complete, leaves, named, trainable
+from trajsurgery.params import Field, Fields, Params, complete, leaves, named, trainable, trains
 from trajsurgery.plan import Plan
 from trajsurgery.trajectory import Trajectory
 
 Memory = Literal["retain", "recompute"]
 
-Call = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor | None], Tensor]
-"""What stands for a model call: (the model at one time, x [batch, *latent], its recorded value if any) -> v."""
+Call = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor | None, str | None], Tensor]
+"""What stands for a model call: (model at one time, x [batch, *latent], recorded value if any, field's name) -> v."""
 
 
 class Execution:
@@ -129,7 +129,7 @@ class Execution:
             return
         known = self.trajectory.velocity(t) if faithful else None
         with torch.enable_grad():
-            found = call(lambda x: called(field, x, sigma, t, recorded), x, known)
+            found = call(lambda x: training(field, called(field, x, sigma, t, recorded), t), x, known, node.field)
         self._keep(node, found, faithful)
 
     def _keep(self, node: Node, found: Tensor, faithful: bool) -> None:
@@ -187,7 +187,7 @@ def first_call(plan: Plan, steps: int) -> Velocity | None:
     return None
 
 
-def retained(call: Callable[[Tensor], Tensor], x: Tensor, known: Tensor | None) -> Tensor:
+def retained(call: Callable[[Tensor], Tensor], x: Tensor, known: Tensor | None, name: str | None) -> Tensor:
     """The call itself: its activations are kept."""
     return call(x)
 
@@ -203,8 +203,9 @@ def outputs(
         return _differentiable(execution.finish(fields, retained))
     trained = recompute_leaves(execution, fields, params)
 
-    def recomputed(call: Callable[[Tensor], Tensor], x: Tensor, known: Tensor | None) -> Tensor:
-        return ops.recompute(complete(call, trained) if params is None else call, x, trained, known)
+    def recomputed(call: Callable[[Tensor], Tensor], x: Tensor, known: Tensor | None, name: str | None) -> Tensor:
+        checked = complete(call, trained[name]) if params is None else call
+        return ops.recompute(checked, x, trained[name], known)
 
     return _differentiable(execution.finish(fields, recomputed))
 
@@ -220,26 +221,38 @@ def _differentiable(found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return found
 
 
-def recompute_leaves(execution: Execution, fields: Fields, params: Params) -> tuple[Tensor, ...]:
-    """The leaves of every field that the plan calls with gradient.
+def training(field: Field, v: Tensor, t: int) -> Tensor:
+    """The velocity, if it carries a gradient or the field has no parameter that trains."""
+    lost = torch.is_grad_enabled() and not v.requires_grad and not _transforming()
+    if lost and trains(field):
+        raise SamplerError(
+            f"the velocity at t = {t} carries no gradient, though the field has parameters that train. Either it runs "
+            "under no_grad or inference_mode: leave such blocks. Or its gradient checkpointing is the reentrant one, "
+            "which loses parameters where the input needs no gradient: use_reentrant=False."
+        )
+    return v
+
+
+def recompute_leaves(execution: Execution, fields: Fields, params: Params) -> dict[str | None, tuple[Tensor, ...]]:
+    """The leaves of every field that the plan calls with gradient, by the field's name; some fields may be frozen.
 
     Raises:
-        SamplerError: they are sharded.
+        SamplerError: no field has any; they are sharded.
     """
     calls = [node for node in execution.plan.nodes if isinstance(node, Velocity) and node in execution.live]
-    required = not any(isinstance(node, Noise) for node in execution.live)
-    found: dict[int, Tensor] = {}
+    found: dict[str | None, tuple[Tensor, ...]] = {}
     for name in dict.fromkeys(node.field for node in calls):
         t = next(_time(node) for node in calls if node.field == name)
         x, sigma = execution.trajectory[t], execution.trajectory.sigma(t)
-        for leaf in leaves(named(fields, name), x, sigma, params, required):
-            found[id(leaf)] = leaf
-    if any(hasattr(leaf, "device_mesh") for leaf in found.values()):
+        found[name] = leaves(named(fields, name), x, sigma, params, required=False)
+    every = [leaf for part in found.values() for leaf in part]
+    trainable(every, required=not any(isinstance(node, Noise) for node in execution.live))
+    if any(hasattr(leaf, "device_mesh") for leaf in every):
         raise SamplerError(
             "memory='recompute' returns parameter gradients from an autograd.Function, which sharded (DTensor) "
             "parameters silently drop. Use trajsurgery.backward(plan, trajectory, field, cotangent), the staged sweep."
         )
-    return tuple(found.values())
+    return found
 
 
 def _transforming() -> bool:

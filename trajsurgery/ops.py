@@ -122,6 +122,12 @@ class _Recompute(torch.autograd.Function):
         x = x.detach().requires_grad_(ctx.needs_input_grad[2])
         with torch.enable_grad(), _restored(ctx.state):
             out = ctx.call(x)
+        if not out.requires_grad:
+            raise RuntimeError(
+                "the model's call, made again in the backward pass, carries no gradient. Gradient checkpointing of the "
+                "reentrant kind loses it where the call's input needs none: pass use_reentrant=False, as diffusers' "
+                "enable_gradient_checkpointing() does. Or what trains was frozen since the forward pass."
+            )
         wanted = [v for v, need in zip((x, *ctx.params), ctx.needs_input_grad[2:], strict=True) if need]
         found = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype), allow_unused=True))
         return None, None, *(next(found) if need else None for need in ctx.needs_input_grad[2:])

@@ -43,6 +43,11 @@ def named(fields: Fields, name: str | None) -> Field:
     )
 
 
+def trains(field: Field) -> bool:
+    """Whether the field has parameters of its own that require a gradient."""
+    return hasattr(field, "parameters") and any(p.requires_grad for p in field.parameters())  # pyright: ignore[reportFunctionMemberAccess]
+
+
 def leaves(field: Field, x: Tensor, sigma: Tensor, params: Params = None, required: bool = True) -> tuple[Tensor, ...]:
     """The leaves that the field trains.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from trajsurgery.execute import Execution, Memory, fitting, known, outputs, plan
 from trajsurgery.inputs import called, check_finite, matching, version
 from trajsurgery.interpolant import Interpolant, RectifiedFlow
 from trajsurgery.node import Noise
-from trajsurgery.params import Fields, Params, named, trainable
+from trajsurgery.params import Fields, Params, named, trainable, trains
 from trajsurgery.plan import Plan
 from trajsurgery.trajectory import Trajectory, as_sigmas
 
@@ -174,7 +174,7 @@ def backward(
     execution = Execution(plan, trajectory, generator)
     stages: list[tuple[Callable[[Tensor], Tensor], Tensor, Tensor]] = []
 
-    def stand_in(call: Callable[[Tensor], Tensor], x: Tensor, known: Tensor | None) -> Tensor:
+    def stand_in(call: Callable[[Tensor], Tensor], x: Tensor, known: Tensor | None, name: str | None) -> Tensor:
         with torch.no_grad():
             v = call(x.detach()) if known is None else known
         leaf = v.detach().clone().requires_grad_()
@@ -183,11 +183,13 @@ def backward(
 
     required = not any(isinstance(node, Noise) for node in execution.live)
     trained = None if params is None else trainable(params, required)
+    # Beside a field that trains another may be frozen; `execute.training` looks after those that are not.
+    every = required and not (isinstance(field, Mapping) and any(map(trains, field.values())))
     found = execution.finish(field, stand_in)
     _pull(found, matching(cotangent, found, check))
     for call, x, leaf in reversed(stages):
         if leaf.grad is not None:
-            _stage(call, x, leaf.grad, trained, required)
+            _stage(call, x, leaf.grad, trained, every)
 
 
 def _stage(

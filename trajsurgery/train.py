@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from trajsurgery import objective
+from trajsurgery import alarm, objective
 from trajsurgery.checkpoint import METRICS, Log, Training, save
 from trajsurgery.errors import RecipeError
 from trajsurgery.node import Velocity
@@ -51,6 +51,8 @@ class Iteration:
     times: tuple[int, ...]
     """The times at which the plan called the model with gradient."""
     seconds: float
+    idle: tuple[str, ...] | None = None
+    """Parameters that train and got no gradient (alarm.py); looked at once, in the first iteration that teaches."""
 
 
 def generator(seed: int, iteration: int, purpose: str) -> torch.Generator:
@@ -95,22 +97,39 @@ def iterate(recipe: Recipe, world: World, embeddings: Embeddings, training: Trai
     texts = world.draw(recipe.rollout.batch, draws["prompts"])
     at_once = recipe.rollout.at_once or len(texts)
     sums = torch.zeros(6, device=world.device)
-    for start in range(0, len(texts), at_once):
-        part = texts[start : start + at_once]
-        kwargs = {**embeddings(part), "generator": draws["noise"]}
-        grades = _pull(recipe, world, plan, part, kwargs, draws["renoise"], (lambda_, len(part) / len(texts)))
-        sums += grades * (len(part) / len(texts))
+    with alarm.untouched_is_none(training.parameters):
+        for start in range(0, len(texts), at_once):
+            part = texts[start : start + at_once]
+            kwargs = {**embeddings(part), "generator": draws["noise"]}
+            grades = _pull(recipe, world, plan, part, kwargs, draws["renoise"], (lambda_, len(part) / len(texts)))
+            sums += grades * (len(part) / len(texts))
     if all(p.grad is None for p in training.parameters):
-        raise RecipeError(
-            "no parameter of the transformer received a gradient: something between it and the reward detaches."
-        )
+        raise RecipeError(_NOTHING)
     norm = torch.nn.utils.clip_grad_norm_(training.parameters, recipe.optimiser.clip)
     found = torch.cat([sums, norm.reshape(1).to(sums)]).tolist()  # the iteration's one wait for the device
-    skipped = _step(recipe, training, bool(torch.tensor(found).isfinite().all()))
     reward, loss, clamped, weight, closed, _, grad_norm = found
+    healthy = bool(torch.tensor(found).isfinite().all())
+    idle = _idle(training) if healthy and loss > 0 and not training.looked else None
+    skipped = _step(recipe, training, healthy)
     times = sorted({n.t for n in plan.nodes if isinstance(n, Velocity) and isinstance(n.t, int)}, reverse=True)
     seconds = round(time.monotonic() - began, 4)
-    return Iteration(number, reward, loss, grad_norm, clamped, weight, closed, skipped, tuple(times), seconds)
+    return Iteration(number, reward, loss, grad_norm, clamped, weight, closed, skipped, tuple(times), seconds, idle)
+
+
+_NOTHING = "no parameter of the transformer received a gradient: something between it and the reward detaches."
+
+
+def _idle(training: Training) -> tuple[str, ...]:
+    """The gradient alarm, once in a run: it waits for the device. A hinge that is closed for all images says nothing.
+
+    Raises:
+        RecipeError: all are idle.
+    """
+    names = tuple(alarm.idle(training.module.named_parameters()))
+    if len(names) == len(training.parameters):
+        raise RecipeError(_NOTHING)
+    training.looked = True
+    return names
 
 
 def _step(recipe: Recipe, training: Training, healthy: bool) -> bool:
@@ -147,7 +166,7 @@ def _pull(
     loss = objective.loss(scores, weights.w, lambda_)
     cotangents = objective.cotangents(loss * share, outputs)
     if recipe.rollout.memory == "staged":
-        backward(plan, surgery.trajectory, surgery.field, cotangents, generator=renoise)
+        backward(plan, surgery.trajectory, surgery.field, cotangents, generator=renoise, check=False)
     else:
         torch.autograd.backward(outputs, cotangents)
     with torch.no_grad():
