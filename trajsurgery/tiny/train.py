@@ -2,8 +2,10 @@
 
 import json
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,18 +23,24 @@ class Training:
     output: Path = Path("outputs/tiny")
     """Checkpoints and weights; a second call goes on from them."""
     threads: int = 1
-    """Threads of torch. A second one helps little: run flux and scorer as two processes instead."""
+    """Threads of torch in each process; all stages take two processes, which is faster than two threads."""
     seed: int = 0
     vae_steps: int = 1400
     text_steps: int = 700
     flux_steps: int = 7000
     scorer_steps: int = 1500
     sd3_steps: int = 5000
+    wan_vae_steps: int = 500
+    wan_steps: int = 2500
     vae_batch: int = 48
     batch: int = 64
     """Pictures a step of the flux and sd3 stages, two noises for each caption."""
     scenes: int = 48_000
     """Scenes whose latents are cached."""
+    videos: int = 5_000
+    """Videos whose latents are cached."""
+    video_batch: int = 12
+    """Videos a step of the Wan's autoencoder; its transformer takes four times as many."""
     save_every: int = 250
 
 
@@ -128,6 +136,26 @@ def train_sd3(config: Training) -> None:
     pipe.to(torch.bfloat16).save_pretrained(config.output / "sd3")
 
 
+def train_wan(config: Training) -> None:
+    """Trains a Wan on the video world, autoencoder and all, and saves the whole pipeline."""
+    from trajsurgery.tiny.stage import Budget, run
+    from trajsurgery.tiny.video_fit import corpus, vae_stage, wan_stage
+    from trajsurgery.tiny.video_wan import untrained
+
+    first = vae_stage(
+        Budget(config.wan_vae_steps, 2e-3, seed=config.seed, save_every=config.save_every), config.video_batch
+    )
+    run(first, config.output, say)
+    vae: Any = first.modules["vae"]
+    vae.requires_grad_(False)
+    data = corpus(vae, config.videos, config.seed)
+    torch.manual_seed(config.seed + 6)
+    pipe = untrained(config.output / "wan", vae)
+    budget = Budget(config.wan_steps, 2e-3, seed=config.seed, save_every=config.save_every)
+    run(wan_stage(budget, 4 * config.video_batch, pipe, data), config.output, say)
+    pipe.to(torch.bfloat16).save_pretrained(config.output / "wan")
+
+
 def train_scorer(config: Training, name: str = "scorer") -> None:
     """Trains the reward, or a further scorer, and saves it."""
     from trajsurgery.tiny.fit_scorer import save_scorer, scorer_stage
@@ -154,13 +182,39 @@ def ship(config: Training) -> None:
     (WEIGHTS / "made.json").write_text(json.dumps(made, indent=1) + "\n")
 
 
-def main(config: Training) -> None:
-    """Runs the stage asked for, or all in order."""
+STAGES: dict[StageName, Callable[[Training], None]] = {
+    "vae": train_vae,
+    "text": train_text,
+    "flux": train_flux,
+    "sd3": train_sd3,
+    "wan": train_wan,
+    "scorer": train_scorer,
+    "scorer_b": partial(train_scorer, name="scorer_b"),
+    "scorer_c": partial(train_scorer, name="scorer_c"),
+    "ship": ship,
+}
+
+
+def run_in_order(config: Training, names: Sequence[StageName]) -> None:
+    """Runs these stages one after the other."""
     torch.set_num_threads(config.threads)
-    stages = {"vae": train_vae, "text": train_text, "flux": train_flux, "scorer": train_scorer, "sd3": train_sd3}
-    stages |= {name: partial(train_scorer, name=name) for name in ("scorer_b", "scorer_c")}
-    for name in stages if config.stage == "all" else (config.stage,):
-        {**stages, "ship": ship}[name](config)
+    for name in names:
+        STAGES[name](config)
+
+
+def main(config: Training) -> None:
+    """Runs the stage asked for, or all: the autoencoder, then the scorers in a process beside that of the models."""
+    if config.stage != "all":
+        run_in_order(config, [config.stage])
+        return
+    run_in_order(config, ["vae"])
+    scorers: tuple[StageName, ...] = ("scorer", "scorer_b", "scorer_c")
+    beside = get_context("spawn").Process(target=run_in_order, args=(config, scorers), daemon=True)
+    beside.start()
+    run_in_order(config, ["text", "flux", "sd3", "wan"])
+    beside.join()
+    if beside.exitcode:
+        raise SystemExit("the scorers' training failed, see above; the same command goes on from its checkpoints")
 
 
 if __name__ == "__main__":
