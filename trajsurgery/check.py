@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from trajsurgery.errors import PlanError
@@ -71,6 +72,21 @@ def runnable(outputs: Sequence[Node], names: Sequence[str], planned: int | None,
     bound(outputs, names)
     if planned is not None and planned != steps:
         _raise([_plan_violation("steps", f"a plan for {planned} steps, a trajectory of {steps}")])
+
+
+def sampled(sigmas: Any) -> None:
+    """Raises PlanError unless sigmas are a sampler's [T + 1] times: finite, strictly monotone, in [0, 1]."""
+    try:
+        times = [float(sigma) for sigma in sigmas]
+    except (TypeError, ValueError, RuntimeError):  # the last: a tensor without numbers
+        times = []
+    steps = [after - before for before, after in pairwise(times)]
+    falls = all(step < 0 for step in steps) or all(step > 0 for step in steps)
+    if not steps or not falls or not all(0 <= time <= 1 for time in times):
+        raise PlanError(
+            f"the sigmas received, {sigmas!r:.80}, are no sampler's: T + 1 finite numbers in [0, 1], strictly "
+            "monotone, noise first, [1.0, 0.5, 0.0]."
+        )
 
 
 def _raise(found: list[Violation]) -> None:

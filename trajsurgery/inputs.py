@@ -52,7 +52,7 @@ def called(
             f"the field returned {v.dtype} for a latent of {x.dtype}{where}: the next latent would have another dtype. "
             "Return v.to(x.dtype), or start from noise of the field's dtype."
         )
-    if t is not None and torch._C._is_alias_of(v, x):  # pyright: ignore
+    if t is not None and torch._C._is_alias_of(v, x):  # pyright: ignore[reportAttributeAccessIssue]
         raise SamplerError(
             f"the field returned its own input, or a view of it{where}: the recorded v_t and x_t would share memory. "
             "Return the prediction; if v = x is meant, a copy (x.clone())."
@@ -172,4 +172,5 @@ def check_finite(latents: Mapping[int, Tensor], velocities: Mapping[int, Tensor]
 
 def _looked_at(x: Tensor) -> bool:
     """Whether a tensor's numbers can be read here: not of a fake or sharded one, not under a torch.func transform."""
-    return type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta and not torch._C._are_functorch_transforms_active()  # pyright: ignore
+    plain = type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta
+    return plain and not torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]

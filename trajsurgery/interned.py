@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar, dataclass_transform
 
+from trajsurgery.errors import PlanError
+
 Time = int | str
 """A timestep index, T (noise) down to 0 (image), or a name to bind later; "T" is the trajectory's first time."""
 
@@ -35,7 +37,14 @@ class _Interned(type):
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         node: Node = super().__call__(*args, **kwargs)
         key = (cls, *((type(value), value) for value in (getattr(node, f.name) for f in fields(node))))
-        return _Interned._cache.setdefault(key, node)
+        try:
+            return _Interned._cache.setdefault(key, node)
+        except TypeError:
+            raise PlanError(
+                f"a {node.op} received {node.settings()}: a setting is a number or a name, none that can change, such "
+                "as a list or a dict.",
+                rules=("setting",),
+            ) from None
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -5,7 +5,7 @@ Constructors accept whatever has the right type; whether a plan is legal is said
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -39,11 +39,16 @@ class LatentNode(Node):
             )
         if velocity is None:
             velocity = (self if discount is None else self.discount(discount)).velocity()
-        return Leap(self, velocity, to)
+        return Leap(self, _velocity(velocity), to)
 
     def advance(self, to: Time, velocities: Sequence[VelocityNode], rule: str = "lagrange") -> Advance:
         """x + sum_i w_i v_i: the integral of dx/dsigma = v by quadrature over several velocities."""
-        return Advance(self, tuple(velocities), to, rule)
+        if isinstance(velocities, Node) or not isinstance(velocities, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise PlanError(
+                f"advance({to!r}) from x_{self.t} received {velocities!r} for its velocities: give a list of them.",
+                rules=("kinds",),
+            )
+        return Advance(self, tuple(map(_velocity, velocities)), to, rule)
 
     def connect(self) -> Connect:
         """The rollout's own x_t, exactly; the gradient is the prediction's (Eq. 6-7)."""
@@ -254,6 +259,16 @@ PRIMITIVES: dict[str, type[Node]] = {
         *(Discount, Detach, Scale, DetachVelocity, Renoise, Recover),
     )
 }
+
+
+def _velocity(v: Any) -> VelocityNode:
+    """A node, whose kind `check.py` looks at; tensors and names are none."""
+    if not isinstance(v, Node):
+        raise PlanError(
+            f"a velocity of the plan received a {type(v).__name__}: it is a node, x.velocity() or recorded(t).",
+            rules=("kinds",),
+        )
+    return cast(VelocityNode, v)
 
 
 def _factor(a: Any) -> Factor:

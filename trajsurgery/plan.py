@@ -121,7 +121,7 @@ class Plan:
             if field not in ("time", "to", "a") or not isinstance(value, str):
                 return value
             new = bound.get(value, value)
-            return float(new) if field == "a" and isinstance(new, int) else new
+            return float(new) if field == "a" and isinstance(new, int) and not isinstance(new, bool) else new
 
         renamed: dict[Node, Any] = {}
         for node in self.nodes:
@@ -164,6 +164,8 @@ class Plan:
         """
         from trajsurgery.gradient import expand
 
+        if interpolant is not None and not isinstance(interpolant, Interpolant):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise PlanError(f"plan.gradient received interpolant={interpolant!r}: it is an object, RectifiedFlow().")
         if limit < 0:
             raise PlanError(f"plan.gradient received limit={limit}: it is the number of terms to list, 0 or more.")
         if sigmas is not None:
@@ -203,7 +205,9 @@ class Plan:
             for i, entry in enumerate(data["nodes"]):
                 made.append(_node(dict(entry), made, i))
             return cls(*(made[_index(o, len(made))] for o in data["outputs"]), steps=data.get("steps"))
-        except PlanError:
+        except PlanError as error:
+            if error.rules == ("setting",):
+                raise PlanError(f"{error} Write the dict with plan.to_dict().", error.rules) from None
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"Plan.from_dict received a malformed dict, at node {len(made)}: {error!r}. Write it with "
