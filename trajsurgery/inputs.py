@@ -52,7 +52,7 @@ def called(
             f"the field returned {v.dtype} for a latent of {x.dtype}{where}: the next latent would have another dtype. "
             "Return v.to(x.dtype), or start from noise of the field's dtype."
         )
-    if t is not None and torch._C._is_alias_of(v, x):  # pyright: ignore[reportAttributeAccessIssue]
+    if t is not None and torch._C._is_alias_of(v, x):  # pyright: ignore[reportAttributeAccessIssue, reportPrivateUsage]
         raise SamplerError(
             f"the field returned its own input, or a view of it{where}: the recorded v_t and x_t would share memory. "
             "Return the prediction; if v = x is meant, a copy (x.clone())."
