@@ -5,42 +5,44 @@ from types import MethodType
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from trajsurgery.tiny.architecture import LATENT_SIDE
-from trajsurgery.tiny.tokenizers import TEXT_LENGTH
 
-PipelineName = Literal["flux", "sd3"]
+PipelineName = Literal["flux", "sd3", "wan"]
 FOLDERS: dict[PipelineName, Path] = {
     "flux": Path(__file__).parent / "weights" / "pipeline",
     "sd3": Path(__file__).parent / "weights" / "sd3",
+    "wan": Path(__file__).parent / "weights" / "wan",
 }
 WEIGHTS = FOLDERS["flux"]
 
 
-def _short_t5_embeds(
-    self: Any,
-    prompt: str | list[str],
-    num_images_per_prompt: int = 1,
-    max_sequence_length: int = TEXT_LENGTH,
-    device: torch.device | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """The pipeline's own T5 embedding, at most TEXT_LENGTH tokens long: its default is mostly padding here."""
-    short = min(max_sequence_length, TEXT_LENGTH)
-    return type(self)._get_t5_prompt_embeds(self, prompt, num_images_per_prompt, short, device, dtype)
+def shortened(pipe: Any) -> Any:
+    """The pipe, silent, with prompts of at most as many tokens as its T5 tokenizer says: the rest would be padding.
+
+    Nothing but two attributes of the instance is set; its class and its `__call__` are diffusers' own.
+    """
+    names = [name for name in ("tokenizer_3", "tokenizer_2", "tokenizer") if hasattr(pipe, name)]
+    longest, own = getattr(pipe, names[0]).model_max_length, type(pipe)._get_t5_prompt_embeds
+
+    def embeds(self: Any, *args: Any, max_sequence_length: int = longest, **options: Any) -> Any:
+        return own(self, *args, max_sequence_length=min(max_sequence_length, longest), **options)
+
+    pipe._get_t5_prompt_embeds = MethodType(embeds, pipe)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def pipeline(folder: Path = WEIGHTS) -> Any:
-    """The FluxPipeline or StableDiffusion3Pipeline of the folder, float32, that draws the embedded world.
+    """The pipeline of the folder in float32: Flux or Stable Diffusion 3 of the embedded world, or Wan of the videos.
 
-    Its class is diffusers' own. Two defaults are set on the instance: images of 32 x 32 pixels and prompts of
-    TEXT_LENGTH tokens. After a plain `from_pretrained(folder)` say `height=32, width=32, max_sequence_length=12`.
+    Prompts are as long as the world's (see `shortened`), images 32 x 32 pixels unless said otherwise. After a plain
+    `from_pretrained(folder)` say `height=32, width=32, max_sequence_length=12`. A Wan has to be told its size in any
+    case: `height=32, width=32, num_frames=9`.
     """
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     pipe: Any = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
-    pipe.default_sample_size = LATENT_SIDE
-    pipe._get_t5_prompt_embeds = MethodType(_short_t5_embeds, pipe)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    if hasattr(pipe, "default_sample_size"):
+        pipe.default_sample_size = LATENT_SIDE
+    return shortened(pipe)

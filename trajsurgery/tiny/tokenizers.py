@@ -1,5 +1,6 @@
 """The world's two tokenizers, built from its prompts: a word is a token. No file is downloaded."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,13 @@ def words() -> list[str]:
     return sorted({word for prompt in every_prompt() for word in prompt.text.split()} | set(polite))
 
 
-def t5_tokenizer(folder: Path) -> Any:
-    """A T5Tokenizer (transformers 5: the fast one) over `words()`, saved to the folder and loaded from it."""
+def t5_tokenizer(folder: Path, known: Sequence[str] = (), longest: int = TEXT_LENGTH) -> Any:
+    """A T5Tokenizer (transformers 5: the fast one) over `words()`, or those known, saved to the folder and loaded."""
     from transformers import T5Tokenizer
 
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -9.0)]
-    vocabulary += [(f"▁{word}", -3.0) for word in words()]
-    made: Any = T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=TEXT_LENGTH)
+    vocabulary += [(f"▁{word}", -3.0) for word in known or words()]
+    made: Any = T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=longest)
     made.save_pretrained(str(folder))
     return T5Tokenizer.from_pretrained(str(folder))
 

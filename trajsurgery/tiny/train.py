@@ -142,16 +142,15 @@ def train_wan(config: Training) -> None:
     from trajsurgery.tiny.video_fit import corpus, vae_stage, wan_stage
     from trajsurgery.tiny.video_wan import untrained
 
-    first = vae_stage(
-        Budget(config.wan_vae_steps, 2e-3, seed=config.seed, save_every=config.save_every), config.video_batch
-    )
+    budget = Budget(config.wan_vae_steps, 2e-3, seed=config.seed, save_every=config.save_every)
+    first = vae_stage(budget, config.video_batch)
     run(first, config.output, say)
     vae: Any = first.modules["vae"]
     vae.requires_grad_(False)
     data = corpus(vae, config.videos, config.seed)
     torch.manual_seed(config.seed + 6)
     pipe = untrained(config.output / "wan", vae)
-    budget = Budget(config.wan_steps, 2e-3, seed=config.seed, save_every=config.save_every)
+    budget = replace(budget, steps=config.wan_steps)
     run(wan_stage(budget, 4 * config.video_batch, pipe, data), config.output, say)
     pipe.to(torch.bfloat16).save_pretrained(config.output / "wan")
 

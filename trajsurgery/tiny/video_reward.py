@@ -1,0 +1,92 @@
+"""The motion reward: does the coloured blob go where the prompt says? Differentiable, and nothing is learnt."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from trajsurgery.errors import RewardError
+from trajsurgery.tiny.scene import GROUND, PALETTE, SIDE
+from trajsurgery.tiny.video import UNITS, Motion, understand
+
+PURE = 0.15  # colour distance from the line between ground and the asked colour at which a pixel counts for less
+AREA = (34.0, 130.0)  # pixels: the world's smallest and largest shapes
+SPREAD = 24.0  # squared pixels: mean squared distance from its centre of a shape as large as they come
+STRANGE = 20.0  # pixels of another colour that halve the score
+PACE = 8.0  # pixels of displacement along which the score rises most
+
+
+class MotionReward:
+    """reward(frames, prompts) -> scores in [0, 1], Float[batch]: `there` x `moves`.
+
+    frames: Float[batch frames 3 32 32] in [0, 1], frames >= 2. Each pixel weighs as much as it has of the colour asked
+    for; a frame's blob has an area, a centre and a spread. `there` is the frames' mean of: the area is that of a shape,
+    the blob is compact, nothing of another colour is in the frame. `moves` is (1 + tanh((along - across) / PACE)) / 2
+    of the line fitted to the centres.
+
+    What can be hacked: it does not see which shape the blob is, nor whether its outline is sharp; a blob that fades out
+    here and in there moves as well as one that glides. The rules (`judge_motion`) see all three.
+    """
+
+    name = "tiny-motion"
+    scale = "share, in [0, 1]"
+    threshold = 0.88
+
+    def __call__(self, frames: Tensor, prompts: Sequence[Motion | str]) -> Tensor:
+        """The scores. Raises RewardError for frames of another shape or range, or another number of prompts."""
+        _check(frames, prompts)
+        asked = understand(prompts)
+        weight, strange = _colour(frames, asked)
+        axis = torch.arange(SIDE, dtype=frames.dtype, device=frames.device) + 0.5
+        area = weight.sum((-1, -2))
+        mass = area.clamp(min=1.0)
+        centre = torch.stack([(weight.sum(-2) * axis).sum(-1), (weight.sum(-1) * axis).sum(-1)], -1) / mass[..., None]
+        apart = (axis - centre[..., 0, None]).square()[..., None, :] + (axis - centre[..., 1, None]).square()[..., None]
+        spread = (weight * apart).sum((-1, -2)) / mass
+        least, most = AREA
+        whole = (area / least).clamp(max=1) * (most / area.clamp(min=least)).clamp(max=1)
+        compact = (SPREAD / spread.clamp(min=1)).clamp(max=1)
+        alone = 1 / (1 + (strange / STRANGE).square())
+        return (whole * compact * alone).mean(1) * _moves(centre, asked)
+
+
+def _colour(frames: Tensor, asked: Sequence[Motion]) -> tuple[Tensor, Tensor]:
+    """Each pixel's weight in the asked colour, Float[batch frames h w], and pixels of others, Float[batch frames]."""
+    ground = frames.new_tensor(GROUND).view(3, 1, 1)
+    tint = frames.new_tensor([PALETTE[p.colour] for p in asked]).view(-1, 1, 3, 1, 1) - ground
+    length = tint.square().sum(2)
+    difference = frames - ground
+    share = (difference * tint).sum(2) / length
+    off = (difference - share[:, :, None] * tint).square().sum(2)
+    # Squared: the noise of a decoder in a thousand pixels of ground must not outweigh a shape.
+    weight = share.clamp(0, 1).square() * (-off / (2 * PURE**2)).exp()
+    strange = ((1 - weight) * difference.square().sum(2) / length).sum((-1, -2))
+    return weight, strange
+
+
+def _moves(centre: Tensor, asked: Sequence[Motion]) -> Tensor:
+    """Float[batch] in [0, 1]; centre: Float[batch frames 2]."""
+    count = centre.shape[1]
+    time = torch.linspace(-0.5, 0.5, count, dtype=centre.dtype, device=centre.device)
+    moved = (time[:, None] * centre).sum(1) / time.square().sum()
+    unit = centre.new_tensor([UNITS[p.direction] for p in asked])
+    along = (moved * unit).sum(-1)
+    across = (moved[:, 0] * unit[:, 1] - moved[:, 1] * unit[:, 0]).abs()
+    return (1 + ((along - across) / PACE).tanh()) / 2
+
+
+def _check(frames: Tensor, prompts: Sequence[Motion | str]) -> None:
+    shape = tuple(frames.shape)
+    if len(shape) != 5 or shape[1] < 2 or shape[2:] != (3, SIDE, SIDE) or not frames.is_floating_point():
+        raise RewardError(
+            f"MotionReward takes videos, Float[batch, frames >= 2, 3, {SIDE}, {SIDE}] in [0, 1]; received {shape} of "
+            f"{frames.dtype}. Call the pipe with height={SIDE}, width={SIDE}, num_frames=9, output_type='pt'."
+        )
+    if isinstance(prompts, str) or len(prompts) != shape[0]:
+        given = "one string" if isinstance(prompts, str) else str(len(prompts))
+        raise RewardError(f"one prompt for each video: {shape[0]} videos, prompts: {given}.")
+    least, most = (float(edge) for edge in frames.detach().aminmax())
+    if not (least >= -1e-3 and most <= 1 + 1e-3):
+        raise RewardError(
+            f"frames are in [0, 1] and hold no NaN; received {least:.3g} to {most:.3g}. Use output_type='pt'."
+        )

@@ -1,0 +1,103 @@
+"""The parts of the tiny Wan, untrained: real diffusers and transformers classes at the size of the video world."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from trajsurgery.tiny.pipe import shortened
+from trajsurgery.tiny.scene import SIDE
+from trajsurgery.tiny.tokenizers import t5_tokenizer
+from trajsurgery.tiny.video import FRAMES, every_motion
+
+LATENT_CHANNELS = 4
+WIDTH = 96  # of the transformer
+TEXT_WIDTH = 64
+TEXT_LENGTH = 8  # tokens; a prompt has five words and an end
+SCALE = 4  # the autoencoder's, in space and in time
+LATENT = (LATENT_CHANNELS, (FRAMES - 1) // SCALE + 1, SIDE // SCALE, SIDE // SCALE)
+
+
+def vae() -> Any:
+    """An AutoencoderKLWan, videos Float[batch 3 9 32 32] in [-1, 1] to latents Float[batch 4 3 8 8]."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+
+    return AutoencoderKLWan(
+        base_dim=8,
+        z_dim=LATENT_CHANNELS,
+        dim_mult=[1, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        latents_mean=[0.0] * LATENT_CHANNELS,
+        latents_std=[1.0] * LATENT_CHANNELS,
+        scale_factor_spatial=SCALE,
+        scale_factor_temporal=SCALE,
+    )
+
+
+def transformer() -> Any:
+    """A WanTransformer3DModel of half a million parameters whose output starts at zero."""
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+
+    model = WanTransformer3DModel(
+        num_attention_heads=WIDTH // 32,
+        attention_head_dim=32,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        text_dim=TEXT_WIDTH,
+        freq_dim=64,
+        ffn_dim=3 * WIDTH,
+        num_layers=3,
+        rope_max_seq_len=32,
+    )
+    nn.init.zeros_(model.proj_out.weight)
+    nn.init.zeros_(model.proj_out.bias)
+    return model
+
+
+def umt5_text(vocabulary: int) -> Any:
+    """A UMT5EncoderModel of two layers, without dropout."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    return UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=vocabulary,
+            d_model=TEXT_WIDTH,
+            d_kv=16,
+            d_ff=2 * TEXT_WIDTH,
+            num_layers=2,
+            num_heads=4,
+            relative_attention_num_buckets=16,
+            relative_attention_max_distance=TEXT_LENGTH,
+            dropout_rate=0.0,
+            is_encoder_decoder=False,
+            use_cache=False,
+        )
+    )
+
+
+def scheduler() -> Any:
+    """UniPC on flow sigmas, as Wan ships, unshifted: so small a video has no more to decide early than late."""
+    from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+
+    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0)
+
+
+def words() -> list[str]:
+    """Every word of the video world's prompts, sorted."""
+    return sorted({word for motion in every_motion() for word in motion.text.split()})
+
+
+def untrained(folder: Path, autoencoder: Any) -> Any:
+    """A WanPipeline around the autoencoder; its tokenizer's files are written to the folder."""
+    from diffusers.pipelines.wan.pipeline_wan import WanPipeline
+
+    tokenizer = t5_tokenizer(folder / "tokenizer", words(), TEXT_LENGTH)
+    pipe = WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=umt5_text(len(tokenizer)),
+        vae=autoencoder,
+        scheduler=scheduler(),
+        transformer=transformer(),
+    )
+    return shortened(pipe)
