@@ -1,4 +1,4 @@
-"""The derivative of each primitive by its parents: a symbol's expression, or a number where the sampler's times are given.
+"""The derivative of each primitive by its parents: in symbols, or a number where the sampler's times are given.
 
 A named time is the symbol of its sigma, a bound one t is `sigma_t`. Where sigmas are given the arithmetic is Python's
 floats', or sympy's exact numbers if all of them are rational (ints, `fractions.Fraction`).
@@ -48,7 +48,7 @@ class Times:
             return sympy.Symbol(a)
         if self.xp is math:
             return a
-        if a.is_integer():
+        if float(a).is_integer():
             return sympy.Integer(int(a))
         return sympy.Float(a) if self.sigmas is None else sympy.Rational(repr(a))
 
@@ -70,8 +70,8 @@ def tidy(coefficient: Any) -> Any:
 class QuadratureWeight(sympy.Function):
     """The weight of one support of an advance over many: (its sigma, from, to, the sigmas of all supports).
 
-    The integral from `from` to `to` of the Lagrange polynomial that is 1 at its sigma. Written out, its size doubles with
-    each support; so it stands for itself, and is a number as soon as its arguments are.
+    The integral from `from` to `to` of the Lagrange polynomial that is 1 at its sigma. Written out, its size doubles
+    with each support; so it stands for itself, and is a number as soon as its arguments are.
     """
 
     @classmethod

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import sympy
@@ -13,42 +15,91 @@ from trajsurgery.node import Noise, walk
 
 
 def text(expansion: Any) -> str:
-    """`dx_0/dtheta = - j dv(x_j)/dtheta - (k - j) dv(x_k)/dtheta + ...`, one line an output."""
-    return _written(expansion, _text_term, "dx_{t}/dtheta = ", "{hidden} more terms")
+    """`dx_0/dtheta = - j dv(x_j)/dtheta - (k - j) dv(x_k)/dtheta + ...`, one line an output; x_T's on its own."""
+    return _written(expansion, _TEXT, False)
 
 
-def latex(expansion: Any) -> str:
-    """The same in LaTeX."""
-    return _written(expansion, _latex_term, r"\frac{{\partial x_{{{t}}}}}{{\partial\theta}} = ", r"\cdots (+{hidden})")
+def latex(expansion: Any, braces: bool) -> str:
+    """The same in LaTeX; `braces` name the kinds of terms, as below Eq. 8."""
+    return _written(expansion, _LATEX, braces)
 
 
-def _written(expansion: Any, written: Callable[[Any, str, Any], str], head: str, tail: str) -> str:
-    printer = _StrTimes if written is _text_term else _LatexTimes
+def coefficient(expansion: Any, term: Any) -> str:
+    """A term's coefficient with its sign, as it stands in the text."""
+    order = _noisiest_first(expansion)
+    negative, size = _signed(term.coefficient, order)
+    written = _TEXT.printer(order).doprint(size)
+    return ("- " if negative else "") + (f"({written})" if size.is_Add else written)
+
+
+def left(expansion: Any) -> str:
+    """What is differentiated: `dx_0/dtheta`, and by x_T where it trains."""
+    by = ["x_T" if noise else "theta" for noise in (False, True)
+          if any(isinstance(term.calls[-1], Noise) == noise for term in expansion.terms)]  # fmt: skip
+    return ", ".join(f"dx_{t}/d{b}" for t in dict.fromkeys(o.t for o in expansion.outputs) for b in by)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How one of the two writes."""
+
+    printer: Any
+    head: str
+    tail: str
+    jacobian: str
+    parameters: str
+    """dv/dtheta."""
+    theta: str
+    start: str
+    """x_T."""
+    one: str
+
+
+def _written(expansion: Any, form: _Form, braces: bool) -> str:
+    order = _noisiest_first(expansion)
     lines: list[str] = []
     for i, output in enumerate(expansion.outputs):
-        terms = [term for term in expansion.terms if term.output == i]
-        order = _noisiest_first(expansion)
-        pieces: list[str] = []
-        for term in terms:
-            negative, size = _signed(term.coefficient, order)
-            shown = "" if size == sympy.Integer(1) else printer(order).doprint(size)
-            body = written(term, f"({shown})" if size.is_Add else shown, term.calls[-1])
-            pieces.append((" - " if negative else " + ") + body if pieces else ("- " if negative else "") + body)
-        lines.append(head.format(t=output.t) + ("".join(pieces) or "0"))
+        ours = [term for term in expansion.terms if term.output == i]
+        for by in (form.theta, form.start):
+            terms = [term for term in ours if isinstance(term.calls[-1], Noise) == (by == form.start)]
+            if terms or (by == form.theta and not ours):
+                groups = _braced(terms) if braces else [("", terms)]
+                written = " + ".join(_sum_of(group, label, form, order) for label, group in groups)
+                lines.append(form.head.format(t=output.t, by=by) + (written or "0"))
     hidden = expansion.count - len(expansion.terms)
-    return "\n".join(lines) + (f" + {tail.format(hidden=hidden)}" if hidden else "")
+    more = form.tail.format(hidden=hidden, count=expansion.count) if hidden else ""
+    return "\n".join(lines) + more
 
 
-def _text_term(term: Any, coefficient: str, source: Any) -> str:
-    calls = [f"dv/dx_{t}" for t in term.jacobians]
-    last = "dx_T/dx_T" if isinstance(source, Noise) else f"dv(x_{source.t})/dtheta"
-    return " ".join(part for part in (coefficient, *calls, last) if part)
+def _sum_of(terms: Sequence[Any], label: str, form: _Form, order: dict[Any, int]) -> str:
+    pieces: list[str] = []
+    for term in terms:
+        negative, size = _signed(term.coefficient, order)
+        shown = "" if size == sympy.Integer(1) else form.printer(order).doprint(size)
+        parts = [f"({shown})" if size.is_Add else shown, *(form.jacobian.format(t=t) for t in term.jacobians)]
+        if not isinstance(term.calls[-1], Noise):
+            parts.append(form.parameters.format(t=term.source))
+        body = " ".join(part for part in parts if part) or form.one
+        pieces.append((" - " if negative else " + ") + body if pieces else ("- " if negative else "") + body)
+    written = "".join(pieces)
+    return rf"\underbrace{{{written}}}_{{\text{{{label}}}}}" if label else written
 
 
-def _latex_term(term: Any, coefficient: str, source: Any) -> str:
-    calls = [rf"\frac{{\partial v_\theta(x_{{{t}}})}}{{\partial x_{{{t}}}}}" for t in term.jacobians]
-    last = rf"\frac{{\partial v_\theta(x_{{{source.t}}})}}{{\partial\theta}}"
-    return " ".join(part for part in (coefficient, *calls, "I" if isinstance(source, Noise) else last) if part)
+def _braced(terms: Sequence[Any]) -> list[tuple[str, list[Any]]]:
+    """The terms by kind, each with its label."""
+    groups = [(kind, list(group)) for kind, group in groupby(terms, key=lambda term: term.kind)]
+    return [(_label(kind, group), group) for kind, group in groups]
+
+
+def _label(kind: str, terms: Sequence[Any]) -> str:
+    if kind == "straight":
+        return "straight path"
+    words = "nested gradient" if kind == "nested once" else f"{kind} gradient" if kind == "single-step" else kind
+    words += "s" if len(terms) > 1 and words.endswith("gradient") else ""
+    if kind != "single-step" or len(terms) > 3:
+        return words
+    *others, last = (f"${term.source}$" for term in reversed(terms))
+    return f"{words} at {', '.join(others)}{' and ' if others else ''}{last}"
 
 
 def _noisiest_first(expansion: Any) -> dict[Any, int]:
@@ -73,7 +124,8 @@ def _signed(coefficient: Any, order: dict[Any, int]) -> tuple[bool, Any]:
             factors.append(-factor)
         else:
             factors.append(factor)
-    return negative, sympy.Mul(*factors)
+    apart = len(factors) == 2 and factors[0].is_number and factors[0] != 1  # else 0.3 (k - j) would be multiplied out
+    return negative, sympy.Mul(*factors, evaluate=not apart)
 
 
 def _lead(expression: Any, order: dict[Any, int]) -> Any:
@@ -98,11 +150,14 @@ def _sum(expression: Any, order: dict[Any, int], shown: Callable[[Any], str]) ->
 
 
 class _StrTimes(StrPrinter):
-    """Sums in the order of times; products without stars."""
+    """Sums in the order of times; products without stars; floats with six digits."""
 
     def __init__(self, order: dict[Any, int]) -> None:
         super().__init__()
         self._times = order
+
+    def _print_Float(self, expr: Any) -> str:  # noqa: N802  # sympy's name
+        return f"{float(expr):.6g}"
 
     def _print_Add(self, expr: Any, order: Any = None) -> str:  # noqa: N802  # sympy's name
         return _sum(expr, self._times, lambda term: self.parenthesize(term, 30))
@@ -123,3 +178,29 @@ class _LatexTimes(LatexPrinter):
 
     def _print_Add(self, expr: Any, order: Any = None) -> str:  # noqa: N802  # sympy's name
         return _sum(expr, self._times, self._print)
+
+    def _print_Float(self, expr: Any) -> str:  # noqa: N802  # sympy's name
+        mantissa, _, exponent = f"{float(expr):.6g}".partition("e")
+        return rf"{mantissa} \cdot 10^{{{int(exponent)}}}" if exponent else mantissa
+
+
+_TEXT = _Form(
+    printer=_StrTimes,
+    head="dx_{t}/d{by} = ",
+    tail=" + {hidden} more terms ({count} in all)",
+    jacobian="dv/dx_{t}",
+    parameters="dv(x_{t})/dtheta",
+    theta="theta",
+    start="x_T",
+    one="1",
+)
+_LATEX = _Form(
+    printer=_LatexTimes,
+    head=r"\frac{{\partial x_{{{t}}}}}{{\partial{by}}} = ",
+    tail=r" + \cdots (+{hidden})",
+    jacobian=r"\frac{{\partial v_\theta(x_{{{t}}})}}{{\partial x_{{{t}}}}}",
+    parameters=r"\frac{{\partial v_\theta(x_{{{t}}})}}{{\partial\theta}}",
+    theta=r"\theta",
+    start=" x_{T}",
+    one="I",
+)

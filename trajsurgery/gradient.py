@@ -15,7 +15,7 @@ from typing import Any
 
 import sympy
 
-from trajsurgery import formula
+from trajsurgery import formula, tables
 from trajsurgery.derivative import Times, derivative, tidy
 from trajsurgery.errors import PlanError
 from trajsurgery.graph import passes
@@ -54,7 +54,7 @@ class Term:
 
     @property
     def kind(self) -> str:
-        """The order in the paper's words: "single-step", "nested once", ...; "straight" is x_T's path past all calls."""
+        """The order in the paper's words: "single-step", "nested once", ...; "straight": x_T's, past all calls."""
         words = ("straight" if isinstance(self.calls[-1], Noise) else "single-step", "nested once", "nested twice")
         return words[self.order] if self.order < len(words) else f"nested {self.order} times"
 
@@ -73,9 +73,13 @@ class Expansion:
     def __str__(self) -> str:
         return formula.text(self)
 
-    def latex(self) -> str:
-        """The sum in LaTeX, one line an output."""
-        return formula.latex(self)
+    def latex(self, braces: bool = False) -> str:
+        """The sum in LaTeX, one line an output; `braces` name the kinds of terms below them, as Eq. 8 does."""
+        return formula.latex(self, braces)
+
+    def __rich__(self) -> Any:
+        """A table of the terms: coefficient, Jacobians, source, kind."""
+        return tables.table(self)
 
     def evaluate(self, trajectory: Any, field: Any, cotangent: Any, params: Any = None) -> Any:
         """The gradient on a trajectory: every term is evaluated by itself, with products of one call each.
@@ -193,7 +197,12 @@ class Chains:
 
 
 def _product(a: Any, b: Any) -> Any:
-    """a b; most factors are 1, and sympy's multiplication is slow."""
+    """a b; most factors are 1, and sympy's multiplication is slow. 0.3 (k - j) stays a product."""
     if isinstance(a, int) and a == 1:
         return b
-    return a if isinstance(b, int) and b == 1 else a * b
+    if isinstance(b, int) and b == 1:
+        return a
+    if isinstance(a, sympy.Add) and sympy.sympify(b).is_number:
+        a, b = b, a
+    apart = isinstance(b, sympy.Add) and sympy.sympify(a).is_number
+    return sympy.Mul(a, b, evaluate=False) if apart else a * b
