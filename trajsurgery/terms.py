@@ -36,6 +36,7 @@ from trajsurgery.node import (
     walk,
 )
 from trajsurgery.params import Fields, Params, leaves, named, trainable
+from trajsurgery.tables import table
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,11 +49,30 @@ class Evaluation(Sequence[Tensor]):
     """Each term's gradient, in the order of `Expansion.terms` (for a `noise()` term: the gradient of x_T alone)."""
     start: Tensor | None
     """The gradient of x_T, if the plan has `noise()`."""
+    expansion: Any
+    """The terms' coefficients at the trajectory's times."""
 
     @property
     def norms(self) -> tuple[float, ...]:
         """The Euclidean norm of each term: where the gradient comes from (Fig. 4a, Fig. 6)."""
-        return tuple(math.hypot(*(float(g.norm()) for g in term)) for term in self.terms)
+        return tuple(_norm(term) for term in self.terms)
+
+    @property
+    def by_kind(self) -> dict[str, float]:
+        """{"single-step": the norm of the sum of these terms, "nested once": ...}: the nested share of Fig. 6.
+
+        Terms of x_T, which are no gradients of parameters, are left out.
+        """
+        sums: dict[str, list[Tensor]] = {}
+        for term, found in zip(self.expansion.terms, self.terms, strict=True):
+            if not isinstance(term.calls[-1], Noise):
+                kept = sums.setdefault(term.kind, list(found))
+                sums[term.kind] = kept if kept[0] is found[0] else [a + b for a, b in zip(kept, found, strict=True)]
+        return {kind: _norm(total) for kind, total in sums.items()}
+
+    def __rich__(self) -> Any:
+        """The table of the expansion, with norms."""
+        return table(self.expansion, self.norms)
 
     @overload
     def __getitem__(self, index: int) -> Tensor: ...
@@ -66,6 +86,10 @@ class Evaluation(Sequence[Tensor]):
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.gradient)
+
+
+def _norm(gradient: Sequence[Tensor]) -> float:
+    return math.hypot(*(float(g.norm()) for g in gradient))
 
 
 def evaluate(expansion: Any, trajectory: Any, fields: Fields, cotangent: Any, params: Params) -> Evaluation:
@@ -92,7 +116,7 @@ def evaluate(expansion: Any, trajectory: Any, fields: Fields, cotangent: Any, pa
         else:
             terms.append(walker.pull_params(term.calls[-1], c, trained))
             total = [a + b for a, b in zip(total, terms[-1], strict=True)]
-    return Evaluation(tuple(total), tuple(terms), start)
+    return Evaluation(tuple(total), tuple(terms), start, numeric)
 
 
 def _trained(expansion: Any, walker: _Walk, params: Params) -> tuple[Tensor, ...]:
