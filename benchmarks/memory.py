@@ -51,7 +51,7 @@ class Options:
     """Numbers of steps, one leap each."""
     side: int = 16
     """The latent is side x side tokens."""
-    batch: int = 2
+    batch: int = 1
     threads: int = 1
     output: Path = Path(__file__).parent
 
