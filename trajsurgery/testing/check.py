@@ -1,60 +1,167 @@
-"""Proof of a plan."""
+"""`check_gradient`: one call that proves a plan or a method."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trajsurgery.params import Field
+from trajsurgery.params import Fields
 from trajsurgery.plan import Plan
-from trajsurgery.surgery import apply, backward
+from trajsurgery.testing import ways
+from trajsurgery.testing.case import Case, Drawable, cases, norm
+from trajsurgery.testing.diagnosis import Measure, explain
+from trajsurgery.testing.reference import Frozen
 from trajsurgery.trajectory import Trajectory
 
-Proof = tuple
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-3}
+"""Of a gradient, relative to its norm, by the dtype of the latents."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was proved."""
+
+    plans: tuple[Plan, ...]
+    gradients: tuple[tuple[Tensor, ...], ...]
+    """The closed form's gradient of each plan on each field, one tensor for each parameter (and x_T)."""
+    misses: dict[str, float]
+    """The largest relative miss of each check; 0 for what is compared bit for bit."""
+
+    def __str__(self) -> str:
+        head = f"proved, on {len(self.gradients)} runs of {len(self.plans)} plans:"
+        return "\n".join([head, *(f"  {name:<12} misses by {miss:.0e}" for name, miss in self.misses.items())])
 
 
 def check_gradient(
-    plan: Plan,
-    trajectory: Trajectory,
-    field: Field,
+    plan: Drawable,
+    field: Fields | Trajectory | None = None,
+    trajectory: Trajectory | Fields | None = None,
     cotangents: Sequence[Tensor] | None = None,
-    tolerance: float = 1e-10,
-) -> tuple[Tensor, ...]:
-    """Asserts that every way of running the plan gives the gradient of its closed form, and returns that gradient.
+    tolerance: float | None = None,
+    *,
+    steps: int | None = None,
+    draws: int = 5,
+    shape: Sequence[int] | None = None,
+    skip: Collection[str] = (),
+) -> Proof:
+    """Proves a plan, or a method: asserts that whatever way it is run, its gradient is that of its closed form.
+
+    - values: outputs connected at 0 are the rollout's x_0 bit for bit, calls on recorded latents are made on these, in
+      float64, float32, bfloat16 and float16; in float64 every output is what the primitives define;
+    - retain, recompute, staged, checkpointed: autograd's gradient is the closed form's, each term by vjps of one call;
+    - jvp: <J t, c> = <t, J^T c> in forward mode (of fields that are Modules);
+    - differences: finite differences of the frozen reference (`trajsurgery.testing.reference`) agree.
 
     Args:
-        field: a field with `parameters()`; their `.grad` is overwritten.
+        plan: a plan, with names or without; a method, an object with `draw(steps, generator)`; or a function of times
+            that takes names, as `leapalign` does.
+        field: what is called, as in `trajsurgery.apply`; if left out, an MLP and the exact field of Gaussian images, in
+            float64, each with a random trajectory. `check_gradient(plan, trajectory, field)` works as well.
+        trajectory: a rollout of the field; a random one if left out.
         cotangents: one for each output; random ones if left out.
-        tolerance: relative to the norm of the whole gradient.
+        tolerance: relative to the norm of the whole gradient; 1e-10 in float64 if left out.
+        steps: of the random trajectories.
+        draws: how often names are bound at random, methods and random trajectories drawn.
+        shape: of their latents, [batch, *latent].
+        skip: names of checks to leave out.
+
+    Raises:
+        AssertionError: something does not hold. Of a gradient it says which term is off, at which times, by which
+            factor.
+        PlanError: the plan or method cannot be drawn.
     """
-    found = apply(plan, trajectory, field)
-    outputs = found if isinstance(found, tuple) else (found,)
-    seeded = torch.Generator().manual_seed(0)
-    cotangents = cotangents or [torch.randn(o.shape, generator=seeded, dtype=o.dtype) for o in outputs]
-    params = [p for p in field.parameters() if p.requires_grad]  # pyright: ignore[reportFunctionMemberAccess]
-    expansion = plan.gradient(interpolant=trajectory.interpolant)
-    closed = tuple(expansion.evaluate(trajectory, field, cotangents, params))
-    ways: dict[str, Callable[[], Any]] = {
-        "retain": lambda: torch.autograd.backward(outputs, cotangents),
-        "recompute": lambda: torch.autograd.backward(_tuple(apply(plan, trajectory, field, "recompute")), cotangents),
-        "staged": lambda: backward(plan, trajectory, field, cotangents),
+    if isinstance(field, Trajectory) or (trajectory is not None and not isinstance(trajectory, Trajectory)):
+        field, trajectory = trajectory, field
+    plans: dict[Plan, None] = {}
+    gradients: list[tuple[Tensor, ...]] = []
+    misses: dict[str, float] = {}
+    for case in cases(plan, field, trajectory, steps, draws, shape):  # pyright: ignore[reportArgumentType]  # swapped
+        gradient, missed = _prove(case, cotangents, tolerance, skip)
+        plans[case.plan] = None
+        gradients += [gradient] if gradient else []
+        misses |= {name: max(miss, misses.get(name, 0)) for name, miss in missed.items()}
+    return Proof(tuple(plans), tuple(gradients), misses)
+
+
+def _prove(
+    case: Case, cotangents: Sequence[Tensor] | None, tolerance: float | None, skip: Collection[str]
+) -> tuple[tuple[Tensor, ...], dict[str, float]]:
+    tolerance = TOLERANCES[case.trajectory[0].dtype] if tolerance is None else tolerance
+    cs = tuple(cotangents) if cotangents else case.cotangents(0)
+    misses = {} if "values" in skip else {"values": ways.values(case, tolerance)}
+    if case.values_only:
+        return (), misses
+    closed = closed_form(case, cs)
+    for name, gradient in ways.GRADIENTS.items():
+        if name not in skip:
+            miss = _distance(gradient(case, cs), closed)
+            misses[name] = _hold(miss, tolerance, name, "the closed form", case, _of_gradient(case, gradient))
+    tangents: dict[str, tuple[Any, float]] = {
+        "jvp": (ways.pushed(case), tolerance),
+        "differences": (Frozen(case).derivative, max(tolerance, ways.rounding(case))),
     }
-    for way, run in ways.items():
-        for p in params:
-            p.grad = torch.zeros_like(p)
-        run()
-        miss = [p.grad - g for p, g in zip(params, closed, strict=True) if p.grad is not None]
-        distance, size = _norm(miss), max(_norm(closed), 1e-300)
-        assert distance <= tolerance * size, f"{way} misses the closed form by {distance / size:.1e}:\n{plan}"
-    return closed
+    for name, (tangent, allowed) in tangents.items():
+        if name not in skip and tangent is not None:
+            measure = _of_tangent(tangent)
+            direction = case.direction(1)
+            found = float(measure([cs], [direction]))
+            wanted = float(sum((d.double() * g.double()).sum() for d, g in zip(direction, closed, strict=True)))
+            miss = abs(found - wanted) / max(norm(closed) * norm(direction), 1e-300)
+            misses[name] = _hold(miss, allowed, name, "the closed form in a random direction", case, measure)
+    return closed, misses
 
 
-def _tuple(found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return found if isinstance(found, tuple) else (found,)
+def closed_form(case: Case, cotangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The gradient of `case.wrt`, term by term."""
+    expansion = case.plan.gradient(interpolant=case.trajectory.interpolant)
+    if expansion.count > len(expansion.terms):
+        expansion = case.plan.gradient(interpolant=case.trajectory.interpolant, limit=expansion.count)
+    found = expansion.evaluate(case.trajectory, case.fields, list(cotangents), case.params)
+    gradient = tuple(found)
+    if len(case.wrt) == len(case.params):
+        return gradient
+    return (*gradient, torch.zeros_like(case.wrt[-1]) if found.start is None else found.start)
 
 
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return float(torch.stack([t.norm() for t in tensors]).norm())
+def _hold(miss: float, tolerance: float, name: str, what: str, case: Case, measure: Measure) -> float:
+    """The miss, if it is within the tolerance.
+
+    Raises:
+        AssertionError: it is not; the message names the terms.
+    """
+    if miss <= tolerance:
+        return miss
+    factors = "".join(f", {called} = {value:g}" for called, value in case.bound.factors.items())
+    times = "".join(f", {called} = {value}" for called, value in case.bound.times.items())
+    raise AssertionError(
+        f"{name} misses {what} by {miss:.1e} (tolerance {tolerance:.0e}), in {case.plan}{times}{factors}:\n"
+        f"{explain(case, measure)}"
+    )
+
+
+def _of_gradient(case: Case, gradient: Callable[[Case, Sequence[Tensor]], Sequence[Tensor]]) -> Measure:
+    def measure(cotangents: Sequence[tuple[Tensor, ...]], directions: Sequence[tuple[Tensor, ...]]) -> Tensor:
+        found = [_flat(gradient(case, c)) for c in cotangents]
+        return torch.stack(found) @ torch.stack([_flat(d) for d in directions]).T
+
+    return measure
+
+
+def _of_tangent(tangent: Callable[[Sequence[Tensor]], Sequence[Tensor]]) -> Measure:
+    def measure(cotangents: Sequence[tuple[Tensor, ...]], directions: Sequence[tuple[Tensor, ...]]) -> Tensor:
+        found = [_flat(tangent(d)) for d in directions]
+        return torch.stack([_flat(c) for c in cotangents]) @ torch.stack(found).T
+
+    return measure
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.detach().double().flatten() for t in tensors])
+
+
+def _distance(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    return norm([a.double() - b.double() for a, b in zip(found, wanted, strict=True)]) / max(norm(wanted), 1e-300)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 
-from trajsurgery.graph import trained
+from trajsurgery.graph import passes, trained
 from trajsurgery.interpolant import Interpolant, Polynomial, RectifiedFlow, Trigonometric
 from trajsurgery.methods import DRaFTLV, DRTune, LeapAlign, ReFL
-from trajsurgery.node import START, LatentNode, Node, Recover, VelocityNode, walk
+from trajsurgery.node import START, LatentNode, Node, Noise, Recover, Velocity, VelocityNode, walk
 from trajsurgery.params import Field
 from trajsurgery.plan import Plan, latent, noise, recorded
 from trajsurgery.rules import QUADRATURES, renoised
@@ -125,7 +125,13 @@ def factors(largest: float = 1.0) -> st.SearchStrategy[float]:
 
 @st.composite
 def plans(
-    draw: st.DrawFn, steps: int, size: int = 10, outputs: int = 2, fields: Sequence[str] = (), ops: Sequence[str] = ()
+    draw: st.DrawFn,
+    steps: int,
+    size: int = 10,
+    outputs: int = 2,
+    fields: Sequence[str] = (),
+    ops: Sequence[str] = (),
+    calls: int = 12,
 ) -> Plan:
     """Legal plans for a sampler of `steps` steps. They shrink to `latent(t).leap(0)`.
 
@@ -136,16 +142,47 @@ def plans(
         outputs: how many outputs there are, at most.
         fields: the names of the fields that calls may use beside the default one.
         ops: the primitives to grow by; all of them if left out.
+        calls: half of the plans go on from where the moves led them until an output's gradient reaches a drawn number
+            of calls, at most this many (not if `ops` are given).
     """
     first = latent(draw(st.integers(1, steps)))
     grown = Growth(steps, tuple(fields), [first])
     for _ in range(draw(st.integers(1, size))):
         made = MOVES[draw(st.sampled_from(tuple(ops) or _USUAL))](draw, grown)
         grown.latents[:0] = [] if made is None else [made]
-    calls = {x: len(trained([x])) for x in grown.latents}
-    ends = sorted((x for x in calls if calls[x]), key=lambda x: -calls[x])[:3] or [first.leap(0)]
+    reached = {x: len(trained([x])) for x in grown.latents}
+    ends = sorted((x for x in reached if reached[x]), key=lambda x: -reached[x])[:3] or [first.leap(0)]
+    if not ops and draw(st.booleans()):
+        ends[0] = _longer(draw, grown, ends[0], draw(st.integers(1, calls)))
     picked = draw(st.lists(st.sampled_from(ends), unique=True, min_size=1, max_size=outputs))
     return Plan(*picked, steps=draw(st.sampled_from((None, steps))))
+
+
+def _longer(draw: st.DrawFn, grown: Growth, x: LatentNode, calls: int) -> LatentNode:
+    """The latent, led on by leaps (over noised images, once at 0) until its gradient reaches that many calls."""
+    paths = _paths(x)
+    for _ in range(calls - len(trained([x]))):
+        if grown.t(x) == 0:
+            x = x.renoise(draw(st.integers(1, grown.steps)), draw(_draws))
+        # where straight path and call both go on, the paths double
+        start = draw(st.sampled_from(("plain", "detach", "discount") if paths < _MOST_PATHS else ("detach",)))
+        paths = paths + 1 if start == "detach" else 2 * paths + 1
+        y = x.discount(draw(factors())) if start == "discount" else x.detach() if start == "detach" else x
+        x = x.leap(draw(st.integers(0, grown.t(x) - 1)), velocity=y.velocity())
+        x = x.connect() if draw(st.booleans()) else x
+    return x
+
+
+def _paths(end: Node) -> int:
+    """How many paths lead from calls to the node: its closed form has no more terms."""
+    found: dict[Node, int] = {}
+    for node in walk([end]):
+        up = sum(found[parent] for parent in node.parents) if passes(node) else 0
+        found[node] = up + isinstance(node, Velocity | Noise)
+    return found[end]
+
+
+_MOST_PATHS = 30
 
 
 @st.composite

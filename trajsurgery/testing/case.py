@@ -1,0 +1,209 @@
+"""What a proof is made on: a bound plan, a field and a trajectory; drawn here where they are not given."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from trajsurgery.errors import PlanError
+from trajsurgery.graph import trained
+from trajsurgery.node import START, Discount, Node, Noise, Scale, Velocity
+from trajsurgery.params import Fields, leaves, named
+from trajsurgery.plan import Plan
+from trajsurgery.surgery import rollout
+from trajsurgery.testing.velocity import MLP, Gaussian
+from trajsurgery.trajectory import Trajectory
+
+STEPS, SHAPE = 8, (6, 4)
+TRIES = 200
+
+
+class Method(Protocol):
+    """What draws a plan for a number of steps."""
+
+    def draw(self, steps: int, generator: torch.Generator | None = None) -> Plan:
+        """A plan for a sampler of `steps` steps."""
+        ...
+
+
+Drawable = Plan | Method | Callable[..., Plan]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A plan without names, and what they stood for."""
+
+    plan: Plan
+    times: Mapping[str, int] = field(default_factory=dict[str, int])
+    factors: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Every factor of the plan that is neither 0 nor 1, by a name."""
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A plan on a trajectory of a field."""
+
+    bound: Bound
+    trajectory: Trajectory
+    fields: Fields
+    params: tuple[Tensor, ...]
+    values_only: bool = False
+    """Whether the field is one of those here that stand for a lower precision."""
+
+    @property
+    def plan(self) -> Plan:
+        """The plan, bound to the trajectory's steps."""
+        return self.bound.plan
+
+    @property
+    def wrt(self) -> tuple[Tensor, ...]:
+        """What the gradient is of: the parameters, and x_T if the plan gives it a gradient."""
+        start = self.trajectory.start if any(isinstance(node, Noise) for node in trained(self.plan.outputs)) else None
+        return self.params if start is None else (*self.params, start)
+
+    def cotangents(self, seed: int) -> tuple[Tensor, ...]:
+        """A random one for each output."""
+        generator, like = torch.Generator().manual_seed(seed), self.trajectory[0]
+        draw = lambda: torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)  # noqa: E731
+        return tuple(draw() for _ in self.plan.outputs)
+
+    def direction(self, seed: int) -> tuple[Tensor, ...]:
+        """A random direction of `wrt`, each part as long as what it moves."""
+        generator = torch.Generator().manual_seed(seed)
+        found: list[Tensor] = []
+        for leaf in self.wrt:
+            d = torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
+            size = float(leaf.detach().norm()) or 1.0
+            found.append((d * size / max(float(d.norm()), 1e-12)).to(leaf))
+        return tuple(found)
+
+
+def cases(
+    plan: Drawable, fields: Fields | None, trajectory: Trajectory | None, steps: int | None, draws: int, shape: Any
+) -> Iterator[Case]:
+    """The cases of a proof; on fields of its own if none is given: an MLP in every dtype, the exact Gaussian."""
+    if trajectory is not None:
+        steps = trajectory.steps
+    once = isinstance(plan, Plan) and not plan.names and fields is not None
+    for seed in range(1 if once else draws):
+        bound = bind(plan, steps, seed)
+        count = steps or max(STEPS, bound.plan.steps or _highest(bound.plan))
+        bound = Bound(bound.plan.prepared(count), bound.times, bound.factors)
+        for given in [fields] if fields is not None else _own(bound.plan, shape or SHAPE, seed):
+            rolled = trajectory or _rolled(given, count, shape or SHAPE, seed)
+            low = fields is None and rolled[0].dtype != torch.float64
+            yield Case(bound, rolled, given, parameters(bound.plan, rolled, given), low)
+
+
+def parameters(plan: Plan, trajectory: Trajectory, fields: Fields) -> tuple[Tensor, ...]:
+    """What trains in every field that the plan calls, each once."""
+    names = dict.fromkeys(node.field for node in plan.nodes if isinstance(node, Velocity))
+    t, required = trajectory.steps, not any(isinstance(node, Noise) for node in plan.nodes)
+    found: dict[int, Tensor] = {}
+    for name in names:
+        given = leaves(named(fields, name), trajectory[t], trajectory.sigma(t), required=required)
+        found.update((id(leaf), leaf) for leaf in given)
+    return tuple(found.values())
+
+
+def bind(plan: Drawable, steps: int | None, seed: int) -> Bound:
+    """A plan without names: a method's draw, or names bound at random.
+
+    Raises:
+        PlanError: it is neither, or no times suit it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(plan, Plan):
+        return _at_random(plan, steps or max(STEPS, plan.steps or _highest(plan)), {}, generator)
+    if hasattr(plan, "draw"):
+        drawn = plan.draw(steps or STEPS, generator)  # pyright: ignore[reportFunctionMemberAccess,reportAttributeAccessIssue]
+        settings = getattr(plan, "__dict__", {})
+        return Bound(drawn, {}, _factors(drawn, {n: v for n, v in settings.items() if isinstance(v, float)}))
+    named_plan, defaults = _of_names(plan)
+    return _at_random(named_plan, steps or STEPS, defaults, generator)
+
+
+def _of_names(function: Any) -> tuple[Plan, dict[str, float]]:
+    """The plan that a function of times gives for names, and its defaults."""
+    name = getattr(function, "__name__", type(function).__name__)
+    mend = f"call it yourself (check_gradient({name}(...))), or give a method, an object with .draw(steps, generator)"
+    try:
+        known = inspect.signature(function).parameters
+        found = function(*known)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise PlanError(f"check_gradient received {name}, which takes no names for times ({error}): {mend}.") from error
+    if not isinstance(found, Plan):
+        raise PlanError(f"check_gradient received {name}, which returns a {type(found).__name__} and no plan: {mend}.")
+    defaults = {n: p.default for n, p in known.items() if isinstance(p.default, float) and 0 < p.default < 1}
+    return found, defaults
+
+
+def _at_random(plan: Plan, steps: int, defaults: Mapping[str, float], generator: torch.Generator) -> Bound:
+    """The plan with its times drawn until they are legal, in falling order first, and its factors at their defaults."""
+    factors = {n.a: defaults.get(n.a, 0.3) for n in plan.nodes if isinstance(n, Discount | Scale) and n.a in plan.names}
+    times = [name for name in plan.names if name not in factors]
+    for i in range(TRIES):
+        drawn = (1 + torch.randperm(steps, generator=generator)[: len(times)]).tolist()
+        drawn = sorted(drawn, reverse=True) if i < TRIES // 2 else drawn
+        if len(drawn) < len(times):
+            break
+        at = {name: int(t) for name, t in zip(times, drawn, strict=True)}
+        try:
+            found = plan.at(**at, **factors)
+        except PlanError:
+            continue
+        return Bound(found, at, _factors(found, {str(name): a for name, a in factors.items()}))
+    raise PlanError(f"no times among 1..{steps} were found for {times} of {plan}: bind them with plan.at(...).")
+
+
+def _factors(plan: Plan, known: Mapping[str, float]) -> dict[str, float]:
+    """The factors of a bound plan by name: as the method calls them, else alpha, alpha_2, ..."""
+    called = {value: name for name, value in reversed(list(known.items()))}
+    values = dict.fromkeys(float(n.a) for n in plan.nodes if isinstance(n, Discount | Scale) and n.a not in (0, 1))
+    free = iter(["alpha", *(f"alpha_{i}" for i in range(2, len(values) + 2))])
+    return {called[a] if a in called else next(n for n in free if n not in known): a for a in values}
+
+
+def _highest(plan: Plan) -> int:
+    return max((node.t for node in plan.nodes if isinstance(node.t, int)), default=1)
+
+
+def _own(plan: Plan, shape: Sequence[int], seed: int) -> Iterator[Fields]:
+    names = dict.fromkeys((None, *(node.field for node in plan.nodes if isinstance(node, Velocity))))
+    dim = shape[-1]
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        yield {name: MLP(dim, seed=seed + 100 * i, dtype=dtype) for i, name in enumerate(names)}
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randn(2 * len(names), dim, generator=generator, dtype=torch.float64)
+    yield {name: Gaussian(draws[2 * i], 0.3 + draws[2 * i + 1].abs()) for i, name in enumerate(names)}
+
+
+def _rolled(fields: Fields, steps: int, shape: Sequence[int], seed: int) -> Trajectory:
+    """A rollout over random times from random noise, in the dtype of the field."""
+    generator = torch.Generator().manual_seed(seed)
+    widths = 1 + torch.rand(steps, generator=generator, dtype=torch.float64)
+    sigmas = torch.cat([widths.flip(0).cumsum(0).flip(0) / widths.sum(), widths.new_zeros(1)])
+    like = next(iter(getattr(named(fields, None), "parameters", lambda: ())()), widths)
+    start = torch.randn(*shape, generator=generator, dtype=torch.float64).to(like).detach().requires_grad_()
+    return rollout(fields, start, sigmas.clamp(max=1).to(start.device, torch.promote_types(like.dtype, torch.float32)))
+
+
+def is_stop(node: Node) -> bool:
+    """Whether no gradient passes the node, by the plan's own word."""
+    return node.op in ("detach", "detach_velocity") or (isinstance(node, Discount | Scale) and node.a == 0)
+
+
+def time_of(t: Any, steps: int) -> int:
+    """A time as a number."""
+    return steps if t == START else int(t)
+
+
+def norm(tensors: Sequence[Tensor]) -> float:
+    """The Euclidean norm of all of them together."""
+    return math.hypot(*(float(t.detach().double().norm()) for t in tensors))

@@ -1,0 +1,163 @@
+"""The frozen reference: the plan as a smooth function of the parameters, whose derivative is the plan's gradient.
+
+The plan is run once, and what a primitive takes from the gradient is replaced by constants recorded in that run:
+detach becomes the recorded value, a discount y becomes y_0 + a (y - y_0), a connector becomes x_t + (y - y_0). No
+autograd is needed to differentiate that, finite differences will do. Nothing here is shared with the execution of
+plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trajsurgery.node import (
+    Advance,
+    Connect,
+    Detach,
+    DetachVelocity,
+    Discount,
+    Latent,
+    Leap,
+    Node,
+    Noise,
+    Recorded,
+    Recover,
+    Renoise,
+    Scale,
+    Velocity,
+    walk,
+)
+from trajsurgery.params import named
+from trajsurgery.testing.case import Case, time_of
+
+STENCIL = ((1, 4 / 5), (2, -1 / 5), (3, 4 / 105), (4, -1 / 280))
+"""Central differences of eighth order."""
+
+
+class Frozen:
+    """A case's plan with the stopped values of one run as constants."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.trajectory = case, case.trajectory
+        with torch.no_grad():
+            self.constants: dict[Node, Tensor] = {}
+            self.constants = self.run(None)
+
+    @property
+    def outputs(self) -> tuple[Tensor, ...]:
+        """The values of the plan's outputs, [batch, *latent]."""
+        return tuple(self.constants[output] for output in self.case.plan.outputs)
+
+    def derivative(self, direction: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """d(outputs) along a direction of `case.wrt`, by differences."""
+        width = torch.finfo(self.outputs[0].dtype).eps ** (1 / 9)
+        found = [torch.zeros_like(output) for output in self.outputs]
+        for i, weight in STENCIL:
+            for sign in (1, -1):
+                moved = self.moved(direction, sign * i * width / 8)
+                found = [f + sign * weight * m / (width / 8) for f, m in zip(found, moved, strict=True)]
+        return tuple(found)
+
+    def moved(self, direction: Sequence[Tensor], by: float) -> tuple[Tensor, ...]:
+        """The change of the outputs where what trains is moved."""
+        leaves, start = self.case.wrt, None
+        if len(leaves) > len(self.case.params):
+            start = leaves[-1].detach() + by * direction[-1]
+        with torch.no_grad(), _moved(self.case.params, direction, by):
+            values = self.run(start)
+        return tuple(values[output] - self.constants[output] for output in self.case.plan.outputs)
+
+    def run(self, start: Tensor | None) -> dict[Node, Tensor]:
+        """Every node's value with the parameters as they are now."""
+        of: dict[Node, Tensor] = {}
+        for node in walk(self.case.plan.outputs):
+            of[node] = self.value(node, of, start)
+        return of
+
+    def value(self, node: Node, of: dict[Node, Tensor], start: Tensor | None) -> Tensor:
+        """By the definition of the primitive; before the constants are known they are taken to be the values."""
+        path, sigma = self.trajectory.interpolant, self._sigma
+        known = {parent: self.constants.get(parent, of[parent]) for parent in node.parents}
+        match node:
+            case Latent():
+                return self._x(node.t)
+            case Noise():
+                return self._x(node.t) if start is None else start
+            case Recorded():
+                return self.trajectory.velocities[self._t(node.t)]
+            case Velocity():
+                return named(self.case.fields, node.field)(of[node.x], sigma(node.t))
+            case Connect():
+                return self._x(node.t) + (of[node.x] - known[node.x])
+            case Discount() | Scale():
+                (y,) = node.parents
+                return known[y] + float(node.a) * (of[y] - known[y])
+            case Detach() | DetachVelocity():
+                return known[node.parents[0]]
+            case Leap():
+                return straight(path, of[node.x], of[node.v], sigma(node.x.t), sigma(node.to))
+            case Advance():
+                times = [float(sigma(v.t)) for v in node.velocities]
+                ws = quadrature(node.rule, times, float(sigma(node.x.t)), float(sigma(node.to)))
+                return of[node.x] + sum(w * of[v] for w, v in zip(ws, node.velocities, strict=True))
+            case Renoise():
+                to = sigma(node.to)
+                return path.alpha(to, torch) * of[node.x] + path.beta(to, torch) * self._eps(node.draw, node.to)
+            case Recover():
+                at = sigma(node.x.t)
+                drawn = [up.to for up in walk([node]) if isinstance(up, Renoise) and up.draw == node.draw]
+                eps = self._eps(node.draw, drawn[0] if drawn else node.x.t)
+                return (of[node.x] - path.beta(at, torch) * eps) / path.alpha(at, torch)
+            case _:
+                raise AssertionError(node)
+
+    def _t(self, t: Any) -> int:
+        return time_of(t, self.trajectory.steps)
+
+    def _x(self, t: Any) -> Tensor:
+        return self.trajectory.latents[self._t(t)]
+
+    def _sigma(self, t: Any) -> Tensor:
+        return self.trajectory.sigmas[self.trajectory.steps - self._t(t)]
+
+    def _eps(self, draw: Any, to: Any) -> Tensor:
+        return self.trajectory.noise(draw, self._t(to))
+
+
+def straight(path: Any, x: Tensor, v: Tensor, k: Tensor, j: Tensor) -> Tensor:
+    """x at j of the straight path alpha x_0 + beta x_1 that has the value x and the velocity v at k."""
+    alpha, beta, da, db = (f(k, torch) for f in (path.alpha, path.beta, path.alpha_rate, path.beta_rate))
+    determinant = alpha * db - beta * da
+    image, noise = (db * x - beta * v) / determinant, (alpha * v - da * x) / determinant
+    return path.alpha(j, torch) * image + path.beta(j, torch) * noise
+
+
+def quadrature(rule: str, supports: Sequence[float], start: float, to: float) -> list[float]:
+    """The weights of an advance: each velocity held, or those that integrate every power of sigma exactly."""
+    if rule == "euler":
+        order = sorted(range(len(supports)), key=lambda i: abs(supports[i] - start))
+        ends = [*(supports[i] for i in order[1:]), to]
+        held = {i: end - supports[i] for i, end in zip(order, ends, strict=True)}
+        return [held[i] for i in range(len(supports))]
+    powers = torch.arange(len(supports), dtype=torch.float64)[:, None]
+    rows = (torch.tensor(supports, dtype=torch.float64) - start) ** powers
+    areas = (to - start) ** (powers[:, 0] + 1) / (powers[:, 0] + 1)
+    return torch.linalg.solve(rows, areas).tolist()
+
+
+@contextmanager
+def _moved(params: Sequence[Tensor], direction: Sequence[Tensor], by: float) -> Generator[None]:
+    """The parameters moved in place, and put back as they were."""
+    kept = [p.detach().clone() for p in params]
+    try:
+        for p, d in zip(params, direction, strict=False):  # a direction of x_T may follow
+            p.add_(d, alpha=by)
+        yield
+    finally:
+        for p, before in zip(params, kept, strict=True):
+            p.copy_(before)
