@@ -49,7 +49,7 @@ class Options:
 
     counts: tuple[int, ...] = (1, 2, 4, 8, 16, 25)
     """Numbers of steps, one leap each."""
-    side: int = 16
+    side: int = 15
     """The latent is side x side tokens."""
     batch: int = 1
     threads: int = 1
@@ -204,7 +204,7 @@ def second_gradients(options: Options) -> dict[str, Any]:
         else:
             with made:
                 out = apply(plan, trajectory, field, way).sum()
-            assert made.most == 0, "an activation has the shape of a weight: choose another side"
+            assert made.most == 0, "an activation has the shape of a weight: choose another --side"
             with made:
                 out.backward()
         got = [p.grad.clone() for p in weights]
