@@ -1,5 +1,11 @@
-"""Stage three: the transformer, with both text encoders, by flow matching on cached latents."""
+"""Stage three: the transformer, by flow matching on cached latents; the text encoders stay as they are.
 
+What a prompt says of places matters only where a picture is nearly noise, so such times are drawn more often. And a
+throw-away linear head reads off the image tokens, half-way through the transformer, what each quadrant holds.
+"""
+
+from collections.abc import Generator as Yields
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +17,7 @@ from trajsurgery.tiny.architecture import LATENT_CHANNELS, TOKENS, image_ids, pa
 from trajsurgery.tiny.compose import compose
 from trajsurgery.tiny.fit_text import Encoders
 from trajsurgery.tiny.hard import mistakes
+from trajsurgery.tiny.layout import KINDS, contents
 from trajsurgery.tiny.prompt import draw_prompts, meanings, split_prompts
 from trajsurgery.tiny.render import render
 from trajsurgery.tiny.stage import Budget, Stage
@@ -28,19 +35,23 @@ WEIGHTS = {
 # The share of scenes whose caption is a mistake, once there are mistakes: the head-room for post-training.
 MISTAKEN = {"position": 0.5, "attribute binding": 0.4}
 MISTAKES_FROM = 0.6  # share of the steps after which there are mistakes: bindings are learnt first, then blurred
-DRAWS = 2  # noises for each picture and reading of its caption
+DRAWS = 2  # noises for each picture
+EARLY, EARLY_FROM = 0.3, 0.75  # share of the times that are uniform above this sigma; the others are logit-normal
+LESSON = 0.1  # weight of the cross-entropy of what the head reads
 
 
 @dataclass(frozen=True)
 class Corpus:
     """Scenes as latents. tokens: Float[scenes 16 16], normalised and packed; right, wrong: Int[scenes], captions.
 
-    The captions index `split_prompts("train")`; `wrong` is a mistake or, for most scenes, the right one.
+    The captions index `split_prompts("train")`; `wrong` is a mistake or, for most scenes, the right one. shown:
+    Int[scenes 4], the kind of object that each quadrant holds, or KINDS for none.
     """
 
     tokens: Tensor
     right: Tensor
     wrong: Tensor
+    shown: Tensor
 
 
 def corpus(vae: Any, scenes: int, seed: int) -> Corpus:
@@ -49,10 +60,12 @@ def corpus(vae: Any, scenes: int, seed: int) -> Corpus:
     prompts = split_prompts("train")
     index = {prompt.text: i for i, prompt in enumerate(prompts)}
     drawn = draw_prompts("train", scenes, WEIGHTS, generator)
-    meaning, latents = meanings(drawn), []
+    meaning, latents, shown = meanings(drawn), [], []
     with torch.no_grad():
         for start in range(0, scenes, 256):
-            images = render(compose(meaning[slice(start, start + 256)], generator))
+            composed = compose(meaning[slice(start, start + 256)], generator)
+            images = render(composed)
+            shown.append(contents(composed).argmax(-1))
             latents.append(vae.encode(2 * images - 1).latent_dist.mode())
     stacked = torch.cat(latents)
     shift, scale = float(stacked.mean()), 1 / float(stacked.std())
@@ -65,7 +78,7 @@ def corpus(vae: Any, scenes: int, seed: int) -> Corpus:
         mistaken = bool(others) and float(chance) < MISTAKEN.get(prompt.category, 0)
         wrong.append(others[int(float(which) * len(others))] if mistaken else index[prompt.text])
     right = torch.tensor([index[prompt.text] for prompt in drawn])
-    return Corpus(pack((stacked - shift) * scale), right, torch.tensor(wrong))
+    return Corpus(pack((stacked - shift) * scale), right, torch.tensor(wrong), torch.cat(shown))
 
 
 def predict(transformer: Any, noisy: Tensor, sigma: Tensor, pooled: Tensor, states: Tensor) -> Tensor:
@@ -98,20 +111,52 @@ def unpack(tokens: Tensor) -> Tensor:
     return blocks.reshape(-1, LATENT_CHANNELS, 2 * side, 2 * side)
 
 
+@contextmanager
+def seen(block: nn.Module) -> Yields[list[Tensor]]:
+    """Within the block, the states of the image tokens after this part of a Flux: one Float[batch 16 width] a call."""
+    states: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: Any, found: tuple[Tensor, Tensor]) -> None:
+        states.append(found[1])
+
+    hook = block.register_forward_hook(keep)
+    try:
+        yield states
+    finally:
+        hook.remove()
+
+
+def quadrants(tokens: Tensor) -> Tensor:
+    """Float[batch 4 width]: the mean state of each quadrant's image tokens, Float[batch 16 width]."""
+    half = round(TOKENS**0.5) // 2
+    return tokens.view(len(tokens), 2, half, 2, half, -1).mean((2, 4)).flatten(1, 2)
+
+
+def times(batch: int, generator: Generator) -> Tensor:
+    """Float[batch]: sigmas, logit-normal or, EARLY of them, uniform above EARLY_FROM."""
+    usual = torch.randn(batch, generator=generator).sigmoid()
+    early = EARLY_FROM + (1 - EARLY_FROM) * torch.rand(batch, generator=generator)
+    return torch.where(torch.rand(batch, generator=generator) < EARLY, early, usual)
+
+
 def flux_stage(budget: Budget, batch: int, transformer: Any, encoders: Encoders, vae: Any, data: Corpus) -> Stage:
-    """Flow matching: x = (1 - sigma) x_0 + sigma noise, squared error against noise - x_0, logit-normal sigma."""
-    clip_tokens, t5_tokens = encoders.tokens([prompt.text for prompt in split_prompts("train")])
+    """Flow matching: x = (1 - sigma) x_0 + sigma noise, squared error against noise - x_0, and the head's lesson."""
+    with torch.no_grad():
+        known = encoders.encode(*encoders.tokens([prompt.text for prompt in split_prompts("train")]))
+    torch.manual_seed(budget.seed + 6)
+    head = nn.Linear(transformer.inner_dim, KINDS + 1)
 
     def loss(step: int, generator: Generator) -> Tensor:
         rows = torch.randint(len(data.right), (batch // DRAWS,), generator=generator)
         captions = (data.wrong if step >= MISTAKES_FROM * budget.steps else data.right)[rows]
-        pooled, states = encoders.encode(clip_tokens[captions], t5_tokens[captions])
-        pooled, states = pooled.repeat_interleave(DRAWS, 0), states.repeat_interleave(DRAWS, 0)
-        clean = data.tokens[rows].repeat_interleave(DRAWS, 0)
-        noise = torch.randn(clean.shape, generator=generator)
-        sigma = torch.randn(batch, generator=generator).sigmoid()
+        pooled, states = (part[captions].repeat_interleave(DRAWS, 0) for part in known)
+        clean, shown = (part[rows].repeat_interleave(DRAWS, 0) for part in (data.tokens, data.shown))
+        noise, sigma = torch.randn(clean.shape, generator=generator), times(batch, generator)
         noisy = clean + sigma[:, None, None] * (noise - clean)
-        return functional.mse_loss(predict(transformer, noisy, sigma, pooled, states), noise - clean)
+        with seen(transformer.transformer_blocks[-1]) as hidden:
+            missed = functional.mse_loss(predict(transformer, noisy, sigma, pooled, states), noise - clean)
+        said = head(quadrants(hidden[0]))
+        return missed + LESSON * functional.cross_entropy(said.flatten(0, 1), shown.flatten())
 
     def report() -> str:
         from trajsurgery.tiny.rules import judge
@@ -122,5 +167,5 @@ def flux_stage(budget: Budget, batch: int, transformer: Any, encoders: Encoders,
         table = " ".join(f"{category} {share:.2f}" for category, (share, _) in verdict.table().items())
         return f"right: {table}, junk {float(verdict.junk.mean()):.4f}"
 
-    modules = nn.ModuleDict({"transformer": transformer, "clip": encoders.clip, "t5": encoders.t5})
+    modules = nn.ModuleDict({"transformer": transformer, "head": head})
     return Stage("flux", modules, loss, budget, report)
