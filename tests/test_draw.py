@@ -98,6 +98,42 @@ def test_what_carries_gradient_is_what_trains() -> None:
     assert not discounted.live
 
 
+def test_renoised_samples_show_x_0_beside_them() -> None:
+    """Arrows from the rollout crossed the predictions in between."""
+    from trajsurgery.mermaid import mermaid
+
+    scene = Scene(draft_lv(3).outputs, None)
+    renoised = [edge for edge in scene.edges if edge.kind == "renoise"]
+    assert [(edge.start.kind, edge.start.lane) for edge in renoised] == [("copy", lane) for lane in (2, 3, 4)]
+    assert mermaid(scene).count('"x_0"') == 1
+    (alone,) = (e for e in Scene(Plan(latent(0).renoise(14).leap(0)).outputs, None).edges if e.kind == "renoise")
+    assert alone.start.kind == "real"
+
+
+def test_straight_paths_are_drawn_where_something_happens_on_them() -> None:
+    def straight(plan: Plan) -> list[tuple[bool, bool]]:
+        return [(e.live, e.stopped) for e in Scene(plan.outputs, plan.steps).edges if e.kind == "straight"]
+
+    assert straight(leapalign(6, 3)) == [(True, False)]  # from x_k the arrow through the call says it
+    x = latent("k").leap("j").connect()
+    assert straight(Plan(x.detach().leap(0, velocity=x.velocity()))) == [(False, True)]  # Eq. 14
+    assert len(straight(drtune(6, 2, {5, 3}))) == 5
+
+
+def test_arrows_are_as_wide_as_their_coefficients(tmp_path: Path) -> None:
+    from trajsurgery.draw import weight_width
+
+    weights = {e.kind: e.weight for e in Scene(leapalign(20, 5, 0.1).outputs, 20).edges if e.end.column == 0}
+    assert weights["straight"] == weights["connect"] == 1
+    assert weights["velocity"] == 0.25
+    assert weight_width(0.1) < weight_width(0.25) < weight_width(1) == weight_width(3)
+    text = leapalign(20, 5, 0.1).draw(tmp_path / "plan.svg").read_text()
+    for label in ("gradient, coefficient 1", "gradient discounted", "connector"):
+        assert label in text
+    assert "lagrange" in PLANS["advance"].draw(tmp_path / "advance.svg").read_text()
+    assert "noise, trained" in PLANS["noise"].draw(tmp_path / "noise.svg").read_text()
+
+
 def test_names_without_an_order_are_drawn_too(tmp_path: Path) -> None:
     Plan(latent("a").leap("b"), latent("b").leap("a")).draw(tmp_path / "plan.svg")
 

@@ -52,6 +52,11 @@ def _image(scene: Scene, path: Path) -> None:
 WRITERS: dict[str, Callable[[Scene, Path], None]] = {".svg": _image, ".png": _image, ".pdf": _image, ".mmd": _mermaid}
 
 
+def weight_width(weight: float) -> float:
+    """The width of an arrow that carries a gradient times `weight`, in points."""
+    return 0.7 + 2.5 * min(1.0, weight)
+
+
 class _Painter:
     """A scene on a matplotlib figure whose data units are inches."""
 
@@ -88,26 +93,29 @@ class _Painter:
         x, y = self.at.point(mark)
         width, height = self.at.size(mark)
         lit = mark in self.scene.lit
-        edge = {"real": LIVE if lit else RAIL, "reward": INK}.get(mark.kind, LIVE if lit else IDLE)
+        edge = {"real": LIVE if lit else RAIL, "reward": INK, "copy": RAIL}.get(mark.kind, LIVE if lit else IDLE)
         fill = LIVE if mark.kind == "call" and lit else INK if mark.kind == "reward" else PAPER
         if not self.at.labelled(mark) and mark.kind != "recorded":
             patch: Any = Circle((x, y), width / 2, facecolor=edge, edgecolor=edge, lw=1, zorder=4)
-        elif width == height:
+        elif mark.kind != "recorded" and width == height:
             patch = Circle((x, y), width / 2, facecolor=fill, edgecolor=edge, lw=1.2, zorder=4)
         else:
             corner = 0.02 if mark.kind == "recorded" else height / 2
             box = f"round,pad=0,rounding_size={corner}"
             patch = FancyBboxPatch((x - width / 2, y - height / 2), width, height, boxstyle=box, zorder=4)
-            patch.set(facecolor=fill, edgecolor=edge, linewidth=1.2, mutation_aspect=1)
+            style = (0, (2, 1.5)) if mark.kind == "copy" else "-"
+            patch.set(facecolor=fill, edgecolor=edge, linewidth=1.2, linestyle=style, mutation_aspect=1)
         self.axes.add_patch(patch)
         self.patches[mark] = patch
         if self.at.labelled(mark):
             ink = (
                 PAPER
                 if fill != PAPER
-                else (INK if mark.kind in ("real", "predicted") else GREY if edge == IDLE else edge)
+                else (INK if mark.kind in ("real", "predicted", "copy") else GREY if edge == IDLE else edge)
             )
             self._text(x, y, f"${mark.name}$", ink, 11 if mark.kind != "recorded" else 9.5, 5)
+        if mark.note:
+            self.axes.text(x, y - 0.3, mark.note, ha="center", va="center", fontsize=8, color=GREY, style="italic")
 
     def _text(self, x: float, y: float, text: str, color: str, size: float, zorder: float, **kwargs: Any) -> None:
         self.axes.text(
@@ -127,7 +135,7 @@ class _Painter:
         from matplotlib.patches import FancyArrowPatch
 
         color = LIVE if edge.live else IDLE
-        width = 0.8 + 1.5 * min(1.0, edge.weight) ** 0.5 if edge.live else 0.9
+        width = weight_width(edge.weight) if edge.live else 0.9
         style = {"connect": (0, (3, 2)), "renoise": (0, (1, 1.5)), "recover": (0, (1, 1.5))}.get(edge.kind, "-")
         bend = self.at.bend(edge)
         arrow = FancyArrowPatch(
@@ -135,9 +143,9 @@ class _Painter:
             self.at.point(edge.end),
             patchA=self.patches[edge.start],
             patchB=self.patches[edge.end],
-            connectionstyle=f"arc3,rad={bend}",
+            connectionstyle="angle3,angleA=-90,angleB=0" if self.at.under(edge) else f"arc3,rad={bend}",
             arrowstyle="-|>,head_length=0.35,head_width=0.18",
-            mutation_scale=10 + 2 * width,
+            mutation_scale=9 + 1.8 * width,
             shrinkA=1,
             shrinkB=1.5,
             linewidth=width,
@@ -159,21 +167,31 @@ class _Painter:
         calls = {mark in self.scene.lit for mark in self.scene.marks if mark.kind == "call"}
         dot: dict[str, Any] = {"marker": "o", "ls": "", "ms": 8}
         dashes, dots = {"color": LIVE, "lw": 1.6, "ls": (0, (3, 2))}, {"color": LIVE, "lw": 1.6, "ls": (0, (1, 1.5))}
+        notes = "".join(note for edge in self.scene.edges for note in edge.notes)
+        weak = any(edge.live and edge.weight <= 0.6 for edge in self.scene.edges)
         entries: list[tuple[bool, dict[str, Any], str]] = [
-            (True, {"color": LIVE, "lw": 2}, "carries gradient"),
+            (True, {"color": LIVE, "lw": weight_width(1)}, "gradient, coefficient 1" if weak else "carries gradient"),
+            (weak, {"color": LIVE, "lw": weight_width(0.3)}, "0.3"),
             (any(not edge.live for edge in self.scene.edges), {"color": IDLE, "lw": 1}, "no gradient"),
             (True in calls, {"color": LIVE, **dot}, "model call, trained"),
             (False in calls, {"color": IDLE, "mfc": PAPER, **dot}, "model call, not trained"),
-            ("recorded" in marks, {"color": IDLE, "mfc": PAPER, **dot, "marker": "s"}, "recorded velocity"),
+            (self.scene.noise, {"color": LIVE, "mfc": PAPER, **dot}, "noise, trained"),
+            ("recorded" in marks, {"color": IDLE, "mfc": PAPER, **dot, "marker": "s", "ms": 6}, "recorded velocity"),
             ("connect" in kinds, dashes, "connector"),
             (bool(kinds & {"renoise", "recover"}), dots, "noise put on or off"),
-            (any(edge.stopped for edge in self.scene.edges), {"color": IDLE, **dot, "marker": "$sg$"}, "stopped"),
+            (r"\alpha" in notes, {"color": LIVE, **dot, "marker": r"$\alpha$"}, "gradient discounted"),
+            (r"\times" in notes, {"color": LIVE, **dot, "marker": r"$\times$"}, "gradient scaled"),
+            (
+                any(edge.stopped for edge in self.scene.edges),
+                {"color": GREY, **dot, "marker": "$\\mathrm{sg}$", "ms": 11, "mew": 0},
+                "gradient stopped",
+            ),
         ]
         shown = [(Line2D([], [], **look), label) for used, look, label in entries if used]
         self.axes.legend(
             *zip(*shown, strict=True),
             loc="lower center",
-            ncol=len(shown) if self.at.wide else 2,
+            ncol=min(len(shown), self.at.legend_columns),
             frameon=False,
             fontsize=8.5,
             handlelength=1.8,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from trajsurgery.scene import Edge, Scene
+from trajsurgery.scene import Edge, Mark, Scene
 
 _SHAPES = {
     "real": '(["{}"])',
@@ -18,15 +18,17 @@ _ARROWS = {"connect": "-.->", "renoise": "-.->", "recover": "-.->"}
 
 def mermaid(scene: Scene) -> str:
     """The text of a .mmd file: gradient-carrying arrows are red, stopped ones grey."""
-    name = {mark: f"n{i}" for i, mark in enumerate(scene.marks)}
+    shown = [mark for mark in scene.marks if mark.kind != "copy"]
+    name = {mark: f"n{i}" for i, mark in enumerate(shown)}
+    name |= {mark: name[scene.real(mark.column)] for mark in scene.marks if mark.kind == "copy"}
     lines = ["flowchart LR"]
-    lines += [f"  {name[mark]}{_SHAPES[mark.kind].format(mark.plain)}" for mark in scene.marks]
+    lines += [f"  {name[mark]}{_SHAPES[mark.kind].format(_title(mark))}" for mark in shown]
     styles: list[str] = []
     for i, edge in enumerate(scene.edges):
         label = _label(edge)
         arrow = _ARROWS.get(edge.kind, "-->") + (f'|"{label}"|' if label else "")
         lines.append(f"  {name[edge.start]} {arrow} {name[edge.end]}")
-        width = f"{1 + 2 * min(1.0, edge.weight) if edge.live else 1:.1f}px"
+        width = f"{1 + 3 * min(1.0, edge.weight) if edge.live else 1:.1f}px"
         styles.append(f"  linkStyle {i} stroke:{'#c8321f' if edge.live else '#a9b0b8'},stroke-width:{width}")
     real = sorted((mark for mark in scene.marks if mark.kind == "real"), key=lambda mark: scene.at(mark.column))
     for i, (mark, after) in enumerate(pairwise(real), len(scene.edges)):
@@ -35,6 +37,10 @@ def mermaid(scene: Scene) -> str:
     live = ",".join(name[mark] for mark in scene.marks if mark in scene.lit)
     lines += [*styles, "  classDef live stroke:#c8321f,stroke-width:2px"]
     return "\n".join([*lines, *([f"  class {live} live"] if live else [])]) + "\n"
+
+
+def _title(mark: Mark) -> str:
+    return f"{mark.plain} ({mark.note})" if mark.note else mark.plain
 
 
 def _label(edge: Edge) -> str:

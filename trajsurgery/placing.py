@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 
-from trajsurgery.node import Time
+from trajsurgery.node import Node, Time
 from trajsurgery.scene import Edge, Mark, Scene
 
 LANE = 1.35
@@ -45,26 +45,29 @@ class Placing:
         return -LANE * lane
 
     @property
-    def wide(self) -> bool:
-        """Whether the legend fits on one line."""
-        return self.x(0) > 6
+    def legend_columns(self) -> int:
+        """How many entries of the legend fit on a line."""
+        return max(2, int((self.x(0) + 2.5) / 1.75))
 
     @property
     def extent(self) -> tuple[float, float, float, float]:
         """Left, right, bottom, top."""
-        lowest = min(self.point(mark)[1] for mark in self.scene.marks)
-        return -1.15, self.x(0) + 1.35, lowest - (0.65 if self.wide else 0.85), 0.45
+        lowest = min(self.point(mark)[1] - (0.15 if mark.note else 0) for mark in self.scene.marks)
+        return -1.15, self.x(0) + 1.35, lowest - 0.75, 0.45
 
     def point(self, mark: Mark) -> tuple[float, float]:
         """A mark's middle."""
         x, y = self.x(mark.column), self.lane(mark.lane)
         if mark.kind == "reward":
             return (x + 0.95, y) if mark.column == 0 else (x, y - 0.62)
+        if mark.kind == "copy":
+            return self.x(mark.node.t) - 0.95 if isinstance(mark.node, Node) else x, y
         if mark.kind not in ("call", "recorded"):
             return x, y
         towards = self.scene.towards.get(mark)
-        if towards is None:  # a support of an advance
-            return x, y - 0.45 * LANE
+        if towards is None:  # a support of an advance, beside the arrows that leave its latent straight down
+            after = [place for place in self._x.values() if place > x]
+            return x + min(0.55, 0.35 * (min(after) - x) if after else 0.55), y - 0.45 * LANE
         end, low = self.x(towards.column), self.lane(towards.lane)
         if mark.lane == towards.lane or mark.kind == "recorded":
             return (x + end) / 2, low - 0.42 * LANE
@@ -105,15 +108,22 @@ class Placing:
         if edge.kind == "input" and y1 < y0 and abs(x1 - x0) > 0.05:
             return 0.22
         if edge.kind == "velocity":
-            return 0.12
-        if edge.kind == "renoise":
-            return 0.08 if x0 - x1 > 3 else -0.12  # flat ones pass above what lies between, steep ones beside it
+            support = edge.start not in self.scene.towards
+            return 0.0 if support else 0.12
+        if edge.kind == "renoise" and x1 < x0:
+            return 0.04 if x0 - x1 > 3 else -0.12  # flat ones pass above what lies between, steep ones beside it
         return 0.0
+
+    def under(self, edge: Edge) -> bool:
+        """Whether an edge leaves straight down and arrives from the left, below the supports of an advance."""
+        return edge.kind == "straight" and bool(edge.end.note) and edge.start.lane < edge.end.lane
 
     def middle(self, edge: Edge) -> tuple[float, float]:
         """Where an edge's notes go."""
         (x0, y0), (x1, y1) = self.point(edge.start), self.point(edge.end)
         rad = self.bend(edge)
+        if edge.start.kind == "copy":
+            return (x0 + x1) / 2, y0 + 0.2
         if abs(x1 - x0) + abs(y1 - y0) < 1.0:  # too short to be written on
             return min(x0, x1) - 0.02, (y0 + y1) / 2 - 0.12
         return (x0 + x1) / 2 + rad * (y1 - y0) / 2, (y0 + y1) / 2 - rad * (x1 - x0) / 2

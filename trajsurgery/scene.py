@@ -38,7 +38,7 @@ class Mark:
     """A latent, a model call or a recorded velocity."""
 
     kind: str
-    """"real", "predicted", "call", "recorded" or "reward"."""
+    """"real", "predicted", "call", "recorded", "reward", or "copy": a rollout's latent shown again beside its use."""
     column: Time
     lane: int
     name: str
@@ -46,6 +46,8 @@ class Mark:
     plain: str
     node: Node | int | None = None
     """Whose mark it is; None for the rollout's own, the number of a reward's output."""
+    note: str = ""
+    """A word beside it."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ class Scene:
         """The marks that a gradient reaches and that train something."""
         self.towards: dict[Mark, Mark] = {}
         """Where a velocity leads first."""
+        self.noise = False
+        """Whether x_T trains."""
         self._taken: list[tuple[int, float, float, Mark]] = []
         self.real(self.columns[0])
         self.real(0)
@@ -112,17 +116,17 @@ class Scene:
         """The rollout's mark at t."""
         return self.add(Mark("real", t, 0, f"x_{{{t}}}", f"x_{t}"), lit)
 
-    def predicted(self, node: Node, start: Mark, name: str, plain: str) -> Mark:
-        """A mark below the rollout, in the first lane that is free between its start and itself."""
+    def predicted(self, node: Node, start: Mark, name: str, plain: str, note: str = "") -> Mark:
+        """A mark below the rollout, in the first lane that is free between its start and itself; never back in one."""
         here, there = self.at(node.t), self.at(start.column)
         low, high = (there + 0.5, here + 0.25) if here > there else (here - 0.25, here + 0.6)
-        lane = max(1, start.lane)
+        lane = max(1, start.lane + (here <= there))
         while any(
             lane == other and low < right and left < high and owner != start
             for other, left, right, owner in self._taken
         ):
             lane += 1
-        mark = self.add(Mark("predicted", node.t, lane, name, plain, node), node in self.live)
+        mark = self.add(Mark("predicted", node.t, lane, name, plain, node, note), node in self.live)
         self._taken.append((lane, low, high, mark))
         return mark
 
@@ -143,6 +147,7 @@ class Scene:
 
 
 def _real(scene: Scene, node: Latent | Noise) -> Value:
+    scene.noise |= isinstance(node, Noise) and node in scene.live
     return Value(scene.real(node.t, isinstance(node, Noise) and node in scene.live), node)
 
 
@@ -163,8 +168,7 @@ def _leap(scene: Scene, node: Leap) -> Value:
     x, v = scene.values[node.x], scene.values[node.v]
     t = node.x.t
     mark = scene.predicted(node, x.mark, rf"\hat{{x}}_{{{node.to}|{t}}}", f"x^_{node.to}|{t}")
-    own = any(e.kind == "input" and e.end is v.mark and e.start is x.mark for e in scene.edges)
-    if node.x in scene.trainable or not own:  # else the arrow through the call says it all
+    if not _said(scene, x, v):
         scene.edge("straight", x, mark, node)
     scene.towards.setdefault(v.mark, mark)
     scene.edge("velocity", v, mark, node, scene.share(t, node.to))
@@ -173,11 +177,20 @@ def _leap(scene: Scene, node: Leap) -> Value:
 
 def _advance(scene: Scene, node: Advance) -> Value:
     x, t = scene.values[node.x], node.x.t
-    mark = scene.predicted(node, x.mark, rf"\hat{{x}}_{{{node.to}|{t}}}", f"x^_{node.to}|{t}")
-    scene.edge("straight", x, mark, node, note=rf"\mathrm{{{node.rule}}}")
+    mark = scene.predicted(node, x.mark, rf"\hat{{x}}_{{{node.to}|{t}}}", f"x^_{node.to}|{t}", node.rule)
+    if not any(_said(scene, x, scene.values[v]) for v in node.velocities):
+        scene.edge("straight", x, mark, node)
     for v in node.velocities:
         scene.edge("velocity", scene.values[v], mark, node, scene.share(t, node.to) / len(node.velocities))
     return Value(mark, node)
+
+
+def _said(scene: Scene, x: Value, v: Value) -> bool:
+    """Whether the arrow through the call says that the hop starts at x: nothing happens on the straight path."""
+    idle = x.node not in scene.trainable and not x.stopped
+    return idle and any(
+        e.kind == "input" and e.end is v.mark and e.start is x.mark and not e.stopped for e in scene.edges
+    )
 
 
 def _connect(scene: Scene, node: Connect) -> Value:
@@ -189,6 +202,8 @@ def _connect(scene: Scene, node: Connect) -> Value:
 def _renoise(scene: Scene, node: Renoise) -> Value:
     x = scene.values[node.x]
     mark = scene.predicted(node, x.mark, rf"x_{{{node.to}}}^{{({node.draw})}}", f"x_{node.to}^({node.draw})")
+    if x.mark.kind == "real" and mark.lane > 1:  # an arrow from the rollout would cross the lanes between
+        x = replace(x, mark=scene.add(replace(x.mark, kind="copy", lane=mark.lane, node=node), False))
     scene.edge("renoise", x, mark, node, note=rf"+\,\epsilon_{{\mathrm{{{node.draw}}}}}")
     return Value(mark, node)
 
