@@ -27,7 +27,7 @@ LAYERS: dict[str, str] = {
     "methods": "methods",
     "rewards": "rewards",
     "tiny": "tiny",
-    "training": "objective recipe scorers world diversity heldout preflight checkpoint train",
+    "training": "objective recipe presets scorers world diversity heldout preflight checkpoint train",
     "report": "calibration evaluate report",
     "run": "run",
     "testing": "testing",

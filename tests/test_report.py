@@ -85,6 +85,49 @@ def test_without_rules_there_is_the_reward_alone() -> None:
     assert "rule" not in report.verdict(found)
 
 
+def test_further_scorers_are_compared_as_the_reward_is() -> None:
+    right = [True, False, False, True]
+    before = replace(scores([0.1, 0.2, 0.3, 0.4], right), metrics={"x:Y": torch.tensor([0.0, 0.1, 0.2, 0.6])})
+    after = replace(
+        scores([0.2, 0.2, 0.5, 0.5], right), metrics={"x:Y": torch.tensor([0.1, 0.1, 0.0, 0.6]), "new": before.reward}
+    )
+    found = compare(before, after)
+    assert found["metrics"].keys() == {"x:Y"}, "only what was asked both times"
+    line = found["metrics"]["x:Y"]
+    assert line["reward_gain"] == pytest.approx(-0.025)
+    assert line["reward_gain_se"] == paired(before.metrics["x:Y"], after.metrics["x:Y"], before.texts).se
+    assert line["calibration"]["before"]["auc"] == pytest.approx(0.5)
+    printed = io.StringIO()
+    Console(file=printed, width=110).print(report.table(found), *report.remarks(found))
+    assert "scorer x:Y" in printed.getvalue()
+    assert "AUC 0.500 ->" in printed.getvalue()
+
+
+def test_diversity_is_of_images_of_one_prompt_and_its_error_is_by_prompt() -> None:
+    nan = math.nan
+    texts = "aabbbc"
+    before = replace(scores([0.1] * 6, texts=texts), apart={"pixels": torch.tensor([0.2, 0.2, 0.3, 0.5, 0.4, nan])})
+    after = replace(before, apart={"pixels": torch.tensor([0.1, 0.1, 0.3, 0.4, 0.2, nan])})
+    line = compare(before, after)["diversity"]["pixels"]
+    assert (line["images"], line["prompts"]) == (5, 2)
+    assert line["diversity_before"] == pytest.approx(1.6 / 5)
+    assert line["diversity_gain"] == pytest.approx(-0.1)
+    assert line["diversity_gain_se"] == line["diversity_gain_se_by_prompt"]
+    alone = {"pixels": torch.full((6,), nan)}
+    none = compare(replace(before, apart=alone), replace(after, apart=alone))
+    assert none["diversity"] == {}
+    assert "not measured" in report.remarks(none)[-1]
+
+
+def test_records_of_an_earlier_version_are_still_told() -> None:
+    found = compare(scores([0.1, 0.2]), scores([0.3, 0.3]))
+    old = {name: value for name, value in found.items() if name not in ("metrics", "diversity")}
+    assert report.table(old).row_count == report.table(found).row_count
+    assert report.remarks(old) == []
+    bare = scores([0.1, 0.2]).to_dict()
+    assert Scores.from_dict({n: v for n, v in bare.items() if n not in ("metrics", "apart")}).metrics == {}
+
+
 def test_other_prompts_are_not_compared() -> None:
     with pytest.raises(ValueError, match="same prompts"):
         compare(scores([1.0, 2.0], texts="xy"), scores([1.0, 2.0], texts="yx"))
@@ -112,6 +155,39 @@ def test_an_evaluation_is_the_same_whenever_it_is_asked(tmp_path: Path) -> None:
     assert Scores.from_dict(first.to_dict()).texts == first.texts
 
 
+def test_further_scorers_grade_the_images_that_the_reward_grades(tmp_path: Path) -> None:
+    class Sees(toy_world.LikesRed):
+        def features(self, images: Tensor) -> Tensor:
+            return images.mean((-1, -2))
+
+    recipe = toy_world.recipe(tmp_path)
+    world = toy_world.world(recipe)
+    further = {
+        "plain": toy_world.LikesRed(),
+        "sees": Sees(),
+        "double": lambda images, texts: 2 * world.reward(images, texts),
+    }
+    recipe = replace(recipe, evaluation=replace(recipe.evaluation, pictures=10))
+    found = evaluate(recipe, replace(world, metrics=further))
+    assert torch.equal(found.metrics["plain"], found.reward)
+    assert torch.equal(found.metrics["double"], 2 * found.reward)
+    assert found.apart.keys() == {"pixels", "sees"}
+    images = found.pictures / 255
+    for i, text in enumerate(found.texts):
+        others = [j for j, other in enumerate(found.texts) if other == text and j != i]
+        if not others:
+            assert found.apart["pixels"][i].isnan()
+            continue
+        gaps = (images[i] - images[others]).square().mean((1, 2, 3)).sqrt()
+        assert found.apart["pixels"][i] == pytest.approx(float(gaps.mean()), abs=2e-3)
+        colours = images.mean((-1, -2))
+        wanted = 1 - torch.cosine_similarity(colours[i], colours[others], dim=-1)
+        assert found.apart["sees"][i] == pytest.approx(float(wanted.mean()), abs=1e-3)
+    again = Scores.from_dict(found.to_dict())
+    assert torch.allclose(again.apart["sees"], found.apart["sees"], rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(again.metrics["double"], found.metrics["double"])
+
+
 def test_smoothing_keeps_a_constant_and_the_ends() -> None:
     assert report.smoothed([2.0] * 30) == pytest.approx([2.0] * 30)
     assert report.smoothed([1.0]) == [1.0]
@@ -136,6 +212,17 @@ def test_pictures_are_drawn(tmp_path: Path) -> None:
         assert imread(report.curve(tmp_path / "reward.png", "title", records)).std() > 0.02
 
 
+@pytest.mark.parametrize("rules", [True, False])
+def test_the_held_out_picture_is_drawn_with_and_without_rules(tmp_path: Path, rules: bool) -> None:
+    right = [i % 3 == 0 for i in range(40)] if rules else None
+    before, after = scores([i / 40 for i in range(40)], right), scores([i / 50 + 0.1 for i in range(40)], right)
+    found = compare(before, after)
+    lines = json.loads(json.dumps(found))
+    picture = imread(report.heldout(tmp_path / "heldout.png", "title", lines))
+    assert picture.shape[1] == (1650 if rules else 900)
+    assert picture.std() > 0.02
+
+
 def said(recipe: Any, terminal: bool, **changes: Any) -> tuple[str, dict[str, Any]]:
     """What `main` prints, and what it returns."""
     out = io.StringIO()
@@ -149,7 +236,7 @@ def said(recipe: Any, terminal: bool, **changes: Any) -> tuple[str, dict[str, An
 def test_main_leaves_everything_there_is_to_see(tmp_path: Path, terminal: bool) -> None:
     recipe = toy_world.recipe(tmp_path)
     printed, found = said(recipe, terminal)
-    for name in ("reward.png", "samples.png", "plan.svg", "metrics.jsonl", "recipe.json"):
+    for name in ("reward.png", "samples.png", "heldout.png", "plan.svg", "metrics.jsonl", "recipe.json"):
         assert (tmp_path / name).stat().st_size > 100
     lines = Log(tmp_path / METRICS).read()
     assert [line["kind"] for line in lines] == ["iteration"] * 6 + ["evaluation"]
@@ -158,8 +245,17 @@ def test_main_leaves_everything_there_is_to_see(tmp_path: Path, terminal: bool) 
     assert found["reward_gain"] > 3 * found["reward_gain_se"]
     assert found["seconds"] >= sum(line["seconds"] for line in lines[:-1]) - 0.1
     assert json.loads((tmp_path / "recipe.json").read_text()) == recipe.to_dict()
-    for words in ("paired SE", "rule-based score", "junk pixels", "standard errors", "samples.png", "LeapAlign"):
-        assert words in printed
+    words = (
+        "paired SE",
+        "rule-based score",
+        "junk pixels",
+        "standard errors",
+        "samples.png",
+        "LeapAlign",
+        "diversity, pixels",
+    )
+    for word in (*words, "AUC", "the rules find"):
+        assert word in printed
 
 
 def test_the_weights_written_are_the_averaged_ones_and_diffusers_loads_them(tmp_path: Path) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from trajsurgery import diversity
 from trajsurgery.recipe import Recipe
 from trajsurgery.world import Asked, Embeddings, World, call_of
 
@@ -27,6 +28,14 @@ class Scores:
     """Float[images]: the share of pixels that belong to nothing."""
     pictures: Tensor
     """UInt8[pictures 3 h w]: the first images."""
+    metrics: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """Float[images] by name: what further scorers say, which no gradient climbs."""
+    apart: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """Float[images] by name: how far each image is from the others of its prompt, NaN if it has none.
+
+    "pixels" is the root mean square difference of pixels in [0, 1]. A further scorer that has `features(images)` adds
+    1 - cosine of them. Those of the reward itself are not asked: as it is climbed, they close in on the prompt's text.
+    """
 
     def to_dict(self) -> dict[str, Any]:
         """A dict of tensors, lists and None."""
@@ -51,24 +60,43 @@ def spread(asked: Sequence[Asked], count: int) -> list[Asked]:
 def evaluate(recipe: Recipe, world: World) -> Scores:
     """Images of the held-out prompts and their scores, with the weights that are in the pipe now."""
     asked = spread(world.heldout, recipe.evaluation.images)
-    reward: list[Tensor] = []
     verdicts: list[tuple[Tensor, Tensor]] = []
     pictures: list[Tensor] = []
+    scorers, views = {"": world.reward, **world.metrics}, _views(world)
+    scores, seen = _lists(scorers), _lists(views)
     for texts, images in _images(recipe, world, [prompt.text for prompt in asked]):
         with torch.no_grad():
-            reward.append(world.reward(images, texts).float().cpu())
+            for name, scorer in scorers.items():
+                scores[name].append(scorer(images, texts).float().cpu())
+            for name, (view, _) in views.items():
+                seen[name].append(view(images).float().cpu())
         if world.judge is not None:
             verdicts.append(world.judge(images, texts))
         wanted = recipe.evaluation.pictures - sum(map(len, pictures))
         pictures.append((images[: max(0, wanted)].float().cpu() * 255).round().to(torch.uint8))
+    texts = tuple(prompt.text for prompt in asked)
+    found = {name: torch.cat(parts) for name, parts in scores.items()}
     return Scores(
-        tuple(prompt.text for prompt in asked),
+        texts,
         tuple(prompt.category for prompt in asked),
-        torch.cat(reward),
+        found.pop(""),
         torch.cat([correct for correct, _ in verdicts]).cpu() if verdicts else None,
         torch.cat([junk for _, junk in verdicts]).cpu() if verdicts else None,
         torch.cat(pictures),
+        found,
+        {name: diversity.apart(torch.cat(seen[name]), texts, distance) for name, (_, distance) in views.items()},
     )
+
+
+def _lists(names: Iterable[str]) -> dict[str, list[Tensor]]:
+    return {name: [] for name in names}
+
+
+def _views(world: World) -> dict[str, tuple[Callable[[Tensor], Tensor], diversity.Distance]]:
+    """By name, what of the images is compared, and how."""
+    known = {name: getattr(scorer, "features", None) for name, scorer in world.metrics.items()}
+    features = {name: (view, diversity.angle) for name, view in known.items() if view is not None}
+    return {"pixels": (diversity.small, diversity.difference), **features}
 
 
 def _images(recipe: Recipe, world: World, texts: list[str]) -> Iterator[tuple[list[str], Tensor]]:

@@ -9,13 +9,11 @@ from pathlib import Path
 import torch
 
 from trajsurgery.errors import PlanError, RecipeError
-from trajsurgery.recipe import Recipe
+from trajsurgery.recipe import EMBEDDED, Recipe
+from trajsurgery.tiny.variant import shipped
 
 PARAMETERS = {"black-forest-labs/FLUX.1-dev": 11_901_408_320, "stabilityai/stable-diffusion-3.5-medium": 2_243_171_520}
 """Of the transformers that recipes name."""
-
-TINY = ("tiny", "tiny:sd3")
-"""The models of the embedded world."""
 
 WITHOUT_GPU = 10**9
 """Parameters that can be trained on a CPU, if one is patient."""
@@ -36,7 +34,8 @@ def check(recipe: Recipe) -> None:
     Raises:
         RecipeError: what is missing, what the run would need, and what to do.
     """
-    found = (_method(recipe), _device(recipe), _model(recipe), _reward(recipe), *_prompts(recipe))
+    scorers = dict.fromkeys((recipe.reward, *(recipe.evaluation.metrics or ())))
+    found = (_method(recipe), _device(recipe), _model(recipe), *map(_reward, scorers), *_prompts(recipe))
     missing = [line for line in found if line]
     if missing:
         raise RecipeError(
@@ -92,7 +91,7 @@ def _device(recipe: Recipe) -> str | None:
 
 def _model(recipe: Recipe) -> str | None:
     name = recipe.model
-    if name in TINY or (Path(name) / "model_index.json").is_file():
+    if name in EMBEDDED or (Path(name) / "model_index.json").is_file():
         return None
     if Path(name).is_dir():
         return f"{name} is a folder without model_index.json: --model takes what diffusers' save_pretrained wrote."
@@ -104,11 +103,12 @@ def _model(recipe: Recipe) -> str | None:
     )
 
 
-def _reward(recipe: Recipe) -> str | None:
-    name, _, rest = recipe.reward.partition(":")
-    if name == "tiny" or (
-        name == "hpsv2.1" and (Path(rest).is_file() if rest else cached("xswu/HPSv2", "HPS_v2.1_compressed.pt"))
-    ):
+def _reward(asked: str) -> str | None:
+    name, _, rest = asked.partition(":")
+    if name == "tiny":
+        there = ("", "scorer", *shipped())
+        return None if rest in there else f"no reward {asked!r}: the embedded world ships tiny{' tiny:'.join(there)}."
+    if name == "hpsv2.1" and (Path(rest).is_file() if rest else cached("xswu/HPSv2", "HPS_v2.1_compressed.pt")):
         return None
     if name == "hpsv2.1":
         return (
@@ -119,7 +119,7 @@ def _reward(recipe: Recipe) -> str | None:
         known = bool(rest) and find_spec(name) is not None
     except (ImportError, ValueError):
         known = False
-    return None if known else f"no reward {recipe.reward!r}: it is tiny, hpsv2.1, hpsv2.1:FILE, or MODULE:NAME."
+    return None if known else f"no reward {asked!r}: it is tiny, tiny:SCORER, hpsv2.1, hpsv2.1:FILE, or MODULE:NAME."
 
 
 def _prompts(recipe: Recipe) -> list[str]:
@@ -127,7 +127,7 @@ def _prompts(recipe: Recipe) -> list[str]:
     return [
         f"no {kind} prompts: there is no file {path}. Pass --{flag} FILE with one a line."
         for flag, (kind, path) in flags.items()
-        if path != "tiny" and not Path(path).is_file()
+        if path not in EMBEDDED.values() and not Path(path).is_file()
     ]
 
 

@@ -93,13 +93,13 @@ class Recipe:
     method: Annotated[Method, tyro.conf.AvoidSubcommands] = field(default_factory=methods.LeapAlign)
     """Draws a plan for each iteration."""
     model: str = "tiny"
-    """tiny (the embedded Flux), tiny:sd3, tiny:wan, a folder that diffusers can load, or a hub id in the local cache."""
+    """tiny (the embedded Flux), tiny:sd3, tiny:wan, a folder that diffusers can load, or a hub id that is cached."""
     reward: str = "tiny"
     """tiny, tiny:SCORER, hpsv2.1, hpsv2.1:FILE, or MODULE:NAME: called without arguments, it returns a reward."""
     prompts: str = "tiny"
-    """Training prompts: tiny, or a text file with one a line."""
+    """Training prompts: tiny, tiny:wan, or a text file with one a line."""
     heldout: str = "tiny"
-    """Prompts of the evaluation: tiny, or a text file with one a line."""
+    """Prompts of the evaluation: tiny, tiny:wan, or a text file with one a line."""
     objective: Objective = field(default_factory=Objective)
     rollout: Rollout = field(default_factory=Rollout)
     optimiser: Optimiser = field(default_factory=Optimiser)
@@ -170,6 +170,9 @@ class Recipe:
         found["method"] = {"name": type(self.method).__name__, **found["method"]}
         return _plain(found)
 
+
+EMBEDDED = {"tiny": "tiny", "tiny:sd3": "tiny", "tiny:wan": "tiny:wan"}
+"""The models that come with the package, each with the name of its prompts."""
 
 FREE = ("output", "overwrite", "iterations", "save_every", "evaluation.pictures")
 """What may differ between a run and the one that goes on with it."""

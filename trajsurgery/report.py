@@ -10,15 +10,16 @@ from typing import Any
 from rich.table import Table
 from torch import Tensor
 
+from trajsurgery.calibration import interval
 from trajsurgery.heldout import Scores
 
 BEFORE, AFTER = "#7a8691", "#0b6e99"
+BAR = "bar: two paired standard errors of the gain"
+RULES = {"rule": "rule-based score", "junk": "junk pixels"}
 
 
 def curve(path: Path, title: str, records: Sequence[Mapping[str, Any]]) -> Path:
     """Draws the training reward of each iteration, its moving mean, and the held-out reward before and after.
-
-    The bar is two paired standard errors of the gain.
 
     Args:
         records: the lines of metrics.jsonl; the evaluation's may be missing.
@@ -27,7 +28,7 @@ def curve(path: Path, title: str, records: Sequence[Mapping[str, Any]]) -> Path:
 
     lines = [r for r in records if r["kind"] == "iteration" and r["reward"] is not None]
     evaluation = next((r for r in records if r["kind"] == "evaluation"), None)
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
     axes = figure.add_subplot()
     times, rewards = [r["iteration"] for r in lines], [r["reward"] for r in lines]
     axes.plot(times, rewards, color=AFTER, alpha=0.25, linewidth=1, label="training prompts, batch by batch")
@@ -42,7 +43,14 @@ def curve(path: Path, title: str, records: Sequence[Mapping[str, Any]]) -> Path:
     axes.set(xlabel="iteration", ylabel="reward", title=title)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.2)
-    axes.legend(frameon=False, loc="lower right")
+    figure.legend(
+        frameon=False,
+        loc="outside lower center",
+        ncols=2,
+        fontsize=9,
+        title=BAR if evaluation else "",
+        title_fontsize=9,
+    )
     figure.savefig(path, dpi=150)
     return path
 
@@ -64,8 +72,9 @@ def samples(path: Path, title: str, before: Scores, after: Scores, count: int = 
     places, remark = shown(before, after, count)
     columns = min(columns, len(places))
     rows = math.ceil(len(places) / columns)
-    figure = Figure(figsize=(3.5 * columns, 2.15 * rows + 0.7), layout="constrained")
-    figure.suptitle(f"{title}\n{remark}", fontsize=12)
+    figure = Figure(figsize=(3.5 * columns, 2.15 * rows + 0.95), layout="constrained")
+    rules = "✓ ✗ and frames: the rules' verdict; " if before.correct is not None else ""
+    figure.suptitle(f"{title}\n{remark}\n{rules}numbers: the reward", fontsize=12)
     parts = figure.subfigures(rows, columns, squeeze=False, wspace=0.06).flat
     for part, place in zip(parts, places):
         _pair(part, place, before, after)
@@ -95,7 +104,8 @@ def shown(before: Scores, after: Scores, count: int) -> tuple[list[int], str]:
 
 def _pair(part: Any, place: int, before: Scores, after: Scores) -> None:
     part.suptitle(before.texts[place], fontsize=10.5)
-    for axes, scores, when in zip(part.subplots(1, 2), (before, after), ("before", "after")):
+    grid = (2, 1) if before.pictures.dim() == 5 else (1, 2)  # the frames of a video stand side by side
+    for axes, scores, when in zip(part.subplots(*grid), (before, after), ("before", "after")):
         axes.imshow(_pixels(scores.pictures[place]), interpolation="nearest")
         axes.set(xticks=[], yticks=[])
         verdict, colour = _verdict(scores, place)
@@ -111,29 +121,122 @@ def _verdict(scores: Scores, place: int) -> tuple[str, str]:
 
 
 def _pixels(picture: Tensor) -> Any:
-    return picture.permute(1, 2, 0).numpy()
+    """[3 h w] or, of a video, [frames 3 h w]."""
+    frames = picture if picture.dim() == 4 else picture[None]
+    return frames.permute(2, 0, 3, 1).flatten(1, 2).numpy()
+
+
+def heldout(path: Path, title: str, evaluation: Mapping[str, Any]) -> Path:
+    """Draws what is said of the held-out images: each gain in its own standard errors, and what the reward is worth."""
+    from matplotlib.figure import Figure
+
+    calibration = evaluation.get("calibration")
+    figure = Figure(figsize=(11 if calibration else 6, 4.4), layout="constrained")
+    figure.suptitle(f"{title}; {evaluation['images']} held-out images, same prompts and noise", fontsize=11)
+    axes = figure.subplots(1, 2 if calibration else 1, squeeze=False)[0]
+    _gains(axes[0], evaluation)
+    if calibration:
+        _reliability(axes[1], calibration)
+    for part in axes:
+        part.spines[["top", "right"]].set_visible(False)
+        part.grid(alpha=0.2)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def _gains(axes: Any, evaluation: Mapping[str, Any]) -> None:
+    """A dot for each figure, upwards from junk to the reward, with its means before and after."""
+    lines = [line for line in rows(evaluation) if line[1][f"{line[2]}_gain_se"]]
+    sizes = [record[f"{name}_gain"] / record[f"{name}_gain_se"] for _, record, name in lines]
+    places = list(range(len(lines) - 1, -1, -1))
+    axes.axvspan(-2, 2, color=BEFORE, alpha=0.15, linewidth=0)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.plot(sizes, places, "o", color=AFTER, markersize=8)
+    for size, place, (_, record, name) in zip(sizes, places, lines):
+        told = f"{record[f'{name}_before']:.4f} → {record[f'{name}_after']:.4f}"
+        axes.annotate(told, (size, place), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)
+    axes.set_yticks(places, [said for said, _, _ in lines])
+    axes.set(ylim=(-0.6, len(lines) - 0.3), title="gains, before → after (EMA)",
+             xlabel="gain in its own paired standard errors (grey: less than two, may be chance)")  # fmt: skip
+    axes.margins(x=0.2)
+
+
+def _reliability(axes: Any, calibration: Mapping[str, Any]) -> None:
+    """The share of right images by reward, in quantile bins, before and after."""
+    for when, said, colour in (("before", "before", BEFORE), ("after", "after (EMA)", AFTER)):
+        curve = calibration[when]
+        x, y = [line["score"] for line in curve["bins"]], [line["correct"] for line in curve["bins"]]
+        spans = [interval(line["correct"], line["images"]) for line in curve["bins"]]
+        bars = [
+            [share - low for share, (low, _) in zip(y, spans)],
+            [high - share for share, (_, high) in zip(y, spans)],
+        ]
+        area = "" if curve["auc"] is None else f": AUC {curve['auc']:.3f}, slope {curve['slope']:.2f}"
+        axes.errorbar(x, y, bars, fmt="o-", color=colour, capsize=3, linewidth=1.5, label=f"{said}{area}")
+    counts = [line["images"] for when in ("before", "after") for line in calibration[when]["bins"]]
+    least, most = min(counts, default=0), max(counts, default=0)
+    each = f"{least}" if least == most else f"{least} to {most}"
+    axes.set(xlabel=f"reward, mean of a quantile bin of {each} images", ylabel="share that the rules call right",
+             ylim=(-0.03, 1.03), title="what the reward is worth")  # fmt: skip
+    axes.legend(frameon=False, loc="upper left", title="bar: 95% interval of the share", title_fontsize=9, fontsize=9)
+
+
+def rows(evaluation: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], str]]:
+    """(what is said, record, name in it) of every figure of all images that has a before and an after."""
+    found: list[tuple[str, Mapping[str, Any], str]] = [("reward", evaluation, "reward")]
+    found += [(f"scorer {name}", line, "reward") for name, line in evaluation.get("metrics", {}).items()]
+    found += [(said, evaluation, name) for name, said in RULES.items() if f"{name}_before" in evaluation]
+    found += [(f"diversity, {name}", line, "diversity") for name, line in evaluation.get("diversity", {}).items()]
+    return found
 
 
 def table(evaluation: Mapping[str, Any]) -> Table:
-    """The closing table: held-out reward, rule-based score and junk, before and after, with paired standard errors."""
+    """The closing table: reward, further scorers, rules, junk and diversity, before and after, with standard errors."""
     found = Table(title=f"{evaluation['images']} held-out images, same prompts and noise, EMA weights")
     for heading in ("", "before", "after", "gain", "± paired SE"):
         found.add_column(heading, justify="left" if not heading else "right")
-    names = {"reward": "reward", "rule": "rule-based score", "junk": "junk pixels"}
-    for name, said in names.items():
-        if f"{name}_before" in evaluation:
-            found.add_row(said, *_figures(evaluation, name), style="bold" if name != "junk" else "")
+    for said, record, name in rows(evaluation):
+        main = record is evaluation and name in ("reward", "rule")
+        found.add_row(said, *_figures(record, name), style="bold" if main else "")
+    parts = {"reward": "reward", "rule": "rules", "diversity": "diversity"}
     for category, part in evaluation["categories"].items():
         if len(evaluation["categories"]) > 1:
-            found.add_row(f"  {category}: reward", *_figures(part, "reward"), style="dim")
-            if "rule_before" in part:
-                found.add_row(f"  {category}: rules", *_figures(part, "rule"), style="dim")
+            for name, said in parts.items():
+                if f"{name}_before" in part:
+                    found.add_row(f"  {category}: {said}", *_figures(part, name), style="dim")
     return found
 
 
 def _figures(record: Mapping[str, Any], name: str) -> tuple[str, ...]:
     before, after, gain, se = (record[f"{name}_{what}"] for what in ("before", "after", "gain", "gain_se"))
     return f"{before:.4f}", f"{after:.4f}", f"{gain:+.4f}", "" if se is None or math.isnan(se) else f"{se:.4f}"
+
+
+def remarks(evaluation: Mapping[str, Any]) -> list[str]:
+    """What the table's figures mean: one sentence on each of the reward's calibration and the images' diversity."""
+    found: list[str] = []
+    scorers = {"reward": evaluation, **{f"scorer {name}": line for name, line in evaluation.get("metrics", {}).items()}}
+    for said, line in scorers.items():
+        if line.get("rule_expected") is not None:
+            before, after = (line["calibration"][when] for when in ("before", "after"))
+            found.append(
+                f"{said} against the rules: AUC {_number(before['auc'])} -> {_number(after['auc'])}, slope "
+                f"{_number(before['slope'])} -> {_number(after['slope'])}; by the curve of the untuned model its "
+                f"scores promise {line['rule_expected']:.3f} right, the rules find {evaluation['rule_after']:.3f}"
+            )
+    pixels = evaluation.get("diversity", {}).get("pixels")
+    if pixels is not None:
+        found.append(
+            f"diversity: the mean distance between images of one prompt, over the {pixels['prompts']} prompts with "
+            "several; pixels: root mean square difference, scorers: 1 - cosine of embeddings"
+        )
+    elif "diversity" in evaluation:
+        found.append("diversity: not measured, no prompt has two held-out images; ask for more --evaluation.images")
+    return found
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3f}"
 
 
 def verdict(evaluation: Mapping[str, Any]) -> str:

@@ -87,6 +87,7 @@ def main(recipe: Recipe, scene: world.World | None = None, console: Console | No
     evaluation["seconds"] = round(spent + time.monotonic() - began, 1)
     log.append(evaluation)
     report.curve(recipe.output / "reward.png", _title(recipe), log.read())
+    report.heldout(recipe.output / "heldout.png", _title(recipe), evaluation)
     return _said(recipe, console, evaluation, "")
 
 
@@ -120,13 +121,14 @@ def _title(recipe: Recipe) -> str:
 def _said(recipe: Recipe, console: Console, evaluation: dict[str, Any], remark: str) -> dict[str, Any]:
     """The closing words."""
     console.print(report.table(evaluation))
-    console.print(report.verdict(evaluation), highlight=False)
+    for line in (report.verdict(evaluation), *report.remarks(evaluation)):
+        console.print(line, highlight=False)
     if evaluation["skipped"]:
         skipped = f"[bold red]skipped iterations: {evaluation['skipped']}[/] (loss or gradient not finite)"
         console.print(skipped, highlight=False)
     console.print(
-        f"{evaluation['seconds']:.0f} s. In {recipe.output}: samples.png, reward.png, plan.svg, metrics.jsonl, "
-        "transformer/" + (f"\n{remark}" if remark else ""),
+        f"{evaluation['seconds']:.0f} s. In {recipe.output}: samples.png, reward.png, heldout.png, plan.svg, "
+        "metrics.jsonl, transformer/" + (f"\n{remark}" if remark else ""),
         highlight=False,
     )
     return evaluation

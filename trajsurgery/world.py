@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,8 @@ from torch.utils._pytree import tree_map
 
 from trajsurgery.errors import RecipeError
 from trajsurgery.objective import DETACHED
-from trajsurgery.recipe import Recipe
-
-Reward = Callable[[Tensor, Sequence[str]], Tensor]
-"""reward(images, prompts): Float[batch 3 h w] in [0, 1] and a text for each, to scores Float[batch], differentiable."""
+from trajsurgery.recipe import EMBEDDED, Recipe
+from trajsurgery.scorers import Reward, ask, further, scorer
 
 Judge = Callable[[Tensor, Sequence[str]], tuple[Tensor, Tensor]]
 """judge(images, prompts) -> (correct Bool[batch], junk Float[batch], a share of pixels): rules no reward has seen."""
@@ -57,6 +55,8 @@ class World:
     draw: Draw
     heldout: tuple[Asked, ...]
     judge: Judge | None = None
+    metrics: Mapping[str, Reward] = field(default_factory=dict[str, Reward])
+    """Further scorers by name: they grade the held-out images, and no gradient climbs them."""
 
     @property
     def module(self) -> nn.Module:
@@ -129,15 +129,16 @@ def load(recipe: Recipe) -> World:
     """
     with quiet():
         pipe = frozen(_pipeline(recipe), recipe)
-        reward = _reward(recipe, pipe.transformer.device)
-    tiny: Any = import_module("trajsurgery.tiny") if "tiny" in (recipe.prompts, recipe.heldout) else None
-    texts, draw = _training(recipe, tiny)
-    if recipe.heldout == "tiny":
-        asked = tuple(Asked(str(p.text), str(p.category)) for p in tiny.prompts(recipe.evaluation.split))
+        scorers = {name: scorer(name, pipe.transformer.device) for name in (recipe.reward, *further(recipe))}
+    texts, draw = _training(recipe)
+    known = _embedded(recipe.heldout)
+    if known is not None:
+        asked = tuple(Asked(str(p.text), str(p.category)) for p in known.prompts(recipe.evaluation.split))
     else:
         asked = tuple(Asked(text) for text in read_prompts(recipe.heldout))
-    judge = _rules(tiny.judge) if recipe.model in ("tiny", "tiny:sd3") and recipe.heldout == "tiny" else None
-    return World(pipe, reward, texts, draw, asked, judge)
+    judge = None if known is None or EMBEDDED.get(recipe.model) != recipe.heldout else _rules(known.judge)
+    reward = scorers.pop(recipe.reward)
+    return World(pipe, reward, texts, draw, asked, judge, scorers)
 
 
 @contextmanager
@@ -206,10 +207,17 @@ def _dtypes(cuda: bool) -> Any:
     return {"text_encoder": small, "text_encoder_2": small, "text_encoder_3": small, "default": torch.float32}
 
 
-def _training(recipe: Recipe, tiny: Any) -> tuple[tuple[str, ...], Draw]:
-    if recipe.prompts == "tiny":
-        texts = tuple(str(p.text) for p in tiny.prompts("train"))
-        return texts, lambda count, g: [str(p.text) for p in tiny.prompts("train", generator=g, count=count)]
+def _embedded(prompts: str) -> Any:
+    """The module that has prompts and rules of a world of the package; None for a file."""
+    places = {"tiny": "trajsurgery.tiny", "tiny:wan": "trajsurgery.tiny.video_rules"}
+    return import_module(places[prompts]) if prompts in places else None
+
+
+def _training(recipe: Recipe) -> tuple[tuple[str, ...], Draw]:
+    known = _embedded(recipe.prompts)
+    if known is not None:
+        texts = tuple(str(p.text) for p in known.prompts("train"))
+        return texts, lambda count, g: [str(p.text) for p in known.prompts("train", generator=g, count=count)]
     texts = tuple(read_prompts(recipe.prompts))
     return texts, lambda count, g: [texts[i] for i in torch.randint(len(texts), (count,), generator=g).tolist()]
 
@@ -226,21 +234,6 @@ def read_prompts(path: str) -> list[str]:
     if not found:
         raise RecipeError(f"{path!r} holds no prompt: write one a line.")
     return found
-
-
-def _reward(recipe: Recipe, device: torch.device) -> Reward:
-    name, _, rest = recipe.reward.partition(":")
-    if name == "tiny":
-        return import_module("trajsurgery.tiny").Reward()
-    if name == "hpsv2.1":
-        return import_module("trajsurgery.rewards.hpsv2").HPSv2(rest or None).to(device)
-    try:
-        return getattr(import_module(name), rest)()
-    except (ImportError, AttributeError, ValueError) as error:
-        raise RecipeError(
-            f"reward = {recipe.reward!r} could not be made ({error}): it is tiny, hpsv2.1, hpsv2.1:FILE or "
-            "MODULE:NAME, which is called without arguments and returns reward(images, prompts) -> scores."
-        ) from error
 
 
 def _rules(judge: Any) -> Judge:
@@ -268,21 +261,18 @@ def threshold(recipe: Recipe, world: World) -> float:
 
 
 def trial(recipe: Recipe, world: World) -> None:
-    """Asks the reward for the score of one grey image: what it lacks is told before images are sampled for hours.
+    """Asks the reward for the score of a grey image or video: what it lacks is told before hours of sampling.
 
     Raises:
-        RecipeError: no threshold; no score for each image; scores without a gradient to the images.
+        RecipeError: no threshold; no score for each image; a reward's scores without a gradient to the images.
     """
     threshold(recipe, world)
     size = recipe.rollout.size or 64
-    image = torch.full((1, 3, size, size), 0.5, device=world.device, requires_grad=True)
-    scores: Any = world.reward(image, [world.texts[0]])
-    if not isinstance(scores, Tensor) or scores.shape != (1,):
-        found = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
-        raise RecipeError(
-            f"reward {recipe.reward!r} gave {found} for one image: it takes Float[batch 3 h w] and a list of as many "
-            "prompts, and returns the scores, Float[batch]."
-        )
+    shape = (1, *([] if recipe.rollout.frames is None else [recipe.rollout.frames]), 3, size, size)
+    image = torch.full(shape, 0.5, device=world.device, requires_grad=True)
+    scores = ask(recipe.reward, world.reward, image, world.texts[0])
     reached = torch.autograd.grad(scores.sum(), image, allow_unused=True)[0] if scores.requires_grad else None
     if reached is None:
         raise RecipeError(DETACHED)
+    for name, metric in world.metrics.items():
+        ask(name, metric, image.detach(), world.texts[0])

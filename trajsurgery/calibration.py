@@ -1,0 +1,78 @@
+"""What a score is worth: the share of images that the rules call right, by the score that they got."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BINS = 8
+
+
+def reliability(scores: Tensor, correct: Tensor, bins: int = BINS) -> dict[str, Any]:
+    """The reliability curve of scores against verdicts, as a plain dict; images without a finite score are left out.
+
+    `bins` holds the curve, lowest scores first: quantile bins of about as many images each (`from`, the least score,
+    the mean `score`, the share `correct`, the number of `images`). `auc` is the chance that a right image scores above
+    a wrong one, None if all are alike; `slope` the rise of the share by one unit of score, by least squares.
+
+    Args:
+        scores: Float[images].
+        correct: Bool[images].
+    """
+    known = scores.isfinite()
+    x, y = scores[known].double(), correct[known].double()
+    if not len(x):
+        return {"bins": [], "auc": None, "slope": None}
+    inner = torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1]
+    place = torch.bucketize(x, x.quantile(inner).unique(), right=True)
+    rows = [place == i for i in range(int(place.max()) + 1)]
+    lines = [
+        {
+            "from": float(x[row].min()),
+            "score": float(x[row].mean()),
+            "correct": float(y[row].mean()),
+            "images": int(row.sum()),
+        }
+        for row in rows
+        if bool(row.any())
+    ]
+    return {"bins": lines, "auc": area(x, y.bool()), "slope": _slope(x, y)}
+
+
+def area(scores: Tensor, correct: Tensor) -> float | None:
+    """Area under the ROC curve: how often a right image scores above a wrong one, ties counted half."""
+    right, wrong = scores[correct], scores[~correct]
+    if not len(right) or not len(wrong):
+        return None
+    gaps = right[:, None] - wrong[None, :]
+    return float(((gaps > 0).double() + 0.5 * (gaps == 0).double()).mean())
+
+
+def _slope(x: Tensor, y: Tensor) -> float | None:
+    spread = float((x - x.mean()).square().sum())
+    return float(((x - x.mean()) * (y - y.mean())).sum()) / spread if spread else None
+
+
+def expected(curve: Mapping[str, Any], scores: Tensor) -> float | None:
+    """The share of right images that a curve promises for other scores: each counts as its bin's share.
+
+    Of the tuned images by the untuned model's curve: if the rules find fewer, part of the reward was gained without
+    becoming right.
+    """
+    known = scores[scores.isfinite()].double()
+    if not curve["bins"] or not len(known):
+        return None
+    edges = torch.tensor([line["from"] for line in curve["bins"][1:]], dtype=torch.float64)
+    shares = torch.tensor([line["correct"] for line in curve["bins"]], dtype=torch.float64)
+    return float(shares[torch.bucketize(known, edges, right=True)].mean())
+
+
+def interval(share: float, count: int, z: float = 2.0) -> tuple[float, float]:
+    """The Wilson interval of a share of `count` images: where the true share lies, but for z standard errors."""
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
+    return max(0.0, middle - half), min(1.0, middle + half)
