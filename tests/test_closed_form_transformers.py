@@ -2,18 +2,33 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.closed_form import Witness
 from tests.problems import cotangents, distance, grads, outputs
 from tests.small_transformers import float64_throughout, flux, sd3
 from tests.tolerances import GRADIENT, STOCK
-from trajsurgery import apply, rollout
+from trajsurgery import Plan, apply, latent, rollout
+from trajsurgery.graph import trained
 from trajsurgery.testing import plans, sigmas
 
 STEPS = 4
 RUNS = st.tuples(plans(STEPS, size=6), sigmas(STEPS), st.integers(1, 2), st.integers(0, 2**16))
+
+
+def twelve() -> Plan:
+    """Four times from 3 to 0: twelve calls, single-step and nested terms up to the fourth order."""
+    x = latent(3)
+    for draw in range(4):
+        x = x if x.t else x.renoise(3, draw)
+        x = x.leap(2, velocity=x.detach().velocity()).connect()
+        x = x.leap(1, velocity=x.detach().velocity())
+        x = x.leap(0, discount=0.5)
+    return Plan(x)
+
+
+LONGEST = (twelve(), [1.0, 0.8, 0.5, 0.2, 0.0], 2, 0)
 
 
 def miss(field, run) -> float:
@@ -30,6 +45,7 @@ def miss(field, run) -> float:
 
 @pytest.mark.slow
 @given(RUNS)
+@example(LONGEST)
 def test_flux_in_float64(run):
     with float64_throughout():
         assert miss(flux(), run) <= GRADIENT
@@ -37,6 +53,7 @@ def test_flux_in_float64(run):
 
 @pytest.mark.slow
 @given(RUNS)
+@example(LONGEST)
 def test_sd3_in_float64(run):
     with float64_throughout():
         assert miss(sd3(), run) <= GRADIENT
@@ -44,14 +61,23 @@ def test_sd3_in_float64(run):
 
 @pytest.mark.slow
 @given(RUNS)
+@example(LONGEST)
 def test_stock_flux(run):
     assert miss(flux(), run) <= STOCK
 
 
 @pytest.mark.slow
 @given(RUNS)
+@example(LONGEST)
 def test_stock_sd3(run):
     assert miss(sd3(), run) <= STOCK
+
+
+def test_the_longest_run_has_twelve_calls():
+    (plan, *_) = LONGEST
+    assert sum(node.op == "velocity" for node in trained(plan.outputs)) == 12
+    orders = [term.order for term in plan.gradient().terms]
+    assert set(orders) == {0, 1, 2, 3, 4}
 
 
 @pytest.mark.parametrize("make", [flux, sd3])

@@ -3,17 +3,19 @@
 from itertools import pairwise
 
 import pytest
-from hypothesis import Phase, find, given, settings
+from hypothesis import Phase, event, find, given, settings
 from hypothesis import strategies as st
 
 from tests.problems import problem
-from trajsurgery import Plan, latent
+from trajsurgery import Plan, latent, ops
+from trajsurgery.graph import trained
 from trajsurgery.node import PRIMITIVES
-from trajsurgery.testing import INTERPOLANTS, MLP, MOVES, fields, methods, plans, sigmas, trajectories
+from trajsurgery.testing import INTERPOLANTS, MLP, MOVES, check_gradient, fields, methods, plans, sigmas, trajectories
 
 STEPS = 5
 SEARCH = settings(max_examples=3000, derandomize=True, database=None, deadline=None,
                   phases=(Phase.generate, Phase.shrink))  # fmt: skip
+CHECKS = {"values", "retain", "recompute", "staged", "checkpointed", "jvp", "differences"}
 
 
 def test_every_primitive_has_a_move():
@@ -23,7 +25,7 @@ def test_every_primitive_has_a_move():
 @pytest.mark.parametrize("op", PRIMITIVES)
 def test_every_primitive_is_reached_and_shrinks(op):
     """The smallest plan with the primitive has few nodes."""
-    plan = find(plans(STEPS), lambda plan: any(node.op == op for node in plan.nodes), settings=SEARCH)
+    plan = find(plans(STEPS, calls=1), lambda plan: any(node.op == op for node in plan.nodes), settings=SEARCH)
     assert len(plan.nodes) <= 9
     assert len(plan.outputs) == 1
 
@@ -31,6 +33,45 @@ def test_every_primitive_is_reached_and_shrinks(op):
 def test_the_simplest_plan():
     plan = find(plans(STEPS), lambda _: True, settings=SEARCH)
     assert plan == Plan(latent(1).leap(0))
+
+
+def test_a_planted_bug_in_the_connector_shrinks_to_one_leap_and_one_connector(monkeypatch):
+    connect, p = ops.connect, problem(MLP(4, seed=11), STEPS)
+    monkeypatch.setattr(ops, "connect", lambda x, real: connect(0.5 * x, real))
+
+    def misses(plan):
+        try:
+            check_gradient(plan, p.trajectory, p.field, skip=CHECKS - {"retain"})
+        except AssertionError:
+            return any(node.op == "connect" for node in plan.nodes)  # a leap that is a step connects by itself
+        return False
+
+    plan = find(plans(STEPS), misses, settings=SEARCH)
+    assert plan == Plan(latent(1).leap(0).connect())
+
+
+@settings(max_examples=400, derandomize=True, database=None, phases=(Phase.generate,), report_multiple_bugs=False)
+@given(st.data())
+def draw_and_count(seen, data):
+    plan = data.draw(plans(STEPS))
+    count = sum(node.op == "velocity" for node in trained(plan.outputs))
+    event(f"{count} calls")
+    seen["calls"].add(count)
+    seen["ops"].update(node.op for node in plan.nodes)
+
+
+def test_plans_reach_every_primitive_and_up_to_twelve_calls():
+    seen = {"calls": set(), "ops": set()}
+    draw_and_count(seen)
+    assert seen["ops"] == set(PRIMITIVES)
+    assert seen["calls"] >= {1, 2, 3, 12}
+    assert len(seen["calls"] & set(range(4, 12))) >= 6
+
+
+@given(trajectories(), methods())
+def test_trajectories_and_methods_have_defaults(trajectory, method):
+    assert trajectory[0].shape[1:] == (4,)
+    assert method.draw(8).steps == 8
 
 
 def test_deep_plans_are_drawn():
