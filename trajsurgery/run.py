@@ -15,7 +15,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from trajsurgery import preflight, report, world
+from trajsurgery import alarm, preflight, report, world
 from trajsurgery.checkpoint import METRICS, Log, Training, resume, save, write_whole
 from trajsurgery.errors import SurgeryError
 from trajsurgery.evaluate import compare
@@ -156,6 +156,9 @@ def _progress(recipe: Recipe, training: Training, console: Console) -> Generator
                 "norm": f"{record.grad_norm:.3g}",
             }
             progress.update(task, completed=record.iteration, **shown, skipped=skipped)
+            if record.idle:
+                said = alarm.warning(record.idle, len(training.parameters))
+                console.print(f"iteration {record.iteration}: {said}", style="yellow", markup=False, highlight=False)
             if not console.is_terminal and (record.iteration % every == 0 or record.skipped):
                 figures = " ".join(f"{key} {value}" for key, value in shown.items())
                 left = (recipe.iterations - record.iteration) * record.seconds
