@@ -208,8 +208,8 @@ MUTATIONS = (
     Mutation(
         "pairs of times that may be equal",
         "methods/leapalign.py",
-        "times = sorted(choose(allowed, self.leaps, generator)",
-        "times = sorted([max(allowed) - uniform(2, generator) for _ in range(self.leaps)]",
+        "return sorted(choose(allowed, self.leaps, generator)",
+        "return sorted([max(allowed) - uniform(2, generator) for _ in range(self.leaps)]",
         "test_algorithm_1.py",
     ),
     Mutation(
