@@ -43,11 +43,10 @@ class Server:
     """A copy of the package and its tests, in which one file at a time is a mutant's."""
 
     def __init__(self, root: Path, copy: Path, tests: Sequence[str], slow: Sequence[str], limit: int) -> None:
-        self.copy, self.limit = copy, limit
+        self.copy, self.tests, self.limit = copy, tests, limit
         self.slowest: list[str] = []
-        left_out = [f"--deselect=tests/{test}" for test in slow]
-        self.arguments = [*(f"tests/{test}" for test in tests), *left_out, "-x", "-q", "-p", "no:cacheprovider"]
-        self.arguments += ["-W", "ignore::SyntaxWarning"]  # of a mutant's `is 0`: no test's doing
+        self.options = [*(f"--deselect=tests/{test}" for test in slow), "-x", "-q", "-p", "no:cacheprovider"]
+        self.options += ["-W", "ignore::SyntaxWarning"]  # of a mutant's `is 0`: no test's doing
         ignored = shutil.ignore_patterns("__pycache__", "weights", "*.safetensors", "tiny")
         for name in ("trajsurgery", "tests"):
             shutil.copytree(root / name, copy / name, ignore=ignored)
@@ -58,27 +57,27 @@ class Server:
         assert "trajsurgery" not in sys.modules, "the package itself is loaded in the forks"
         compileall.compile_dir(copy / "trajsurgery", quiet=1)
 
-    def run(self, mutant: Mutant | None) -> Outcome:
-        """The selection on the mutant (None: on the package as it is)."""
+    def run(self, mutant: Mutant | None, first: Sequence[str]) -> Outcome:
+        """The selection on the mutant (None: on the package as it is), some of it first."""
         if mutant is None:
-            return self._fork()
+            return self._fork(first)
         file = self.copy / "trajsurgery" / mutant.file
         before = file.read_text()
         for compiled in file.parent.glob(f"__pycache__/{file.stem}.*"):
             compiled.unlink()  # two mutants of one size within a second would pass for each other
         try:
             file.write_text(mutant.text)
-            return self._fork()
+            return self._fork(first)
         finally:
             file.write_text(before)
 
-    def _fork(self) -> Outcome:
+    def _fork(self, first: Sequence[str]) -> Outcome:
         began = time.monotonic()
         reading, writing = os.pipe()
         child = os.fork()
         if child == 0:
             os.close(reading)
-            self._test(writing)
+            self._test(writing, first)
         os.close(writing)
         with os.fdopen(reading) as told:
             said = told.read()
@@ -92,7 +91,7 @@ class Server:
         assert report["code"] in (0, 1, 2), f"pytest could not run: {report}"
         return Outcome("killed" if report["code"] else "survived", report["test"], cpu, seconds)
 
-    def _test(self, writing: int) -> None:
+    def _test(self, writing: int, first: Sequence[str]) -> None:
         """The child: never returns."""
         resource.setrlimit(resource.RLIMIT_CPU, (self.limit, self.limit + 1))
         signal.alarm(self.limit * PATIENCE)
@@ -105,7 +104,9 @@ class Server:
         watch = _Watch()
         import pytest
 
-        code = int(pytest.main(self.arguments, plugins=[watch]))
+        code = 0
+        for part in (first, [test for test in self.tests if test not in first]):
+            code = code or int(pytest.main([*(f"tests/{test}" for test in part), *self.options], plugins=[watch]))
         home = getattr(sys.modules.get("trajsurgery"), "__file__", None)
         assert home is None or Path(home).is_relative_to(self.copy), f"another copy was tested: {home}"
         slowest = [f"{s:6.2f} s {test}" for test, s in sorted(watch.times.items(), key=lambda item: -item[1])[:40]]
