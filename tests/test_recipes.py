@@ -18,6 +18,7 @@ from trajsurgery.run import cli, main
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "recipes").glob("*.py"))
 WEIGHTS = ROOT / "trajsurgery/tiny/weights"
+MODELS = {"flux": "black-forest-labs/FLUX.1-dev", "sd3": "stabilityai/stable-diffusion-3.5-medium"}
 
 
 def module(path: Path) -> Any:
@@ -39,8 +40,10 @@ def test_a_recipe_is_a_few_lines_and_runs(path: Path, tmp_path: Path) -> None:
     assert len(path.read_text().splitlines()) < 30
     recipes = module(path).RECIPES
     assert recipes["tiny"].output == Path("outputs") / path.stem
-    assert recipes["paper"].model == "black-forest-labs/FLUX.1-dev"
-    assert recipes["paper"].method == recipes["tiny"].method
+    assert "paper" in recipes or path.stem.endswith("_wan"), "the paper has no videos"
+    for large in (recipes[name] for name in recipes if name == "paper"):
+        assert large.model == MODELS[path.stem.rpartition("_")[2]]
+        assert large.method == recipes["tiny"].method
     short = toy_world.recipe(tmp_path)
     settings = {"rollout": replace(short.rollout, steps=12), "evaluation": short.evaluation, "threads": 1}
     recipe = replace(recipes["tiny"], iterations=2, output=tmp_path, **settings)
@@ -85,5 +88,5 @@ def test_a_recipe_runs_on_the_embedded_world(path: Path, tmp_path: Path) -> None
     assert len(lines) == 3
     found = json.loads(lines[-1])
     assert found["images"] == 12
-    assert len(found["categories"]) == 6
+    assert len(found["categories"]) == (4 if path.stem.endswith("_wan") else 6)
     assert "rule-based score" in done.stdout

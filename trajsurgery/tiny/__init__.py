@@ -41,7 +41,7 @@ def pipeline(name: "PipelineName" = "flux") -> Any:
 
     "flux" is a FluxPipeline without guidance; "sd3" a StableDiffusion3Pipeline with real classifier-free guidance, to
     be called with `guidance_scale=1.5`; "wan" a WanPipeline of the video world, to be called with its size,
-    `pipe("a red circle moves right", height=32, width=32, num_frames=9, guidance_scale=1.5)`.
+    `pipe("a red circle moves right", height=32, width=32, num_frames=5, guidance_scale=1.5)`.
 
     Raises ValueError for another name.
     """
@@ -49,6 +49,10 @@ def pipeline(name: "PipelineName" = "flux") -> Any:
 
     if name not in FOLDERS:
         raise ValueError(f"there is no pipeline {name!r}: choose one of {', '.join(FOLDERS)}")
+    if name == "sd3":
+        from trajsurgery.tiny import sd3
+
+        return sd3.pipeline()
     return pipeline(FOLDERS[name])
 
 

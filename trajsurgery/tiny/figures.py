@@ -1,5 +1,6 @@
 """What the shipped world can do, measured: the evaluator, the autoencoder, the base model and the reward."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -116,8 +117,11 @@ def ranking(scores: Tensor, verdict: Verdict) -> Figures:
     }
 
 
-def leap_distances(pipe: Any, prompts: list[Prompt], steps: int, seed: int) -> Figures:
-    """Mean |x_j - leap from x_k| over all k > j of the sampler's run: the length that tau is compared with."""
+def leap_distances(pipe: Any, prompts: Sequence[Any], steps: int, seed: int, **more: Any) -> Figures:
+    """Mean |x_j - leap from x_k| over all k > j of the sampler's run: the length that tau is compared with.
+
+    `more` are arguments of the call, such as guidance_scale.
+    """
     seen: list[tuple[Tensor, Tensor]] = []
     scheduler, generator = pipe.scheduler, Generator().manual_seed(seed)
     own = type(scheduler).step
@@ -128,16 +132,21 @@ def leap_distances(pipe: Any, prompts: list[Prompt], steps: int, seed: int) -> F
 
     scheduler.step = watched.__get__(scheduler)
     try:
-        options: dict[str, Any] = {"num_inference_steps": steps, "generator": generator, "output_type": "latent"}
-        final = pipe([prompt.text for prompt in prompts], **options).images
+        options: dict[str, Any] = {
+            "num_inference_steps": steps,
+            "generator": generator,
+            "output_type": "latent",
+            **more,
+        }
+        final = pipe([prompt.text for prompt in prompts], **options)[0]
     finally:
         del scheduler.step
-    points = [x for x, _ in seen] + [final]
+    points, sigmas = [x for x, _ in seen] + [final], scheduler.sigmas
     found: list[Tensor] = []
     for k in range(steps):
         for j in range(k + 2, steps + 1):
-            leap = points[k] - (j - k) / steps * seen[k][1]
-            found.append((leap - points[j]).abs().mean((1, 2)))
+            leap = points[k] - (sigmas[k] - sigmas[j]) * seen[k][1]
+            found.append((leap - points[j]).abs().flatten(1).mean(1))
     distances = torch.cat(found)
     quantiles = {f"q{q:02d}": float(distances.quantile(q / 100)) for q in (5, 25, 50, 75, 95)}
     return {"mean": float(distances.mean()), **quantiles, "latent_mean_abs": float(final.abs().mean())}

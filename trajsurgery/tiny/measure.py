@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -24,9 +24,11 @@ MEGABYTE = 1e6
 class Measuring:
     """How much to measure, and where the weights are."""
 
+    part: Literal["flux", "sd3", "wan"] = "flux"
+    """flux with the reward, or one of the others, which have a folder of their own below the weights."""
     weights: Path = WEIGHTS
     each: int = 80
-    """Held-out pictures in each of the six categories."""
+    """Pictures of each of the six categories, or videos of each of the four directions."""
     steps: int = 25
     """Steps of the sampler."""
     threads: int = 1
@@ -128,18 +130,33 @@ def _rows(figures: dict[str, Any]) -> list[str]:
     return rows
 
 
-def tell(figures: dict[str, Any], made: dict[str, str], measured: dict[str, str]) -> str:
+HEADS = {
+    "flux": (
+        "# The weights of the embedded world",
+        "",
+        "`pipeline/` is a FluxPipeline, `scorer/` the reward (an open_clip CLIP); all stored in bfloat16.",
+    ),
+    "sd3": (
+        "# The weights of the tiny Stable Diffusion 3",
+        "",
+        "The transformer, in bfloat16; the other parts are the tiny Flux's (`../pipeline`). Its text encoders have to",
+        "be those that `trained_on.json` names.",
+    ),
+    "wan": ("# The weights of the tiny Wan", "", "A WanPipeline, stored in bfloat16."),
+}
+
+
+def tell(figures: dict[str, Any], made: dict[str, str], measured: dict[str, str], part: str = "flux") -> str:
     """The README of the weights."""
+    command = "python -m trajsurgery.tiny.measure" + (f" --part {part}" if part != "flux" else "")
     return "\n".join(
         [
-            "# The weights of the embedded world",
-            "",
-            "`pipeline/` is a FluxPipeline, `scorer/` the reward (an open_clip CLIP); all stored in bfloat16.",
+            *HEADS[part],
             f"Made on {made['date']} from commit `{made['commit']}` by `{made['command']}`",
             f"({made['versions']}; {made['machine']}).",
             made.get("note", ""),
             "",
-            f"Measured on {measured['date']} at commit `{measured['commit']}` by `python -m trajsurgery.tiny.measure`",
+            f"Measured on {measured['date']} at commit `{measured['commit']}` by `{command}`",
             f"({measured['versions']}; {measured['machine']}). Shares unless the name says otherwise; n is the number",
             "of pictures judged, one for each prompt and noise. This file is written by that script.",
             "",
@@ -153,11 +170,18 @@ def tell(figures: dict[str, Any], made: dict[str, str], measured: dict[str, str]
 
 def main(config: Measuring) -> None:
     """Measures and writes `measured.json` and `README.md` into the weights' folder."""
+    from trajsurgery.tiny import measure_more
+
     torch.set_num_threads(config.threads)
-    figures, measured = measure(config), origin()
-    made = json.loads((config.weights / "made.json").read_text())
-    (config.weights / "measured.json").write_text(json.dumps({**figures, "origin": measured}, indent=1) + "\n")
-    (config.weights / "README.md").write_text(tell(figures, made, measured))
+    if config.part == "flux":
+        figures, folder = measure(config), config.weights
+    else:
+        found = measure_more.sd3(config.each, config.steps) if config.part == "sd3" else measure_more.wan(config.each)
+        figures, folder = {**found, "megabytes": size(WEIGHTS / config.part)}, WEIGHTS / config.part
+    measured = origin()
+    made = json.loads((folder / "made.json").read_text())
+    (folder / "measured.json").write_text(json.dumps({**figures, "origin": measured}, indent=1) + "\n")
+    (folder / "README.md").write_text(tell(figures, made, measured, config.part))
     print(json.dumps(figures, indent=1))
 
 

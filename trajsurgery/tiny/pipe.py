@@ -34,11 +34,11 @@ def shortened(pipe: Any) -> Any:
 
 
 def pipeline(folder: Path = WEIGHTS) -> Any:
-    """The pipeline of the folder in float32: Flux or Stable Diffusion 3 of the embedded world, or Wan of the videos.
+    """The pipeline of the folder in float32: the Flux of the embedded world, or the Wan of the videos.
 
     Prompts are as long as the world's (see `shortened`), images 32 x 32 pixels unless said otherwise. After a plain
     `from_pretrained(folder)` say `height=32, width=32, max_sequence_length=12`. A Wan has to be told its size in any
-    case: `height=32, width=32, num_frames=9`.
+    case: `height=32, width=32, num_frames=5`.
     """
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 

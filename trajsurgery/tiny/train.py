@@ -30,8 +30,8 @@ class Training:
     flux_steps: int = 7000
     scorer_steps: int = 1500
     sd3_steps: int = 5000
-    wan_vae_steps: int = 500
-    wan_steps: int = 2500
+    wan_vae_steps: int = 600
+    wan_steps: int = 2000
     vae_batch: int = 48
     batch: int = 64
     """Pictures a step of the flux and sd3 stages, two noises for each caption."""
@@ -39,8 +39,8 @@ class Training:
     """Scenes whose latents are cached."""
     videos: int = 5_000
     """Videos whose latents are cached."""
-    video_batch: int = 12
-    """Videos a step of the Wan's autoencoder; its transformer takes four times as many."""
+    video_batch: int = 16
+    """Videos a step of the Wan's autoencoder; its transformer takes three times as many."""
     save_every: int = 250
 
 
@@ -91,7 +91,7 @@ def train_text(config: Training) -> None:
 
 
 def train_flux(config: Training) -> None:
-    """Trains the transformer with the text encoders and saves the whole pipeline."""
+    """Trains the transformer on the text encoders' embeddings and saves the whole pipeline."""
     from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 
     from trajsurgery.tiny.architecture import scheduler, transformer
@@ -122,18 +122,20 @@ def train_flux(config: Training) -> None:
 
 
 def train_sd3(config: Training) -> None:
-    """Trains the transformer of a Stable Diffusion 3 on the encoders that Flux left, and saves the whole pipeline."""
+    """Trains the transformer of a Stable Diffusion 3 on the encoders that Flux left, and saves it."""
     from trajsurgery.tiny.fit_flux import corpus
-    from trajsurgery.tiny.fit_sd3 import sd3_stage, untrained
+    from trajsurgery.tiny.fit_sd3 import sd3_stage
+    from trajsurgery.tiny.sd3 import assembled, save, transformer
     from trajsurgery.tiny.stage import Budget, run
 
     vae = load_vae(config.output)
     data = corpus(vae, config.scenes, config.seed)
     torch.manual_seed(config.seed + 4)
-    pipe = untrained(config.output / "pipeline", vae)
+    flux = config.output / "pipeline"
+    pipe = assembled(flux, vae, transformer())
     budget = Budget(config.sd3_steps, 2e-3, seed=config.seed, save_every=config.save_every)
     run(sd3_stage(budget, config.batch, pipe, data), config.output, say)
-    pipe.to(torch.bfloat16).save_pretrained(config.output / "sd3")
+    save(pipe, flux, config.output / "sd3")
 
 
 def train_wan(config: Training) -> None:
@@ -151,7 +153,7 @@ def train_wan(config: Training) -> None:
     torch.manual_seed(config.seed + 6)
     pipe = untrained(config.output / "wan", vae)
     budget = replace(budget, steps=config.wan_steps)
-    run(wan_stage(budget, 4 * config.video_batch, pipe, data), config.output, say)
+    run(wan_stage(budget, 3 * config.video_batch, pipe, data), config.output, say)
     pipe.to(torch.bfloat16).save_pretrained(config.output / "wan")
 
 
@@ -168,17 +170,20 @@ def train_scorer(config: Training, name: str = "scorer") -> None:
 
 
 def ship(config: Training) -> None:
-    """Copies pipeline and scorers to the package's weights, with what made them: never part of "all"."""
+    """Copies what the output folder has to the package's weights, with what made it: never part of "all"."""
     import shutil
 
     from trajsurgery.tiny.measure import WEIGHTS, origin
     from trajsurgery.tiny.variant import shipped
 
-    for part in ("pipeline", "scorer", *shipped(config.output)):
-        shutil.rmtree(WEIGHTS / part, ignore_errors=True)
-        shutil.copytree(config.output / part, WEIGHTS / part)
     made = {**origin(), "command": f"python -m trajsurgery.tiny.train --seed {config.seed}"}
-    (WEIGHTS / "made.json").write_text(json.dumps(made, indent=1) + "\n")
+    # SD3 and Wan say for themselves what made them: they may be of another day than the Flux and its scorers.
+    places = {"pipeline": WEIGHTS, "scorer": WEIGHTS, "sd3": WEIGHTS / "sd3", "wan": WEIGHTS / "wan"}
+    for part in (*places, *shipped(config.output)):
+        if (config.output / part).is_dir():
+            shutil.rmtree(WEIGHTS / part, ignore_errors=True)
+            shutil.copytree(config.output / part, WEIGHTS / part)
+            (places.get(part, WEIGHTS) / "made.json").write_text(json.dumps(made, indent=1) + "\n")
 
 
 STAGES: dict[StageName, Callable[[Training], None]] = {

@@ -16,7 +16,7 @@ from trajsurgery.tiny.scene import COLOURS, RADIUS, SHAPES, SIDE, Scenes
 DIRECTIONS = ("right", "left", "down", "up")
 UNITS = ((1.0, 0.0), (-1.0, 0.0), (0.0, 1.0), (0.0, -1.0))  # (x, y), y downwards
 WORDINGS = ("a {} moves {}", "the {} goes {}")
-FRAMES = 9  # three frames of latents
+FRAMES = 5  # three frames of latents
 TRAVEL = (10.0, 14.0)  # pixels from the first to the last frame
 MARGIN = 7.0  # pixels between a centre and the edge: the largest radius, and a little
 HELDOUT, VALIDATION = 3, 2  # of the twelve things in each direction
@@ -84,9 +84,16 @@ def understand(prompts: Sequence[Motion | str]) -> list[Motion]:
     return [known[prompt] if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
-def draw_motions(split: Split, count: int, generator: Generator) -> list[Motion]:
-    """`count` prompts of a split, all equally likely."""
+def prompts(split: Split, generator: Generator | None = None, count: int | None = None) -> list[Motion]:
+    """All prompts of a split; with a generator and a count, so many of them, all equally likely.
+
+    Raises ValueError for another split, or if only one of generator and count is given.
+    """
     known = motions(split)
+    if (generator is None) != (count is None):
+        raise ValueError("prompts() draws `count` prompts with a `generator`: give both, or neither for all of them")
+    if generator is None or count is None:
+        return list(known)
     return [known[i] for i in torch.randint(len(known), (count,), generator=generator).tolist()]
 
 

@@ -25,7 +25,7 @@ class MotionReward:
     of the line fitted to the centres.
 
     What can be hacked: it does not see which shape the blob is, nor whether its outline is sharp; a blob that fades out
-    here and in there moves as well as one that glides. The rules (`judge_motion`) see all three.
+    here and in there moves as well as one that glides. The rules (`judge`) see all three.
     """
 
     name = "tiny-motion"
@@ -80,7 +80,7 @@ def _check(frames: Tensor, prompts: Sequence[Motion | str]) -> None:
     if len(shape) != 5 or shape[1] < 2 or shape[2:] != (3, SIDE, SIDE) or not frames.is_floating_point():
         raise RewardError(
             f"MotionReward takes videos, Float[batch, frames >= 2, 3, {SIDE}, {SIDE}] in [0, 1]; received {shape} of "
-            f"{frames.dtype}. Call the pipe with height={SIDE}, width={SIDE}, num_frames=9, output_type='pt'."
+            f"{frames.dtype}. Call the pipe with height={SIDE}, width={SIDE}, num_frames=5, output_type='pt'."
         )
     if isinstance(prompts, str) or len(prompts) != shape[0]:
         given = "one string" if isinstance(prompts, str) else str(len(prompts))

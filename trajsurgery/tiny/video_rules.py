@@ -8,7 +8,9 @@ from torch import Tensor
 
 from trajsurgery.tiny.scene import SIDE
 from trajsurgery.tiny.segment import segment
-from trajsurgery.tiny.video import DIRECTIONS, UNITS, Motion, understand
+from trajsurgery.tiny.video import DIRECTIONS, UNITS, Motion, prompts, understand
+
+__all__ = ["MotionVerdict", "judge", "prompts"]
 
 FAR = 6.0  # pixels from first to last frame for a motion to count; the world's videos have at least 10
 STRAIGHT = 0.5  # the most that the motion across may be, as a share of that along
@@ -37,14 +39,14 @@ class MotionVerdict:
         return {d: (float(self.correct[g].float().mean()), int(g.sum())) for d, g in groups.items() if bool(g.any())}
 
 
-def judge_motion(frames: Tensor, prompts: Sequence[Motion | str]) -> MotionVerdict:
+def judge(frames: Tensor, prompts: Sequence[Motion | str]) -> MotionVerdict:
     """Judges videos, Float[batch frames 3 SIDE SIDE] in [0, 1], each by its prompt.
 
     Raises ValueError if shapes or numbers do not match, or on a text that the world can't say.
     """
     if frames.dim() != 5 or frames.shape[2:] != (3, SIDE, SIDE) or len(frames) != len(prompts):
         raise ValueError(
-            f"judge_motion() takes videos [batch, frames, 3, {SIDE}, {SIDE}] and one prompt for each; "
+            f"judge() takes videos [batch, frames, 3, {SIDE}, {SIDE}] and one prompt for each; "
             f"received {tuple(frames.shape)} and {len(prompts)} prompts"
         )
     asked = understand(prompts)

@@ -14,24 +14,31 @@ LATENT_CHANNELS = 4
 WIDTH = 96  # of the transformer
 TEXT_WIDTH = 64
 TEXT_LENGTH = 8  # tokens; a prompt has five words and an end
-SCALE = 4  # the autoencoder's, in space and in time
-LATENT = (LATENT_CHANNELS, (FRAMES - 1) // SCALE + 1, SIDE // SCALE, SIDE // SCALE)
+PATCH = 2  # pixels
+SPACE, TIME = 4, 2  # what the autoencoder divides height and width by, and the number of frames but the first
+LATENT = (LATENT_CHANNELS, (FRAMES - 1) // TIME + 1, SIDE // SPACE, SIDE // SPACE)
 
 
 def vae() -> Any:
-    """An AutoencoderKLWan, videos Float[batch 3 9 32 32] in [-1, 1] to latents Float[batch 4 3 8 8]."""
+    """An AutoencoderKLWan, videos Float[batch 3 5 32 32] in [-1, 1] to latents Float[batch 4 3 8 8].
+
+    As Wan 2.2's it works on patches of pixels, which is four times as fast at this size.
+    """
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
     return AutoencoderKLWan(
-        base_dim=8,
+        base_dim=16,
         z_dim=LATENT_CHANNELS,
-        dim_mult=[1, 2, 2],
+        dim_mult=[1, 2],
         num_res_blocks=1,
-        temperal_downsample=[True, True],
+        temperal_downsample=[True],
         latents_mean=[0.0] * LATENT_CHANNELS,
         latents_std=[1.0] * LATENT_CHANNELS,
-        scale_factor_spatial=SCALE,
-        scale_factor_temporal=SCALE,
+        in_channels=3 * PATCH**2,
+        out_channels=3 * PATCH**2,
+        patch_size=PATCH,
+        scale_factor_spatial=SPACE,
+        scale_factor_temporal=TIME,
     )
 
 

@@ -1,0 +1,177 @@
+"""The video world: true videos are judged right, false ones wrong, and the reward's gradient is a gradient."""
+
+import os
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Generator, Tensor
+
+from trajsurgery import LeapAlign, world
+from trajsurgery.errors import RewardError
+from trajsurgery.presets import wan
+from trajsurgery.run import main
+from trajsurgery.tiny import video_fit, video_wan
+from trajsurgery.tiny.pipe import pipeline
+from trajsurgery.tiny.scene import PALETTE
+from trajsurgery.tiny.stage import Budget, run
+from trajsurgery.tiny.video import DIRECTIONS, FRAMES, Motion, every_motion, film, motions, prompts
+from trajsurgery.tiny.video_reward import MotionReward
+from trajsurgery.tiny.video_rules import judge
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+torch.set_num_threads(1)
+ALL = list(every_motion())
+
+
+@pytest.fixture(scope="module")
+def true() -> Tensor:
+    return film(ALL, Generator().manual_seed(0))
+
+
+FALSE = {
+    "the other way": lambda p: replace(p, direction=p.direction ^ 1),
+    "across": lambda p: replace(p, direction=(p.direction + 2) % 4),
+    "another colour": lambda p: replace(p, colour=(p.colour + 1) % 4),
+    "another shape": lambda p: replace(p, shape=(p.shape + 1) % 3),
+}
+
+
+def test_splits_are_disjoint_and_have_every_direction() -> None:
+    parts = {split: set(motions(split)) for split in ("train", "validation", "heldout")}
+    assert not any(a & b for a, b in combinations(parts.values(), 2))
+    assert set().union(*parts.values()) == set(ALL)
+    for part in parts.values():
+        assert {motion.category for motion in part} == set(DIRECTIONS)
+    with pytest.raises(ValueError, match="choose one of"):
+        motions("test")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="both"):
+        prompts("train", count=3)
+
+
+def test_true_videos_are_judged_right(true: Tensor) -> None:
+    verdict = judge(true, [p.text for p in ALL])
+    assert bool(verdict.correct.all())
+    assert float(verdict.junk.max()) == 0
+    assert float(verdict.along.min()) > 9.9
+    assert verdict.table()["overall"] == (1.0, len(ALL))
+
+
+@pytest.mark.parametrize("name", FALSE)
+def test_false_ones_are_judged_wrong(name: str, true: Tensor) -> None:
+    assert not bool(judge(true, [FALSE[name](p) for p in ALL]).correct.any())
+
+
+def test_a_video_that_stands_still_or_loses_its_shape_is_wrong(true: Tensor) -> None:
+    assert not bool(judge(true[:, :1].expand_as(true), ALL).correct.any())
+    cut = true.clone()
+    cut[:, 2] = 0.5
+    assert not bool(judge(cut, ALL).correct.any())
+    with pytest.raises(ValueError, match="one prompt for each"):
+        judge(true[:, 0], ALL)
+    with pytest.raises(ValueError, match="say it like"):
+        judge(true[:1], ["a red circle jumps"])
+
+
+def test_the_reward_is_high_for_true_videos_and_low_for_false_ones(true: Tensor) -> None:
+    reward = MotionReward()
+    own = reward(true, ALL)
+    assert float((own > reward.threshold).float().mean()) > 0.6, "a hinge at the threshold can close"
+    assert float(own.min()) > 0.75
+    for name, change in FALSE.items():
+        scores = reward(true, [change(p) for p in ALL])
+        assert name == "another shape" or float(scores.max()) < 0.2, name
+    assert float(reward(true[:, :1].expand_as(true), ALL).max()) < 0.55
+    for nothing in (torch.full_like(true, 0.5), torch.rand(true.shape, generator=Generator().manual_seed(1))):
+        assert float(reward(nothing, ALL).max()) < 0.01
+
+
+def test_the_rewards_gradient_agrees_with_finite_differences(true: Tensor) -> None:
+    reward, chosen = MotionReward(), ALL[::17]
+    noise = 0.04 * torch.rand(true[::17].shape, generator=Generator().manual_seed(2), dtype=torch.float64)
+    frames = (0.9 * true[::17].double() + 0.03 + noise).requires_grad_()
+    (gradient,) = torch.autograd.grad(reward(frames, chosen).sum(), frames)
+    assert float(gradient.abs().amax((1, 2, 3, 4)).min()) > 1e-5
+    for seed in range(3):
+        direction = torch.randn(frames.shape, generator=Generator().manual_seed(seed), dtype=torch.float64)
+        with torch.no_grad():
+            ahead, back = (reward(frames + sign * 1e-7 * direction, chosen) for sign in (1, -1))
+        analytic = (gradient * direction).sum((1, 2, 3, 4))
+        assert torch.allclose(analytic, (ahead - back) / 2e-7, rtol=1e-4, atol=1e-6)
+
+
+def blob(x: float, fade: float = 1.0) -> Tensor:
+    """A red disc around (x, 16), Float[1 1 3 32 32]."""
+    axis = torch.arange(32) + 0.5
+    inside = ((axis - x).square() + (axis[:, None] - 16).square() < 25).float() * fade
+    return (0.5 + inside * (torch.tensor(PALETTE[0]).view(3, 1, 1) - 0.5))[None, None]
+
+
+def test_what_can_be_hacked_is_as_stated() -> None:
+    """A blob that fades out here and in there moves for the reward, and does not for the rules."""
+    gliding = torch.cat([blob(8 + 3 * i) for i in range(5)], 1)
+    fading = torch.cat([blob(8, 1 - i / 4) + blob(20, i / 4) - 0.5 for i in range(5)], 1)
+    reward, asked = MotionReward(), ["a red circle moves right"]
+    assert float(reward(fading, asked)) > 0.5 * float(reward(gliding, asked))
+    assert bool(judge(gliding, asked).correct)
+    assert not bool(judge(fading, asked).correct)
+
+
+def test_errors_say_what_came(true: Tensor) -> None:
+    reward = MotionReward()
+    with pytest.raises(RewardError, match="num_frames"):
+        reward(true[:, 0], ALL)
+    with pytest.raises(RewardError, match="95"):
+        reward(true, ALL[1:])
+    with pytest.raises(RewardError, match="NaN"):
+        reward(true * float("nan"), ALL)
+
+
+def small(folder: Path) -> Path:
+    """A Wan trained for two steps, saved."""
+    torch.manual_seed(0)
+    stage = video_fit.vae_stage(Budget(2, 1e-3), 2)
+    run(replace(stage, report=None), folder, lambda line: None)
+    vae = stage.modules["vae"].requires_grad_(False)
+    pipe = video_wan.untrained(folder / "wan", vae)
+    data = video_fit.corpus(vae, 8, 0)
+    assert data.latents.shape[1:] == video_wan.LATENT
+    run(replace(video_fit.wan_stage(Budget(2, 1e-2), 4, pipe, data), report=None), folder, lambda line: None)
+    pipe.save_pretrained(folder / "wan")
+    return folder / "wan"
+
+
+def test_it_trains_loads_and_the_recipe_runs_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = pipeline(small(tmp_path))
+    assert [type(p).__name__ for p in (pipe, pipe.vae, pipe.transformer, pipe.text_encoder, pipe.scheduler)] == [
+        "WanPipeline",
+        "AutoencoderKLWan",
+        "WanTransformer3DModel",
+        "UMT5EncoderModel",
+        "UniPCMultistepScheduler",
+    ]
+    with torch.no_grad():
+        own = video_fit.encode(pipe, ["a red circle moves right", ""])
+    assert torch.allclose(pipe.encode_prompt(["a red circle moves right"])[0][0], own[0], atol=1e-5)
+    assert torch.allclose(pipe.encode_prompt(["a"])[1][0], own[1], atol=1e-5), "the empty prompt, for guidance"
+    monkeypatch.setattr("trajsurgery.tiny.pipeline", lambda name: pipe)
+    chosen = wan(LeapAlign(), "x")["tiny"]
+    assert chosen.rollout.frames == FRAMES
+    few = replace(chosen.rollout, steps=3, batch=2)
+    evaluation = replace(chosen.evaluation, images=4, steps=2, batch=2)
+    recipe = replace(chosen, rollout=few, evaluation=evaluation, iterations=2, output=tmp_path / "run")
+    found = main(recipe, world.load(recipe))
+    assert found is not None
+    assert found["categories"].keys() == set(DIRECTIONS)
+    assert "rule_before" in found
+    assert (tmp_path / "run/samples.png").is_file()
+
+
+def test_captions_are_mistaken_in_the_direction_alone() -> None:
+    known: tuple[Motion, ...] = motions("train")
+    for prompt in known:
+        for i in video_fit.mistakes(prompt):
+            assert (known[i].shape, known[i].colour) == (prompt.shape, prompt.colour)
+            assert known[i].direction != prompt.direction

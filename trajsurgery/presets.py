@@ -1,0 +1,57 @@
+"""The recipes of the other backbones: a Stable Diffusion 3, and a Wan that makes videos."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from trajsurgery.objective import Objective
+from trajsurgery.recipe import Evaluation, Method, Optimiser, Recipe, Rollout, paper
+
+
+def sd3(method: Method, output: str) -> dict[str, Recipe]:
+    """A method on the embedded SD3, and on SD3.5-Medium with the paper's numbers (appendix B: 512 px, 200 iterations).
+
+    Guidance is two calls of the transformer here, and both carry gradient. The embedded recipe's learning rate was
+    chosen on validation prompts, the rest is that of the embedded Flux.
+    """
+    large = paper(method, f"{output}_paper")
+    return {
+        "tiny": Recipe(
+            method=method,
+            model="tiny:sd3",
+            objective=Objective(threshold=0.45, tau=0.02),
+            rollout=Rollout(guidance=1.5),
+            optimiser=Optimiser(rate=3e-5),
+            evaluation=Evaluation(pictures=480),
+            output=Path(output),
+        ),
+        "paper": replace(
+            large,
+            model="stabilityai/stable-diffusion-3.5-medium",
+            rollout=replace(large.rollout, size=512),
+            iterations=200,
+        ),
+    }
+
+
+def wan(method: Method, output: str) -> dict[str, Recipe]:
+    """A method on the embedded Wan, which makes videos of one shape that is to move as the prompt says.
+
+    The paper has no videos: there is no preset of its numbers. Rate and length were chosen on validation prompts.
+    """
+    return {
+        "tiny": Recipe(
+            method=method,
+            model="tiny:wan",
+            reward="trajsurgery.tiny.video_reward:MotionReward",
+            prompts="tiny:wan",
+            heldout="tiny:wan",
+            objective=Objective(tau=0.02),
+            rollout=Rollout(steps=15, batch=16, size=32, frames=5, guidance=1.5),
+            optimiser=Optimiser(rate=3e-5),
+            iterations=150,
+            evaluation=Evaluation(images=240, steps=15, pictures=240),
+            output=Path(output),
+        ),
+    }

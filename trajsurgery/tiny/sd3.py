@@ -1,0 +1,112 @@
+"""The tiny Stable Diffusion 3: a transformer of its own with real guidance, all else is the tiny Flux's."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from trajsurgery.errors import RecipeError
+from trajsurgery.tiny.architecture import LATENT_CHANNELS, LATENT_SIDE, TEXT_WIDTH, WIDTH, scheduler
+from trajsurgery.tiny.pipe import FOLDERS, WEIGHTS, shortened
+
+GUIDANCE = 1.5  # of the pipeline's calls, chosen on validation prompts: 1 to 3.5 were tried
+
+
+def transformer() -> Any:
+    """An SD3Transformer2DModel of about a million parameters whose output and modulation start at zero."""
+    from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+
+    model = SD3Transformer2DModel(
+        sample_size=LATENT_SIDE,
+        patch_size=2,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        num_layers=3,
+        attention_head_dim=32,
+        num_attention_heads=WIDTH // 32,
+        joint_attention_dim=TEXT_WIDTH,
+        caption_projection_dim=WIDTH,
+        pooled_projection_dim=2 * TEXT_WIDTH,
+        pos_embed_max_size=LATENT_SIDE // 2,
+        qk_norm="rms_norm",
+    )
+    for name, module in model.named_modules():
+        modulates = isinstance(module, nn.Linear) and name.endswith(".linear") and "norm" in name
+        if modulates or name == "proj_out":
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+    return model
+
+
+def projected(folder: Path) -> Any:
+    """The tiny Flux's CLIP as SD3 wants it: a CLIPTextModelWithProjection, whose projection is the identity."""
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    trained: Any = CLIPTextModel.from_pretrained(folder, dtype=torch.float32)
+    trained.config.projection_dim = TEXT_WIDTH
+    model: Any = CLIPTextModelWithProjection(trained.config)
+    weights = {f"text_model.{name.removeprefix('text_model.')}": p for name, p in trained.state_dict().items()}
+    model.load_state_dict({**weights, "text_projection.weight": torch.eye(TEXT_WIDTH)})
+    return model
+
+
+def assembled(flux: Path, vae: Any, model: Any) -> Any:
+    """A StableDiffusion3Pipeline of this autoencoder and transformer and the text encoders of the tiny Flux, frozen.
+
+    Both its CLIPs are Flux's. The pipeline pads their joined states to the width of T5's, which is that of one CLIP
+    here: it cuts the second off, of which the pooled state alone is used.
+    """
+    from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
+    from transformers import CLIPTokenizer, T5EncoderModel, T5Tokenizer
+
+    clip = CLIPTokenizer.from_pretrained(flux / "tokenizer")
+    pipe: Any = StableDiffusion3Pipeline(
+        transformer=model,
+        scheduler=scheduler(),
+        vae=vae,
+        text_encoder=projected(flux / "text_encoder"),
+        tokenizer=clip,
+        text_encoder_2=projected(flux / "text_encoder"),
+        tokenizer_2=clip,
+        text_encoder_3=T5EncoderModel.from_pretrained(flux / "text_encoder_2", dtype=torch.float32),
+        tokenizer_3=T5Tokenizer.from_pretrained(flux / "tokenizer_2"),
+    )
+    for name in ("vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
+        getattr(pipe, name).requires_grad_(False).eval()
+    return shortened(pipe)
+
+
+def trained_on(flux: Path) -> dict[str, str]:
+    """The hashes of the weights that an SD3 shares with the Flux of the folder: with others it draws nonsense."""
+    shared = sorted(file for part in ("text_encoder", "text_encoder_2") for file in (flux / part).glob("*.safetensors"))
+    return {str(file.relative_to(flux)): hashlib.sha256(file.read_bytes()).hexdigest() for file in shared}
+
+
+def save(pipe: Any, flux: Path, folder: Path) -> None:
+    """Writes the transformer in bfloat16, and the hashes of what it goes with."""
+    pipe.transformer.to(torch.bfloat16).save_pretrained(folder / "transformer")
+    (folder / "trained_on.json").write_text(json.dumps(trained_on(flux), indent=1) + "\n")
+
+
+def pipeline(folder: Path = FOLDERS["sd3"], flux: Path = WEIGHTS) -> Any:
+    """The shipped StableDiffusion3Pipeline, float32; see `trajsurgery.tiny.pipeline`.
+
+    Its transformer is stored alone, as the other parts are those of the Flux in the package. `pipe.save_pretrained`
+    writes a folder that diffusers loads by itself.
+
+    Raises RecipeError if the Flux's text encoders are not those that it was trained with.
+    """
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+
+    if json.loads((folder / "trained_on.json").read_text()) != trained_on(flux):
+        raise RecipeError(
+            f"the tiny SD3 in {folder} was trained with other text encoders than those in {flux}: train it again with "
+            "`python -m trajsurgery.tiny.train --stage sd3`."
+        )
+    model: Any = SD3Transformer2DModel.from_pretrained(folder / "transformer", dtype=torch.float32)
+    vae: Any = AutoencoderKL.from_pretrained(flux / "vae", dtype=torch.float32)
+    return assembled(flux, vae, model)
