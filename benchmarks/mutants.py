@@ -38,13 +38,17 @@ FILES = ("ops.py", "execute.py", "gradient.py", "derivative.py", "interpolant.py
 """The core: what edits gradients, runs plans, derives closed forms, and says what is legal."""
 
 TESTS = (
-    *("test_by_hand.py", "test_rules_by_hand.py", "test_recompute_by_hand.py", "test_ops_value.py"),
-    *("test_ops_derivative.py", "test_run_errors.py", "test_bad_arguments.py", "test_gradient_paper.py"),
+    *("test_by_hand.py", "test_growing_by_hand.py", "test_gradient_by_hand.py", "test_rules_by_hand.py"),
+    *("test_recompute_by_hand.py", "test_ops_value.py", "test_ops_derivative.py", "test_run_errors.py"),
+    *("test_bad_arguments.py", "test_gradient_paper.py"),
 )
 """The selection."""
 
 FIRST = {
     "ops.py": ("test_recompute_by_hand.py", "test_ops_value.py", "test_ops_derivative.py"),
+    "gradient.py": ("test_gradient_by_hand.py",),
+    "derivative.py": ("test_gradient_by_hand.py",),
+    "interpolant.py": ("test_gradient_by_hand.py",),
     "check.py": ("test_rules_by_hand.py",),
     "rules.py": ("test_rules_by_hand.py",),
 }
@@ -69,7 +73,6 @@ class Options:
 
 
 def main(options: Options) -> int:
-    drawn = list(sample(options))
     log = ROOT / "outputs" / "mutants.jsonl"
     log.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -79,7 +82,7 @@ def main(options: Options) -> int:
         if options.baseline or untouched.verdict != "survived":
             print("\n".join(server.slowest), untouched.test)
             return int(untouched.verdict != "survived")
-        found = list(run(drawn, server, log))
+        found = list(run(options, server, log))
     if not options.only:
         write(options, found, untouched)
     for mutant, outcome in found:
@@ -101,7 +104,7 @@ def sample(options: Options) -> Iterator[Mutant]:
                 yield mutant
 
 
-def run(drawn: list[Mutant], server: Server, log: Path) -> Iterator[tuple[Mutant, Outcome]]:
+def run(options: Options, server: Server, log: Path) -> Iterator[tuple[Mutant, Outcome]]:
     """Each mutant's outcome: from the log if it has run with these sources and these tests, else from the server."""
     digest = hashlib.sha1()
     for name in sorted((ROOT / "tests").glob("*.py")):
@@ -112,15 +115,15 @@ def run(drawn: list[Mutant], server: Server, log: Path) -> Iterator[tuple[Mutant
         known[entry["key"]] = Outcome(**entry["outcome"])
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("mutants", total=len(drawn))
-        for i, mutant in enumerate(drawn):
+        task = progress.add_task("mutants", total=options.sample)
+        for i, mutant in enumerate(sample(options)):
             key = f"{mutant.key} {digest.hexdigest()[:12]}"
             if key not in known:
                 known[key] = server.run(mutant, FIRST.get(mutant.file, TESTS[:1]))
                 with log.open("a") as file:
                     file.write(json.dumps({"key": key, "outcome": asdict(known[key])}) + "\n")
                 if progress.disable:
-                    print(f"{i + 1}/{len(drawn)} {mutant.file}:{mutant.line} {known[key].verdict}", flush=True)
+                    print(f"{i + 1}/{options.sample} {mutant.file}:{mutant.line} {known[key].verdict}", flush=True)
             progress.advance(task)
             yield mutant, known[key]
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from trajsurgery import Plan, PlanError, latent, leapalign, noise, recorded
-from trajsurgery.check import PLAN_RULES, violations
+from trajsurgery.check import PLAN_RULES, sampled, violations
 from trajsurgery.node import Advance, Leap, Noise, Scale, Velocity
 from trajsurgery.rules import RULES
 
@@ -139,6 +139,8 @@ ILLEGAL: tuple[tuple[Callable[[], Any], str, str], ...] = (
     (lambda: Plan(X.leap(0), steps=True), "steps-type", "Received steps=True."),
     (lambda: Plan(X.leap(0), steps=2.0), "steps-type", "Received steps=2.0."),
     (lambda: Plan(X.leap(0), steps=4).prepared(5), "steps", "Received a plan for 4 steps, a trajectory of 5."),
+    (lambda: Plan(X.leap(0), steps=4).prepared(3), "steps", "Received a plan for 4 steps, a trajectory of 3."),
+    (lambda: Plan(latent(-1).leap(0)), "time-range", "the time -1, of T steps, in"),
     (lambda: leapalign("k", "j").prepared(5), "unbound", "Received k, j in x_k -> "),
     (lambda: X.leap(0, discount=0.5, velocity=V), "one-velocity", "both discount=0.5 and velocity="),
 )
@@ -157,6 +159,29 @@ def test_illegal(make: Callable[[], Any], rule: str, received: str) -> None:
         demand, repair = PLAN_RULES[rule]
         assert str(err.value).startswith(f"[{rule}] {demand}. Received ")
         assert str(err.value).endswith(f". {repair}")
+
+
+@pytest.mark.parametrize(
+    "sigmas, legal",
+    [
+        ([1.0, 0.5, 0.25, 0.0], True),
+        ([0.0, 0.5, 0.75, 1.0], True),
+        ([1.0, 0.5, 0.5, 0.0], False),
+        ([0.0, 0.5, 0.5, 1.0], False),
+        ([1.0, 0.25, 0.5, 0.0], False),
+        ([1.001, 0.5, 0.25, 0.0], False),
+        ([1.0, 0.5, 0.25, -0.001], False),
+        ([1.0], False),
+        ([], False),
+        ([1.0, float("nan"), 0.5, 0.0], False),
+    ],
+)
+def test_sigmas(sigmas: list[float], legal: bool) -> None:
+    if legal:
+        sampled(sigmas)
+        return
+    with pytest.raises(PlanError, match=r"the sigmas received, \["):
+        sampled(sigmas)
 
 
 def test_every_rule_is_here() -> None:
