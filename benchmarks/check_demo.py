@@ -3,7 +3,8 @@
     python benchmarks/check_demo.py outputs/leapalign_flux
 
 The reward on held-out prompts rises by more than three paired standard errors, within five minutes, and pictures and
-tuned weights are there. Exits with 1 and says what is missing otherwise.
+tuned weights are there. Further scorers and the diversity are told, not judged. Exits with 1 and says what is missing
+otherwise.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 STANDARD_ERRORS = 3.0
 SECONDS = 300.0
-PICTURES = ("reward.png", "samples.png", "plan.svg")
+PICTURES = ("reward.png", "samples.png", "heldout.png", "plan.svg")
 NEEDED = ("reward_before", "reward_after", "reward_gain", "reward_gain_se", "seconds")
 SHOWN = (*NEEDED, "rule_before", "rule_after", "junk_before", "junk_after")
 
@@ -55,6 +56,9 @@ def main(folder: Path) -> int:
     for name in SHOWN:
         value = found.get(name)
         print(f"  {name:16} {value:.4f}" if isinstance(value, float) else f"  {name:16} {value}")
+    for name, line in {**found.get("metrics", {}), **found.get("diversity", {})}.items():
+        kind = "reward" if "reward_gain" in line else "diversity"
+        print(f"  {name}, {kind}: {line[f'{kind}_before']:.4f} -> {line[f'{kind}_after']:.4f}")
     wrong = list(broken(folder, found))
     for line in wrong:
         print(f"demo: {line}", file=sys.stderr)

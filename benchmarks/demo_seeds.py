@@ -10,7 +10,9 @@ every seed. Settings were chosen by choose.py, on validation prompts and other s
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from provenance import provenance
 from trajsurgery.evaluate import in_standard_errors
 from trajsurgery.methods import DRaFTLV, DRTune, LeapAlign, ReFL
 from trajsurgery.recipe import Recipe, presets
+from trajsurgery.report import rows
 from trajsurgery.run import main as run
 
 HERE = Path(__file__).parent
@@ -52,13 +55,22 @@ def recipe(options: Options, seed: int) -> Recipe:
     return replace(chosen, seed=seed, output=folder, evaluation=replace(chosen.evaluation, images=options.images))
 
 
+def panels(lines: Iterable[dict[str, Any]]) -> dict[str, list[tuple[dict[str, Any], str]]]:
+    """Title: (record, name in it) of each seed, for every figure that all seeds have, as in a run's own report."""
+    told = [{said: (record, name) for said, record, name in rows(line)} for line in lines]
+    return {said: [line[said] for line in told] for said in told[0] if all(said in line for line in told)}
+
+
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Before and after, seed by seed: reward, rule-based score, junk."""
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    names = {"reward": "held-out reward", "rule": "rule-based score", "junk": "junk pixels"}
-    for axes, (name, title) in zip(figure.subplots(1, 3), names.items()):
-        for place, (seed, line) in enumerate(found["seeds"].items()):
-            bar = 2 * line[f"{name}_gain_se"]
+    """Before and after, seed by seed: reward, further scorers, rule-based score, junk, diversity."""
+    told = panels(found["seeds"].values())
+    columns = min(4, len(told))
+    height = math.ceil(len(told) / columns)
+    figure = Figure(figsize=(3 * columns, 0.5 + 3 * height), layout="constrained")
+    parts = figure.subplots(height, columns, squeeze=False).flat
+    for axes, (title, records) in zip(parts, told.items()):
+        for place, (seed, (line, name)) in enumerate(zip(found["seeds"], records)):
+            bar = 2 * (line[f"{name}_gain_se"] or 0)
             axes.plot([place - 0.12], [line[f"{name}_before"]], "o", color="#7a8691", markersize=8)
             axes.errorbar(place + 0.12, line[f"{name}_after"], bar, fmt="o", color="#0b6e99", capsize=4, markersize=8)
             axes.annotate(f"seed {seed}", (place, 0), xycoords=("data", "axes fraction"), xytext=(0, -14),
@@ -66,7 +78,11 @@ def draw(found: dict[str, Any], path: Path) -> None:
         axes.set(title=title, xticks=[], xlim=(-0.6, len(found["seeds"]) - 0.4))
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(y=0.25)
-    figure.suptitle(f"grey before, blue after with two paired standard errors; {found['images']} images a seed")
+    for axes in parts:
+        axes.set_visible(False)
+    figure.suptitle(
+        f"grey before, blue after; bar: two paired standard errors of the gain; {found['images']} images a seed"
+    )
     figure.savefig(path, dpi=150)
 
 
@@ -86,6 +102,11 @@ def main(options: Options) -> int:
     draw(found, options.output / f"{name}.png")
     rose = all(line["reward_gain_in_se"] > STANDARD_ERRORS for line in lines.values())
     print(f"reward up by more than {STANDARD_ERRORS:g} paired standard errors on every seed: {rose}")
+    for name in lines[str(options.seeds[0])]["metrics"]:
+        gains = [in_standard_errors(line["metrics"][name]) for line in lines.values() if name in line["metrics"]]
+        print(
+            f"scorer {name}, which no gradient climbs, in paired standard errors: {[round(gain, 1) for gain in gains]}"
+        )
     return 0 if rose else 1
 
 

@@ -16,7 +16,7 @@ GOOD = {"kind": "evaluation", "reward_before": 0.1, "reward_after": 0.3, "reward
 
 
 def check(folder: Path, record: dict[str, Any] | None, without: str = "") -> subprocess.CompletedProcess[str]:
-    for name in ("reward.png", "samples.png", "plan.svg", "transformer/weights.safetensors"):
+    for name in ("reward.png", "samples.png", "heldout.png", "plan.svg", "transformer/weights.safetensors"):
         if name != without:
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(b"x" * 2000)
@@ -42,6 +42,7 @@ def test_a_good_run_passes(tmp_path: Path) -> None:
         ({"seconds": 301.0}, "", "more than 300 s"),
         ({"kind": "iteration"}, "", "does not end in an evaluation"),
         ({}, "samples.png", "samples.png is missing"),
+        ({}, "heldout.png", "heldout.png is missing"),
         ({}, "transformer/weights.safetensors", "no tuned weights"),
     ],
 )
@@ -49,6 +50,15 @@ def test_a_bad_run_is_named(tmp_path: Path, change: dict[str, Any], without: str
     done = check(tmp_path, GOOD | change, without)
     assert done.returncode == 1
     assert message in done.stderr
+
+
+def test_further_scorers_and_diversity_are_told(tmp_path: Path) -> None:
+    metrics = {"tiny:scorer_b": {"reward_before": 0.1, "reward_after": 0.2, "reward_gain": 0.1}}
+    diversity = {"pixels": {"diversity_before": 0.4, "diversity_after": 0.3}}
+    done = check(tmp_path, {**GOOD, "metrics": metrics, "diversity": diversity})
+    assert done.returncode == 0
+    assert "tiny:scorer_b, reward: 0.1000 -> 0.2000" in done.stdout
+    assert "pixels, diversity: 0.4000 -> 0.3000" in done.stdout
 
 
 def test_a_run_that_never_ended_is_named(tmp_path: Path) -> None:
