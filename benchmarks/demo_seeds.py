@@ -102,8 +102,9 @@ def main(options: Options) -> int:
     draw(found, options.output / f"{name}.png")
     rose = all(line["reward_gain_in_se"] > STANDARD_ERRORS for line in lines.values())
     print(f"reward up by more than {STANDARD_ERRORS:g} paired standard errors on every seed: {rose}")
-    for name in lines[str(options.seeds[0])]["metrics"]:
-        gains = [in_standard_errors(line["metrics"][name]) for line in lines.values() if name in line["metrics"]]
+    graded = {seed: line.get("metrics", {}) for seed, line in lines.items()}  # none in runs of 0.1.0
+    for name in graded[str(options.seeds[0])]:
+        gains = [in_standard_errors(metrics[name]) for metrics in graded.values() if name in found]
         print(
             f"scorer {name}, which no gradient climbs, in paired standard errors: {[round(gain, 1) for gain in gains]}"
         )
