@@ -104,7 +104,7 @@ def main(options: Options) -> int:
     print(f"reward up by more than {STANDARD_ERRORS:g} paired standard errors on every seed: {rose}")
     graded = {seed: line.get("metrics", {}) for seed, line in lines.items()}  # none in runs of 0.1.0
     for name in graded[str(options.seeds[0])]:
-        gains = [in_standard_errors(metrics[name]) for metrics in graded.values() if name in found]
+        gains = [in_standard_errors(metrics[name]) for metrics in graded.values() if name in metrics]
         print(
             f"scorer {name}, which no gradient climbs, in paired standard errors: {[round(gain, 1) for gain in gains]}"
         )
