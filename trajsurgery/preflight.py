@@ -67,9 +67,15 @@ def _elements(file: Path) -> int:
 def _method(recipe: Recipe) -> str | None:
     """Draws one plan: settings that allow none would else be told after the first evaluation."""
     try:
-        recipe.method.draw(recipe.rollout.steps, torch.Generator().manual_seed(recipe.seed))
+        plan = recipe.method.draw(recipe.rollout.steps, torch.Generator().manual_seed(recipe.seed))
     except PlanError as error:
         return f"no plan: {recipe.method} on {recipe.rollout.steps} steps: {error}"
+    if recipe.rollout.plans > 1 and not plan.exact:
+        return (
+            f"--rollout.plans {recipe.rollout.plans}: plans share a rollout if the reward looks at its image, which "
+            f"{recipe.method} does not give it ({plan}). Take LeapAlign, FlowBP, DRTune with --method.connected, or "
+            "one plan a rollout."
+        )
     return None
 
 

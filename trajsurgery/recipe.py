@@ -44,6 +44,8 @@ class Rollout:
     """Frames of a video; left out for images."""
     guidance: float = 3.5
     """The pipeline's guidance_scale."""
+    plans: int = 1
+    """Plans a rollout; the loss is their mean. Above 1 only methods whose plans end in the rollout's own image."""
     memory: Literal["retain", "recompute", "staged"] = "retain"
     """retain keeps the activations of the plan's model calls; recompute and staged those of one call at a time."""
     checkpointing: bool = False
@@ -129,6 +131,7 @@ class Recipe:
             "rollout.steps": self.rollout.steps,
             "rollout.batch": self.rollout.batch,
             "rollout.at_once": self.rollout.at_once,
+            "rollout.plans": self.rollout.plans,
             "rollout.size": self.rollout.size,
             "rollout.frames": self.rollout.frames,
             "evaluation.images": self.evaluation.images,

@@ -20,7 +20,7 @@ from trajsurgery.node import Velocity
 from trajsurgery.pipelines import Surgery, operate
 from trajsurgery.plan import Plan
 from trajsurgery.recipe import Recipe
-from trajsurgery.surgery import backward, distances, values
+from trajsurgery.surgery import apply, backward, distances, values
 from trajsurgery.world import Embeddings, World, call_of, threshold
 
 PATIENCE = 3
@@ -90,10 +90,10 @@ def train(recipe: Recipe, world: World, training: Training, watch: Callable[[Ite
 
 
 def iterate(recipe: Recipe, world: World, embeddings: Embeddings, training: Training, lambda_: float) -> Iteration:
-    """One iteration: a plan, a batch in one or more rollouts, one step of the optimiser."""
+    """One iteration: one plan or several, a batch in one or more rollouts, one step of the optimiser."""
     began, number = time.monotonic(), training.iteration + 1
     draws = {purpose: generator(recipe.seed, number, purpose) for purpose in _PURPOSES}
-    plan = recipe.method.draw(recipe.rollout.steps, draws["plan"])
+    plans = [recipe.method.draw(recipe.rollout.steps, draws["plan"]) for _ in range(recipe.rollout.plans)]
     texts = world.draw(recipe.rollout.batch, draws["prompts"])
     at_once = recipe.rollout.at_once or len(texts)
     sums = torch.zeros(6, device=world.device)
@@ -101,7 +101,11 @@ def iterate(recipe: Recipe, world: World, embeddings: Embeddings, training: Trai
         for start in range(0, len(texts), at_once):
             part = texts[start : start + at_once]
             kwargs = {**embeddings(part), "generator": draws["noise"]}
-            grades = _pull(recipe, world, plan, part, kwargs, draws["renoise"], (lambda_, len(part) / len(texts)))
+            scale = lambda_, len(part) / len(texts)
+            if len(plans) == 1:
+                grades = _pull(recipe, world, plans[0], part, kwargs, draws["renoise"], scale)
+            else:
+                grades = _pull_several(recipe, world, plans, part, kwargs, draws["renoise"], scale)
             sums += grades * (len(part) / len(texts))
     if all(p.grad is None for p in training.parameters):
         raise RecipeError(_NOTHING)
@@ -111,7 +115,8 @@ def iterate(recipe: Recipe, world: World, embeddings: Embeddings, training: Trai
     healthy = bool(torch.tensor(found).isfinite().all())
     idle = _idle(training) if healthy and loss > 0 and not training.looked else None
     skipped = _step(recipe, training, healthy)
-    times = sorted({n.t for n in plan.nodes if isinstance(n, Velocity) and isinstance(n.t, int)}, reverse=True)
+    nodes = {n for plan in plans for n in plan.nodes}
+    times = sorted({n.t for n in nodes if isinstance(n, Velocity) and isinstance(n.t, int)}, reverse=True)
     seconds = round(time.monotonic() - began, 4)
     return Iteration(number, reward, loss, grad_norm, clamped, weight, closed, skipped, tuple(times), seconds, idle)
 
@@ -174,6 +179,45 @@ def _pull(
         health = sum((image.detach().sum() * 0 for image in decoded), loss.detach() * 0)
         closed = (torch.stack([score.detach() for score in scores]) >= lambda_).float().mean()
         return torch.stack([reward.mean(), loss.detach(), weights.clamped, weights.w.mean(), closed, health]).float()
+
+
+def _pull_several(
+    recipe: Recipe,
+    world: World,
+    plans: list[Plan],
+    texts: list[str],
+    kwargs: dict[str, Any],
+    renoise: torch.Generator,
+    scale: tuple[float, float],
+) -> Tensor:
+    """As `_pull`, for several exact plans: their output is the rollout's x_0, hence one decode and one reward gradient.
+
+    The loss is their mean, each with weights of its own.
+    """
+    lambda_, share = scale
+    with operate(world.pipe) as surgery:
+        world.pipe(num_inference_steps=recipe.rollout.steps, **call_of(recipe), **kwargs, output_type="latent")
+    x_0, tail = surgery.trajectory[0].detach().requires_grad_(), (surgery.trajectory, surgery.field)
+    image = surgery.decode(x_0)
+    score = world.reward(_whole(image), texts)
+    loss = objective.loss([score], torch.ones_like(score), lambda_)
+    (pull,) = objective.cotangents(loss * share / len(plans), (x_0,))
+    found: list[objective.Weights] = []
+    for plan in plans:
+        apart = distances(plan, *tail, generator=renoise) if recipe.weights_at != "none" else {}
+        found.append(objective.weights(plan, surgery.trajectory, apart, recipe.weights_at, recipe.objective.tau))
+        cotangent = pull * found[-1].w.to(pull).view(-1, *[1] * (pull.dim() - 1))
+        if recipe.rollout.memory == "staged":
+            backward(plan, *tail, cotangent, generator=renoise, check=False)
+        else:
+            torch.autograd.backward(apply(plan, *tail, recipe.rollout.memory, generator=renoise), cotangent)
+    with torch.no_grad():
+        w = torch.stack([weights.w for weights in found]).mean(0)
+        clamped = torch.stack([weights.clamped for weights in found]).mean()
+        loss = objective.loss([score], w, lambda_)
+        health = image.detach().sum() * 0 + loss * 0
+        closed = (score >= lambda_).float().mean()
+        return torch.stack([score.mean(), loss, clamped, w.mean(), closed, health]).float()
 
 
 def _sample(

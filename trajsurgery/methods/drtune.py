@@ -45,10 +45,13 @@ class DRTune:
     Args:
         train: K, the number of training times (2 in appendix E).
         last: the early-stop range m (11 of 25 in appendix E).
+        connected: whether the reward looks at the rollout's image, with the gradient of the prediction: a deviation
+            from Algorithm 1, by which several plans can share a rollout.
     """
 
     train: int = 2
     last: int = 11
+    connected: bool = False
 
     weights_at = "none"
     """Algorithm 1, line 40: w = 1."""
@@ -69,4 +72,5 @@ class DRTune:
             first = 1 + uniform(steps - (self.train - 1) * apart, generator)
             times = {first + i * apart for i in range(self.train)}
             if max(times) >= stop:
-                return drtune(steps, stop, times)
+                plan = drtune(steps, stop, times)
+                return Plan(plan.outputs[0].connect(), steps=steps) if self.connected else plan
