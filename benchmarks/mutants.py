@@ -73,7 +73,7 @@ class Options:
 
 
 def main(options: Options) -> int:
-    log = ROOT / "outputs" / "mutants.jsonl"
+    origin, log = provenance(), ROOT / "outputs" / "mutants.jsonl"
     log.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         server = Server(ROOT, Path(folder), TESTS, SLOW, options.limit)
@@ -84,30 +84,30 @@ def main(options: Options) -> int:
             return int(untouched.verdict != "survived")
         found = list(run(options, server, log))
     if not options.only:
-        write(options, found, untouched)
+        write(options, found, untouched, origin)
     for mutant, outcome in found:
         if outcome.verdict == "survived":
             print(f"{mutant.file}:{mutant.line} {mutant.operator}\n  - {mutant.old}\n  + {mutant.new}\n  {why(mutant)}")
     return 0
 
 
-def sample(options: Options) -> Iterator[Mutant]:
+def sample(options: Options, package: Path) -> Iterator[Mutant]:
     """The mutants, in an order that only the seed and the sources decide."""
-    every = [(file, *place) for file in FILES for place in mutants(ROOT / "trajsurgery" / file)]
+    every = [(file, *place) for file in FILES for place in mutants(package / file)]
     random.Random(options.seed).shuffle(every)
     count = 0
     for file, operator, occurrence in every:
         if options.only in file and count < options.sample:
-            mutant = Mutant.made(ROOT / "trajsurgery" / file, operator, occurrence)
+            mutant = Mutant.made(package / file, operator, occurrence)
             if mutant is not None:
                 count += 1
                 yield mutant
 
 
 def run(options: Options, server: Server, log: Path) -> Iterator[tuple[Mutant, Outcome]]:
-    """Each mutant's outcome: from the log if it has run with these sources and these tests, else from the server."""
+    """Each mutant's outcome: from the log if this very file has run against these tests, else from the server."""
     digest = hashlib.sha1()
-    for name in sorted((ROOT / "tests").glob("*.py")):
+    for name in sorted((server.copy / "tests").glob("*.py")):
         digest.update(name.read_bytes() if name.name in TESTS else b"")
     known: dict[str, Outcome] = {}
     for line in log.read_text().splitlines() if log.exists() else []:
@@ -116,7 +116,7 @@ def run(options: Options, server: Server, log: Path) -> Iterator[tuple[Mutant, O
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("mutants", total=options.sample)
-        for i, mutant in enumerate(sample(options)):
+        for i, mutant in enumerate(sample(options, server.copy / "trajsurgery")):
             key = f"{mutant.key} {digest.hexdigest()[:12]}"
             if key not in known:
                 known[key] = server.run(mutant, FIRST.get(mutant.file, TESTS[:1]))
@@ -140,7 +140,7 @@ def wilson(share: int, of: int, z: float = 1.96) -> tuple[float, float]:
     return (centre - width) / (1 + z**2 / n), (centre + width) / (1 + z**2 / n)
 
 
-def write(options: Options, found: list[tuple[Mutant, Outcome]], untouched: Outcome) -> None:
+def write(options: Options, found: list[tuple[Mutant, Outcome]], untouched: Outcome, origin: dict[str, Any]) -> None:
     """mutants.json and mutants.png."""
     verdicts = Counter(outcome.verdict for _, outcome in found)
     killed = len(found) - verdicts["survived"]
@@ -163,7 +163,7 @@ def write(options: Options, found: list[tuple[Mutant, Outcome]], untouched: Outc
             for mutant, outcome in found
             if outcome.verdict == "survived"
         ],
-        **provenance(),
+        **origin,
     }
     record["versions"] |= {name: version(name) for name in ("cosmic-ray", "hypothesis", "pytest", "sympy")}
     (HERE / "mutants.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
