@@ -12,8 +12,8 @@ from trajsurgery.recipe import Evaluation, Method, Optimiser, Recipe, Rollout, p
 def sd3(method: Method, output: str) -> dict[str, Recipe]:
     """A method on the embedded SD3, and on SD3.5-Medium with the paper's numbers (appendix B: 512 px, 200 iterations).
 
-    Guidance is two calls of the transformer here, and both carry gradient. The embedded recipe's learning rate was
-    chosen on validation prompts, the rest is that of the embedded Flux.
+    Guidance is two passes of the transformer here, and both carry gradient. The embedded recipe's numbers are those of
+    the embedded Flux, and guidance the one that was best on validation prompts.
     """
     large = paper(method, f"{output}_paper")
     return {
@@ -38,7 +38,7 @@ def sd3(method: Method, output: str) -> dict[str, Recipe]:
 def wan(method: Method, output: str) -> dict[str, Recipe]:
     """A method on the embedded Wan, which makes videos of one shape that is to move as the prompt says.
 
-    The paper has no videos: there is no preset of its numbers. Rate and length were chosen on validation prompts.
+    The paper has no videos: there is no preset of its numbers.
     """
     return {
         "tiny": Recipe(

@@ -29,8 +29,8 @@ class Training:
     text_steps: int = 700
     flux_steps: int = 7000
     scorer_steps: int = 1500
-    sd3_steps: int = 5000
-    wan_vae_steps: int = 600
+    sd3_steps: int = 3000
+    wan_vae_steps: int = 400
     wan_steps: int = 2000
     vae_batch: int = 48
     batch: int = 64
@@ -39,7 +39,7 @@ class Training:
     """Scenes whose latents are cached."""
     videos: int = 5_000
     """Videos whose latents are cached."""
-    video_batch: int = 16
+    video_batch: int = 8
     """Videos a step of the Wan's autoencoder; its transformer takes three times as many."""
     save_every: int = 250
 
