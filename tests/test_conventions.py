@@ -23,7 +23,7 @@ LAYERS: dict[str, str] = {
     "language": "plan",
     "surgery": "ops",
     "execution": "alarm inputs params terms trajectory linear execute surgery",
-    "samplers": "reentry pipelines",
+    "samplers": "scheduler guidance record reentry loop pipelines",
     "methods": "methods",
     "rewards": "rewards",
     "tiny": "tiny",

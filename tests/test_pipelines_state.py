@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
 from tests.small_pipelines import PIPELINES, Small
 from trajsurgery import (
@@ -120,12 +120,6 @@ def test_unbound_names_are_refused_before_any_work(small: Small) -> None:
 def test_a_diffusion_scheduler_is_refused_before_any_work(small: Small, scheduler: Any) -> None:
     small.pipe.scheduler = scheduler()
     with pytest.raises(SamplerError, match="no flow-matching scheduler"), operate(small.pipe):
-        pass
-
-
-def test_two_calls_a_step_are_refused(small: Small) -> None:
-    small.pipe.scheduler = FlowMatchHeunDiscreteScheduler()
-    with pytest.raises(SamplerError, match="more than one call a step"), operate(small.pipe):
         pass
 
 

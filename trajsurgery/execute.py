@@ -100,12 +100,15 @@ class Execution:
         for node in self.plan.nodes:
             if isinstance(node, Leap | Advance):
                 t = _time(node)
+                if t not in self.trajectory.latents:  # the rollout ended before
+                    continue
                 misses = found.setdefault(t, [])
                 if node not in self.faithful:
                     real = self.trajectory[t]
                     wide = torch.promote_types(real.dtype, torch.float32)
                     misses.append((real.to(wide) - self.tensors[node].detach()).abs().reshape(len(real), -1).mean(1))
-        zero = self.trajectory[0].new_zeros(len(self.trajectory[0]))
+        start = self.trajectory[self.trajectory.steps]
+        zero = start.new_zeros(len(start))
         return {t: torch.stack(found[t]).mean(0) if found[t] else zero for t in sorted(found, reverse=True)}
 
     def _recorded(self, node: Node) -> bool:

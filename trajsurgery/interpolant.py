@@ -71,6 +71,23 @@ class RectifiedFlow(Interpolant):
 
 
 @dataclass(frozen=True)
+class InvertedFlow(RectifiedFlow):
+    """(t, 1 - t): rectified flow on times that rise from noise to image, as Mochi's. A = 1, B = j - k as above."""
+
+    def alpha(self, t: Any, xp: Any = math) -> Any:
+        return t
+
+    def beta(self, t: Any, xp: Any = math) -> Any:
+        return 1 - t
+
+    def alpha_rate(self, t: Any, xp: Any = math) -> Any:
+        return 1
+
+    def beta_rate(self, t: Any, xp: Any = math) -> Any:
+        return -1
+
+
+@dataclass(frozen=True)
 class Trigonometric(Interpolant):
     """(cos, sin) of pi t / 2. A = cos(pi (k - j) / 2), B = -(2 / pi) sin(pi (k - j) / 2)."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,6 +33,19 @@ def scale(x: Tensor, factor: float) -> Tensor:
     if factor == 0:
         return x.detach()
     return x if factor == 1 else _apply(_Scale, x, factor)
+
+
+@dataclass
+class Gate:
+    """Which rows of a batch pass their gradient, decided between the forward and the backward pass."""
+
+    rows: Tensor | None = None
+    """[batch] of bool; None: all."""
+
+
+def gated(x: Tensor, gate: Gate) -> Tensor:
+    """The value of `x`, exactly; the gradient of the rows that the gate then passes."""
+    return _apply(_Gated, x, gate)
 
 
 def recompute(call: Call, x: Tensor, params: Sequence[Tensor], value: Tensor | None) -> Tensor:
@@ -92,6 +106,18 @@ class _Scale(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return tangent * ctx.factor
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Gate) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.gate = gate
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        rows = ctx.gate.rows
+        return grad if rows is None else grad * rows.reshape(-1, *[1] * (grad.dim() - 1)).to(grad.dtype), None
 
 
 class _Recompute(torch.autograd.Function):

@@ -2,7 +2,8 @@
 
 The loop runs with the recorded arguments. Until the wanted step its model calls are skipped (zeros of the right shape
 stand in), so that the loop's own index and schedule are what they were; then the latents are substituted inside the
-loop, one model call is made, and what it passes to `scheduler.step` is the velocity.
+loop, one model call is made, and what it passes to `scheduler.step` is the velocity. The first step's latents are
+substituted where the pipeline prepares them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,72 +18,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from trajsurgery.errors import SamplerError
+from trajsurgery.guidance import sides
+from trajsurgery.record import Record, encoders
+from trajsurgery.scheduler import rerouted
 
 _MISSING = object()
-
-
-@dataclass
-class Record:
-    """What one call of a pipeline was made with, and what it is not to do again."""
-
-    pipe: Any
-    base: type
-    """The pipeline's own class."""
-    arguments: dict[str, Any]
-    generators: dict[int, Tensor]
-    """{id of a generator among the arguments: its state when the call began}."""
-    random: Tensor
-    """The CPU's global generator's state when the call began."""
-    random_cuda: list[Tensor]
-    """Those of the GPUs."""
-    encodings: list[Any] = field(default_factory=list[Any])
-    """What `encode_prompt` returned, call by call."""
-    templates: dict[nn.Module, list[Any]] = field(default_factory=dict[nn.Module, list[Any]])
-    """The outputs of the modules that one step of the loop calls, on the meta device."""
-    times: list[float] = field(default_factory=list[float])
-    """The sampler's sigmas, noise first."""
-
-    @classmethod
-    def of(cls, pipe: Any, base: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Record:
-        """The record of a call that is about to be made."""
-        bound = inspect.signature(inspect.unwrap(base.__call__)).bind(pipe, *args, **kwargs)
-        bound.apply_defaults()
-        arguments = dict(bound.arguments)
-        arguments.pop(next(iter(arguments)))
-        arguments.update(arguments.pop("kwargs", {}))
-        states = {id(g): g.get_state() for g in _generators(arguments)}
-        gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        return cls(pipe, base, arguments, states, torch.get_rng_state(), gpus)
-
-    def watch(self) -> Callable[[], None]:
-        """Notes the outputs of the modules that are called from now on, until the returned function is."""
-
-        def note(module: nn.Module, _: Any, output: Any) -> None:
-            self.templates.setdefault(module, []).append(tree_map(_shape, output))
-
-        modules = [m for m in self.pipe.components.values() if isinstance(m, nn.Module)]
-        handles = [module.register_forward_hook(note) for module in modules]
-
-        def stop() -> None:
-            for handle in handles:
-                handle.remove()
-
-        return stop
-
-    def again(self) -> dict[str, Any]:
-        """The arguments of the call, its generators as they were, callbacks left out."""
-
-        def rewound(value: Any) -> Any:
-            if isinstance(value, list | tuple):
-                return type(value)(rewound(v) for v in value) if _generators({"": value}) else value
-            if not isinstance(value, torch.Generator):
-                return value
-            copy = torch.Generator(value.device)
-            copy.set_state(self.generators[id(value)])
-            return copy
-
-        silent = {name: None for name in ("callback_on_step_end", "callback") if name in self.arguments}
-        return {name: rewound(value) for name, value in self.arguments.items()} | silent
 
 
 class PipelineField:
@@ -104,48 +43,58 @@ class PipelineField:
         """One model call (two or more with classifier-free guidance).
 
         Raises:
-            SamplerError: sigma is not a time of the rollout.
+            SamplerError: sigma is not a time of the rollout; the pipeline's loop can't be entered there.
         """
-        times = self.record.times
-        if sigma.dim() or float(sigma) not in times[:-1]:
+        schedule = self.record.schedule
+        times = schedule.sigmas.tolist()[:-1]
+        if sigma.dim() or float(sigma) not in times:
             raise SamplerError(
-                f"the pipeline's field was called at sigma = {sigma.tolist()}, which is no time of its sampler: "
-                f"{times[:-1]}."
+                f"the pipeline's field was called at sigma = {sigma.tolist()}, no time of its sampler: {times}."
             )
-        return _Entry(self.record, times.index(float(sigma)), x, torch.is_grad_enabled()).velocity()
+        call = schedule.starts[times.index(float(sigma))]
+        gradient = torch.is_grad_enabled()
+        if call == 0 and not self.record.doubled:
+            found = _Entry(self.record, 0, 0, x, gradient).velocity()
+            if found is not None:
+                return found
+            self.record.doubled = True  # the latents that it prepares are not what its loop begins with
+        found = _Entry(self.record, call, max(call, 1), x, gradient).velocity()
+        assert found is not None
+        return found
 
     def decode(self, x: Tensor) -> Any:
         """Latents [batch, *latent] through the pipeline's own tail: its images, with gradient."""
-        return _Entry(self.record, len(self.record.times) - 1, x, True).decoded()
+        return _Entry(self.record, -1, self.record.schedule.calls, x, True).decoded()
 
 
 class _Stop(BaseException):
     """Leaves the pipeline's `__call__` with the velocity."""
 
-    def __init__(self, velocity: Tensor) -> None:
+    def __init__(self, velocity: Tensor | None) -> None:
         super().__init__()
         self.velocity = velocity
 
 
 class _Entry:
-    """One re-entry: `step` skips the model calls before the wanted step and substitutes the latents there."""
+    """One re-entry: the model calls of the first `skipped` steps are left out, then the latents are substituted."""
 
-    def __init__(self, record: Record, step: int, x: Tensor, gradient: bool) -> None:
-        self.record, self.step, self.x, self.gradient = record, step, x, gradient
-        # Latents are substituted where the loop takes them from the scheduler: the first step gets one before it.
-        self.skipped = max(step, 1)
+    def __init__(self, record: Record, call: int, skipped: int, x: Tensor, gradient: bool) -> None:
+        self.record, self.call, self.skipped, self.x, self.gradient = record, call, skipped, x, gradient
         self.count = 0
+        self.begun = False
+        self.tell: Callable[[Tensor], None] = lambda _: None
+        self.stack: contextlib.ExitStack
         self.skipping: contextlib.ExitStack
 
-    def velocity(self) -> Tensor:
-        """What the loop passes to `scheduler.step` at the step."""
+    def velocity(self) -> Tensor | None:
+        """What the loop passes to `scheduler.step` at the call; None: the latents were not substituted."""
         try:
             self._run(self.record.again())
         except _Stop as stop:
             return stop.velocity
         raise SamplerError(
             f"{self.record.base.__name__}'s loop, entered again, ended after {self.count} calls of scheduler.step, "
-            f"before step {self.step}: its arguments (prompt embeddings, images) were changed after the recorded call."
+            f"before call {self.call}: its arguments (prompt embeddings, images) were changed after the recorded call."
         )
 
     def decoded(self) -> Any:
@@ -154,75 +103,116 @@ class _Entry:
         return next(iter(images.values())) if hasattr(images, "values") else images[0]
 
     def _run(self, arguments: dict[str, Any]) -> Any:
-        pipe, scheduler = self.record.pipe, self.record.pipe.scheduler
-        call = inspect.unwrap(self.record.base.__call__)
-        encodings = iter(self.record.encodings)
-        progress = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(_kept(pipe))
-            stack.enter_context(_kept(scheduler))
+        pipe, base = self.record.pipe, self.record.base
+        with contextlib.ExitStack() as self.stack:
+            enter = self.stack.enter_context
+            enter(_kept(pipe))
+            enter(_kept(pipe.scheduler))
             # of all devices, which is the default, torch warns where there are several
             devices = [self.x.device] if self.x.is_cuda else []
-            stack.enter_context(torch.random.fork_rng(devices))
-            stack.enter_context(torch.no_grad())
+            enter(torch.random.fork_rng(devices))
+            enter(torch.no_grad())
             torch.set_rng_state(self.record.random)
             for device in devices:
                 torch.cuda.set_rng_state(self.record.random_cuda[device.index or 0], device)
-            self.skipping = stack.enter_context(contextlib.ExitStack())
-            for module, outputs in self.record.templates.items():
-                # what torch calls instead of forward and its hooks (offloading, FSDP): a skipped call runs neither
-                self.skipping.enter_context(_replaced(module, "_compiled_call_impl", _zeros(outputs)))
-            set_timesteps = type(scheduler).set_timesteps.__get__(scheduler)
-            scheduler.__dict__["set_timesteps"] = wrapped(set_timesteps, self._set_timesteps)
-            scheduler.__dict__["step"] = self._step
-            pipe.__dict__["_progress_bar_config"] = progress
-            if self.record.encodings:
-                pipe.__dict__["encode_prompt"] = lambda *args, **kwargs: next(encodings)
-            return call(pipe, **arguments)
+            self.skipping = enter(contextlib.ExitStack())
+            enter(rerouted(pipe.scheduler, set_timesteps=self._set_timesteps, step=self._step))
+            for owner, name in encoders(pipe, base):
+                memory = iter(self.record.encodings.get((id(owner), name), ()))
+                if (id(owner), name) in self.record.encodings:
+                    enter(_replaced(owner, name, lambda *_, memory=memory, **__: next(memory)))
+            if self.skipped == 0:
+                for name in (n for n in dir(base) if n.startswith("prepare_") and "latents" in n):
+                    pipe.__dict__[name] = self._substituting(getattr(base, name).__get__(pipe))
+            pipe.__dict__["_progress_bar_config"] = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
+            pipe.__dict__["progress_bar"] = self._progress_bar(base.progress_bar.__get__(pipe))
+            return inspect.unwrap(base.__call__)(pipe, **arguments)
+
+    def _substituting(self, prepare: Callable[..., Any]) -> Callable[..., Any]:
+        """A method that prepares latents, with x for what the loop began with."""
+        start = self.record.start
+
+        def replaced(value: Any) -> Any:
+            same = isinstance(value, Tensor) and value.shape == start.shape and value.is_floating_point()
+            return self.x.to(value.dtype) if same and torch.equal(value.to(start.dtype), start) else value
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return tree_map(replaced, prepare(*args, **kwargs))
+
+        return call
+
+    def _progress_bar(self, progress_bar: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._begin()
+            return progress_bar(*args, **kwargs)
+
+        return call
 
     def _set_timesteps(self, set_timesteps: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         set_timesteps(*args, **kwargs)
         scheduler = self.record.pipe.scheduler
-        if self.step == 0:
+        if self.call == 0 and self.skipped:  # one before the first, whose result is replaced
             scheduler.timesteps = torch.cat([scheduler.timesteps[:1], scheduler.timesteps])
+        if not self.record.announced:
+            self._begin()
 
-    def _step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _begin(self) -> None:
+        """The loop begins: its model calls are skipped from here on, or made if the first is wanted."""
+        if self.begun:
+            return
+        self.begun = True
+        if self.skipped == 0:
+            self._open()
+            return
+        self.skipping.enter_context(skipped_calls(self.record.templates))
+
+    def _open(self) -> None:
+        """The next model call is the wanted one."""
+        self.skipping.close()
+        torch.set_grad_enabled(self.gradient)
+        if self.gradient and self.call >= 0:
+            self.tell, stop = sides(self.record.pipe, self.record.guidance)
+            self.stack.callback(stop)
+
+    def _step(self, step: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.count += 1
         if self.count > self.skipped:
-            raise _Stop(model_output)
-        if self.step > 0:  # masks are blended in at the noise level that the scheduler's own index says
-            scheduler = self.record.pipe.scheduler
-            type(scheduler).step(scheduler, model_output, timestep, sample, *args, **kwargs)
+            self._arrived(model_output, timestep, sample)
+        if self.call != 0:  # masks are blended in at the noise level that the scheduler's own index says
+            step(model_output, timestep, sample, *args, **kwargs)
         if self.count == self.skipped:
-            self.skipping.close()
-            torch.set_grad_enabled(self.gradient)
+            self._open()
             sample = self.x
-        return (sample,) if kwargs.get("return_dict") is False else _Sample(sample)
+        return (sample,) if kwargs.get("return_dict") is False else Sample(sample)
+
+    def _arrived(self, v: Tensor, timestep: Any, sample: Tensor) -> None:
+        """Leaves with the velocity, if it is the one that was asked for."""
+        if self.skipped == 0:
+            lost = self.x.requires_grad and self.gradient and not sample.requires_grad
+            if lost or sample.shape != self.x.shape or not torch.equal(sample, self.x.to(sample.dtype)):
+                raise _Stop(None)
+        wanted = self.record.timesteps[self.call]
+        if not torch.equal(torch.as_tensor(timestep), torch.as_tensor(wanted)):
+            raise SamplerError(
+                f"{self.record.base.__name__}'s loop, entered again for the timestep {wanted}, came to {timestep}: its "
+                "schedule depends on more than its arguments. Use memory='retain' with a plan that fits one pass."
+            )
+        self.tell(v)
+        raise _Stop(v)
 
 
-class _Sample(tuple[Tensor]):
+class Sample(tuple[Tensor]):
     """A scheduler's output, read by name or by index."""
 
     __slots__ = ()
 
-    def __new__(cls, sample: Tensor) -> _Sample:
+    def __new__(cls, sample: Tensor) -> Sample:
         return super().__new__(cls, (sample,))
 
     @property
     def prev_sample(self) -> Tensor:
         """The next latents."""
         return self[0]
-
-
-def wrapped(function: Callable[..., Any], around: Callable[..., Any]) -> Callable[..., Any]:
-    """`around(function, ...)` under the signature of the function, which diffusers inspects."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return around(function, *args, **kwargs)
-
-    call.__signature__ = inspect.signature(function)  # pyright: ignore[reportFunctionMemberAccess]
-    call.__name__ = function.__name__
-    return call
 
 
 @contextlib.contextmanager
@@ -249,15 +239,14 @@ def _replaced(thing: Any, name: str, value: Any) -> Generator[None]:
             thing.__dict__[name] = before
 
 
-def _generators(arguments: dict[str, Any]) -> list[torch.Generator]:
-    found: list[torch.Generator] = []
-    for value in arguments.values():
-        found += [v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, torch.Generator)]
-    return found
-
-
-def _shape(value: Any) -> Any:
-    return (torch.empty_like(value, device="meta"), value.device) if isinstance(value, Tensor) else value
+@contextlib.contextmanager
+def skipped_calls(templates: dict[nn.Module, list[Any]]) -> Generator[None]:
+    """Zeros of the noted shapes instead of the modules' calls."""
+    with contextlib.ExitStack() as stack:
+        for module, outputs in templates.items():
+            # what torch calls instead of forward and its hooks (offloading, FSDP): a skipped call runs neither
+            stack.enter_context(_replaced(module, "_compiled_call_impl", _zeros(outputs)))
+        yield
 
 
 def _zeros(templates: list[Any]) -> Callable[..., Any]:

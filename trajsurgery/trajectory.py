@@ -108,7 +108,7 @@ class Trajectory:
 
     def evaluate(self, expansion: Any, fields: Fields, cotangent: Any, params: Params = None) -> Evaluation:
         """The closed form's terms on this trajectory: what `Expansion.evaluate` returns."""
-        given = matching(cotangent, [self[0]] * len(expansion.outputs))
+        given = matching(cotangent, [self[self.steps]] * len(expansion.outputs))
         return evaluate(expansion, self, fields, given, params)
 
     def _check(self, t: int, lowest: int) -> None:

@@ -1,0 +1,162 @@
+"""What `operate` can't follow fails with an error that names the reason."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    CosineDPMSolverMultistepScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    SCMScheduler,
+    UniPCMultistepScheduler,
+)
+
+from tests.pipelines.builders import BUILDERS
+from tests.pipelines.parts import Small
+from trajsurgery import SamplerError, leapalign, operate
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDPMScheduler,
+        DDIMScheduler,
+        EulerDiscreteScheduler,
+        EDMEulerScheduler,
+        SCMScheduler,
+        DPMSolverMultistepScheduler,
+        UniPCMultistepScheduler,
+        CosineDPMSolverMultistepScheduler,
+        lambda: DPMSolverMultistepScheduler(use_flow_sigmas=True),
+        lambda: DPMSolverMultistepScheduler(prediction_type="flow_prediction"),
+    ],
+)
+def test_a_scheduler_that_is_no_flow_matching_sampler(scheduler: Any) -> None:
+    try:
+        found = scheduler()
+    except ImportError as error:
+        pytest.skip(str(error))
+    small = BUILDERS["SD3"]()
+    small.pipe.scheduler = found
+    with pytest.raises(SamplerError, match="no flow-matching scheduler"), operate(small.pipe):
+        pass
+
+
+def test_sigmas_beyond_one() -> None:
+    """Cosmos runs an EDM schedule on the flow-matching Euler class."""
+    small = BUILDERS["Flux"]()
+    with pytest.raises(SamplerError, match="times lie in \\[0, 1\\]"), operate(small.pipe):
+        small(sigmas=[math.e**2, 1.0, 0.5, 0.1])
+
+
+class Sections(FluxPipeline):
+    """Two loops in one call."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        super().__call__(*args, **kwargs)
+        return super().__call__(*args, **kwargs)
+
+
+class OwnSteps(FluxPipeline):
+    """Sets a schedule and steps a copy of the scheduler."""
+
+    def __call__(self, *, generator: Any, **_: Any) -> Any:
+        self.scheduler.set_timesteps(4, mu=0.5)
+        stepper = copy.deepcopy(self.scheduler)
+        x = torch.randn(2, 16, 16, generator=generator)
+        for t in self.scheduler.timesteps:
+            x = stepper.step(-x, t, x, return_dict=False)[0]
+        return (x,)
+
+
+class Interrupted(FluxPipeline):
+    """Stops after two steps."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, callback_on_step_end=self._stop, **kwargs)
+
+    def _stop(self, pipe: Any, step: int, *_: Any) -> dict[str, Any]:
+        self._interrupt = step == 1 or self._interrupt
+        return {}
+
+
+@pytest.mark.parametrize(
+    "kind, said",
+    [
+        (Sections, "runs a schedule again within one call"),
+        (OwnSteps, "steps copies of the scheduler"),
+        (Interrupted, "ended after 2 of its 4 steps"),
+    ],
+)
+@pytest.mark.parametrize("plan", [None, leapalign(4, 1)])
+def test_a_loop_of_another_kind(kind: Any, said: str, plan: Any) -> None:
+    flux = BUILDERS["Flux"]()
+    parts = {n: c for n, c in flux.pipe.components.items() if n != "image_encoder" and "feature" not in n}
+    small = Small(kind(**parts), flux.arguments)
+    small.pipe.set_progress_bar_config(disable=True)
+    with pytest.raises(SamplerError, match=said), operate(small.pipe, plan):
+        small()
+    assert torch.is_grad_enabled()
+
+
+class WithSound(FluxPipeline):
+    """A second stream, stepped by a copy of the scheduler and fed back into the loop."""
+
+    def __call__(self, *, generator: Any, prompt_embeds: Any, pooled_prompt_embeds: Any, **_: Any) -> Any:
+        self.scheduler.set_timesteps(4, mu=0.5)
+        sound_scheduler = copy.deepcopy(self.scheduler)
+        x = torch.randn(2, 16, 16, generator=generator, dtype=prompt_embeds.dtype)
+        sound = torch.randn(2, 12, generator=generator, dtype=prompt_embeds.dtype)
+        ids = torch.zeros(16, 3, dtype=x.dtype)
+        with self.progress_bar(total=4):
+            for t in self.scheduler.timesteps:
+                v = self.transformer(
+                    hidden_states=x,
+                    encoder_hidden_states=prompt_embeds + sound[:, None],
+                    pooled_projections=pooled_prompt_embeds,
+                    timestep=t.expand(2) / 1000,
+                    guidance=torch.ones(2),
+                    img_ids=ids,
+                    txt_ids=ids[:5],
+                    return_dict=False,
+                )[0]
+                sound = sound_scheduler.step(v.mean((1, 2))[:, None].expand(2, 12), t, sound, return_dict=False)[0]
+                x = self.scheduler.step(v, t, x, return_dict=False)[0]
+        return (x,)
+
+    __call__ = torch.no_grad()(__call__)
+
+
+def test_a_second_stream_is_a_constant() -> None:
+    """Sound beside the images: it steps as it does, and no gradient that the plan does not hold passes through it."""
+    flux = BUILDERS["Flux"]()
+    parts = {n: c for n, c in flux.pipe.components.items() if n != "image_encoder" and "feature" not in n}
+    small = Small(WithSound(**parts), flux.arguments | {"output_type": "latent"})
+    plain = small()[0]
+    params = list(small.pipe.transformer.parameters())
+    grads: list[Any] = []
+    for memory in ("retain", "recompute"):
+        with operate(small.pipe, leapalign(4, 3), memory) as surgery:
+            assert torch.equal(small()[0], plain)
+        grads.append(torch.autograd.grad(surgery.outputs, params, [torch.ones_like(plain)], allow_unused=True))
+    for retained, recomputed in zip(*grads, strict=True):
+        if retained is not None:
+            torch.testing.assert_close(recomputed, retained)
+
+
+def test_a_scheduler_whose_class_pipelines_look_at() -> None:
+    """Bria asks whether the scheduler's type is exactly Euler's: a one-off subclass made it take another branch."""
+    small = BUILDERS["Bria"]()
+    assert type(small.pipe.scheduler) is FlowMatchEulerDiscreteScheduler
+    with operate(small.pipe):
+        small()

@@ -1,0 +1,74 @@
+"""Classifier-free guidance: which of its two passes keep their gradient.
+
+With v = u + s (c - u) the gradient goes to both sides, s to the conditional one and 1 - s, of the other sign, to the
+unconditional one. "conditional" keeps the first alone: s dc/dtheta. The value is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from trajsurgery import ops
+from trajsurgery.errors import SurgeryError
+
+GuidanceGradient = Literal["both", "conditional"]
+
+
+def known_guidance(name: str) -> None:
+    """Raises SurgeryError for another way than the two there are."""
+    if name not in ("both", "conditional"):
+        raise SurgeryError(f'guidance_gradient={name!r}: it is "both" or "conditional".')
+
+
+class Sides:
+    """The outputs of the modules that one step calls, told apart by how the velocity depends on them.
+
+    A side is a row of a call's batch. What enters the velocity with the sign of the whole is conditional, with the
+    other sign unconditional, whatever the order, the number and the batching of the calls. A guidance scale of at most
+    1 has no other sign: nothing is cut then.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._noted: list[tuple[Tensor, ops.Gate]] = []
+        self._handles = [module.register_forward_hook(self._note) for module in modules]
+
+    def _note(self, module: nn.Module, _: Any, output: Any) -> Any:
+        return tree_map(self._gated, output) if torch.is_grad_enabled() else None
+
+    def _gated(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.requires_grad:
+            return value
+        gate = ops.Gate()
+        self._noted.append((passed := ops.gated(value, gate), gate))
+        return passed
+
+    def tell(self, v: Tensor) -> None:
+        """Closes the gates of the unconditional rows, once the velocity is known."""
+        noted, self._noted = self._noted, []
+        if not noted or not v.requires_grad:
+            return
+        outputs = [output for output, _ in noted]
+        shares: Any = torch.autograd.grad(v, outputs, torch.ones_like(v), retain_graph=True, allow_unused=True)
+        rows = [None if share is None else share.reshape(len(share), -1).sum(1) for share in shares]
+        whole = torch.stack([row.sum().double() for row in rows if row is not None]).sum()
+        for row, (_, gate) in zip(rows, noted, strict=True):
+            if row is not None:
+                gate.rows = row * whole.to(row.dtype) > 0
+
+    def stop(self) -> None:
+        """Takes the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def sides(pipe: Any, guidance: GuidanceGradient) -> tuple[Callable[[Tensor], None], Callable[[], None]]:
+    """What to tell the velocity to, and what ends it; both do nothing where both sides keep their gradient."""
+    if guidance == "both":
+        return lambda _: None, lambda: None
+    found = Sides(m for m in pipe.components.values() if isinstance(m, nn.Module))
+    return found.tell, found.stop

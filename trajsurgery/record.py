@@ -1,0 +1,141 @@
+"""What one call of a pipeline was made with, and what it is not to do again."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from trajsurgery.guidance import GuidanceGradient
+from trajsurgery.scheduler import Schedule
+
+
+@dataclass
+class Record:
+    """One call of a pipeline: enough to enter its loop again at any step."""
+
+    pipe: Any
+    base: type
+    """The pipeline's own class."""
+    arguments: dict[str, Any]
+    generators: dict[int, Tensor]
+    """{id of a generator among the arguments: its state when the call began}."""
+    random: Tensor
+    """The CPU's global generator's state when the call began."""
+    random_cuda: list[Tensor]
+    """Those of the GPUs."""
+    guidance: GuidanceGradient
+    encodings: dict[tuple[int, str], list[Any]] = field(default_factory=dict[tuple[int, str], list[Any]])
+    """{(id of the pipe or of a component, name of its method): what it returned, call by call}."""
+    templates: dict[nn.Module, list[Any]] = field(default_factory=dict[nn.Module, list[Any]])
+    """The outputs of the modules that the loop called, call by call, on the meta device."""
+    timesteps: list[Any] = field(default_factory=list[Any])
+    """What `scheduler.step` was called with, call by call."""
+    announced: bool = False
+    """Whether the pipeline asked for its progress bar before the loop."""
+    doubled: bool = False
+    """Whether the first step's latents can only be substituted by another step before it."""
+    schedule: Schedule = field(init=False)
+    start: Tensor = field(init=False)
+    """x_T as the loop began with it."""
+
+    @classmethod
+    def of(
+        cls, pipe: Any, base: type, args: tuple[Any, ...], kwargs: dict[str, Any], guidance: GuidanceGradient = "both"
+    ) -> Record:
+        """The record of a call that is about to be made."""
+        bound = inspect.signature(inspect.unwrap(base.__call__)).bind(pipe, *args, **kwargs)
+        bound.apply_defaults()
+        arguments = dict(bound.arguments)
+        arguments.pop(next(iter(arguments)))
+        arguments.update(arguments.pop("kwargs", {}))
+        states = {id(g): g.get_state() for g in _generators(arguments)}
+        gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        return cls(pipe, base, arguments, states, torch.get_rng_state(), gpus, guidance)
+
+    def watch(self) -> Callable[[], None]:
+        """Notes the outputs of the modules that are called from now on, until the returned function is."""
+
+        def note(module: nn.Module, _: Any, output: Any) -> None:
+            self.templates.setdefault(module, []).append(tree_map(_shape, output))
+
+        modules = [m for m in self.pipe.components.values() if isinstance(m, nn.Module)]
+        handles = [module.register_forward_hook(note) for module in modules]
+
+        def stop() -> None:
+            for handle in handles:
+                handle.remove()
+
+        return stop
+
+    @contextlib.contextmanager
+    def encoding(self) -> Generator[None]:
+        """Keeps what the pipeline's encoders return, without gradient; those that draw random numbers run anew."""
+        depth = 0
+
+        def kept(owner: Any, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+            def encode(*args: Any, **kwargs: Any) -> Any:
+                nonlocal depth
+                depth += 1
+                try:
+                    with torch.no_grad():
+                        found = function(*args, **kwargs)
+                finally:
+                    depth -= 1
+                if depth == 0 and not _generators({"": args, **kwargs}):
+                    self.encodings.setdefault((id(owner), name), []).append(found)
+                return found
+
+            return encode
+
+        held = [(owner, name, owner.__dict__.get(name)) for owner, name in encoders(self.pipe, self.base)]
+        for owner, name, _ in held:
+            owner.__dict__[name] = kept(owner, name, getattr(owner, name))
+        try:
+            yield
+        finally:
+            for owner, name, before in held:
+                owner.__dict__.pop(name)
+                owner.__dict__.update({} if before is None else {name: before})
+
+    def again(self) -> dict[str, Any]:
+        """The arguments of the call, its generators as they were, callbacks left out."""
+
+        def rewound(value: Any) -> Any:
+            if isinstance(value, list | tuple):
+                return type(value)(rewound(v) for v in value) if _generators({"": value}) else value
+            if not isinstance(value, torch.Generator):
+                return value
+            copy = torch.Generator(value.device)
+            copy.set_state(self.generators[id(value)])
+            return copy
+
+        silent = {name: None for name in ("callback_on_step_end", "callback") if name in self.arguments}
+        return {name: rewound(value) for name, value in self.arguments.items()} | silent
+
+
+def encoders(pipe: Any, base: type) -> Iterator[tuple[Any, str]]:
+    """The pipe's `encode_...` methods and its components' `encode`."""
+    for name in dir(base):
+        if name.startswith("encode_") and callable(getattr(base, name)):
+            yield pipe, name
+    for component in pipe.components.values():
+        if isinstance(component, nn.Module) and callable(getattr(component, "encode", None)):
+            yield component, "encode"
+
+
+def _generators(arguments: dict[str, Any]) -> list[torch.Generator]:
+    found: list[torch.Generator] = []
+    for value in arguments.values():
+        found += [v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, torch.Generator)]
+    return found
+
+
+def _shape(value: Any) -> Any:
+    return (torch.empty_like(value, device="meta"), value.device) if isinstance(value, Tensor) else value
