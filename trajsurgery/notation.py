@@ -24,8 +24,8 @@ from trajsurgery.node import (
     walk,
 )
 
-LONGEST_CODE = 60
-"""Above this many nodes a plan's repr is a summary: written out, shared nodes multiply."""
+LONGEST_CODE = 2000
+"""Characters. A plan whose expression is longer has a summary for its repr: written out, shared nodes multiply."""
 
 
 def arrows(outputs: Sequence[Node]) -> str:
@@ -39,12 +39,11 @@ def arrows(outputs: Sequence[Node]) -> str:
 
 def code(outputs: Sequence[Node]) -> str:
     """The expression that builds the outputs."""
-    count = sum(1 for _ in walk(outputs))
-    if count > LONGEST_CODE:
-        return f"<{len(outputs)} outputs of {count} nodes>"
     written: dict[Node, str] = {}
     for node in walk(outputs):
         written[node] = _code(node, written)
+        if len(written[node]) > LONGEST_CODE:
+            return f"<{len(outputs)} outputs of {sum(1 for _ in walk(outputs))} nodes>"
     return ", ".join(written[output] for output in outputs)
 
 

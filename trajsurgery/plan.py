@@ -223,6 +223,10 @@ class Plan:
         steps = "" if self.steps is None else f", steps={self.steps}"
         return f"Plan({notation.code(self.outputs)}{steps})"
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """IPython and Hypothesis would else write out the fields of the dataclass."""
+        printer.text(repr(self))
+
 
 @lru_cache(maxsize=256)
 def _prepared(plan: Plan, steps: int) -> Plan:
