@@ -75,4 +75,5 @@ def interval(share: float, count: int, z: float = 2.0) -> tuple[float, float]:
     """The Wilson interval of a share of `count` images: where the true share lies, but for z standard errors."""
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # A share of 0 or 1 is an end of its own interval, which rounding must not put inside.
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
