@@ -10,6 +10,7 @@ import torch
 
 from trajsurgery.errors import PlanError, RecipeError
 from trajsurgery.recipe import EMBEDDED, Recipe
+from trajsurgery.tiny.pipe import FOLDERS
 from trajsurgery.tiny.variant import shipped
 
 PARAMETERS = {"black-forest-labs/FLUX.1-dev": 11_901_408_320, "stabilityai/stable-diffusion-3.5-medium": 2_243_171_520}
@@ -97,7 +98,11 @@ def _device(recipe: Recipe) -> str | None:
 
 def _model(recipe: Recipe) -> str | None:
     name = recipe.model
-    if name in EMBEDDED or (Path(name) / "model_index.json").is_file():
+    if name in EMBEDDED:
+        stage = name.partition(":")[2] or "flux"
+        command = f"python -m trajsurgery.tiny.train --stage {stage}, then --stage ship"
+        return None if FOLDERS[stage].is_dir() else f"no weights: {name} is not in this package. Make them: {command}."
+    if (Path(name) / "model_index.json").is_file():
         return None
     if Path(name).is_dir():
         return f"{name} is a folder without model_index.json: --model takes what diffusers' save_pretrained wrote."

@@ -9,7 +9,7 @@ import torch
 from trajsurgery.tiny.architecture import LATENT_SIDE
 
 PipelineName = Literal["flux", "sd3", "wan"]
-FOLDERS: dict[PipelineName, Path] = {
+FOLDERS: dict[str, Path] = {
     "flux": Path(__file__).parent / "weights" / "pipeline",
     "sd3": Path(__file__).parent / "weights" / "sd3",
     "wan": Path(__file__).parent / "weights" / "wan",
