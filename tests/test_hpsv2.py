@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.tolerances import STOCK
 from trajsurgery import RewardError
 from trajsurgery.rewards import hpsv2
 from trajsurgery.rewards.hpsv2 import MEAN, STD, HPSv2, prepared
@@ -22,7 +24,8 @@ SMALL = {
 
 
 @pytest.fixture(scope="module")
-def reward(tmp_path_factory: pytest.TempPathFactory) -> HPSv2:
+def file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint in the official form; its model is of the same architecture, and small."""
     import open_clip
 
     folder = tmp_path_factory.mktemp("hps")
@@ -30,7 +33,12 @@ def reward(tmp_path_factory: pytest.TempPathFactory) -> HPSv2:
     open_clip.add_model_config(folder / "small-hps.json")
     torch.manual_seed(0)
     torch.save({"state_dict": open_clip.create_model("small-hps").state_dict()}, folder / "weights.pt")
-    return HPSv2(str(folder / "weights.pt"), "small-hps")
+    return str(folder / "weights.pt")
+
+
+@pytest.fixture(scope="module")
+def reward(file: str) -> HPSv2:
+    return HPSv2(file, "small-hps")
 
 
 def images(*shape: int) -> Any:
@@ -83,3 +91,39 @@ def test_what_does_not_fit_is_named(reward: HPSv2, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
     with pytest.raises(RewardError, match="hf download xswu/HPSv2"):
         hpsv2.HPSv2()
+
+
+def test_both_versions_say_what_they_are(file: str, reward: HPSv2, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (reward.name, reward.alpha, reward.learning_rate, reward.licence) == ("hpsv2.1", 0.3, 1e-5, "Apache-2.0")
+    older = HPSv2(file, "small-hps", version="2.0")
+    assert older.name == "hpsv2.0"
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *at: asked.append(at) or file)
+    HPSv2(model="small-hps")
+    HPSv2(model="small-hps", version="2.0")
+    assert asked == [("xswu/HPSv2", "HPS_v2.1_compressed.pt"), ("xswu/HPSv2", "HPS_v2_compressed.pt")]
+    with pytest.raises(RewardError, match=r"'3'.*2.0 or 2.1"):
+        HPSv2(file, "small-hps", version="3")
+
+
+def test_other_weights_are_refused(tmp_path: Path, file: str) -> None:
+    state = torch.load(file)["state_dict"]
+    torch.save({"state_dict": {k: v for k, v in state.items() if k != "visual.proj"}}, tmp_path / "less.pt")
+    with pytest.raises(RewardError, match=r"(?s)less.pt does not hold.*visual.proj"):
+        HPSv2(str(tmp_path / "less.pt"), "small-hps")
+    with pytest.raises(RewardError, match=r"no file .*gone.pt.*hf download xswu/HPSv2 HPS_v2.1"):
+        HPSv2(str(tmp_path / "gone.pt"))
+
+
+@pytest.mark.parametrize("size", [(40, 40), (30, 50)])
+def test_the_gradient_agrees_with_finite_differences(file: str, size: tuple[int, int]) -> None:
+    exact = HPSv2(file, "small-hps", checkpointing=True).double()
+    given = (0.2 + 0.6 * images(1, 3, *size).double()).requires_grad_()
+    (gradient,) = torch.autograd.grad(exact(given, ["a cat"]).sum(), given)
+    direction = torch.randn(given.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    with torch.no_grad():
+        ahead, back = (exact(given + sign * 1e-5 * direction, ["a cat"]) for sign in (1, -1))
+    analytic = float((gradient * direction).sum())
+    assert abs(analytic - float(ahead - back) / 2e-5) <= STOCK * abs(analytic)
+    plain = HPSv2(file, "small-hps").double()
+    assert torch.equal(torch.autograd.grad(plain(given, ["a cat"]).sum(), given)[0], gradient)

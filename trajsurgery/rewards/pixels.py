@@ -1,0 +1,76 @@
+"""From images in [0, 1] of any size to a model's pixels, as PIL does it, and differentiable.
+
+The originals resize pictures of bytes, so that theirs are rounded after each of the two passes; the filter is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from trajsurgery.errors import RewardError
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""CLIP's; the other rewards here have inherited them."""
+
+
+def floored(spare: int) -> int:
+    """The corner of transformers' centre crop, when the larger side has `spare` pixels too many."""
+    return spare // 2
+
+
+def nearest(spare: int) -> int:
+    """The corner of torchvision's centre crop: one pixel further every other odd number."""
+    return round(spare / 2)
+
+
+def fitted(images: Tensor, side: int) -> Tensor:
+    """The whole picture: its longer side is made `side`, and the rest is black. Float[batch 3 side side]."""
+    height, width = images.shape[-2:]
+    scale = side / max(height, width)
+    images = resized(images, round(height * scale), round(width * scale))
+    above, left = (side - images.shape[-2]) // 2, (side - images.shape[-1]) // 2
+    return functional.pad(images, (left, side - images.shape[-1] - left, above, side - images.shape[-2] - above))
+
+
+def cropped(images: Tensor, side: int, corner: Callable[[int], int]) -> Tensor:
+    """The middle of the picture: its shorter side is made `side`, and the longer one is cut. Float[batch 3 side side].
+
+    Args:
+        corner: `floored` or `nearest`: where libraries put the middle of an odd number of pixels.
+    """
+    height, width = images.shape[-2:]
+    short = min(height, width)
+    images = resized(images, *(side if n == short else int(side * n / short) for n in (height, width)))
+    above, left = (corner(n - side) for n in images.shape[-2:])
+    return images[..., above : above + side, left : left + side]
+
+
+def resized(images: Tensor, height: int, width: int) -> Tensor:
+    """PIL's bicubic: antialiased, along the width, then along the height, clipped to [0, 1] after each as bytes are.
+
+    One clip at the end, as of torchvision on tensors, differs by up to ten levels of 255 on noise. Pillow 13 begins
+    with the height if a picture is tall; the Pillows of the models' time did not.
+
+    Raises:
+        RewardError: a side would have no pixel left.
+    """
+    if (height, width) == tuple(images.shape[-2:]):
+        return images
+    if not height or not width:
+        raise RewardError(
+            f"images of {images.shape[-2]} x {images.shape[-1]} are too narrow: resized to {height} x {width} there is "
+            "nothing left of them."
+        )
+    for size in ((images.shape[-2], width), (height, width)):
+        images = functional.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
+    return images
+
+
+def normalised(images: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
+    """(images - mean) / std, channel by channel."""
+    centre, spread = (torch.tensor(values).to(images).view(3, 1, 1) for values in (mean, std))
+    return (images - centre) / spread
