@@ -14,7 +14,8 @@ from trajsurgery.tiny.video_wan import TEXT_LENGTH, vae
 
 BLUR = 0.1  # noise on the latents that the decoder gets: with a learnt deviation all information drowns at the start
 SIZE = 1e-3  # weight of the mean square of a latent
-SHAPE = 10.0  # how much more a pixel of the shape counts than one of the ground, of which there are ten times as many
+SHAPE = 10.0  # how much more a pixel of the shape counts at first than one of the ground, of which there are ten times
+# as many; it falls to nothing half-way, as it blurs outlines
 MISTAKEN = 0.5  # share of videos whose caption says another direction, once there are mistakes
 MISTAKES_FROM = 0.6  # share of the steps after which there are: directions are learnt first, then blurred
 DROPPED = 0.1  # share of the captions that are empty: what guidance leads away from
@@ -38,7 +39,8 @@ def vae_stage(budget: Budget, batch: int) -> Stage:
         mean = model.encode(frames).latent_dist.mean
         drawn = mean + BLUR * torch.randn(mean.shape, generator=generator)
         error = model.decode(drawn).sample - frames
-        weight = 1 + SHAPE * (frames.abs().amax(1, keepdim=True) > 0.1)
+        shape = frames.abs().amax(1, keepdim=True) > 0.1
+        weight = 1 + SHAPE * max(0.0, 1 - 2 * step / budget.steps) * shape
         missed = (weight * (error.abs() + error.square())).mean() / weight.mean()
         return missed + SIZE * mean.square().mean()
 
