@@ -106,7 +106,7 @@ class PickScore(Reward):
         if tokenizer is None and not (folder_of("PickScore", model, str(model)) / "tokenizer_config.json").is_file():
             tokenizer = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
         self.clip = CLIP("PickScore", model, floored, tokenizer, checkpointing)
-        self.factor = float(self.clip.model.logit_scale.exp()) if raw else 1.0
+        self.factor = float(self.clip.model.logit_scale.detach().exp()) if raw else 1.0
         if raw:
             self.name, self.scale = "pickscore raw", "exp(logit_scale) * cosine: good pictures have 20 to 26"
             self.threshold = 0.4 * self.factor
