@@ -1,0 +1,157 @@
+"""ImageReward (Xu et al., 2023, arXiv 2304.05977): BLIP-large whose text attends to the image, and a linear head."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trajsurgery.errors import RewardError
+from trajsurgery.rewards.contract import Reward, checkpointed
+from trajsurgery.rewards.heads import linears
+from trajsurgery.rewards.pixels import cropped, nearest, normalised
+from trajsurgery.rewards.weights import file_of, folder_of
+
+CENTRE, SPREAD = 0.16717362830052426, 1.0333394966054072
+"""Mean and standard deviation of the head's outputs: a score is (output - CENTRE) / SPREAD."""
+
+LENGTH = 35
+"""Tokens of a prompt: longer ones are cut, as in training."""
+
+VISION: dict[str, Any] = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 16,
+    "layer_norm_eps": 1e-6,
+}
+TEXT: dict[str, Any] = {
+    "vocab_size": 30524,
+    "hidden_size": 768,
+    "encoder_hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 512,
+    "layer_norm_eps": 1e-12,
+    "is_decoder": True,
+}
+"""BLIP-large as ImageReward has it. transformers' defaults differ in vision's epsilon and text's number of heads."""
+
+NAMES = (
+    (r"^blip\.visual_encoder\.cls_token$", "vision.embeddings.class_embedding"),
+    (r"^blip\.visual_encoder\.pos_embed$", "vision.embeddings.position_embedding"),
+    (r"^blip\.visual_encoder\.patch_embed\.proj\.", "vision.embeddings.patch_embedding."),
+    (r"^blip\.visual_encoder\.norm\.", "vision.post_layernorm."),
+    (r"^blip\.visual_encoder\.blocks\.(\d+)\.norm([12])\.", r"vision.encoder.layers.\1.layer_norm\2."),
+    (r"^blip\.visual_encoder\.blocks\.(\d+)\.attn\.qkv\.", r"vision.encoder.layers.\1.self_attn.qkv."),
+    (r"^blip\.visual_encoder\.blocks\.(\d+)\.attn\.proj\.", r"vision.encoder.layers.\1.self_attn.projection."),
+    (r"^blip\.visual_encoder\.blocks\.(\d+)\.mlp\.", r"vision.encoder.layers.\1.mlp."),
+    (r"^blip\.text_encoder\.", "text."),
+    (r"^mlp\.", "head."),
+)
+"""Names of the original's weights, and of ours."""
+
+UNUSED = re.compile(r"^blip\.(vision_proj|text_proj)\.|^blip\.text_encoder\.embeddings\.position_ids$")
+"""What the original's file holds and its score does not look at."""
+
+
+class ImageReward(Reward):
+    """The head's output for the first token of BLIP's text encoder, standardised as the authors do.
+
+    The shorter side is resized to 224, the middle cut out. Dropout is off and nothing is detached: the values are those
+    of the original's `score`, the gradient that of its `score_gard`.
+
+    Args:
+        file: `ImageReward.pt`; that of the local Hugging Face cache if left out.
+        tokenizer: BERT's, a folder, or a hub id in the local cache.
+        vision, text: what differs from BLIP-large's configuration.
+        checkpointing: recomputes the layers in the backward pass.
+
+    Raises:
+        RewardError: no weights, or not these; what the contract says.
+    """
+
+    name = "imagereward"
+    scale = "standardised: mean 0 and deviation 1 on the authors' data; FLUX.1-dev has about 1"
+    source = "https://github.com/THUDM/ImageReward, arXiv 2304.05977"
+    licence = "Apache-2.0"
+
+    def __init__(
+        self,
+        file: str | Path | None = None,
+        tokenizer: str | Path = "google-bert/bert-base-uncased",
+        vision: Mapping[str, Any] | None = None,
+        text: Mapping[str, Any] | None = None,
+        checkpointing: bool = False,
+    ) -> None:
+        from transformers import BertTokenizer
+
+        super().__init__()
+        path = file_of("ImageReward", file, "THUDM/ImageReward", "ImageReward.pt")
+        words = folder_of("ImageReward", tokenizer, str(tokenizer), "tokenizer_config.json")
+        self.tokenizer: Any = BertTokenizer.from_pretrained(str(words), local_files_only=True)
+        self.vision, self.text = towers(vision or {}, text or {})
+        state = renamed(torch.load(path, map_location="cpu", weights_only=True))
+        self.head = linears("ImageReward", _under(state, "head."), int(self.text.config.hidden_size))
+        for tower, prefix in ((self.vision, "vision."), (self.text, "text.")):
+            try:
+                tower.load_state_dict(_under(state, prefix))
+            except RuntimeError as error:
+                raise RewardError(f"{path.name} does not hold ImageReward's {prefix[:-1]} tower: {error}") from error
+        self.side = int(self.vision.config.image_size)
+        if checkpointing:
+            checkpointed((*self.vision.encoder.layers, *self.text.encoder.layer))
+        self.eval().requires_grad_(False)
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """Float[batch]; see the class."""
+        weight: Tensor = self.vision.embeddings.class_embedding
+        pixels = normalised(cropped(images.to(weight), self.side, nearest))
+        cut = {"padding": "max_length", "truncation": True, "max_length": LENGTH, "return_tensors": "pt"}
+        tokens = self.tokenizer(prompts, **cut)
+        hidden = self.text(
+            input_ids=tokens["input_ids"].to(weight.device),
+            attention_mask=tokens["attention_mask"].to(weight.device),
+            encoder_hidden_states=self.vision(pixel_values=pixels).last_hidden_state,
+        ).last_hidden_state
+        return (self.head(hidden[:, 0]).squeeze(-1) - CENTRE) / SPREAD
+
+
+def towers(vision: Mapping[str, Any], text: Mapping[str, Any]) -> tuple[Any, Any]:
+    """transformers' BLIP parts of ImageReward's architecture: the image tower and the text tower."""
+    from transformers import BlipTextConfig, BlipVisionConfig, BlipVisionModel
+    from transformers.models.blip.modeling_blip_text import BlipTextModel
+
+    seen, read = BlipVisionConfig(**{**VISION, **vision}), BlipTextConfig(**{**TEXT, **text})
+    return BlipVisionModel(seen), BlipTextModel(read, add_pooling_layer=False)
+
+
+def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The original's state dict under our names, `vision.`, `text.` and `head.`, less what is not used.
+
+    Raises:
+        RewardError: a name that the original does not have.
+    """
+    found: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if UNUSED.match(key):
+            continue
+        for pattern, name in NAMES:
+            ours, hits = re.subn(pattern, name, key)
+            if hits:
+                found[ours] = value
+                break
+        else:
+            raise RewardError(f"ImageReward: the file holds {key!r}, which ImageReward.pt does not.")
+    return found
+
+
+def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
