@@ -39,16 +39,18 @@ class Options:
     rate: float = 3e-5
     tau: float = 0.02
     """About the lower quartile of the distances."""
-    rates: tuple[float, ...] = (1e-4, 3e-4)
+    threshold: float | None = 0.45
+    """lambda; the reward's own threshold if None."""
+    rates: tuple[float, ...] = (6e-5,)
     """Beside the centre's."""
-    lambdas: tuple[float, ...] = (0.45,)
-    """Beside the reward's own threshold, which is the centre's."""
-    taus: tuple[float, ...] = (0.1,)
+    lambdas: tuple[float, ...] = ()
     """Beside the centre's."""
-    longer: tuple[int, ...] = (225,)
+    taus: tuple[float, ...] = ()
+    """Beside the centre's."""
+    longer: tuple[int, ...] = ()
     """Beside the centre's iterations."""
     seeds: tuple[int, ...] = (100, 101)
-    iterations: int = 150
+    iterations: int = 225
     images: int = 480
     threads: int = 1
     """Seeds may run side by side, each with `--seeds`; a last call with all of them reads what is finished."""
@@ -60,7 +62,8 @@ class Options:
 
 def centre(options: Options) -> Recipe:
     """The demo's recipe on validation prompts, before anything was chosen."""
-    chosen = replace(presets(LeapAlign(), "")["tiny"], objective=Objective(tau=options.tau))
+    objective = Objective(threshold=options.threshold, tau=options.tau)
+    chosen = replace(presets(LeapAlign(), "")["tiny"], objective=objective)
     chosen = replace(chosen, optimiser=replace(chosen.optimiser, rate=options.rate))
     evaluation = replace(chosen.evaluation, images=options.images, split="validation")
     return replace(chosen, evaluation=evaluation, iterations=options.iterations, threads=options.threads)

@@ -68,6 +68,13 @@ def test_training_prompts_come_in_the_papers_ratio():
     assert {p.text for p in prompts} <= {p.text for p in split_prompts("train")}
 
 
+def test_training_prompts_come_in_a_ratio_of_ones_own():
+    prompts = tiny.prompts("train", Generator().manual_seed(1), 1500, ratio=tiny.EVEN_RATIO)
+    counts = {c: sum(p.category == c for p in prompts) for c in CATEGORIES}
+    for category, share in tiny.EVEN_RATIO.items():
+        assert abs(counts[category] - 100 * share) <= 4 * (100 * share) ** 0.5
+
+
 def test_prompts_are_drawn_by_their_generator_alone():
     first, again = (draw_prompts("train", 50, {"position": 1}, Generator().manual_seed(2)) for _ in range(2))
     assert first == again

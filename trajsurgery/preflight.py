@@ -45,9 +45,9 @@ def check(recipe: Recipe) -> None:
 
 
 def gibibytes(recipe: Recipe) -> float | None:
-    """The memory of parameters, gradients, optimiser and EMA, if the model's size is known."""
-    count = parameters(recipe.model)
-    return None if count is None else COPIES * 4 * count / 2**30
+    """The memory of parameters, gradients, optimiser and EMA, if the model's size is known; adapters are small."""
+    count, copies = parameters(recipe.model), COPIES if recipe.train.what == "full" else 1
+    return None if count is None else copies * 4 * count / 2**30
 
 
 def parameters(model: str) -> int | None:
@@ -138,7 +138,7 @@ def _prompts(recipe: Recipe) -> list[str]:
     return [
         f"no {kind} prompts: there is no file {path}. Pass --{flag} FILE with one a line."
         for flag, (kind, path) in flags.items()
-        if path not in EMBEDDED.values() and not Path(path).is_file()
+        if path not in (*EMBEDDED.values(), "tiny:even") and not Path(path).is_file()
     ]
 
 

@@ -69,6 +69,34 @@ class Optimiser:
 
 
 @dataclass(frozen=True)
+class Trained:
+    """What of the transformer trains; text encoders and decoder never do."""
+
+    what: Literal["full", "lora"] = "full"
+    """full: its own weights. lora: low-rank adapters beside frozen ones, saved for diffusers' load_lora_weights."""
+    rank: int = 16
+    """Of the adapters."""
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """The linear layers that get adapters, by the end of their names."""
+    pattern: str | None = None
+    """With full: a regular expression that is found in the names of the weights that train; all of them if left out."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The machine that --dry-run plans for."""
+
+    gpus: int = 1
+    """The weights, gradients, moments and averages are sharded over them (FSDP), the batch is divided."""
+    memory: float = 80e9
+    """Bytes a GPU can use: an 80 GB card has about 85e9, less its context and what fragmentation wastes."""
+    flops: float = 989e12
+    """Operations a second at its peak: an H100 SXM in bfloat16, dense. An A100 has 312e12."""
+    utilisation: float = 0.4
+    """The share of the peak that is reached."""
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Held-out images, drawn with the same noise before and after."""
 
@@ -99,11 +127,12 @@ class Recipe:
     reward: str = "tiny"
     """tiny, tiny:SCORER, hpsv2.1, hpsv2.1:FILE, or MODULE:NAME: called without arguments, it returns a reward."""
     prompts: str = "tiny"
-    """Training prompts: tiny, tiny:wan, or a text file with one a line."""
+    """Training prompts: tiny (categories in the paper's ratio), tiny:even, tiny:wan, or a text file with one a line."""
     heldout: str = "tiny"
     """Prompts of the evaluation: tiny, tiny:wan, or a text file with one a line."""
     objective: Objective = field(default_factory=Objective)
     rollout: Rollout = field(default_factory=Rollout)
+    train: Trained = field(default_factory=Trained)
     optimiser: Optimiser = field(default_factory=Optimiser)
     ema: float = 0.995
     """Decay of the moving average of the weights, which is what is evaluated and saved."""
@@ -120,6 +149,9 @@ class Recipe:
     """Where everything is written. A run that was interrupted there goes on."""
     overwrite: bool = False
     """Discard what an earlier run left in the output folder."""
+    dry_run: bool = False
+    """Only say what the run would take in memory and time: no weights, no GPU; writes memory.json."""
+    hardware: Hardware = field(default_factory=Hardware)
 
     def __post_init__(self) -> None:
         self._bounds()
@@ -139,6 +171,8 @@ class Recipe:
             "evaluation.batch": self.evaluation.batch,
             "evaluation.pictures": self.evaluation.pictures,
             "save_every": self.save_every,
+            "train.rank": self.train.rank,
+            "hardware.gpus": self.hardware.gpus,
             "threads": self.threads,
         }
         wrong = [f"{name} = {n}: it is at least 1." for name, n in counts.items() if n is not None and n < 1]
@@ -157,6 +191,10 @@ class Recipe:
             f"optimiser.weight_decay = {here.weight_decay}": (
                 0 <= here.weight_decay < math.inf,
                 "it is finite and at least 0",
+            ),
+            f"hardware = {self.hardware}": (
+                all(0 < n < math.inf for n in (self.hardware.memory, self.hardware.flops, self.hardware.utilisation)),
+                "its numbers are finite and above 0",
             ),
             f"optimiser.clip = {here.clip}": (here.clip > 0, "it is above 0; inf does not clip"),
         }
@@ -177,7 +215,18 @@ class Recipe:
 EMBEDDED = {"tiny": "tiny", "tiny:sd3": "tiny", "tiny:wan": "tiny:wan"}
 """The models that come with the package, each with the name of its prompts."""
 
-FREE = ("output", "overwrite", "iterations", "save_every", "evaluation.pictures")
+FREE = (
+    "output",
+    "overwrite",
+    "iterations",
+    "save_every",
+    "evaluation.pictures",
+    "dry_run",
+    "hardware.gpus",
+    "hardware.memory",
+    "hardware.flops",
+    "hardware.utilisation",
+)
 """What may differ between a run and the one that goes on with it."""
 
 
@@ -211,6 +260,7 @@ def paper(method: Method, output: str) -> Recipe:
         optimiser=Optimiser(rate=1e-5, betas=(0.9, 0.999), weight_decay=1e-4),
         iterations=300,
         evaluation=Evaluation(images=1600, steps=50, batch=4),
+        hardware=Hardware(gpus=16),
         output=Path(output),
     )
 
@@ -224,6 +274,7 @@ def presets(method: Method, output: str) -> dict[str, Recipe]:
         "tiny": replace(
             Recipe(),
             method=method,
+            prompts="tiny:even",
             objective=Objective(threshold=0.45, tau=0.02),
             evaluation=Evaluation(pictures=480),
             output=Path(output),

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from trajsurgery import lora
 from trajsurgery.errors import RecipeError
 from trajsurgery.objective import DETACHED
 from trajsurgery.recipe import EMBEDDED, Recipe
@@ -164,11 +165,11 @@ def quiet() -> Generator[None]:
 
 
 def frozen(pipe: Any, recipe: Recipe) -> Any:
-    """The pipe, silent, with a transformer that trains and nothing else that does."""
+    """The pipe, silent, in whose transformer trains what the recipe says, and nothing else."""
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
-    pipe.transformer.requires_grad_(True)
+    lora.choose(pipe.transformer, recipe.train)
     if recipe.rollout.checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
     if recipe.rollout.precision == "bfloat16":
@@ -209,7 +210,7 @@ def _dtypes(cuda: bool) -> Any:
 
 def _embedded(prompts: str) -> Any:
     """The module that has prompts and rules of a world of the package; None for a file."""
-    places = {"tiny": "trajsurgery.tiny", "tiny:wan": "trajsurgery.tiny.video_rules"}
+    places = {"tiny": "trajsurgery.tiny", "tiny:even": "trajsurgery.tiny", "tiny:wan": "trajsurgery.tiny.video_rules"}
     return import_module(places[prompts]) if prompts in places else None
 
 
@@ -217,7 +218,8 @@ def _training(recipe: Recipe) -> tuple[tuple[str, ...], Draw]:
     known = _embedded(recipe.prompts)
     if known is not None:
         texts = tuple(str(p.text) for p in known.prompts("train"))
-        return texts, lambda count, g: [str(p.text) for p in known.prompts("train", generator=g, count=count)]
+        ratio = {"ratio": known.EVEN_RATIO} if recipe.prompts == "tiny:even" else {}
+        return texts, lambda count, g: [str(p.text) for p in known.prompts("train", generator=g, count=count, **ratio)]
     texts = tuple(read_prompts(recipe.prompts))
     return texts, lambda count, g: [texts[i] for i in torch.randint(len(texts), (count,), generator=g).tolist()]
 

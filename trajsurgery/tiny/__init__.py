@@ -8,13 +8,14 @@
 Nothing of diffusers, transformers or open_clip is imported before it is used.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
     from trajsurgery.tiny.pipe import PipelineName
+    from trajsurgery.tiny.prompt import EVEN_RATIO as EVEN_RATIO
     from trajsurgery.tiny.prompt import Prompt, Split
     from trajsurgery.tiny.rules import Verdict
     from trajsurgery.tiny.scorer import Reward as Reward
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Prompt", "Reward", "Verdict", "judge", "pipeline", "prompts"]
 
 _LAZY = {
+    "EVEN_RATIO": "trajsurgery.tiny.prompt",
     "Prompt": "trajsurgery.tiny.prompt",
     "Reward": "trajsurgery.tiny.scorer",
     "Verdict": "trajsurgery.tiny.rules",
@@ -56,12 +58,17 @@ def pipeline(name: "PipelineName" = "flux") -> Any:
     return pipeline(FOLDERS[name])
 
 
-def prompts(split: "Split", generator: "Generator | None" = None, count: int | None = None) -> "list[Prompt]":
+def prompts(
+    split: "Split",
+    generator: "Generator | None" = None,
+    count: int | None = None,
+    ratio: "Mapping[str, float] | None" = None,
+) -> "list[Prompt]":
     """Prompts of the split "train", "validation" or "heldout".
 
     With neither generator nor count, all of them, grouped by category. With both, `count` drawn at random: of "train"
     in the paper's ratio of categories (7:5:3:1:1:0 for position, counting, attribute binding, colours, two objects,
-    single object), of the others all six categories equally often.
+    single object) or in the one given, {category: weight}; of the others all six categories equally often.
 
     Raises ValueError for another split, or if only one of generator and count is given.
     """
@@ -73,8 +80,8 @@ def prompts(split: "Split", generator: "Generator | None" = None, count: int | N
         )
     if generator is None or count is None:
         return list(split_prompts(split))
-    weights: dict[str, float] = {c: RATIO[c] if split == "train" else 1.0 for c in CATEGORIES}
-    return draw_prompts(split, count, weights, generator)
+    usual: Mapping[str, float] = RATIO if split == "train" else dict.fromkeys(CATEGORIES, 1.0)
+    return draw_prompts(split, count, usual if ratio is None else ratio, generator)
 
 
 def judge(images: "Tensor", prompts: "Sequence[Prompt | str]") -> "Verdict":
