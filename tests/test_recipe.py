@@ -73,7 +73,7 @@ def test_a_recipe_is_a_plain_dict_and_frozen() -> None:
     found = replace(Recipe(), objective=Objective(weights_at=(0, 3)), method=DRTune(train=3))
     data = json.loads(json.dumps(found.to_dict()))
     assert data == found.to_dict()
-    assert data["method"] == {"name": "DRTune", "train": 3, "last": 11}
+    assert data["method"] == {"name": "DRTune", "train": 3, "last": 11, "connected": False}
     assert differences(data, found.to_dict()) == []
     with pytest.raises(FrozenInstanceError):
         found.seed = 1  # pyright: ignore[reportAttributeAccessIssue]
