@@ -27,8 +27,8 @@ from trajsurgery.node import (
     Velocity,
 )
 from trajsurgery.plan import Plan
-from trajsurgery.record import Record
-from trajsurgery.reentry import PipelineField, Sample, skipped_calls
+from trajsurgery.record import Record, skipped_calls
+from trajsurgery.reentry import PipelineField, Sample
 from trajsurgery.scheduler import Schedule, first_entry, rerouted
 from trajsurgery.trajectory import Trajectory
 
@@ -78,7 +78,7 @@ class Loop:
             stack.enter_context(rerouted(self.scheduler, set_timesteps=self._set_timesteps, step=self._step))
             stack.enter_context(self.record.encoding())
             shown = pipe.progress_bar
-            pipe.__dict__["progress_bar"] = lambda *args, **kwargs: (self._begin(), shown(*args, **kwargs))[1]
+            pipe.__dict__["progress_bar"] = lambda *args, **kwargs: (self._begin(kwargs), shown(*args, **kwargs))[1]
             stack.callback(lambda: pipe.__dict__.pop("progress_bar", None))
             stack.callback(lambda: self.stop_watching())
             self.tell, stop_telling = sides(pipe, self.wish.guidance)
@@ -120,7 +120,7 @@ class Loop:
         self.record.templates.clear()
         self.stop_watching = self.record.watch()
 
-    def _begin(self) -> None:
+    def _begin(self, shown: dict[str, Any]) -> None:
         """The pipeline asks for its progress bar: the loop is next. Is its first model call the plan's?"""
         if self.count != 0:
             return
@@ -131,6 +131,7 @@ class Loop:
             return
         with contextlib.suppress(PlanError, SamplerError):  # told at the first step, when T is known for certain
             steps = Schedule.of(self.scheduler, first_entry(self.scheduler)).steps
+            steps = min(steps, shown.get("total") or steps)
             self.call = first_call(plan.prepared(steps), steps)
         torch.set_grad_enabled(self.call is not None)
 
@@ -146,6 +147,7 @@ class Loop:
             self._start(sample)
         schedule = self.record.schedule
         self.record.timesteps.append(timestep)
+        self.record.trim(4 * sample.numel())
         if self.count in schedule.starts:
             self._record_step(model_output, sample)
             if not self.wish.whole and self.plan is not None and 1 < self.t == _last_needed(self.plan):
@@ -185,7 +187,7 @@ class Loop:
         self.trajectory = Trajectory(
             schedule.sigmas, {self.t: self.record.start}, {}, schedule.interpolant(), euler=None, start=start
         )
-        self.results["trajectory"], self.results["field"] = self.trajectory, PipelineField(self.record)
+        self.results["trajectory"], self.results["field"] = self.trajectory, PipelineField(self.record, self.trajectory)
         if self.plan is not None:
             self.execution = Execution(self.plan, self.trajectory, self.wish.generator)
         if self.call is not None and self.call.t != self.t:

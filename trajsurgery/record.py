@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_map
 from trajsurgery.guidance import GuidanceGradient
 from trajsurgery.scheduler import Schedule
 
+_MISSING = object()
+
 
 @dataclass
 class Record:
@@ -34,7 +36,9 @@ class Record:
     encodings: dict[tuple[int, str], list[Any]] = field(default_factory=dict[tuple[int, str], list[Any]])
     """{(id of the pipe or of a component, name of its method): what it returned, call by call}."""
     templates: dict[nn.Module, list[Any]] = field(default_factory=dict[nn.Module, list[Any]])
-    """The outputs of the modules that the loop called, call by call, on the meta device."""
+    """What the modules that the loop called returned, call by call; large tensors on the meta device (`trim`)."""
+    trimmed: dict[nn.Module, int] = field(default_factory=dict[nn.Module, int])
+    """How many of them `trim` has seen."""
     timesteps: list[Any] = field(default_factory=list[Any])
     """What `scheduler.step` was called with, call by call."""
     announced: bool = False
@@ -63,7 +67,7 @@ class Record:
         """Notes the outputs of the modules that are called from now on, until the returned function is."""
 
         def note(module: nn.Module, _: Any, output: Any) -> None:
-            self.templates.setdefault(module, []).append(tree_map(_shape, output))
+            self.templates.setdefault(module, []).append(tree_map(_constant, output))
 
         modules = [m for m in self.pipe.components.values() if isinstance(m, nn.Module)]
         handles = [module.register_forward_hook(note) for module in modules]
@@ -73,6 +77,16 @@ class Record:
                 handle.remove()
 
         return stop
+
+    def trim(self, size: int) -> None:
+        """Keeps the shape alone of the last outputs' tensors that hold more numbers (control nets' hidden states).
+
+        What is kept stands in for skipped calls: second streams and guidance with a memory go on as they did.
+        """
+        for module, outputs in self.templates.items():
+            for i in range(self.trimmed.get(module, 0), len(outputs)):
+                outputs[i] = tree_map(lambda value: _shape(value, size), outputs[i])
+            self.trimmed[module] = len(outputs)
 
     @contextlib.contextmanager
     def encoding(self) -> Generator[None]:
@@ -130,6 +144,54 @@ def encoders(pipe: Any, base: type) -> Iterator[tuple[Any, str]]:
             yield component, "encode"
 
 
+@contextlib.contextmanager
+def replaced(thing: Any, name: str, value: Any) -> Generator[None]:
+    """Shadows an attribute of the class by one of the object."""
+    before = thing.__dict__.get(name, _MISSING)
+    thing.__dict__[name] = value
+    try:
+        yield
+    finally:
+        thing.__dict__.pop(name)
+        if before is not _MISSING:
+            thing.__dict__[name] = before
+
+
+@contextlib.contextmanager
+def skipped_calls(templates: dict[nn.Module, list[Any]]) -> Generator[None]:
+    """What was noted instead of the modules' calls: their outputs, or zeros of the same shapes."""
+    with contextlib.ExitStack() as stack:
+        for module, outputs in templates.items():
+            # what torch calls instead of forward and its hooks (offloading, FSDP): a skipped call runs neither
+            stack.enter_context(replaced(module, "_compiled_call_impl", _stand_in(outputs)))
+        yield
+
+
+def _stand_in(templates: list[Any]) -> Callable[..., Any]:
+    """For a module's forward: what it returned, call by call."""
+    count = 0
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        template = templates[count % len(templates)]
+        count += 1
+        return _filled(template)
+
+    return forward
+
+
+def _filled(template: Any) -> Any:
+    def leaf(value: Any) -> bool:
+        return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], Tensor) and value[0].is_meta
+
+    def filled(value: Any) -> Any:
+        if leaf(value):
+            return torch.zeros_like(value[0], device=value[1])
+        return value.clone() if isinstance(value, Tensor) else value
+
+    return tree_map(filled, template, is_leaf=leaf)
+
+
 def _generators(arguments: dict[str, Any]) -> list[torch.Generator]:
     found: list[torch.Generator] = []
     for value in arguments.values():
@@ -137,5 +199,10 @@ def _generators(arguments: dict[str, Any]) -> list[torch.Generator]:
     return found
 
 
-def _shape(value: Any) -> Any:
-    return (torch.empty_like(value, device="meta"), value.device) if isinstance(value, Tensor) else value
+def _constant(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _shape(value: Any, size: int) -> Any:
+    large = isinstance(value, Tensor) and value.numel() > size
+    return (torch.empty_like(value, device="meta"), value.device) if large else value

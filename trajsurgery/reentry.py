@@ -1,7 +1,7 @@
 """A pipeline's own `__call__`, entered again for one timestep: the velocity field that a pipeline is.
 
-The loop runs with the recorded arguments. Until the wanted step its model calls are skipped (zeros of the right shape
-stand in), so that the loop's own index and schedule are what they were; then the latents are substituted inside the
+The loop runs with the recorded arguments. Until the wanted step its model calls are skipped (what they returned stands
+in), so that the loop's own index, schedule and memory are what they were; then the latents are substituted inside the
 loop, one model call is made, and what it passes to `scheduler.step` is the velocity. The first step's latents are
 substituted where the pipeline prepares them.
 """
@@ -19,10 +19,9 @@ from torch.utils._pytree import tree_map
 
 from trajsurgery.errors import SamplerError
 from trajsurgery.guidance import sides
-from trajsurgery.record import Record, encoders
+from trajsurgery.record import Record, encoders, replaced, skipped_calls
 from trajsurgery.scheduler import rerouted
-
-_MISSING = object()
+from trajsurgery.trajectory import Trajectory
 
 
 class PipelineField:
@@ -31,8 +30,10 @@ class PipelineField:
     It works inside the block and after it. x is [batch, *latent] as the loop holds it, sigma a time of the rollout.
     """
 
-    def __init__(self, record: Record) -> None:
-        self.record = record
+    def __init__(self, record: Record, trajectory: Trajectory) -> None:
+        self.record, self._trajectory = record, trajectory
+        self._versions = self._changes()
+        self._checked: set[int] = set()
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of the modules that the loop calls."""
@@ -51,7 +52,13 @@ class PipelineField:
             raise SamplerError(
                 f"the pipeline's field was called at sigma = {sigma.tolist()}, no time of its sampler: {times}."
             )
-        call = schedule.starts[times.index(float(sigma))]
+        step = times.index(float(sigma))
+        found = self._entered(schedule.starts[step], x)
+        if schedule.steps - step not in self._checked:
+            self._check(schedule.steps - step, x.detach(), found.detach())
+        return found
+
+    def _entered(self, call: int, x: Tensor) -> Tensor:
         gradient = torch.is_grad_enabled()
         if call == 0 and not self.record.doubled:
             found = _Entry(self.record, 0, 0, x, gradient).velocity()
@@ -61,6 +68,25 @@ class PipelineField:
         found = _Entry(self.record, call, max(call, 1), x, gradient).velocity()
         assert found is not None
         return found
+
+    def _check(self, t: int, x: Tensor, v: Tensor) -> None:
+        """Raises SamplerError if the same weights give another velocity at the same x_t than the rollout's."""
+        if not torch.equal(x, self._trajectory[t]) or self._changes() != self._versions:
+            return
+        self._checked.add(t)
+        wanted = self._trajectory.velocity(t).double()
+        apart = (v.double() - wanted).norm() / wanted.norm().clamp_min(1e-30)
+        if float(apart) > (0.01 if v.dtype in (torch.float32, torch.float64) else 0.1):
+            raise SamplerError(
+                f"{self.record.base.__name__}, entered again at t = {t}, gives another velocity than in its rollout "
+                f"(relative difference {float(apart):.1g}): its loop or a callback carries more from step to step than "
+                "can be replayed. Use memory='retain' with a plan that fits one pass."
+            )
+
+    def _changes(self) -> int:
+        """How often the weights have been changed in place."""
+        modules = (m for m in self.record.pipe.components.values() if isinstance(m, nn.Module))
+        return sum(p._version for module in modules for p in module.parameters())
 
     def decode(self, x: Tensor) -> Any:
         """Latents [batch, *latent] through the pipeline's own tail: its images, with gradient."""
@@ -120,7 +146,7 @@ class _Entry:
             for owner, name in encoders(pipe, base):
                 memory = iter(self.record.encodings.get((id(owner), name), ()))
                 if (id(owner), name) in self.record.encodings:
-                    enter(_replaced(owner, name, lambda *_, memory=memory, **__: next(memory)))
+                    enter(replaced(owner, name, lambda *_, memory=memory, **__: next(memory)))
             if self.skipped == 0:
                 for name in (n for n in dir(base) if n.startswith("prepare_") and "latents" in n):
                     pipe.__dict__[name] = self._substituting(getattr(base, name).__get__(pipe))
@@ -132,12 +158,12 @@ class _Entry:
         """A method that prepares latents, with x for what the loop began with."""
         start = self.record.start
 
-        def replaced(value: Any) -> Any:
+        def substituted(value: Any) -> Any:
             same = isinstance(value, Tensor) and value.shape == start.shape and value.is_floating_point()
             return self.x.to(value.dtype) if same and torch.equal(value.to(start.dtype), start) else value
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            return tree_map(replaced, prepare(*args, **kwargs))
+            return tree_map(substituted, prepare(*args, **kwargs))
 
         return call
 
@@ -224,46 +250,3 @@ def _kept(thing: Any) -> Generator[None]:
     finally:
         thing.__dict__.clear()
         thing.__dict__.update(before)
-
-
-@contextlib.contextmanager
-def _replaced(thing: Any, name: str, value: Any) -> Generator[None]:
-    """Shadows an attribute of the class by one of the object."""
-    before = thing.__dict__.get(name, _MISSING)
-    thing.__dict__[name] = value
-    try:
-        yield
-    finally:
-        thing.__dict__.pop(name)
-        if before is not _MISSING:
-            thing.__dict__[name] = before
-
-
-@contextlib.contextmanager
-def skipped_calls(templates: dict[nn.Module, list[Any]]) -> Generator[None]:
-    """Zeros of the noted shapes instead of the modules' calls."""
-    with contextlib.ExitStack() as stack:
-        for module, outputs in templates.items():
-            # what torch calls instead of forward and its hooks (offloading, FSDP): a skipped call runs neither
-            stack.enter_context(_replaced(module, "_compiled_call_impl", _zeros(outputs)))
-        yield
-
-
-def _zeros(templates: list[Any]) -> Callable[..., Any]:
-    """A stand-in for a module's forward: zeros of the recorded shapes, call by call, step by step."""
-    count = 0
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        nonlocal count
-        template = templates[count % len(templates)]
-        count += 1
-        return _filled(template)
-
-    return forward
-
-
-def _filled(template: Any) -> Any:
-    def leaf(value: Any) -> bool:
-        return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], Tensor) and value[0].is_meta
-
-    return tree_map(lambda v: torch.zeros_like(v[0], device=v[1]) if leaf(v) else v, template, is_leaf=leaf)

@@ -16,7 +16,7 @@ from trajsurgery.plan import Plan
 ENDS: dict[str, tuple[Plan, int]] = {
     "refl": (refl(3), 3),
     "drtune": (drtune(STEPS, 2, {STEPS, 2}), 2),
-    "prediction of x_1": (Plan(latent(STEPS).leap(2).connect().leap(1)), 2),
+    "prediction of x_2": (Plan(latent(STEPS).leap(3).connect().leap(1)), 3),
     "leapalign": (leapalign(STEPS, 2), 1),
     "draft_lv": (draft_lv(1), 1),
     "last step": (refl(1), 1),

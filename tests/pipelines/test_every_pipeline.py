@@ -9,11 +9,6 @@ from tests.pipelines.builders import BUILDERS
 from tests.pipelines.checks import measured
 from tests.tolerances import STOCK, VALUE
 
-pytestmark = [
-    # diffusers' own modules warn of names that they are to drop.
-    pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning"),
-]
-
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_operate_keeps_its_promises(name: str) -> None:

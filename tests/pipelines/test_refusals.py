@@ -20,10 +20,12 @@ from diffusers import (
     SCMScheduler,
     UniPCMultistepScheduler,
 )
+from torch.utils._pytree import tree_flatten
 
 from tests.pipelines.builders import BUILDERS
 from tests.pipelines.parts import Small
 from trajsurgery import SamplerError, leapalign, operate
+from trajsurgery.record import Record
 
 
 @pytest.mark.parametrize(
@@ -137,11 +139,15 @@ class WithSound(FluxPipeline):
     __call__ = torch.no_grad()(__call__)
 
 
-def test_a_second_stream_is_a_constant() -> None:
-    """Sound beside the images: it steps as it does, and no gradient that the plan does not hold passes through it."""
+def with_sound() -> Small:
     flux = BUILDERS["Flux"]()
     parts = {n: c for n, c in flux.pipe.components.items() if n != "image_encoder" and "feature" not in n}
-    small = Small(WithSound(**parts), flux.arguments | {"output_type": "latent"})
+    return Small(WithSound(**parts), flux.arguments | {"output_type": "latent"})
+
+
+def test_a_second_stream_is_a_constant() -> None:
+    """Sound beside the images: it steps as it does, and no gradient that the plan does not hold passes through it."""
+    small = with_sound()
     plain = small()[0]
     params = list(small.pipe.transformer.parameters())
     grads: list[Any] = []
@@ -152,6 +158,63 @@ def test_a_second_stream_is_a_constant() -> None:
     for retained, recomputed in zip(*grads, strict=True):
         if retained is not None:
             torch.testing.assert_close(recomputed, retained)
+
+
+def forgetful(self: Record, size: int) -> None:
+    """Keeps the shape of every output, as of those that are too large."""
+    FULL_TRIM(self, 0)
+
+
+FULL_TRIM = Record.trim
+
+
+def test_outputs_too_large_to_keep_are_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop that carries the latents alone is entered all the same; another one is told from it."""
+    monkeypatch.setattr(Record, "trim", forgetful)
+    for small, carries in ((BUILDERS["Flux"](), False), (BUILDERS["SD3"](), False), (with_sound(), True)):
+        with operate(small.pipe) as surgery:
+            small()
+        assert all(not leaf.numel() or leaf.is_meta for leaf in noted(surgery.field.record))
+        trajectory = surgery.trajectory
+        if carries:
+            with pytest.raises(SamplerError, match="gives another velocity than in its rollout"):
+                surgery.field(trajectory[2], trajectory.sigma(2))
+        else:
+            assert torch.equal(surgery.field(trajectory[2], trajectory.sigma(2)), trajectory.velocity(2))
+
+
+def noted(record: Record) -> list[torch.Tensor]:
+    leaves = tree_flatten(list(record.templates.values()))[0]
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+def test_a_callback_that_changes_the_guidance_is_told() -> None:
+    """Callbacks are not called again: what they change but the latents can't be replayed."""
+    small = BUILDERS["SD3"]()
+
+    def stronger(pipe: Any, step: int, t: Any, given: dict[str, Any]) -> dict[str, Any]:
+        pipe._guidance_scale = 20.0
+        return {}
+
+    with operate(small.pipe, leapalign(4, 2)) as surgery:
+        small(callback_on_step_end=stronger)
+    surgery.outputs[0].sum().backward()
+    with operate(small.pipe, leapalign(4, 2), "recompute") as surgery:
+        small(callback_on_step_end=stronger)
+    with pytest.raises(SamplerError, match="a callback carries more"):
+        surgery.outputs[0].sum().backward()
+
+
+def test_other_weights_give_other_velocities() -> None:
+    """After an optimiser's step the recorded velocities are the old weights': that is no error."""
+    small = BUILDERS["Flux"]()
+    with operate(small.pipe) as surgery:
+        small()
+    with torch.no_grad():
+        for p in small.pipe.transformer.parameters():
+            p.mul_(1.5)
+    v = surgery.field(surgery.trajectory[2], surgery.trajectory.sigma(2))
+    assert not torch.allclose(v, surgery.trajectory.velocity(2))
 
 
 def test_a_scheduler_whose_class_pipelines_look_at() -> None:
