@@ -27,9 +27,10 @@ LAYERS: dict[str, str] = {
     "methods": "methods",
     "rewards": "rewards",
     "tiny": "tiny",
-    "training": "objective recipe presets scorers world diversity heldout preflight checkpoint train",
+    "training": "objective recipe presets lora scorers world diversity heldout preflight checkpoint train",
+    "planning": "memory",
     "report": "calibration evaluate report",
-    "run": "run",
+    "run": "run score",
     "testing": "testing",
 }
 """Layer: its files and packages. A file imports from its own layer and from those above it."""
@@ -39,7 +40,7 @@ RANK = {name: i for i, names in enumerate(LAYERS.values()) for name in names.spl
 OWNERS: dict[str, str] = {
     "networkx": "graph columns",
     "sympy": "derivative gradient formula",
-    "diffusers": "reentry pipelines tiny objective recipe world heldout preflight checkpoint train",
+    "diffusers": "reentry pipelines tiny objective recipe world heldout preflight checkpoint train memory",
     "matplotlib": "draw report tiny",
 }
 """Package: the files that may import it."""

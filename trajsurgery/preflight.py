@@ -10,6 +10,7 @@ import torch
 
 from trajsurgery.errors import PlanError, RecipeError
 from trajsurgery.recipe import EMBEDDED, Recipe
+from trajsurgery.rewards.named import KNOWN, known, lacking
 from trajsurgery.tiny.pipe import FOLDERS
 from trajsurgery.tiny.variant import shipped
 
@@ -119,18 +120,13 @@ def _reward(asked: str) -> str | None:
     if name == "tiny":
         there = ("", "scorer", *shipped())
         return None if rest in there else f"no reward {asked!r}: the embedded world ships tiny{' tiny:'.join(there)}."
-    if name == "hpsv2.1" and (Path(rest).is_file() if rest else cached("xswu/HPSv2", "HPS_v2.1_compressed.pt")):
-        return None
-    if name == "hpsv2.1":
-        return (
-            "no reward: HPSv2.1's weights are not in the Hugging Face cache. Fetch them with `hf download xswu/HPSv2 "
-            "HPS_v2.1_compressed.pt` (4 GB), or pass --reward hpsv2.1:FILE."
-        )
+    if known(asked):
+        return lacking(asked)
     try:
-        known = bool(rest) and find_spec(name) is not None
+        there = bool(rest) and find_spec(name) is not None
     except (ImportError, ValueError):
-        known = False
-    return None if known else f"no reward {asked!r}: it is tiny, tiny:SCORER, hpsv2.1, hpsv2.1:FILE, or MODULE:NAME."
+        there = False
+    return None if there else f"no reward {asked!r}: it is tiny, tiny:SCORER, {KNOWN}, or MODULE:NAME."
 
 
 def _prompts(recipe: Recipe) -> list[str]:

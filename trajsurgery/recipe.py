@@ -125,7 +125,8 @@ class Recipe:
     model: str = "tiny"
     """tiny (the embedded Flux), tiny:sd3, tiny:wan, a folder that diffusers can load, or a hub id that is cached."""
     reward: str = "tiny"
-    """tiny, tiny:SCORER, hpsv2.1, hpsv2.1:FILE, or MODULE:NAME: called without arguments, it returns a reward."""
+    """tiny, tiny:SCORER, a name of trajsurgery.rewards.named (hpsv2.1, pickscore, imagereward, ...), the same with
+    :FILE, remote:HOST:PORT, or MODULE:NAME: called without arguments, it returns a reward."""
     prompts: str = "tiny"
     """Training prompts: tiny (categories in the paper's ratio), tiny:even, tiny:wan, or a text file with one a line."""
     heldout: str = "tiny"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trajsurgery.errors import RecipeError
 from trajsurgery.recipe import Recipe
+from trajsurgery.rewards.named import KNOWN, named
 
 Reward = Callable[[Tensor, Sequence[str]], Tensor]
 """reward(images, prompts): Float[batch 3 h w] in [0, 1] and a text for each, to scores Float[batch], differentiable."""
@@ -32,17 +33,19 @@ def scorer(asked: str, device: torch.device) -> Reward:
 
     Raises:
         RecipeError: the name stands for nothing.
+        RewardError: its weights are not there.
     """
     name, _, rest = asked.partition(":")
     if name == "tiny":
         return import_module("trajsurgery.tiny").Reward(rest or "scorer")
-    if name == "hpsv2.1":
-        return import_module("trajsurgery.rewards.hpsv2").HPSv2(rest or None).to(device)
+    found = named(asked)
+    if found is not None:
+        return found.to(device)
     try:
         return getattr(import_module(name), rest)()
     except (ImportError, AttributeError, ValueError) as error:
         raise RecipeError(
-            f"reward = {asked!r} could not be made ({error}): it is tiny, tiny:SCORER, hpsv2.1, hpsv2.1:FILE or "
+            f"reward = {asked!r} could not be made ({error}): it is tiny, tiny:SCORER, {KNOWN} or "
             "MODULE:NAME, which is called without arguments and returns reward(images, prompts) -> scores."
         ) from error
 

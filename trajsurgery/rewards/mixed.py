@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from trajsurgery.errors import RewardError
@@ -46,7 +47,7 @@ class Weighted(Reward):
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Float[batch], the sum, on the images' device."""
         terms = [weight * part(images, prompts).to(images.device) for part, weight in zip(self.parts, self.weights)]
-        return sum(terms[1:], start=terms[0])
+        return torch.stack(terms).sum(0)
 
 
 class Relative(Reward):

@@ -19,7 +19,7 @@ def file_of(reward: str, given: str | Path | None, repository: str, file: str) -
         raise RewardError(
             f"{reward}: there is no file {given}. `hf download {repository} {file}` prints where it puts it."
         )
-    found = _cached(repository, file)
+    found = cached(repository, file)
     if found is None:
         raise RewardError(
             f"{reward}'s weights are not in the Hugging Face cache: `hf download {repository} {file}` fetches them, or "
@@ -44,7 +44,7 @@ def folder_of(reward: str, given: str | Path | None, repository: str, file: str 
         raise RewardError(
             f"{reward}: the folder {asked} has no {file}: it takes what transformers' save_pretrained wrote."
         )
-    found = _cached(asked, file)
+    found = cached(asked, file)
     if found is None:
         raise RewardError(
             f"{reward}: {asked} is neither a folder nor in the Hugging Face cache: `hf download {asked}` fetches it, "
@@ -53,7 +53,8 @@ def folder_of(reward: str, given: str | Path | None, repository: str, file: str 
     return found.parent
 
 
-def _cached(repository: str, file: str) -> Path | None:
+def cached(repository: str, file: str) -> Path | None:
+    """The file of a repository in the local Hugging Face cache, if it is there."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
