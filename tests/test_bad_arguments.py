@@ -80,7 +80,7 @@ def test_a_cotangent_of_another_precision_is_cast() -> None:
     one, other = MLP(4), MLP(4)
     backward(PLAN, rolled(), one, ONES.float())
     backward(PLAN, rolled(), other, ONES)
-    assert all(torch.equal(a.grad, b.grad) for a, b in zip(one.parameters(), other.parameters(), strict=True))  # type: ignore
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(one.parameters(), other.parameters(), strict=True))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("other", [FIELD, None, X, (X, None), object()], ids=lambda a: type(a).__name__)
