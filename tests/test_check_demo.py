@@ -40,6 +40,13 @@ def test_a_good_run_passes(tmp_path: Path) -> None:
         ({"reward_gain_se": float("nan")}, "", "not more than 3"),
         ({"reward_gain_se": None}, "", "lacks reward_gain_se"),
         ({"seconds": 301.0}, "", "more than 300 s"),
+        ({"rule_after": 0.49}, "", "the rule-based score fell"),
+        ({"junk_after": 0.015}, "", "1.50% of the pixels are junk"),
+        (
+            {"metrics": {"b": {"reward_before": 0.1, "reward_after": 0.2, "reward_gain": 0.1, "reward_gain_se": 0.06}}},
+            "",
+            "no further scorer rose",
+        ),
         ({"kind": "iteration"}, "", "does not end in an evaluation"),
         ({}, "samples.png", "samples.png is missing"),
         ({}, "heldout.png", "heldout.png is missing"),
@@ -53,7 +60,7 @@ def test_a_bad_run_is_named(tmp_path: Path, change: dict[str, Any], without: str
 
 
 def test_further_scorers_and_diversity_are_told(tmp_path: Path) -> None:
-    metrics = {"tiny:scorer_b": {"reward_before": 0.1, "reward_after": 0.2, "reward_gain": 0.1}}
+    metrics = {"tiny:scorer_b": {"reward_before": 0.1, "reward_after": 0.2, "reward_gain": 0.1, "reward_gain_se": 0.01}}
     diversity = {"pixels": {"diversity_before": 0.4, "diversity_after": 0.3}}
     done = check(tmp_path, {**GOOD, "metrics": metrics, "diversity": diversity})
     assert done.returncode == 0

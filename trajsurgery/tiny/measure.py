@@ -82,6 +82,7 @@ def measure(config: Measuring) -> dict[str, Any]:
     from trajsurgery.tiny.pipe import pipeline
     from trajsurgery.tiny.rules import judge
     from trajsurgery.tiny.scorer import Reward
+    from trajsurgery.tiny.variant import shipped
 
     pipe, reward = pipeline(config.weights / "pipeline"), Reward(config.weights / "scorer")
     found: dict[str, Any] = {"steps": config.steps, "threshold": reward.threshold, "megabytes": size(config.weights)}
@@ -98,6 +99,11 @@ def measure(config: Measuring) -> dict[str, Any]:
         found[f"ranking_{split}"]["above_threshold"] = float((scores > reward.threshold).float().mean())
     with torch.no_grad():
         found["against_negatives"] = figures.against_negatives(reward, 2 * config.each)
+    for name in shipped(config.weights):
+        scorer = Reward(config.weights / name)
+        with torch.no_grad():  # the images are still those of the held-out prompts
+            found[f"{name}_ranking_heldout"] = figures.ranking(scorer(images, prompts), verdict)
+            found[f"{name}_against_negatives"] = figures.against_negatives(scorer, 2 * config.each)
     found["leap_distances"] = figures.leap_distances(pipe, figures.evenly("train", 10), config.steps, seed=17)
     found["seconds"] = seconds(pipe, reward)
     return found
@@ -134,7 +140,8 @@ HEADS = {
     "flux": (
         "# The weights of the embedded world",
         "",
-        "`pipeline/` is a FluxPipeline, `scorer/` the reward (an open_clip CLIP); all stored in bfloat16.",
+        "`pipeline/` is a FluxPipeline, `scorer/` the reward (an open_clip CLIP), `scorer_b/` and `scorer_c/` further",
+        "scorers that no gradient climbs; all stored in bfloat16.",
     ),
     "sd3": (
         "# The weights of the tiny Stable Diffusion 3",
