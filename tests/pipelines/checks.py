@@ -92,8 +92,8 @@ def plainly(small: Small) -> list[Tensor]:
 def measured(small: Small) -> Found:
     """Runs the pipe plainly, recorded, retained, recomputed and staged."""
     params = transformers(small)
-    before = state(small.pipe)
     plain = small()[0]
+    before = state(small.pipe)
     with operate(small.pipe) as surgery:
         exact = torch.equal(small()[0], plain)
     steps = surgery.trajectory.steps
