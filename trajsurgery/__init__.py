@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from trajsurgery.interpolant import Polynomial as Polynomial
     from trajsurgery.interpolant import RectifiedFlow as RectifiedFlow
     from trajsurgery.interpolant import Trigonometric as Trigonometric
+    from trajsurgery.memory import MemoryPlan as MemoryPlan
+    from trajsurgery.memory import plan_memory as plan_memory
     from trajsurgery.methods import SRPO as SRPO
     from trajsurgery.methods import AlignProp as AlignProp
     from trajsurgery.methods import DRaFTK as DRaFTK
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
 _HOME = {
     "errors": ("PlanError", "RecipeError", "RewardError", "SamplerError", "SurgeryError"),
     "interpolant": ("Interpolant", "Polynomial", "RectifiedFlow", "Trigonometric"),
+    "memory": ("MemoryPlan", "plan_memory"),
     "methods": (
         "AlignProp",
         "DRTune",

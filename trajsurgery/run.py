@@ -15,11 +15,12 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from trajsurgery import alarm, preflight, report, world
+from trajsurgery import alarm, lora, preflight, report, world
 from trajsurgery.checkpoint import METRICS, Log, Training, resume, save, write_whole
 from trajsurgery.errors import SurgeryError
 from trajsurgery.evaluate import compare
 from trajsurgery.heldout import evaluate
+from trajsurgery.memory import plan_memory, table
 from trajsurgery.recipe import Recipe
 from trajsurgery.train import Iteration, generator, train
 
@@ -36,6 +37,8 @@ def cli(presets: Mapping[str, Recipe], description: str, args: Sequence[str] | N
     preset = presets[chosen.parse_known_args(given)[0].preset]
     try:
         recipe = tyro.cli(Recipe, default=preset, args=given, description=description, console_outputs=True)
+        if recipe.dry_run:
+            return dry_run(recipe, console)
         return INTERRUPTED if main(recipe, console=console) is None else 0
     except KeyboardInterrupt:
         console.print("interrupted before the first iteration, or while pictures were made: the same command goes on")
@@ -44,6 +47,17 @@ def cli(presets: Mapping[str, Recipe], description: str, args: Sequence[str] | N
         console.print(f"[bold red]{type(error).__name__}[/]: ", end="")
         console.print(str(error), markup=False, highlight=False, soft_wrap=True)
         return 1
+
+
+def dry_run(recipe: Recipe, console: Console) -> int:
+    """Prints what the run would take, and writes it to memory.json; returns the exit code."""
+    with console.status("counting under fake tensors"):
+        found = plan_memory(recipe)
+    console.print(table(found), highlight=False)
+    path = recipe.output / "memory.json"
+    write_whole(path, lambda partial: partial.write_text(json.dumps(found.to_dict(), indent=1) + "\n"))
+    console.print(f"In {path}.", highlight=False)
+    return 0
 
 
 def main(recipe: Recipe, scene: world.World | None = None, console: Console | None = None) -> dict[str, Any] | None:
@@ -102,7 +116,7 @@ def _finish(recipe: Recipe, found: world.World, training: Training, console: Con
     training.ema.copy_to(training.parameters)
     with console.status("held-out images of the tuned model"):
         after = evaluate(recipe, found)
-    found.pipe.transformer.save_pretrained(recipe.output / "transformer")
+    lora.save(found.pipe, recipe.train, recipe.output / "transformer")
     before = training.before
     assert before is not None, "the untuned model is evaluated before the first iteration"
     report.samples(recipe.output / "samples.png", _title(recipe), before, after)

@@ -1,0 +1,83 @@
+"""A recipe's real model, its decoder and its reward, measured under fake tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trajsurgery import lora
+from trajsurgery.memory.measure import Measured, measure
+from trajsurgery.memory.spec import Model, Spec, build, latents
+from trajsurgery.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A model and what was measured of it, at one precision and number of images."""
+
+    model: Model
+    call: Measured
+    decode: Measured
+    reward: Measured | None
+    reward_bytes: int
+    block: int
+    """Parameters of the largest block, which FSDP gathers."""
+    loose: int
+    """Parameters outside of the blocks."""
+
+
+def count(recipe: Recipe, known: Spec, images: int, sharded: bool) -> Counted:
+    """Builds the model for `images` at once and measures a step's calls, the decoder and the reward."""
+    rollout = recipe.rollout
+    half = rollout.precision == "bfloat16"
+    dtype = torch.bfloat16 if half and sharded else torch.float32
+    model = build(known, rollout, images, dtype)
+    transformer: Any = model.transformer
+    with model.mode, _default(dtype):
+        lora.stand_in(transformer, recipe.train)
+        if rollout.checkpointing:
+            transformer.enable_gradient_checkpointing()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half and not sharded):
+            call = measure(model.velocity, transformer.parameters())
+    z = latents(model, rollout, images).requires_grad_()
+    with model.mode:
+        decode = measure(lambda: [model.pipe.vae.decode(z).sample], ())
+        pixels = model.pipe.vae.decode(z).sample.detach().requires_grad_()
+        reward, size = _reward(recipe.reward, pixels)
+    sizes = [sum(p.numel() for p in b.parameters()) for m in transformer.children() for b in _blocks(m)]
+    loose = sum(p.numel() for p in transformer.parameters()) - sum(sizes)
+    return Counted(model, call, decode, reward, size, max(sizes, default=0), loose)
+
+
+def _blocks(module: nn.Module) -> list[nn.Module]:
+    return list(module) if isinstance(module, nn.ModuleList) else []
+
+
+def _reward(name: str, pixels: Tensor) -> tuple[Measured | None, int]:
+    """HPSv2.1's gradient to the images, and the bytes of its weights; other rewards are not counted."""
+    if name.partition(":")[0] != "hpsv2.1":
+        return None, 0
+    import open_clip
+
+    from trajsurgery.rewards.hpsv2 import prepared
+
+    clip: Any = open_clip.create_model("ViT-H-14")
+    clip.eval().requires_grad_(False)
+    side = int(clip.visual.image_size[0])
+    found = measure(lambda: [clip.encode_image(prepared(pixels, side), normalize=True)], ())
+    return found, 4 * sum(p.numel() for p in clip.parameters())
+
+
+@contextmanager
+def _default(dtype: torch.dtype) -> Generator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

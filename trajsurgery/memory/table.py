@@ -1,0 +1,56 @@
+"""A memory plan on the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from trajsurgery.memory.estimate import MemoryPlan
+
+
+def table(found: MemoryPlan) -> Group:
+    """The setting, bytes a GPU, operations and seconds an iteration, the fewest GPUs, notes."""
+    setting = found.setting
+    gpus = setting["gpus"]
+    head = Table(title=f"{setting['method']} on {found.model}", show_header=False, box=None)
+    rows = {
+        "plan": found.plan,
+        "images": f"{setting['size']} px, batch {setting['batch']}, {setting['images at once a GPU']} at once on each",
+        "text": f"{setting['text tokens']} tokens",
+        "GPUs": f"{gpus} of {setting['memory bytes'] / 1e9:.0f} GB",
+        "precision": f"{setting['precision']}, checkpointing {'on' if setting['checkpointing'] else 'off'}",
+        "trains": f"{setting['train']}: {found.trained:,} of {found.parameters:,} parameters",
+        "gradient": f"{setting['memory']}, {found.calls} velocity calls of {setting['steps']} steps",
+        "configs": found.source,
+    }
+    for name, value in rows.items():
+        head.add_row(name, Text(value))
+    size = Table(title="memory of one GPU")
+    size.add_column("part")
+    size.add_column("GiB", justify="right")
+    for name, value in (*found.held.items(), *found.passing.items()):
+        size.add_row(name, f"{value / 2**30:.2f}", end_section=name in (list(found.held)[-1], list(found.passing)[-1]))
+    size.add_row("peak", f"{found.peak / 2**30:.2f}", style="bold")
+    work = Table(title="work of one iteration, all GPUs")
+    work.add_column("part")
+    work.add_column("TFLOP", justify="right")
+    for name, value in found.flops.items():
+        work.add_row(name, f"{value / 1e12:,.1f}")
+    work.add_row("all", f"{sum(found.flops.values()) / 1e12:,.1f}", style="bold")
+    return Group(head, size, work, *map(Text, _closing(found)))
+
+
+def _closing(found: MemoryPlan) -> list[str]:
+    setting, needed = found.setting, found.gpus_needed
+    card = f"{setting['memory bytes'] / 1e9:.0f} GB"
+    fits = "it fits" if found.fits else "it does NOT fit"
+    least = (
+        f"{needed} GPU{'s' if needed != 1 else ''} of {card} hold it" if needed else f"no number of {card} GPUs does"
+    )
+    speed = f"{setting['utilisation']:.0%} of {setting['flops'] / 1e12:.0f} TFLOP/s on each of {setting['gpus']}"
+    return [
+        f"{fits}; {least}.",
+        f"{found.seconds:.1f} s an iteration at {speed}.",
+        *(f"note: {note}" for note in found.notes),
+    ]
