@@ -144,6 +144,7 @@ def test_a_head_of_one_layer(folder: Path, tmp_path: Path) -> None:
     "spoil",
     [
         lambda state: {},
+        lambda state: {**state, "layers.1.scale": torch.ones(32)},
         lambda state: {k: v for k, v in state.items() if "7" not in k},
         lambda state: {k: v for k, v in state.items() if k != "layers.2.bias"},
         lambda state: {k: v for k, v in state.items() if not k.startswith("layers.2")},

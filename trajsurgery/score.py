@@ -130,8 +130,8 @@ def _run(given: Any, console: Console) -> int:
         for i, picture in enumerate(asked)
     ]
     table = Table("image", *found)
-    for row in rows:
-        table.add_row(Path(row["image"]).name, *(f"{row[name]:.4f}" for name in found))
+    for i, picture in enumerate(asked):
+        table.add_row(picture.path.name, *(f"{values[i]:.4f}" for values in found.values()))
     table.add_section()
     table.add_row("mean", *(f"{about[name]['mean']:.4f}" for name in found))
     table.add_row("standard error", *("" if (e := about[n]["standard_error"]) is None else f"{e:.4f}" for n in found))

@@ -118,7 +118,9 @@ class _Asked(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *cotangents: Tensor
+    ) -> tuple[Tensor, None, None]:
         (images,) = ctx.saved_tensors
         given = {"images": images, "cotangent": cotangents[0]}
         _, found = ctx.remote.request({"ask": "gradient", "prompts": ctx.prompts}, given)
