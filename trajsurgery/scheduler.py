@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from trajsurgery.errors import SamplerError
 from trajsurgery.interpolant import InvertedFlow, RectifiedFlow
@@ -127,10 +126,6 @@ class _Rerouted:
         def constant(*args: Any, **kwargs: Any) -> Any:
             """The other stream is a constant to the plan."""
             with torch.no_grad():
-                return function(*tree_map(_detached, args), **tree_map(_detached, kwargs))
+                return function(*args, **kwargs)
 
         return constant
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
