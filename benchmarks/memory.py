@@ -257,9 +257,10 @@ def draw(found: dict[str, Any], path: Path) -> None:
         axes.set(xlabel="steps backpropagated through", ylabel=label, title=title, xticks=counts)
         if name == "kept_bytes":
             axes.set_yscale("symlog", linthresh=0.01)
-            axes.legend(frameon=False, fontsize=8, loc="center right")
+            axes.set_ylim(bottom=-0.004)
         else:
             axes.set_ylim(bottom=0)
+    time_axes.legend(frameon=False, fontsize=8, loc="upper left")
     bars = {"retain": "retain", "recompute": "recompute", "staged": "staged sweep\n(trajsurgery.backward)"}
     gradients = found["gradients_beside_grad"]
     for place, (name, colour) in enumerate(zip(bars, (COLOURS[0], COLOURS[1], COLOURS[4]))):
