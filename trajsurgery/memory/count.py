@@ -43,10 +43,10 @@ def count(recipe: Recipe, known: Spec, images: int, sharded: bool) -> Counted:
         if rollout.checkpointing:
             transformer.enable_gradient_checkpointing()
         with torch.autocast("cpu", torch.bfloat16, enabled=half and not sharded):
-            call = measure(model.velocity, transformer.parameters())
+            call = measure(model.velocity, transformer.parameters(), model.chained)
     z = latents(model, rollout, images).requires_grad_()
     with model.mode:
-        decode = measure(lambda: [model.pipe.vae.decode(z).sample], ())
+        decode = measure(lambda: [model.pipe.vae.decode(z).sample], model.pipe.vae.parameters())
         pixels = model.pipe.vae.decode(z).sample.detach().requires_grad_()
         reward, size = _reward(recipe.reward, pixels)
     sizes = [sum(p.numel() for p in b.parameters()) for m in transformer.children() for b in _blocks(m)]
@@ -66,10 +66,11 @@ def _reward(name: str, pixels: Tensor) -> tuple[Measured | None, int]:
 
     from trajsurgery.rewards.hpsv2 import prepared
 
-    clip: Any = open_clip.create_model("ViT-H-14")
+    config: Any = open_clip.get_model_config("ViT-H-14")
+    clip: Any = open_clip.CLIP(**config)  # create_model moves it, which fake tensors do not allow
     clip.eval().requires_grad_(False)
     side = int(clip.visual.image_size[0])
-    found = measure(lambda: [clip.encode_image(prepared(pixels, side), normalize=True)], ())
+    found = measure(lambda: [clip.encode_image(prepared(pixels, side), normalize=True)], clip.parameters())
     return found, 4 * sum(p.numel() for p in clip.parameters())
 
 

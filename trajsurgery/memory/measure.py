@@ -99,20 +99,22 @@ def counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=mapping)
 
 
-def measure(work: Work, parameters: Iterable[Tensor]) -> Measured:
-    """Runs the work four times, once with its backward pass. Gradients are added into `.grad`, which is made."""
+def measure(work: Work, parameters: Iterable[Tensor], again: Work | None = None) -> Measured:
+    """Runs the work five times, twice with its backward pass. Gradients are added into `.grad`, which is made."""
     parameters = list(parameters)
     one, first = kept(work, parameters)
     del first
-    both, twice = kept(lambda: (work(), work()), parameters)
+    both, twice = kept(lambda: (work(), (again or work)()), parameters)
     del twice
     for p in parameters:
         if p.requires_grad and p.grad is None:
             p.grad = torch.empty_like(p)
-    with Alive() as alive:
-        with counter() as forward:
-            outputs = list(work())
-        cotangents = [torch.empty_like(v) for v in outputs]
-        with counter() as backward:
-            torch.autograd.backward(outputs, cotangents)
+    with counter() as forward:
+        outputs = list(work())
+    with counter() as backward:
+        torch.autograd.backward(outputs, [torch.empty_like(v) for v in outputs])
+    del outputs
+    with Alive() as alive:  # alone: the counter's hooks hold what it has seen
+        outputs = list(work())
+        torch.autograd.backward(outputs, [torch.empty_like(v) for v in outputs])
     return Measured(one, both - one, alive.most, forward.get_total_flops(), backward.get_total_flops())

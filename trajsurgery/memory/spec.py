@@ -106,6 +106,11 @@ class Model:
         """One step's calls: the velocities that guidance joins."""
         return [self.transformer(**call)[0] for call in self.calls]
 
+    def chained(self) -> list[Tensor]:
+        """The same with a gradient to the latents, which a further call of a plan passes on."""
+        calls = [{**call, "hidden_states": call["hidden_states"].clone().requires_grad_()} for call in self.calls]
+        return [self.transformer(**call)[0] for call in calls]
+
     def count(self, part: str) -> int:
         """The parameters of a part."""
         return sum(p.numel() for p in getattr(self.pipe, part).parameters())
