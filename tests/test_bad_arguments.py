@@ -97,7 +97,7 @@ def test_arguments_in_another_order(other: Any) -> None:
             swapped()
 
 
-@pytest.mark.parametrize("generator", [3, "a", np.random.default_rng(0)], ids=str)
+@pytest.mark.parametrize("generator", [3, "a", np.random.default_rng(0)], ids=lambda given: type(given).__name__)
 @pytest.mark.parametrize("plan", [PLAN, AGAIN], ids=["without", "with"])
 def test_a_generator(plan: Any, generator: Any) -> None:
     for run in (apply, values, distances, lambda *a, **k: backward(*a, [ONES] * len(plan.outputs), **k)):
@@ -105,7 +105,7 @@ def test_a_generator(plan: Any, generator: Any) -> None:
             run(plan, rolled(), FIELD, generator=generator)
 
 
-@pytest.mark.parametrize("params", [FIELD, FIELD.outer.bias, 3, [None], [FIELD.outer.bias, 3], "abc"], ids=str)
+@pytest.mark.parametrize("params", [FIELD, FIELD.outer.bias, 3, [None], [FIELD.outer.bias, 3], "abc"])
 def test_params(params: Any) -> None:
     for run in (
         lambda: apply(PLAN, rolled(), FIELD, params=params),

@@ -32,7 +32,7 @@ STOPPED = Plan(latent(5).leap(2).connect().leap(0, velocity=latent(5).leap(2).co
         Plan(noise().leap(3).connect().leap(0, discount=0.4)),
         Plan(latent(0).renoise(6).leap(3, velocity=latent(0).renoise(6).velocity("guided")).recover()),
     ],
-    ids=str,
+    ids=lambda given: getattr(given, "__name__", str(given)),
 )
 def test_what_is_right_is_proved(given):
     proof = check_gradient(given, draws=2)

@@ -25,8 +25,7 @@ SYMBOLS, ADDENDS = 8, 60
 class Times:
     """The sigma of each time."""
 
-    def __init__(self, steps: int | None, sigmas: Sequence[Any] | None) -> None:
-        self.steps = len(sigmas) - 1 if sigmas is not None else steps
+    def __init__(self, sigmas: Sequence[Any] | None) -> None:
         exact = sigmas is not None and all(isinstance(sigma, Rational) for sigma in sigmas)
         self.xp: Any = sympy if sigmas is None or exact else math
         """The namespace of the arithmetic."""

@@ -114,17 +114,15 @@ class Expansion:
 
     def numbers(self, sigmas: Sequence[float]) -> Expansion:
         """The same terms, one by one, with the sampler's times put in; some may be 0 there."""
-        numeric = expand(self.outputs, len(sigmas) - 1, sigmas, self.interpolant, len(self.terms))
+        numeric = expand(self.outputs, sigmas, self.interpolant, len(self.terms))
         found = {(term.calls, term.output): term for term in numeric.terms}
         zeros = [Term(sympy.Integer(0), term.calls, term.output) for term in self.terms]
         return replace(numeric, terms=[found.get((zero.calls, zero.output), zero) for zero in zeros], count=self.count)
 
 
-def expand(
-    outputs: Sequence[Node], steps: int | None, sigmas: Sequence[float] | None, interpolant: Interpolant, limit: int
-) -> Expansion:
+def expand(outputs: Sequence[Node], sigmas: Sequence[float] | None, interpolant: Interpolant, limit: int) -> Expansion:
     """Derives the closed form from the graph; see `Plan.gradient`."""
-    chains = Chains(outputs, Times(steps, sigmas), interpolant)
+    chains = Chains(outputs, Times(sigmas), interpolant)
     return Expansion(list(islice(chains.terms(), limit)), chains.count, tuple(outputs), interpolant)
 
 

@@ -172,7 +172,7 @@ class Plan:
             check.sampled(sigmas)
             check.runnable(self.outputs, (), self.steps, len(sigmas) - 1)
             check.legal(self.outputs, len(sigmas) - 1)
-        return expand(self.outputs, self.steps, sigmas, interpolant or RectifiedFlow(), limit)
+        return expand(self.outputs, sigmas, interpolant or RectifiedFlow(), limit)
 
     def draw(self, path: str | Path) -> Path:
         """Draws the rollout on one rail and the surgery on the other; the ending (svg, png, pdf, mmd) is the format."""

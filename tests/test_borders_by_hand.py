@@ -1,0 +1,101 @@
+"""Border cases of the core that drawn plans seldom reach; each kills a mutant (benchmarks/mutants.py)."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError
+from typing import Any
+
+import pytest
+import sympy
+import torch
+
+from trajsurgery import Plan, PlanError, apply, latent, leapalign, noise, ops, recorded, rollout
+from trajsurgery.check import Violation, sampled, violations
+from trajsurgery.execute import first_call
+from trajsurgery.gradient import _product
+from trajsurgery.interpolant import InvertedFlow
+from trajsurgery.testing import MLP
+
+S = sympy.Symbol("s")
+K, J = sympy.symbols("k j")
+FIELD = MLP(3)
+
+
+def test_inverted_flow() -> None:
+    flow = InvertedFlow()
+    assert (flow.alpha(0.25), flow.beta(0.25)) == (0.25, 0.75)
+    assert (flow.alpha_rate(0.25), flow.beta_rate(0.25)) == (1, -1)
+    assert isinstance(flow.beta_rate(0.25), int) and not isinstance(flow.beta_rate(0.25), bool)  # noqa: PT018
+    assert flow.leap(0.25, 0.75) == (1, 0.5)
+
+
+@pytest.mark.parametrize(
+    "a, b, found", [(1, S, S), (S, 1, S), (-1, S, -S), (0, S, 0), (S, 2, 2 * S), (S, -1, -S), (2, 3, 6)]
+)
+def test_a_product(a: Any, b: Any, found: Any) -> None:
+    assert _product(a, b) == found
+
+
+def test_a_number_times_a_difference_stays_a_product() -> None:
+    for made in (_product(sympy.Float(0.5), K - J), _product(K - J, sympy.Float(0.5))):
+        assert str(made) == "0.5*(-j + k)"
+
+
+@pytest.mark.parametrize("sigmas", [None, 3, [None], ["a", "b"], [torch.zeros(2), 0.0], torch.ones(3, device="meta")])
+def test_what_is_no_list_of_numbers_is_no_sampler(sigmas: Any) -> None:
+    with pytest.raises(PlanError, match="sigmas"):
+        sampled(sigmas)
+
+
+def test_a_violation_is_a_value() -> None:
+    broken = Violation("rule", "message")
+    assert len({broken, Violation("rule", "message")}) == 1
+    with pytest.raises(FrozenInstanceError):
+        broken.rule = "other"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_leap_from_the_image_does_not_fall() -> None:
+    stays = latent(0).leap(0, velocity=recorded(0))
+    assert "falling" in {violation.rule for violation in violations([stays])}
+
+
+def test_times_above_those_that_python_shares() -> None:
+    """Integers above 256 that are equal need not be one object."""
+    steps = int("300")
+    plan = Plan(noise().leap(int("150")).connect().leap(0)).prepared(steps)
+    assert not list(violations(plan.outputs, int("300")))
+    call = first_call(leapalign(int("300"), 2).prepared(steps), int("300"))
+    assert call is not None
+    assert call.t == steps
+
+
+def test_recompute_under_forward_mode_is_retain() -> None:
+    trajectory = rollout(FIELD, torch.ones(2, 3, dtype=torch.float64), [1.0, 0.5, 0.0])
+    params = dict(FIELD.named_parameters())
+    tangents = {name: torch.ones_like(p) for name, p in params.items()}
+    found: list[torch.Tensor] = []
+    for memory in ("retain", "recompute"):
+        with torch.autograd.forward_ad.dual_level():
+            dual = {name: torch.autograd.forward_ad.make_dual(p.detach(), tangents[name]) for name, p in params.items()}
+            out = apply(
+                leapalign(2, 1, 0.3),
+                trajectory,
+                lambda x, sigma, dual=dual: torch.func.functional_call(FIELD, dual, (x, sigma)),
+                memory,
+                params=list(FIELD.parameters()),
+            )
+            found.append(torch.autograd.forward_ad.unpack_dual(out).tangent)
+    assert torch.equal(*found)
+    assert found[0].abs().max() > 0
+
+
+def test_a_gate_passes_the_rows_that_it_names() -> None:
+    x = torch.arange(6.0).reshape(3, 2).requires_grad_()
+    for rows, passed in ((None, [1, 1, 1]), (torch.tensor([True, False, True]), [1, 0, 1])):
+        gate = ops.Gate()
+        out = ops.gated(x, gate)
+        assert torch.equal(out, x)
+        assert out is not x
+        gate.rows = rows
+        (found,) = torch.autograd.grad(out.sum(), x)
+        assert torch.equal(found, torch.tensor(passed, dtype=x.dtype)[:, None].expand(3, 2))
