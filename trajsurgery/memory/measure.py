@@ -49,7 +49,7 @@ class Alive(TorchDispatchMode):
         made = [v for v in tree_leaves(found) if isinstance(v, Tensor)]
         given: set[int] | None = None
         for value in made:
-            storage = value.untyped_storage()
+            storage: Any = value.untyped_storage()
             if storage._cdata in self._held:
                 continue
             if given is None:
@@ -63,7 +63,8 @@ class Alive(TorchDispatchMode):
 
 
 def _name(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    storage: Any = tensor.untyped_storage()
+    return storage._cdata
 
 
 def kept(work: Callable[[], Any], parameters: Iterable[Tensor]) -> tuple[int, Any]:
@@ -71,7 +72,7 @@ def kept(work: Callable[[], Any], parameters: Iterable[Tensor]) -> tuple[int, An
     own, held = {_name(p) for p in parameters}, dict[int, int]()
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
+        storage: Any = tensor.untyped_storage()
         if storage._cdata not in own and storage._cdata not in held:
             held[storage._cdata] = storage.nbytes()
             weakref.finalize(storage, held.pop, storage._cdata)
