@@ -9,7 +9,7 @@ import torch
 
 from trajsurgery.errors import PlanError
 from trajsurgery.methods.draws import biased, split, uniform
-from trajsurgery.node import Factor, LatentNode
+from trajsurgery.node import Factor, LatentNode, VelocityNode
 from trajsurgery.plan import Plan, latent, recorded
 
 
@@ -92,7 +92,7 @@ def _advance(x: LatentNode, to: int, seen: LatentNode, scale: Factor) -> LatentN
     start = int(x.t)
     end = max(to, 1)
     middle = (start + end) // 2
-    supports = [seen.velocity()]
+    supports: list[VelocityNode] = [seen.velocity()]
     if end < middle < start:
         supports.append(latent(middle).velocity().scale(scale))
     if end < start:
