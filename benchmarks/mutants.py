@@ -196,11 +196,7 @@ def picture(found: list[tuple[Mutant, Outcome]], title: str) -> None:
 
 
 EQUIVALENT: dict[tuple[str, str, str], str] = {
-    (
-        "ops.py",
-        "@staticmethod",
-        "",
-    ): "torch calls a Function's methods on the class, where a plain function is the same.",
+    ("ops.py", "@staticmethod", ""): "torch calls a Function's methods on its class, where a plain function is alike.",
     ("rules.py", "if len(set(times)) < len(times):", "if len(set(times)) != len(times):"): (
         "a set never has more members than the list that it is made of."
     ),

@@ -9,7 +9,7 @@ import pytest
 import sympy
 import torch
 
-from trajsurgery import Plan, PlanError, apply, latent, leapalign, noise, ops, recorded, rollout
+from trajsurgery import Plan, PlanError, SamplerError, apply, latent, leapalign, noise, ops, recorded, rollout
 from trajsurgery.check import Violation, sampled, violations
 from trajsurgery.execute import first_call
 from trajsurgery.gradient import _product
@@ -99,3 +99,20 @@ def test_a_gate_passes_the_rows_that_it_names() -> None:
         gate.rows = rows
         (found,) = torch.autograd.grad(out.sum(), x)
         assert torch.equal(found, torch.tensor(passed, dtype=x.dtype)[:, None].expand(3, 2))
+
+
+class Detaching(torch.nn.Module):
+    """A field with a parameter that trains, whose velocity forgets it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return (self.w * x).detach() if float(sigma) == 1.0 else self.w * x
+
+
+def test_one_velocity_that_carries_no_gradient_is_told() -> None:
+    trajectory = rollout(Detaching(), torch.ones(2, 3), [1.0, 0.5, 0.0])
+    with pytest.raises(SamplerError, match="the velocity at t = 2 carries no gradient"):
+        apply(leapalign(2, 1, 0.3), trajectory, Detaching())

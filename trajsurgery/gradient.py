@@ -55,7 +55,7 @@ class Term:
     @property
     def kind(self) -> str:
         """The order in the paper's words: "single-step", "nested once", ...; "straight": x_T's, past all calls."""
-        words = ("straight" if isinstance(self.calls[-1], Noise) else "single-step", "nested once", "nested twice")
+        words = ("straight" if isinstance(self.calls[0], Noise) else "single-step", "nested once", "nested twice")
         return words[self.order] if self.order < len(words) else f"nested {self.order} times"
 
 
