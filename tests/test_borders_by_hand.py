@@ -67,6 +67,7 @@ def test_times_above_those_that_python_shares() -> None:
     call = first_call(leapalign(int("300"), 2).prepared(steps), int("300"))
     assert call is not None
     assert call.t == steps
+    assert Plan(latent(7).leap(0), steps=int("300")).prepared(int("300")).steps == steps
 
 
 def test_recompute_under_forward_mode_is_retain() -> None:
@@ -116,3 +117,10 @@ def test_one_velocity_that_carries_no_gradient_is_told() -> None:
     trajectory = rollout(Detaching(), torch.ones(2, 3), [1.0, 0.5, 0.0])
     with pytest.raises(SamplerError, match="the velocity at t = 2 carries no gradient"):
         apply(leapalign(2, 1, 0.3), trajectory, Detaching())
+
+
+def test_a_call_on_two_ways_is_one_term() -> None:
+    v = latent(1).velocity()
+    plan = Plan(latent(3).advance(1, [latent(3).velocity(), v]).leap(0, velocity=v))
+    expansion = plan.gradient()
+    assert (expansion.count, len(expansion.terms)) == (2, 2)
