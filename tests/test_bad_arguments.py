@@ -126,13 +126,13 @@ def test_an_interpolant(interpolant: Any) -> None:
 
 
 HANDMADE: dict[str, tuple[Callable[[Trajectory], Any], str]] = {
-    "sigmas in a list": (lambda t: Trajectory(SIGMAS, t.latents, t.velocities), "sigmas received list"),  # type: ignore
-    "latents in a list": (lambda t: Trajectory(TIMES, [X] * 4, t.velocities), "latents are a dict"),  # type: ignore
-    "velocities in a list": (lambda t: Trajectory(TIMES, t.latents, [X] * 3), "velocities are a dict"),  # type: ignore
+    "sigmas in a list": (lambda t: Trajectory(SIGMAS, t.latents, t.velocities), "sigmas received list"),  # type: ignore[arg-type]
+    "latents in a list": (lambda t: Trajectory(TIMES, [X] * 4, t.velocities), "latents are a dict"),  # type: ignore[arg-type]
+    "velocities in a list": (lambda t: Trajectory(TIMES, t.latents, [X] * 3), "velocities are a dict"),  # type: ignore[arg-type]
     "a latent past T": (lambda t: Trajectory(TIMES, {**t.latents, 4: X}, {}), r"t = 0\.\.3; received.*at t = 4"),
     "a velocity at 0": (lambda t: Trajectory(TIMES, {}, {0: X}), r"t = 1\.\.3; received.*at t = 0"),
-    "a time of its own": (lambda t: Trajectory(TIMES, {"T": X}, {}), "at t = 'T'"),  # type: ignore
-    "a number": (lambda t: Trajectory(TIMES, {3: 1.0}, {}), "received float at t = 3"),  # type: ignore
+    "a time of its own": (lambda t: Trajectory(TIMES, {"T": X}, {}), "at t = 'T'"),  # type: ignore[arg-type]
+    "a number": (lambda t: Trajectory(TIMES, {3: 1.0}, {}), "received float at t = 3"),  # type: ignore[arg-type]
     "integers": (lambda t: Trajectory(TIMES, {3: X.long()}, {}), r"received torch\.int64 at t = 3"),
     "two shapes": (
         lambda t: Trajectory(TIMES, {**t.latents, 1: X[:1]}, {}),
@@ -165,18 +165,18 @@ PLANS: dict[str, tuple[Callable[[], Any], str]] = {
     "True bound": (lambda: leapalign("k", "j", "a").at(a=True), "True"),
     "NaN for alpha": (lambda: leapalign(3, 1, math.nan), "nan"),
     "NaN bound": (lambda: leapalign("k", "j", "a").at(a=math.nan), "nan"),
-    "times as floats": (lambda: leapalign(3.0, 1.0), r"the time 3\.0"),  # type: ignore
+    "times as floats": (lambda: leapalign(3.0, 1.0), r"the time 3\.0"),  # type: ignore[arg-type]
     "a float bound": (lambda: leapalign("k", "j").at(k=3.5), r"the time 3\.5"),
     "nothing bound": (lambda: leapalign("k", "j").at(k=None), r"plan\.at received a NoneType"),
     "a list bound": (lambda: leapalign("k", "j").at(k=[1]), r"plan\.at received a list"),
     "a tensor bound": (lambda: leapalign("k", "j").at(k=torch.ones(2)), r"plan\.at received a Tensor"),
-    "a time in a list": (lambda: latent([2]), r"received \{'time': \[2\]\}"),  # type: ignore
-    "a factor in a list": (lambda: latent(2).discount([1]), r"received \{'a': \[1\]\}"),  # type: ignore
-    "a draw in a list": (lambda: latent(0).renoise(2, [1]), "received"),  # type: ignore
-    "a tensor for a velocity": (lambda: latent(2).leap(0, velocity=X), "received a Tensor"),  # type: ignore
-    "tensors for velocities": (lambda: latent(2).advance(0, [X]), "received a Tensor"),  # type: ignore
-    "one velocity for several": (lambda: latent(2).advance(0, latent(2).velocity()), "give a list"),  # type: ignore
-    "nothing for several": (lambda: latent(2).advance(0, None), "give a list"),  # type: ignore
+    "a time in a list": (lambda: latent([2]), r"received \{'time': \[2\]\}"),  # type: ignore[arg-type]
+    "a factor in a list": (lambda: latent(2).discount([1]), r"received \{'a': \[1\]\}"),  # type: ignore[arg-type]
+    "a draw in a list": (lambda: latent(0).renoise(2, [1]), "received"),  # type: ignore[arg-type]
+    "a tensor for a velocity": (lambda: latent(2).leap(0, velocity=X), "received a Tensor"),  # type: ignore[arg-type]
+    "tensors for velocities": (lambda: latent(2).advance(0, [X]), "received a Tensor"),  # type: ignore[arg-type]
+    "one velocity for several": (lambda: latent(2).advance(0, latent(2).velocity()), "give a list"),  # type: ignore[arg-type]
+    "nothing for several": (lambda: latent(2).advance(0, None), "give a list"),  # type: ignore[arg-type]
     "no steps": (lambda: PLAN.prepared("3"), "number of steps"),
     "steps as a float": (lambda: PLAN.prepared(3.0), "number of steps"),
     "another T": (lambda: apply(leapalign(5, 1), rolled(), FIELD), r"the time 5, of 3 steps"),
