@@ -139,7 +139,7 @@ def test_a_narrower_dtype_is_mixed_precision() -> None:
 
 def test_errors_of_the_field_s_own_code_are_its_own() -> None:
     def typed(x: Tensor, sigma: Tensor) -> Tensor:
-        return x + None  # type: ignore
+        return x + None  # type: ignore[arg-type]
 
     for broken, error in ((typed, TypeError), (lambda x, s: x @ x, RuntimeError)):
         with pytest.raises(error) as err:

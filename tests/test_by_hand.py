@@ -110,7 +110,7 @@ def test_how_often_the_model_is_called() -> None:
     ):
         for memory, count in (("retain", retain), ("recompute", recompute)):
             field, kind = Counted(), memory
-            found: Any = apply(plan, rolled(), field, kind)  # type: ignore
+            found: Any = apply(plan, rolled(), field, kind)  # type: ignore[arg-type]
             assert len(field.times) == count, (str(plan), memory)
             found.sum().backward()
         field = Counted()
