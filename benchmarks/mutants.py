@@ -200,6 +200,19 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("rules.py", "if len(set(times)) < len(times):", "if len(set(times)) != len(times):"): (
         "a set never has more members than the list that it is made of."
     ),
+    (
+        "gradient.py",
+        "if isinstance(a, sympy.Add) and sympy.sympify(b).is_number:",
+        "if isinstance(a, sympy.Add) or sympy.sympify(b).is_number:",
+    ): "the factors are swapped in more cases, and their product is the same.",
+    (
+        "gradient.py",
+        "found, count = found | more if found else more, count + self.below[parent]",
+        "found, count = found ^ more if found else more, count + self.below[parent]",
+    ): "the two sets have nothing in common there.",
+    ("derivative.py", "ws = dict(zip(order, found, strict=True))", "ws = dict(zip(order, found, strict=False))"): (
+        "there are as many weights as supports."
+    ),
 }
 """(file, line, changed line): why no test can see the change."""
 

@@ -9,11 +9,12 @@ import pytest
 import sympy
 import torch
 
-from trajsurgery import Plan, PlanError, SamplerError, apply, latent, leapalign, noise, ops, recorded, rollout
+from trajsurgery import Plan, PlanError, SamplerError, apply, latent, leapalign, noise, ops, recorded, rollout, sample
 from trajsurgery.check import Violation, sampled, violations
 from trajsurgery.execute import first_call
 from trajsurgery.gradient import _product
-from trajsurgery.interpolant import InvertedFlow
+from trajsurgery.interpolant import InvertedFlow, Polynomial, RectifiedFlow, Trigonometric
+from trajsurgery.node import Leap
 from trajsurgery.testing import MLP
 
 S = sympy.Symbol("s")
@@ -124,3 +125,57 @@ def test_a_call_on_two_ways_is_one_term() -> None:
     plan = Plan(latent(3).advance(1, [latent(3).velocity(), v]).leap(0, velocity=v))
     expansion = plan.gradient()
     assert (expansion.count, len(expansion.terms)) == (2, 2)
+
+
+@pytest.mark.parametrize("kind", [RectifiedFlow, InvertedFlow, Trigonometric, Polynomial])
+def test_interpolants_are_values(kind: type) -> None:
+    assert kind() == kind()
+    assert len({kind(), kind(), RectifiedFlow()}) == (1 if kind is RectifiedFlow else 2)
+
+
+def test_a_factor_of_one_leaves_a_difference_as_it_is() -> None:
+    assert _product(K - J, 1) == K - J
+
+
+def test_supports_of_an_euler_advance_lie_above_its_end() -> None:
+    x = latent(3)
+    with pytest.raises(PlanError, match="euler"):
+        Plan(x.advance(2, [x.velocity(), latent(1).velocity()], rule="euler"))
+
+
+def test_a_rule_is_known_by_its_letters() -> None:
+    """A string made at run time is another object than the one in the library."""
+    start = latent("p")
+    velocities = [start.velocity(), *(latent(t).velocity() for t in ("q", "r", "u"))]
+    expansion = Plan(start.advance("z", velocities, rule="".join(("eu", "ler")))).gradient()
+    p, q, z, u = sympy.symbols("p q z u")
+    coefficients = {term.source: term.coefficient for term in expansion.terms}
+    assert sympy.simplify(coefficients["p"] - (q - p)) == 0
+    assert sympy.simplify(coefficients["u"] - (z - u)) == 0
+
+
+def test_a_long_rollout_lends_its_calls() -> None:
+    calls: list[float] = []
+
+    def field(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        calls.append(float(sigma))
+        return FIELD(x, sigma)
+
+    times = torch.linspace(1, 0, 301, dtype=torch.float64)
+    noise_ = torch.ones(1, 3, dtype=torch.float64)
+    sample(leapalign(int("300"), int("280"), 0.3), field, noise_, times, params=list(FIELD.parameters()))
+    assert len(calls) == 300
+
+
+def test_every_violation_before_a_wrong_kind_is_told() -> None:
+    spoilt = Leap(latent(7).discount(5.0), latent(7), 0)
+    assert [violation.rule for violation in violations([spoilt, spoilt.leap(9)])] == ["discount-range", "kinds"]
+
+
+def test_a_time_below_0_is_no_image() -> None:
+    assert {violation.rule for violation in violations([latent(-1).recover()])} == {"time-range"}
+
+
+def test_equal_times_of_two_objects_fit() -> None:
+    x = latent(int("300")).leap(0, velocity=recorded(int("300")))
+    assert "velocity-time" not in {violation.rule for violation in violations([x])}
