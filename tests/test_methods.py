@@ -11,11 +11,14 @@ from trajsurgery import (
     SRPO,
     AlignProp,
     DRaFTK,
+    DRaFTLV,
+    DRTune,
     FlowBPBridge,
     FlowBPLagrange,
     FlowBPSparse,
     LeapAlign,
     PlanError,
+    ReFL,
     draft_k,
     flowbp_bridge,
     flowbp_lagrange,
@@ -24,7 +27,7 @@ from trajsurgery import (
     srpo,
 )
 from trajsurgery.methods import reno
-from trajsurgery.testing import MLP
+from trajsurgery.testing import MLP, check_gradient
 
 STEPS = 6
 P = problem(MLP(4, hidden=12, seed=7), STEPS)
@@ -244,3 +247,8 @@ def test_dirichlet_splits_have_the_mean_of_their_shares():
 def test_settings_that_make_no_plan_are_refused(wrong):
     with pytest.raises(PlanError, match=r"\d"):
         wrong()
+
+
+@pytest.mark.parametrize("method", [*DRAWN, LeapAlign(leaps=3), DRTune(connected=True), ReFL(), DRaFTLV()], ids=str)
+def test_the_public_proof_of_every_method(method):
+    check_gradient(method, draws=1, steps=6)

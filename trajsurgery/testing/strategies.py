@@ -13,7 +13,18 @@ from hypothesis import strategies as st
 
 from trajsurgery.graph import passes, trained
 from trajsurgery.interpolant import Interpolant, Polynomial, RectifiedFlow, Trigonometric
-from trajsurgery.methods import DRaFTLV, DRTune, LeapAlign, ReFL
+from trajsurgery.methods import (
+    SRPO,
+    AlignProp,
+    DRaFTK,
+    DRaFTLV,
+    DRTune,
+    FlowBPBridge,
+    FlowBPLagrange,
+    FlowBPSparse,
+    LeapAlign,
+    ReFL,
+)
 from trajsurgery.node import START, LatentNode, Node, Noise, Recover, Velocity, VelocityNode, walk
 from trajsurgery.params import Field
 from trajsurgery.plan import Plan, latent, noise, recorded
@@ -23,6 +34,8 @@ from trajsurgery.testing.velocity import MLP, Gaussian
 from trajsurgery.trajectory import Trajectory
 
 INTERPOLANTS: tuple[Interpolant, ...] = (RectifiedFlow(), Trigonometric(), Polynomial())
+
+Method = LeapAlign | DRTune | ReFL | DRaFTLV | DRaFTK | AlignProp | FlowBPSparse | FlowBPBridge | FlowBPLagrange | SRPO
 
 
 @dataclass
@@ -228,15 +241,24 @@ def trajectories(
 
 
 @st.composite
-def methods(draw: st.DrawFn, steps: int = 8) -> LeapAlign | DRTune | ReFL | DRaFTLV:
+def methods(draw: st.DrawFn, steps: int = 8) -> Method:
     """Methods whose `draw(steps)` succeeds."""
-    last = st.integers(1, steps)
-    match draw(st.sampled_from((LeapAlign, ReFL, DRTune, DRaFTLV))):
-        case kind if kind is LeapAlign:
-            return LeapAlign(draw(factors()), leaps=draw(st.integers(1, min(3, steps))))
-        case kind if kind is ReFL:
-            return ReFL(draw(last))
-        case kind if kind is DRTune:
-            return DRTune(draw(last), draw(last))
-        case _:
-            return DRaFTLV(draw(st.integers(0, 2)))
+    some, factor = st.integers(1, steps), factors()
+    made: list[st.SearchStrategy[Method]] = [
+        st.builds(LeapAlign, factor, leaps=st.integers(1, min(3, steps)), straight=st.booleans()),
+        st.builds(ReFL, some),
+        st.builds(DRTune, some, some, st.booleans()),
+        st.builds(DRaFTLV, st.integers(0, 2)),
+        st.builds(DRaFTK, st.integers(1, min(4, steps))),
+        st.builds(AlignProp, st.integers(1, min(4, steps))),
+        st.builds(FlowBPSparse, some),
+    ]
+    if steps > 1:
+        made += [
+            st.builds(LeapAlign, factor, pairs=st.sampled_from(("midpoint", "dirichlet"))),
+            st.builds(FlowBPBridge, st.integers(2, steps), factor),
+            st.builds(FlowBPLagrange, factor, factor),
+        ]
+    if steps > 2:
+        made.append(st.builds(SRPO, st.integers(1, steps - 2)))
+    return draw(st.one_of(made))
