@@ -210,6 +210,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "found, count = found | more if found else more, count + self.below[parent]",
         "found, count = found ^ more if found else more, count + self.below[parent]",
     ): "the two sets have nothing in common there.",
+    (
+        "gradient.py",
+        "if found & more:  # a call on two ways: they are merged, and may cancel",
+        "if not found & more:  # a call on two ways: they are merged, and may cancel",
+    ): "every node is then counted as one whose ways merge, which gives the same count in more time.",
     ("derivative.py", "ws = dict(zip(order, found, strict=True))", "ws = dict(zip(order, found, strict=False))"): (
         "there are as many weights as supports."
     ),

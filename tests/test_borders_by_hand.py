@@ -179,3 +179,18 @@ def test_a_time_below_0_is_no_image() -> None:
 def test_equal_times_of_two_objects_fit() -> None:
     x = latent(int("300")).leap(0, velocity=recorded(int("300")))
     assert "velocity-time" not in {violation.rule for violation in violations([x])}
+
+
+def test_noises_are_drawn_once_the_rollout_is_over() -> None:
+    """A field, or a sampler, may draw from the same generator."""
+    generator, again = (torch.Generator().manual_seed(0) for _ in range(2))
+
+    def field(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        torch.rand(1, generator=generator)
+        return FIELD(x, sigma)
+
+    plan, start = Plan(latent(3).leap(2).recover()), torch.ones(1, 3, dtype=torch.float64)
+    _, trajectory = sample(plan, field, start, [1, 0.7, 0.4, 0], generator=generator, params=list(FIELD.parameters()))
+    for _ in range(3):
+        torch.rand(1, generator=again)
+    assert torch.equal(trajectory.noise(0, 2), torch.randn(1, 3, dtype=torch.float64, generator=again))
