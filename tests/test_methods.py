@@ -237,6 +237,8 @@ def test_dirichlet_splits_have_the_mean_of_their_shares():
         lambda: FlowBPBridge(1).draw(8),
         lambda: FlowBPLagrange().draw(1),
         lambda: flowbp_sparse(5, ()),
+        lambda: flowbp_sparse(4, {2}, [1.0, 0.5, 0.0]),
+        lambda: flowbp_bridge(4, 2, {3}, sigmas=[1.0, 0.9, 0.5, 0.4, 0.2, 0.0]),
         lambda: flowbp_bridge(5, 3, {2}),
         lambda: leaps((3,), reward_at="x_0"),
         lambda: LeapAlign(pairs="midpoint", leaps=3).draw(8),

@@ -35,10 +35,14 @@ class Sides:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._noted: list[tuple[Tensor, ops.Gate]] = []
+        self._of: set[nn.Module] = set()
         self._handles = [module.register_forward_hook(self._note) for module in modules]
 
     def _note(self, module: nn.Module, _: Any, output: Any) -> Any:
-        return tree_map(self._gated, output) if torch.is_grad_enabled() else None
+        if not torch.is_grad_enabled():
+            return None
+        self._of.add(module)
+        return tree_map(self._gated, output)
 
     def _gated(self, value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.requires_grad:
@@ -49,21 +53,37 @@ class Sides:
 
     def tell(self, v: Tensor) -> None:
         """Closes the gates of the unconditional rows, once the velocity is known."""
-        noted, self._noted = self._noted, []
+        noted, of = self._noted, {type(module).__name__ for module in self._of}
+        self.forget()
         if not noted or not v.requires_grad:
             return
+        if len(of) > 1:
+            names = ", ".join(sorted(of))
+            raise SurgeryError(
+                f'guidance_gradient="conditional" on a step that calls {names} with gradient: the two sides of guidance '
+                'are told apart for one model. Pass guidance_gradient="both".'
+            )
         outputs = [output for output, _ in noted]
         shares: Any = torch.autograd.grad(v, outputs, torch.ones_like(v), retain_graph=True, allow_unused=True)
-        rows = [None if share is None else share.reshape(len(share), -1).sum(1) for share in shares]
-        whole = torch.stack([row.sum().double() for row in rows if row is not None]).sum()
+        # in float32 at least: the sum over a large float16 output overflows
+        rows = [None if s is None else s.reshape(len(s), -1).sum(1, dtype=_wide(s)) for s in shares]
+        whole = torch.stack([row.sum() for row in rows if row is not None]).sum()
         for row, (_, gate) in zip(rows, noted, strict=True):
             if row is not None:
-                gate.rows = row * whole.to(row.dtype) > 0
+                gate.rows = row * whole > 0
+
+    def forget(self) -> None:
+        """Drops what was noted: the step was not the plan's."""
+        self._noted, self._of = [], set()
 
     def stop(self) -> None:
         """Takes the hooks off."""
         for handle in self._handles:
             handle.remove()
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def sides(pipe: Any, guidance: GuidanceGradient) -> tuple[Callable[[Tensor], None], Callable[[], None]]:

@@ -205,6 +205,8 @@ class Loop:
             if self.call is not None:
                 self.tell(v)
                 self.execution.adopt(self.call, v)
+            else:
+                self.tell(v.detach())  # drops what a call left that is not the plan's after all
 
     def _change(self, given: Tensor, sample: Tensor) -> None:
         """The loop went on with another x_t than it was given: what was computed from that one is computed anew.

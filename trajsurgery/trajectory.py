@@ -65,7 +65,8 @@ class Trajectory:
         """Records another x_t: the sampler went on with it instead of the one that its step gave."""
         self._check(t, 0)
         self.latents[t] = x
-        self._measured.pop(t + 1, None)
+        for step in (t, t + 1):  # both begin or end in x_t
+            self._measured.pop(step, None)
 
     def velocity(self, t: int) -> Tensor:
         """v_t, [batch, *latent], for t in 1..T."""

@@ -11,6 +11,7 @@ from tests.pipelines.builders import BUILDERS
 from tests.pipelines.checks import flat, gap, gradient, transformers
 from tests.tolerances import STOCK, VALUE
 from trajsurgery import SurgeryError, backward, leapalign, operate
+from trajsurgery.guidance import Sides
 from trajsurgery.plan import Plan, latent
 
 GUIDED: dict[str, tuple[float, dict[str, float]]] = {
@@ -85,3 +86,47 @@ def test_the_images_do_not_depend_on_it() -> None:
 def test_another_way_is_refused() -> None:
     with pytest.raises(SurgeryError, match='"both" or "conditional"'):
         operate(BUILDERS["Flux"]().pipe, guidance_gradient="unconditional")  # pyright: ignore[reportArgumentType]
+
+
+class Doubled(torch.nn.Module):
+    """A model of one weight, whose sides are the rows of its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x):
+        return x * self.w.to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_sides_of_a_large_output_are_told_apart_in_any_dtype(dtype):
+    """The sum over so many elements is above float16's largest number."""
+    model = Doubled()
+    told = Sides([model])
+    x = torch.ones(2, 2**18, dtype=dtype, requires_grad=True)
+    without, conditional = model(x).chunk(2)
+    v = without + 3.5 * (conditional - without)
+    told.tell(v)
+    (found,) = torch.autograd.grad(v, x, torch.ones_like(v))
+    assert found.float().mean(1).tolist() == [0, 7]
+
+
+class Twice(Doubled):
+    """Another model."""
+
+
+def test_two_models_in_one_step_are_refused():
+    first, second = Doubled(), Twice()
+    told = Sides([first, second])
+    v = second(first(torch.ones(2, 3)))
+    with pytest.raises(SurgeryError, match="Doubled, Twice"):
+        told.tell(v[:1] - v[1:])
+
+
+def test_what_a_given_up_call_left_is_dropped():
+    model = Doubled()
+    told = Sides([model])
+    model(torch.ones(2, 3))
+    told.tell(torch.ones(1, 3))
+    assert not told._noted

@@ -25,8 +25,9 @@ def flowbp_sparse(steps: int, active: Collection[int], sigmas: Sequence[float] |
         sigmas: the sampler's T + 1 times, noise first, for the lengths; evenly spaced if left out.
 
     Raises:
-        PlanError: no active time.
+        PlanError: no active time; another number of sigmas.
     """
+    _sampler(steps, sigmas)
     gain = _gain(range(1, steps + 1), active, sigmas)
     x = latent(steps)
     for t in range(steps, 0, -1):
@@ -51,8 +52,9 @@ def flowbp_bridge(
         alpha: the discount of the network's input at j.
 
     Raises:
-        PlanError: a half without an active time.
+        PlanError: a half without an active time; another number of sigmas.
     """
+    _sampler(steps, sigmas)
     first, second = range(j + 1, steps + 1), range(1, j + 1)
     gains = _gain(first, active, sigmas), _gain(second, {*active, j}, sigmas)
     x = latent(steps)
@@ -98,6 +100,11 @@ def _advance(x: LatentNode, to: int, seen: LatentNode, scale: Factor) -> LatentN
     if end < start:
         supports.append(recorded(end))
     return x.advance(to, supports)
+
+
+def _sampler(steps: int, sigmas: Sequence[float] | None) -> None:
+    if sigmas is not None and len(sigmas) != steps + 1:
+        raise PlanError(f"{len(sigmas)} sigmas for {steps} steps: a sampler of {steps} steps has {steps + 1} times.")
 
 
 def _gain(times: range, active: Collection[int], sigmas: Sequence[float] | None) -> float:

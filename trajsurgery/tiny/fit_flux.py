@@ -151,7 +151,7 @@ def flux_stage(budget: Budget, batch: int, transformer: Any, encoders: Encoders,
         captions = (data.wrong if step >= MISTAKES_FROM * budget.steps else data.right)[rows]
         pooled, states = (part[captions].repeat_interleave(DRAWS, 0) for part in known)
         clean, shown = (part[rows].repeat_interleave(DRAWS, 0) for part in (data.tokens, data.shown))
-        noise, sigma = torch.randn(clean.shape, generator=generator), times(batch, generator)
+        noise, sigma = torch.randn(clean.shape, generator=generator), times(len(clean), generator)
         noisy = clean + sigma[:, None, None] * (noise - clean)
         with seen(transformer.transformer_blocks[-1]) as hidden:
             missed = functional.mse_loss(predict(transformer, noisy, sigma, pooled, states), noise - clean)
