@@ -60,8 +60,8 @@ class Sides:
         if len(of) > 1:
             names = ", ".join(sorted(of))
             raise SurgeryError(
-                f'guidance_gradient="conditional" on a step that calls {names} with gradient: the two sides of guidance '
-                'are told apart for one model. Pass guidance_gradient="both".'
+                f'guidance_gradient="conditional" on a step that calls {names} with gradient: the two sides of '
+                'guidance are told apart for one model. Pass guidance_gradient="both".'
             )
         outputs = [output for output, _ in noted]
         shares: Any = torch.autograd.grad(v, outputs, torch.ones_like(v), retain_graph=True, allow_unused=True)
