@@ -1,10 +1,11 @@
-"""How the demo's learning rate, lambda, tau and length were chosen, on validation prompts and seeds of their own.
+"""How the demo's settings are chosen, on validation prompts and seeds of their own; flags say what is varied.
 
     python benchmarks/choose.py
 
 Measures the distances of LeapAlign's leaps (tau is a length in latent space), then varies one setting at a time around
 a centre, each on every seed, and writes choose.json: reward, rules and junk, before and after. Finished runs are read,
-not repeated.
+not repeated. The shipped choose.json varies the rate; lambda, tau and the length are those chosen in the first world,
+whose reward is the same.
 """
 
 from __future__ import annotations

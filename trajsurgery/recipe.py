@@ -269,7 +269,7 @@ def paper(method: Method, output: str) -> Recipe:
 def presets(method: Method, output: str) -> dict[str, Recipe]:
     """The two recipes of a method: on the embedded world, and the paper's.
 
-    The embedded world's learning rate, lambda, tau and length were chosen on validation prompts (benchmarks/choose.py).
+    The embedded world's settings were chosen on validation prompts (benchmarks/choose.py): its rate in this world.
     """
     return {
         "tiny": replace(
