@@ -53,8 +53,7 @@ def leaps(times: Sequence[Time], alpha: Factor = 0.3, reward_at: RewardAt = "ima
     x = latent(first).leap([*others, 0][0])
     for to in [*others, 0][1:]:
         x = x.connect()
-        v = x.discount(alpha).velocity()
-        x = (x if straight else x.detach()).leap(to, velocity=v)
+        x = x.leap(to, discount=alpha) if straight else x.detach().leap(to, velocity=x.discount(alpha).velocity())
     return Plan(x.connect() if reward_at == "image" else x)
 
 
