@@ -12,7 +12,7 @@ from tests.small_transformers import SD3Field
 from tests.test_recompute_models import adapted
 from trajsurgery import RecipeError, ReFL, alarm, apply, backward, leapalign
 from trajsurgery.checkpoint import Training
-from trajsurgery.recipe import Optimiser
+from trajsurgery.settings import Optimiser
 from trajsurgery.train import iterate, train
 from trajsurgery.world import Embeddings
 

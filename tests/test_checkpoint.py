@@ -21,8 +21,9 @@ from tests import toy_world
 from trajsurgery import DRaFTLV, DRTune, LeapAlign, RecipeError, ReFL
 from trajsurgery.checkpoint import CHECKPOINT, METRICS, Log, Training, discard, resume, save, write_whole
 from trajsurgery.heldout import evaluate
-from trajsurgery.recipe import Method, Optimiser, Recipe
+from trajsurgery.recipe import Method, Recipe
 from trajsurgery.run import main
+from trajsurgery.settings import Optimiser
 from trajsurgery.train import Iteration, train
 
 ROOT = Path(__file__).parents[1]

@@ -27,7 +27,7 @@ LAYERS: dict[str, str] = {
     "methods": "methods",
     "rewards": "rewards",
     "tiny": "tiny",
-    "training": "objective recipe presets lora scorers world diversity heldout preflight checkpoint train",
+    "training": "objective settings recipe presets lora scorers world diversity heldout preflight checkpoint train",
     "planning": "memory",
     "report": "calibration evaluate report",
     "run": "run score",

@@ -13,8 +13,9 @@ import torch
 from tests import toy_world
 from tests.small_pipelines import PIPELINES
 from trajsurgery import RecipeError, lora
-from trajsurgery.recipe import Recipe, Trained
+from trajsurgery.recipe import Recipe
 from trajsurgery.run import main
+from trajsurgery.settings import Trained
 
 TARGETS = ("to_q", "to_out.0")
 

@@ -21,8 +21,9 @@ from trajsurgery.memory import Spec, spec
 from trajsurgery.memory.count import Counted, count
 from trajsurgery.memory.kernels import KERNELS
 from trajsurgery.memory.measure import counter
-from trajsurgery.recipe import Hardware, Recipe, Rollout, Trained
+from trajsurgery.recipe import Recipe
 from trajsurgery.run import cli
+from trajsurgery.settings import Hardware, Rollout, Trained
 
 PLAN = leapalign(4, 2, 0.3)
 GIB = 2**30

@@ -14,7 +14,8 @@ import torch
 
 from trajsurgery import DRaFTLV, DRTune, LeapAlign, RecipeError, ReFL, preflight, run
 from trajsurgery.objective import Objective
-from trajsurgery.recipe import FREE, Evaluation, Method, Optimiser, Recipe, Rollout, differences, paper, presets
+from trajsurgery.recipe import FREE, Method, Recipe, differences, paper, presets
+from trajsurgery.settings import Evaluation, Optimiser, Rollout
 
 ROOT = Path(__file__).parents[1]
 TINY = presets(LeapAlign(), "outputs/x")

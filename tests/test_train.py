@@ -17,7 +17,8 @@ from tests.problems import distance
 from trajsurgery import DRaFTLV, DRTune, LeapAlign, RecipeError, ReFL, run
 from trajsurgery.checkpoint import CHECKPOINT, METRICS, Log, Training
 from trajsurgery.objective import Objective
-from trajsurgery.recipe import Method, Optimiser, Recipe
+from trajsurgery.recipe import Method, Recipe
+from trajsurgery.settings import Optimiser
 from trajsurgery.train import PATIENCE, Iteration, generator, iterate, train
 from trajsurgery.world import Embeddings, World, trial
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trajsurgery.errors import RecipeError
-from trajsurgery.recipe import Trained
+from trajsurgery.settings import Trained
 
 
 def choose(module: Any, trained: Trained) -> None:

@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from trajsurgery.objective import Objective
-from trajsurgery.recipe import Evaluation, Method, Optimiser, Recipe, Rollout, paper
+from trajsurgery.recipe import Method, Recipe, paper
+from trajsurgery.settings import Evaluation, Optimiser, Rollout
 
 
 def sd3(method: Method, output: str) -> dict[str, Recipe]:

@@ -13,7 +13,8 @@ from trajsurgery.memory.count import Counted, count
 from trajsurgery.memory.kernels import KERNELS
 from trajsurgery.memory.spec import Spec, spec
 from trajsurgery.plan import Plan
-from trajsurgery.recipe import Hardware, Recipe
+from trajsurgery.recipe import Recipe
+from trajsurgery.settings import Hardware
 
 Kernels = Literal["cuda", "cpu"]
 WORD = {"float32": 4, "bfloat16": 2}

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
 from trajsurgery.errors import RecipeError
-from trajsurgery.recipe import Rollout
+from trajsurgery.settings import Rollout
 from trajsurgery.tiny.pipe import FOLDERS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
