@@ -29,7 +29,7 @@ class Training:
     text_steps: int = 700
     flux_steps: int = 7000
     scorer_steps: int = 1500
-    sd3_steps: int = 3000
+    sd3_steps: int = 7000
     wan_vae_steps: int = 1000
     wan_steps: int = 2000
     vae_batch: int = 48
