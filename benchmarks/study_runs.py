@@ -127,11 +127,12 @@ def evaluated(recipe: Recipe, found: world.World, training: Training, averaged: 
 
 @cache
 def fingerprint() -> str:
-    """Of the embedded world's weights: runs of two worlds are not to be mixed in a table."""
+    """Of the weights of Flux and scorers: runs of two worlds are not to be mixed in a table."""
     folder = Path(tiny.__file__).parent / "weights"
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.safetensors")):
-        digest.update(path.read_bytes())
+    for part in ("pipeline", "scorer", "scorer_b", "scorer_c"):
+        for path in sorted((folder / part).rglob("*.safetensors")):
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
 
