@@ -27,10 +27,11 @@ LAYERS: dict[str, str] = {
     "methods": "methods",
     "rewards": "rewards",
     "tiny": "tiny",
-    "training": "objective settings recipe presets lora scorers world diversity heldout preflight checkpoint train",
+    "training": "objective settings recipe presets lora prompts scorers world diversity heldout preflight checkpoint"
+    " anchor guards pull train",
     "planning": "memory",
     "report": "calibration evaluate report",
-    "run": "run score",
+    "run": "run score grade options pictures sampled comparison command __main__",
     "testing": "testing",
 }
 """Layer: its files and packages. A file imports from its own layer and from those above it."""
@@ -40,7 +41,7 @@ RANK = {name: i for i, names in enumerate(LAYERS.values()) for name in names.spl
 OWNERS: dict[str, str] = {
     "networkx": "graph columns",
     "sympy": "derivative gradient formula",
-    "diffusers": "reentry pipelines tiny objective recipe world heldout preflight checkpoint train memory",
+    "diffusers": "reentry pipelines tiny objective recipe world heldout preflight checkpoint pull train memory",
     "matplotlib": "draw report tiny",
 }
 """Package: the files that may import it."""

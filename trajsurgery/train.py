@@ -8,20 +8,17 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from types import FrameType
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor
 
-from trajsurgery import alarm, objective
+from trajsurgery import alarm
 from trajsurgery.checkpoint import METRICS, Log, Training, save
 from trajsurgery.errors import RecipeError
 from trajsurgery.node import Velocity
-from trajsurgery.pipelines import Surgery, operate
-from trajsurgery.plan import Plan
+from trajsurgery.pull import pull, pull_several
 from trajsurgery.recipe import Recipe
-from trajsurgery.surgery import apply, backward, distances, values
-from trajsurgery.world import Embeddings, World, call_of, threshold
+from trajsurgery.world import Embeddings, World, threshold
 
 PATIENCE = 3
 """So many iterations in a row without a finite gradient stop the run."""
@@ -103,9 +100,9 @@ def iterate(recipe: Recipe, world: World, embeddings: Embeddings, training: Trai
             kwargs = {**embeddings(part), "generator": draws["noise"]}
             scale = lambda_, len(part) / len(texts)
             if len(plans) == 1:
-                grades = _pull(recipe, world, plans[0], part, kwargs, draws["renoise"], scale)
+                grades = pull(recipe, world, plans[0], part, kwargs, draws["renoise"], scale)
             else:
-                grades = _pull_several(recipe, world, plans, part, kwargs, draws["renoise"], scale)
+                grades = pull_several(recipe, world, plans, part, kwargs, draws["renoise"], scale)
             sums += grades * (len(part) / len(texts))
     if all(p.grad is None for p in training.parameters):
         raise RecipeError(_NOTHING)
@@ -148,100 +145,6 @@ def _step(recipe: Recipe, training: Training, healthy: bool) -> bool:
     training.skipped += not healthy
     training.in_a_row = 0 if healthy else training.in_a_row + 1
     return not healthy
-
-
-def _pull(
-    recipe: Recipe,
-    world: World,
-    plan: Plan,
-    texts: list[str],
-    kwargs: dict[str, Any],
-    renoise: torch.Generator,
-    scale: tuple[float, float],
-) -> Tensor:
-    """One rollout and its gradient, added into `.grad`; [6]: reward, loss, clamped, weight, closed, health (0 or NaN).
-
-    The graph of decoder and reward is run and freed before the transformer's backward pass begins.
-    """
-    lambda_, share = scale
-    images, outputs, found, surgery = _sample(recipe, world, plan, kwargs, renoise)
-    decoded = [images, *(surgery.decode(x) for x in outputs[1:])]
-    scores = [world.reward(_whole(image), texts) for image in decoded]
-    weights = objective.weights(plan, surgery.trajectory, found, recipe.weights_at, recipe.objective.tau)
-    loss = objective.loss(scores, weights.w, lambda_)
-    cotangents = objective.cotangents(loss * share, outputs)
-    if recipe.rollout.memory == "staged":
-        backward(plan, surgery.trajectory, surgery.field, cotangents, generator=renoise, check=False)
-    else:
-        torch.autograd.backward(outputs, cotangents)
-    with torch.no_grad():
-        reward = scores[0] if plan.exact else world.reward(_whole(surgery.decode(surgery.trajectory[0])), texts)
-        health = sum((image.detach().sum() * 0 for image in decoded), loss.detach() * 0)
-        closed = (torch.stack([score.detach() for score in scores]) >= lambda_).float().mean()
-        return torch.stack([reward.mean(), loss.detach(), weights.clamped, weights.w.mean(), closed, health]).float()
-
-
-def _pull_several(
-    recipe: Recipe,
-    world: World,
-    plans: list[Plan],
-    texts: list[str],
-    kwargs: dict[str, Any],
-    renoise: torch.Generator,
-    scale: tuple[float, float],
-) -> Tensor:
-    """As `_pull`, for several exact plans: their output is the rollout's x_0, hence one decode and one reward gradient.
-
-    The loss is their mean, each with weights of its own.
-    """
-    lambda_, share = scale
-    with operate(world.pipe) as surgery:
-        world.pipe(num_inference_steps=recipe.rollout.steps, **call_of(recipe), **kwargs, output_type="latent")
-    x_0, tail = surgery.trajectory[0].detach().requires_grad_(), (surgery.trajectory, surgery.field)
-    image = surgery.decode(x_0)
-    score = world.reward(_whole(image), texts)
-    loss = objective.loss([score], torch.ones_like(score), lambda_)
-    (pull,) = objective.cotangents(loss * share / len(plans), (x_0,))
-    found: list[objective.Weights] = []
-    for plan in plans:
-        apart = distances(plan, *tail, generator=renoise) if recipe.weights_at != "none" else {}
-        found.append(objective.weights(plan, surgery.trajectory, apart, recipe.weights_at, recipe.objective.tau))
-        cotangent = pull * found[-1].w.to(pull).view(-1, *[1] * (pull.dim() - 1))
-        if recipe.rollout.memory == "staged":
-            backward(plan, *tail, cotangent, generator=renoise, check=False)
-        else:
-            torch.autograd.backward(apply(plan, *tail, recipe.rollout.memory, generator=renoise), cotangent)
-    with torch.no_grad():
-        w = torch.stack([weights.w for weights in found]).mean(0)
-        clamped = torch.stack([weights.clamped for weights in found]).mean()
-        loss = objective.loss([score], w, lambda_)
-        health = image.detach().sum() * 0 + loss * 0
-        closed = (score >= lambda_).float().mean()
-        return torch.stack([score.mean(), loss, clamped, w.mean(), closed, health]).float()
-
-
-def _sample(
-    recipe: Recipe, world: World, plan: Plan, kwargs: dict[str, Any], renoise: torch.Generator
-) -> tuple[Tensor, tuple[Tensor, ...], dict[int, Tensor], Surgery]:
-    """A rollout through the pipe: images of the plan's first output, all outputs, its leaps' distances, the surgery."""
-    rollout, memory = recipe.rollout, recipe.rollout.memory
-    call = {"num_inference_steps": rollout.steps, **call_of(recipe), **kwargs}
-    if memory != "staged":
-        with operate(world.pipe, plan, memory=memory, generator=renoise) as surgery:
-            images = world.pipe(**call, output_type="pt")[0]
-        return images, surgery.outputs, surgery.distances, surgery
-    with operate(world.pipe) as surgery:
-        world.pipe(**call, output_type="latent")
-    found = values(plan, surgery.trajectory, surgery.field, generator=renoise)
-    leaves = tuple(x.detach().requires_grad_() for x in ((found,) if isinstance(found, Tensor) else found))
-    measured = recipe.weights_at != "none"
-    apart = distances(plan, surgery.trajectory, surgery.field, generator=renoise) if measured else {}
-    return surgery.decode(leaves[0]), leaves, apart, surgery
-
-
-def _whole(images: Tensor) -> Tensor:
-    """The images with NaN as grey: a reward may refuse NaN, and the step is skipped for it all the same."""
-    return torch.nan_to_num(images, nan=0.5, posinf=1.0, neginf=0.0)
 
 
 def _give_up(recipe: Recipe, training: Training) -> None:
