@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from trajsurgery.errors import PlanError, RecipeError
+from trajsurgery.prompts import read_prompts
 from trajsurgery.recipe import EMBEDDED, Recipe
 from trajsurgery.rewards.named import KNOWN, known, lacking
 from trajsurgery.tiny.pipe import FOLDERS
@@ -37,7 +38,7 @@ def check(recipe: Recipe) -> None:
         RecipeError: what is missing, what the run would need, and what to do.
     """
     scorers = dict.fromkeys((recipe.reward, *(recipe.evaluation.metrics or ())))
-    found = (_method(recipe), _device(recipe), _model(recipe), *map(_reward, scorers), *_prompts(recipe))
+    found = (_method(recipe), _device(recipe), lacking_model(recipe.model), *map(lacking_reward, scorers), *_prompts(recipe))
     missing = [line for line in found if line]
     if missing:
         raise RecipeError(
@@ -97,8 +98,8 @@ def _device(recipe: Recipe) -> str | None:
     )
 
 
-def _model(recipe: Recipe) -> str | None:
-    name = recipe.model
+def lacking_model(name: str) -> str | None:
+    """What a recipe's `model` lacks here, and the repair; None if nothing."""
     if name in EMBEDDED:
         stage = name.partition(":")[2] or "flux"
         command = f"python -m trajsurgery.tiny.train --stage {stage}, then --stage ship"
@@ -115,7 +116,8 @@ def _model(recipe: Recipe) -> str | None:
     )
 
 
-def _reward(asked: str) -> str | None:
+def lacking_reward(asked: str) -> str | None:
+    """What a recipe's `reward` lacks here, and the repair; None if nothing."""
     name, _, rest = asked.partition(":")
     if name == "tiny":
         there = ("", "scorer", *shipped())
@@ -131,11 +133,18 @@ def _reward(asked: str) -> str | None:
 
 def _prompts(recipe: Recipe) -> list[str]:
     flags = {"prompts": ("training", recipe.prompts), "heldout": ("held-out", recipe.heldout)}
-    return [
-        f"no {kind} prompts: there is no file {path}. Pass --{flag} FILE with one a line."
-        for flag, (kind, path) in flags.items()
-        if path not in (*EMBEDDED.values(), "tiny:even") and not Path(path).is_file()
-    ]
+    known = (*EMBEDDED.values(), "tiny:even")
+    found = {flag: (kind, unreadable(path)) for flag, (kind, path) in flags.items() if path not in known}
+    return [f"no {kind} prompts: {said} Pass --{flag} FILE." for flag, (kind, said) in found.items() if said]
+
+
+def unreadable(path: str) -> str | None:
+    """Why no prompts can be read from a file; None if they can."""
+    try:
+        read_prompts(path)
+    except RecipeError as error:
+        return str(error)
+    return None
 
 
 def cached(repo: str, file: str) -> bool:

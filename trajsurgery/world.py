@@ -9,7 +9,6 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch.utils._pytree import tree_map
 from trajsurgery import lora
 from trajsurgery.errors import RecipeError
 from trajsurgery.objective import DETACHED
+from trajsurgery.prompts import Asked, read_prompts
 from trajsurgery.recipe import EMBEDDED, Recipe
 from trajsurgery.scorers import Reward, ask, further, scorer
 
@@ -34,14 +34,6 @@ ENCODINGS = {
     4: ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
 }
 """The names under which a pipeline's call takes what its `encode_prompt` returns, by their number (Wan; Flux; SD3)."""
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A held-out prompt."""
-
-    text: str
-    category: str = "all"
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,14 +121,14 @@ def load(recipe: Recipe) -> World:
         RecipeError: a name that stands for nothing; `trajsurgery.preflight.check` says it sooner and for all at once.
     """
     with quiet():
-        pipe = frozen(_pipeline(recipe), recipe)
+        pipe = frozen(pipeline(recipe.model), recipe)
         scorers = {name: scorer(name, pipe.transformer.device) for name in (recipe.reward, *further(recipe))}
     texts, draw = _training(recipe)
     known = _embedded(recipe.heldout)
     if known is not None:
         asked = tuple(Asked(str(p.text), str(p.category)) for p in known.prompts(recipe.evaluation.split))
     else:
-        asked = tuple(Asked(text) for text in read_prompts(recipe.heldout))
+        asked = read_prompts(recipe.heldout)
     judge = None if known is None or EMBEDDED.get(recipe.model) != recipe.heldout else _rules(known.judge)
     reward = scorers.pop(recipe.reward)
     return World(pipe, reward, texts, draw, asked, judge, scorers)
@@ -191,14 +183,15 @@ def _autocast(module: nn.Module) -> None:
     module.forward = cast
 
 
-def _pipeline(recipe: Recipe) -> Any:
-    world, _, name = recipe.model.partition(":")
+def pipeline(model: str) -> Any:
+    """The pipeline of a recipe's `model`, on the GPU if there is one: what trains and its VAE in float32."""
+    world, _, name = model.partition(":")
     if world == "tiny":
         return import_module("trajsurgery.tiny").pipeline(name or "flux")
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     cuda = torch.cuda.is_available()
-    pipe = DiffusionPipeline.from_pretrained(recipe.model, dtype=_dtypes(cuda), local_files_only=True)
+    pipe = DiffusionPipeline.from_pretrained(model, dtype=_dtypes(cuda), local_files_only=True)
     return pipe.to("cuda" if cuda else "cpu")
 
 
@@ -220,22 +213,8 @@ def _training(recipe: Recipe) -> tuple[tuple[str, ...], Draw]:
         texts = tuple(str(p.text) for p in known.prompts("train"))
         ratio = {"ratio": known.EVEN_RATIO} if recipe.prompts == "tiny:even" else {}
         return texts, lambda count, g: [str(p.text) for p in known.prompts("train", generator=g, count=count, **ratio)]
-    texts = tuple(read_prompts(recipe.prompts))
+    texts = tuple(prompt.text for prompt in read_prompts(recipe.prompts))
     return texts, lambda count, g: [texts[i] for i in torch.randint(len(texts), (count,), generator=g).tolist()]
-
-
-def read_prompts(path: str) -> list[str]:
-    """The lines of a text file that are not blank.
-
-    Raises:
-        RecipeError: no such file, or none in it.
-    """
-    if not Path(path).is_file():
-        raise RecipeError(f"there is no file {path!r}: prompts are tiny, or a text file with one a line.")
-    found = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not found:
-        raise RecipeError(f"{path!r} holds no prompt: write one a line.")
-    return found
 
 
 def _rules(judge: Any) -> Judge:
