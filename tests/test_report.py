@@ -22,8 +22,8 @@ from trajsurgery import report
 from trajsurgery.checkpoint import METRICS, Log, Training
 from trajsurgery.evaluate import compare, in_standard_errors, paired
 from trajsurgery.heldout import Scores, evaluate, spread
+from trajsurgery.prompts import Asked
 from trajsurgery.run import main
-from trajsurgery.world import Asked
 
 
 def scores(reward: Sequence[float], correct: Sequence[bool] | None = None, texts: str = "") -> Scores:

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from trajsurgery import LeapAlign
 from trajsurgery.objective import Objective
+from trajsurgery.prompts import Asked
 from trajsurgery.recipe import Method, Recipe
 from trajsurgery.settings import Evaluation, Optimiser, Rollout
 from trajsurgery.tiny.architecture import TEXT_WIDTH, clip_text, scheduler, t5_text
 from trajsurgery.tiny.tokenizers import clip_tokenizer, t5_tokenizer
-from trajsurgery.world import Asked, World, frozen
+from trajsurgery.world import World, frozen
 
 TEXTS = ("a circle", "a red circle", "a blue square", "two squares", "a triangle near a circle")
 

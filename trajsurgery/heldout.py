@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from trajsurgery import diversity
+from trajsurgery.prompts import Asked
 from trajsurgery.recipe import Recipe
-from trajsurgery.world import Asked, Embeddings, World, call_of
+from trajsurgery.world import Embeddings, World, call_of
 
 
 @dataclass(frozen=True, eq=False)

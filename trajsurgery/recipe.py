@@ -43,9 +43,10 @@ class Recipe:
     """tiny, tiny:SCORER, a name of trajsurgery.rewards.named (hpsv2.1, pickscore, imagereward, ...), the same with
     :FILE, remote:HOST:PORT, or MODULE:NAME: called without arguments, it returns a reward."""
     prompts: str = "tiny"
-    """Training prompts: tiny (categories in the paper's ratio), tiny:even, tiny:wan, or a text file with one a line."""
+    """Training prompts: tiny (categories in the paper's ratio), tiny:even, tiny:wan, or a file: text (one a line),
+    JSONL, JSON, parquet, also as HPDv2, MJHQ-30K and GenEval have them."""
     heldout: str = "tiny"
-    """Prompts of the evaluation: tiny, tiny:wan, or a text file with one a line."""
+    """Prompts of the evaluation: tiny, tiny:wan, or a file as for `prompts`, whose categories are kept."""
     objective: Objective = field(default_factory=Objective)
     rollout: Rollout = field(default_factory=Rollout)
     train: Trained = field(default_factory=Trained)

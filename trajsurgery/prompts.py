@@ -1,0 +1,145 @@
+"""Prompt sets: text, JSON, JSONL and parquet files, and the layouts of HPDv2, MJHQ-30K and GenEval."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from trajsurgery.errors import RecipeError
+
+TEXT, CATEGORY = ("prompt", "text", "caption"), ("category", "tag", "style")
+"""The names of a row's prompt and category, the first that it has; capitals do not count."""
+
+PAIRS = ("human_preference", "rank")
+"""A row of HPDv2's train.json or test.json has one of them: its prompt stands there once for each pair of images."""
+
+ALL = "all"
+"""The category of a prompt that has none."""
+
+KINDS = ".txt (one a line), .jsonl, .json, .parquet, or a folder of such files"
+"""For errors."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt, and what kind of prompt it is."""
+
+    text: str
+    category: str = ALL
+    record: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
+    """The row that it was read from, for benchmarks whose evaluator reads it back (GenEval's `include`)."""
+
+
+def read_prompts(path: str | Path) -> tuple[Asked, ...]:
+    """The prompts of a file, in its order, or of the files in a folder, by name.
+
+    - Text: one a line.
+    - JSONL: a string a line, or an object with `prompt` (`text`, `caption`) and maybe `category` (`tag`, `style`).
+      GenEval's evaluation_metadata.jsonl is one.
+    - JSON: a list of strings (HPDv2's benchmark) or of objects as in JSONL (HPDv2's train.json and test.json, where the
+      pairs of one prompt count once), which are of the category of the file's name if they have none; an object of such
+      lists, {style: [...]}; or {id: object} (MJHQ-30K's meta_data.json).
+    - Parquet: columns with these names. It needs pyarrow, the extra `parquet`.
+
+    Raises:
+        RecipeError: no such file; none in it; a row without a prompt; what is none of these.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in (*_READERS, ".txt"))
+        if not files:
+            raise RecipeError(f"{path} is a folder without prompts: there is no file that is {KINDS}.")
+        return tuple(prompt for file in files for prompt in read_prompts(file))
+    if not path.is_file():
+        raise RecipeError(f"there is no file {str(path)!r}: prompts are tiny, or {KINDS}.")
+    try:
+        found = tuple(_READERS.get(path.suffix, _lines)(path))
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{str(path)!r} is no text in UTF-8 ({error}): prompts are {KINDS}.") from error
+    if not found:
+        raise RecipeError(f"{str(path)!r} holds no prompt: write one a line.")
+    return found
+
+
+def _lines(path: Path) -> Iterator[Asked]:
+    return (Asked(line.strip()) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+
+
+def _jsonl(path: Path) -> Iterator[Asked]:
+    lines = enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1)
+    return _rows(((f"line {i}", _parsed(path, line, f"line {i}")) for i, line in lines if line.strip()), path)
+
+
+def _json(path: Path) -> Iterator[Asked]:
+    found = _parsed(path, path.read_text(encoding="utf-8-sig"), "it")
+    if isinstance(found, Mapping) and all(isinstance(rows, list) for rows in found.values()):
+        groups = [(str(style), rows) for style, rows in found.items()]
+    elif isinstance(found, Mapping):
+        return _rows(((f"{name!r}", row) for name, row in found.items()), path)
+    elif isinstance(found, list):
+        groups = [(path.stem, found)]
+    else:
+        raise RecipeError(f"{str(path)!r} holds {type(found).__name__}: JSON prompts are a list or an object.")
+    return (
+        prompt for style, rows in groups for prompt in _rows(((f"row {i}", r) for i, r in enumerate(rows)), path, style)
+    )
+
+
+def _parquet(path: Path) -> Iterator[Asked]:
+    if find_spec("pyarrow") is None:
+        raise RecipeError(
+            f"{str(path)!r} is parquet, which pyarrow reads, and pyarrow is not installed here: install the extra, "
+            "`pip install 'trajsurgery[parquet]'`, or write the prompts to a .jsonl file."
+        )
+    from pyarrow import ArrowInvalid, parquet
+
+    try:
+        file: Any = parquet.ParquetFile(path)
+    except (ArrowInvalid, OSError) as error:
+        raise RecipeError(f"{str(path)!r} is no parquet file ({error}).") from error
+    names: list[str] = file.schema_arrow.names
+    wanted = [name for name in names if name.lower() in (*TEXT, *CATEGORY, *PAIRS)]  # never the pictures beside them
+    if not any(name.lower() in TEXT for name in wanted):
+        raise RecipeError(f"{str(path)!r} has no column {', '.join(TEXT)}; it has {', '.join(names)}.")
+    rows: list[Any] = file.read(columns=wanted).to_pylist()
+    return _rows(((f"row {i}", row) for i, row in enumerate(rows)), path)
+
+
+_READERS = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}
+
+
+def _parsed(path: Path, text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise RecipeError(f"{str(path)!r}: {where} is not JSON ({error}).") from error
+
+
+def _rows(rows: Iterable[tuple[str, Any]], path: Path, style: str = ALL) -> Iterator[Asked]:
+    """The prompts of (where it stands, row)."""
+    paired: set[str] = set()
+    for where, row in rows:
+        prompt = _asked(row, path, where, style)
+        if prompt.record is not None and any(name in prompt.record for name in PAIRS):
+            if prompt.text in paired:
+                continue
+            paired.add(prompt.text)
+        yield prompt
+
+
+def _asked(row: Any, path: Path, where: str, style: str) -> Asked:
+    if isinstance(row, str) and row.strip():
+        return Asked(row.strip(), style)
+    named = {str(name).lower(): value for name, value in row.items()} if isinstance(row, Mapping) else {}
+    text = next((named[name] for name in TEXT if name in named), None)
+    if not isinstance(text, str) or not text.strip():
+        raise RecipeError(
+            f"{str(path)!r}: {where} is {json.dumps(row, default=str)[:80]}, which has no prompt: it is a text, or an "
+            f"object with one under {', '.join(TEXT)}."
+        )
+    category = next((named[name] for name in CATEGORY if named.get(name) is not None), None)
+    return Asked(text.strip(), style if category is None else str(category), row)
