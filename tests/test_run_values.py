@@ -232,3 +232,18 @@ def test_renoise_mixes_image_and_noise(rolled):
     found = values(Plan(latent(6).leap(0).connect().renoise(4, "rollout")), rolled.trajectory, rolled.field)
     x = rolled.trajectory
     torch.testing.assert_close(found, (1 - x.sigma(4)) * x[0] + x.sigma(4) * x[8])
+
+
+def test_a_trajectory_of_some_latents_is_enough() -> None:
+    """What a plan does not read need not be there: x_T was asked for its dtype and its number of samples."""
+    w = torch.nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+
+    def field(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return w * x
+
+    whole = rollout(field, torch.ones(2, 3, dtype=torch.float64), [1.0, 0.7, 0.4, 0.0])
+    part = Trajectory(whole.sigmas, {t: whole[t] for t in (2, 1, 0)}, {t: whole.velocity(t) for t in (2, 1)})
+    for plan in (leapalign(2, 1), Plan(latent(2).leap(0).connect())):
+        assert torch.equal(apply(plan, part, field), apply(plan, whole, field))
+        for t, missed in distances(plan, whole, field).items():
+            assert torch.equal(distances(plan, part, field)[t], missed)

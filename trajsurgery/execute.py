@@ -107,9 +107,10 @@ class Execution:
                     real = self.trajectory[t]
                     wide = torch.promote_types(real.dtype, torch.float32)
                     misses.append((real.to(wide) - self.tensors[node].detach()).abs().reshape(len(real), -1).mean(1))
-        start = self.trajectory[self.trajectory.steps]
-        zero = start.new_zeros(len(start))
-        return {t: torch.stack(found[t]).mean(0) if found[t] else zero for t in sorted(found, reverse=True)}
+        return {
+            t: torch.stack(found[t]).mean(0) if found[t] else self.trajectory[t].new_zeros(len(self.trajectory[t]))
+            for t in sorted(found, reverse=True)
+        }
 
     def _recorded(self, node: Node) -> bool:
         """Whether what the node reads from the trajectory is there yet."""

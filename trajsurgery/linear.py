@@ -76,7 +76,8 @@ def _renoise(node: Renoise, of: Of, trajectory: Trajectory, _: bool, generator: 
 def _recover(node: Recover, of: Of, trajectory: Trajectory, _: bool, generator: torch.Generator | None) -> Tensor:
     t = _int(node.x.t)
     alpha, beta = (f(_sigma(trajectory, t), torch) for f in (trajectory.interpolant.alpha, trajectory.interpolant.beta))
-    if bool((alpha.abs() < torch.finfo(alpha.dtype).eps).any()):
+    # times are monotone: alpha vanishes at T alone, and only there does the host wait for the device
+    if t == trajectory.steps and bool((alpha.abs() < torch.finfo(alpha.dtype).eps).any()):
         raise SamplerError(
             f"recover from t = {t}, where the image's share alpha_t is 0: recover from an earlier step (t < T)."
         )
@@ -99,7 +100,8 @@ def _noise(node: Noise, of: Of, trajectory: Trajectory, *_: Any) -> Tensor:
 def _sigma(trajectory: Trajectory, t: object) -> Tensor:
     """The time of t, in the latents' precision if theirs is higher: schedulers' sigmas are float32."""
     sigma = trajectory.sigma(_int(t))
-    return sigma.to(torch.promote_types(sigma.dtype, trajectory[trajectory.steps].dtype))
+    latent = next(iter(trajectory.latents.values()))  # any: a trajectory made by hand may hold some alone
+    return sigma.to(torch.promote_types(sigma.dtype, latent.dtype))
 
 
 def _int(t: object) -> int:

@@ -147,7 +147,8 @@ class Loop:
             self._start(sample)
         schedule = self.record.schedule
         self.record.timesteps.append(timestep)
-        self.record.trim(4 * sample.numel())
+        if self.count == 0:
+            self.record.trim(4 * sample.numel())
         if self.count in schedule.starts:
             self._record_step(model_output, sample)
             if not self.wish.whole and self.plan is not None and 1 < self.t == _last_needed(self.plan):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,12 +38,14 @@ class Record:
     """{(id of the pipe or of a component, name of its method): what it returned, call by call}."""
     templates: dict[nn.Module, list[Any]] = field(default_factory=dict[nn.Module, list[Any]])
     """What the modules that the loop called returned, call by call; large tensors on the meta device (`trim`)."""
-    trimmed: dict[nn.Module, int] = field(default_factory=dict[nn.Module, int])
-    """How many of them `trim` has seen."""
+    size: float = math.inf
+    """The numbers that a tensor of theirs may hold to be kept itself."""
     timesteps: list[Any] = field(default_factory=list[Any])
     """What `scheduler.step` was called with, call by call."""
     announced: bool = False
     """Whether the pipeline asked for its progress bar before the loop."""
+    arrived: set[tuple[int, int]] = field(default_factory=set[tuple[int, int]])
+    """The re-entries (call, skipped steps) whose timestep was seen to be the recorded one: asked of a device once."""
     doubled: bool = False
     """Whether the first step's latents can only be substituted by another step before it."""
     schedule: Schedule = field(init=False)
@@ -67,7 +70,7 @@ class Record:
         """Notes the outputs of the modules that are called from now on, until the returned function is."""
 
         def note(module: nn.Module, _: Any, output: Any) -> None:
-            self.templates.setdefault(module, []).append(tree_map(_constant, output))
+            self.templates.setdefault(module, []).append(tree_map(lambda value: _kept(value, self.size), output))
 
         modules = [m for m in self.pipe.components.values() if isinstance(m, nn.Module)]
         handles = [module.register_forward_hook(note) for module in modules]
@@ -79,14 +82,13 @@ class Record:
         return stop
 
     def trim(self, size: int) -> None:
-        """Keeps the shape alone of the last outputs' tensors that hold more numbers (control nets' hidden states).
+        """From now on keeps the shape alone of tensors that hold more numbers (control nets' hidden states).
 
         What is kept stands in for skipped calls: second streams and guidance with a memory go on as they did.
         """
-        for module, outputs in self.templates.items():
-            for i in range(self.trimmed.get(module, 0), len(outputs)):
-                outputs[i] = tree_map(lambda value: _shape(value, size), outputs[i])
-            self.trimmed[module] = len(outputs)
+        self.size = size
+        for outputs in self.templates.values():
+            outputs[:] = [tree_map(lambda value: _kept(value, size), output) for output in outputs]
 
     @contextlib.contextmanager
     def encoding(self) -> Generator[None]:
@@ -199,10 +201,8 @@ def _generators(arguments: dict[str, Any]) -> list[torch.Generator]:
     return found
 
 
-def _constant(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
-
-
-def _shape(value: Any, size: int) -> Any:
-    large = isinstance(value, Tensor) and value.numel() > size
-    return (torch.empty_like(value, device="meta"), value.device) if large else value
+def _kept(value: Any, size: float) -> Any:
+    """A copy, since some loops go on to write into what a module returned; of a large tensor its shape and device."""
+    if not isinstance(value, Tensor):
+        return value
+    return (torch.empty_like(value, device="meta"), value.device) if value.numel() > size else value.detach().clone()

@@ -34,6 +34,7 @@ class PipelineField:
         self.record, self._trajectory = record, trajectory
         self._versions = self._changes()
         self._checked: set[int] = set()
+        self._places = {i * trajectory.sigmas.element_size(): i for i in range(record.schedule.steps)}
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of the modules that the loop calls."""
@@ -47,16 +48,22 @@ class PipelineField:
             SamplerError: sigma is not a time of the rollout; the pipeline's loop can't be entered there.
         """
         schedule = self.record.schedule
-        times = schedule.sigmas.tolist()[:-1]
-        if sigma.dim() or float(sigma) not in times:
-            raise SamplerError(
-                f"the pipeline's field was called at sigma = {sigma.tolist()}, no time of its sampler: {times}."
-            )
-        step = times.index(float(sigma))
+        step = self._step_at(sigma)
         found = self._entered(schedule.starts[step], x)
         if schedule.steps - step not in self._checked:
             self._check(schedule.steps - step, x.detach(), found.detach())
         return found
+
+    def _step_at(self, sigma: Tensor) -> int:
+        """The step that begins at sigma. The trajectory's own times are known by their place, without their device."""
+        own, times = self._trajectory.sigmas, self.record.schedule.times[:-1]
+        if sigma.dim() == 0 and sigma.dtype == own.dtype and sigma.data_ptr() - own.data_ptr() in self._places:
+            return self._places[sigma.data_ptr() - own.data_ptr()]
+        if sigma.dim() or float(sigma) not in times:
+            raise SamplerError(
+                f"the pipeline's field was called at sigma = {sigma.tolist()}, no time of its sampler: {list(times)}."
+            )
+        return times.index(float(sigma))
 
     def _entered(self, call: int, x: Tensor) -> Tensor:
         gradient = torch.is_grad_enabled()
@@ -70,8 +77,11 @@ class PipelineField:
         return found
 
     def _check(self, t: int, x: Tensor, v: Tensor) -> None:
-        """Raises SamplerError if the same weights give another velocity at the same x_t than the rollout's."""
-        if not torch.equal(x, self._trajectory[t]) or self._changes() != self._versions:
+        """Raises SamplerError if the same weights give another velocity at the same x_t than the rollout's.
+
+        Waits for the device, once for each time of a rollout.
+        """
+        if self._changes() != self._versions or not torch.equal(x, self._trajectory[t]):
             return
         self._checked.add(t)
         wanted = self._trajectory.velocity(t).double()
@@ -218,11 +228,13 @@ class _Entry:
             if lost or sample.shape != self.x.shape or not torch.equal(sample, self.x.to(sample.dtype)):
                 raise _Stop(None)
         wanted = self.record.timesteps[self.call]
-        if not torch.equal(torch.as_tensor(timestep), torch.as_tensor(wanted)):
+        arrived = self.call, self.skipped
+        if arrived not in self.record.arrived and not torch.equal(torch.as_tensor(timestep), torch.as_tensor(wanted)):
             raise SamplerError(
                 f"{self.record.base.__name__}'s loop, entered again for the timestep {wanted}, came to {timestep}: its "
                 "schedule depends on more than its arguments. Use memory='retain' with a plan that fits one pass."
             )
+        self.record.arrived.add(arrived)
         self.tell(v)
         raise _Stop(v)
 

@@ -42,6 +42,8 @@ class Schedule:
 
     sigmas: Tensor
     """[T + 1] times, noise first."""
+    times: tuple[float, ...]
+    """The same as numbers, which no device is asked for."""
     starts: tuple[int, ...]
     """The number, from 0, of the call that begins each step."""
     calls: int
@@ -64,13 +66,15 @@ class Schedule:
                 f"{type(scheduler).__name__} has {len(sigmas)} sigmas for {calls} timesteps; operate() follows "
                 "schedulers that have one more. Use FlowMatchEulerDiscreteScheduler."
             )
-        begins = [i for i in range(calls) if sigmas[i] != sigmas[i + 1]]
+        times: list[float] = sigmas.tolist()  # once: each number read off a device waits for it
+        begins = [i for i in range(calls) if times[i] != times[i + 1]]
         left = [i for i in begins if i >= first]
         if not left:
             raise SamplerError(f"the loop begins at step {first} of a schedule whose {calls} steps are over by then.")
         sigmas_left = torch.cat([sigmas[left], sigmas[-1:]])
         check_sigmas(sigmas_left)
-        return cls(sigmas_left, tuple(i - first for i in left), calls - first, len(begins))
+        starts = tuple(i - first for i in left)
+        return cls(sigmas_left, (*(times[i] for i in left), times[-1]), starts, calls - first, len(begins))
 
     @property
     def steps(self) -> int:
@@ -83,7 +87,7 @@ class Schedule:
 
     def interpolant(self) -> RectifiedFlow:
         """Rectified flow; the one whose sigma is the image's share where sigmas rise."""
-        return InvertedFlow() if bool(self.sigmas[0] < self.sigmas[-1]) else RectifiedFlow()
+        return InvertedFlow() if self.times[0] < self.times[-1] else RectifiedFlow()
 
 
 def first_entry(scheduler: Any) -> int:

@@ -116,6 +116,7 @@ class WithSound(FluxPipeline):
     """A second stream, stepped by a copy of the scheduler and fed back into the loop."""
 
     announced = 4
+    gain = 1.0
 
     def __call__(self, *, generator: Any, prompt_embeds: Any, pooled_prompt_embeds: Any, **_: Any) -> Any:
         self.scheduler.set_timesteps(4, mu=0.5)
@@ -135,6 +136,8 @@ class WithSound(FluxPipeline):
                     txt_ids=ids[:5],
                     return_dict=False,
                 )[0]
+                if self.gain != 1:
+                    v.mul_(self.gain)  # into what the transformer returned
                 sound = sound_scheduler.step(v.mean((1, 2))[:, None].expand(2, 12), t, sound, return_dict=False)[0]
                 x = self.scheduler.step(v, t, x, return_dict=False)[0]
         return (x,)
@@ -167,6 +170,17 @@ def test_a_second_stream_is_a_constant(plan: Plan, announced: int) -> None:
     for retained, recomputed in zip(*grads, strict=True):
         if retained is not None:
             torch.testing.assert_close(recomputed, retained)
+
+
+def test_a_loop_that_writes_into_a_models_output_is_replayed_as_it_was() -> None:
+    """What the transformer returned was kept as it had been changed, and a replayed loop changed it once more."""
+    small = with_sound()
+    small.pipe.gain = 1.5
+    with operate(small.pipe) as surgery:
+        small()
+    trajectory, field = surgery.trajectory, surgery.field
+    for t in range(1, trajectory.steps + 1):
+        assert torch.equal(field(trajectory[t], trajectory.sigma(t)), trajectory.velocity(t)), f"at t = {t}"
 
 
 def forgetful(self: Record, size: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -58,8 +57,6 @@ def small() -> Small:
 
 
 def with_sampler(small: Small, name: str) -> Any:
-    if name == "beta sigmas" and importlib.util.find_spec("scipy") is None:
-        pytest.skip("diffusers asks for scipy")
     small.pipe.scheduler = (EULER | OTHERS)[name]()
     dynamic = small.pipe.scheduler.config.get("use_dynamic_shifting", False)
     small.arguments["mu"] = 0.8 if dynamic else None
