@@ -45,7 +45,8 @@ def operate(
 
     T is the number of steps that the loop really runs: image-to-image pipelines run the tail of their schedule only,
     and a sampler that calls the model twice a step (Heun) counts its intervals, velocities being those of the first
-    call. On a sampler whose steps are not Euler's (multistep, stochastic) every leap is a prediction.
+    call. On a sampler whose steps are not Euler's (multistep, stochastic) every leap is a prediction, as is
+    `leap(t - 1)`: `print(plan.cost(surgery.trajectory))` says "unfaithful" and where.
 
     Args:
         pipe: any diffusers pipeline with a flow-matching scheduler.

@@ -18,6 +18,7 @@ from trajsurgery.node import (
     Factor,
     Latent,
     LatentNode,
+    Leap,
     Node,
     Noise,
     Recorded,
@@ -58,6 +59,18 @@ class Cost:
     """Of these, the ones whose value the rollout has recorded: under "recompute" their forward costs nothing."""
     extra: int
     """Model calls beyond the rollout's own that a forward pass needs in any way of running: the unfaithful ones."""
+    unfaithful: tuple[int, ...] = ()
+    """The times t, noise first, from which the plan leaps to t - 1 while the sampler stepped otherwise than by Euler:
+    what looks like its own step is a prediction."""
+
+    def __str__(self) -> str:
+        said = f"velocity calls with gradient: {self.calls}, {self.faithful} of them the rollout's own"
+        if self.extra:
+            said += f"; calls beside the rollout's: {self.extra}"
+        if self.unfaithful:
+            times = ", ".join(map(str, self.unfaithful))
+            said += f"; unfaithful: leap(t - 1) from t = {times} is a prediction, the sampler's step is no Euler step"
+        return said
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -139,14 +152,16 @@ class Plan:
         return _prepared(self, steps)
 
     def cost(self, trajectory: Any) -> Cost:
-        """The model calls that the plan costs on a trajectory."""
-        from trajsurgery.graph import faithful, trained
+        """The model calls that the plan costs on a trajectory, and what is unfaithful to it; printed, it says so."""
+        from trajsurgery.graph import faithful, own_step, trained
 
         plan = self.prepared(getattr(trajectory, "steps", trajectory))
         known = faithful(plan.outputs, trajectory.is_step)
         calls = [node for node in trained(plan.outputs) if isinstance(node, Velocity)]
         extra = sum(isinstance(node, Velocity) and node not in known for node in plan.nodes)
-        return Cost(len(calls), sum(call in known for call in calls), extra)
+        steps = [n for n in plan.nodes if isinstance(n, Leap) and own_step(n, lambda _: True)]
+        apart = sorted({n.x.t for n in steps if not trajectory.is_step(n.x.t)}, reverse=True)
+        return Cost(len(calls), sum(call in known for call in calls), extra, tuple(apart))
 
     def gradient(
         self, sigmas: Sequence[float] | None = None, interpolant: Interpolant | None = None, limit: int = 1000

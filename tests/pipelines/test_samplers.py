@@ -104,8 +104,9 @@ def test_a_leap_is_the_samplers_step_where_that_is_eulers(small: Small, name: st
         missed = float((trajectory[t] + change - trajectory[t - 1]).abs().max())
         assert trajectory.is_step(t) == (missed < 1e-5)
         assert trajectory.is_step(t) or name in OTHERS
-    if name in OTHERS:
-        assert not all(trajectory.is_step(t) for t in range(1, STEPS + 1))
+    cost = drtune(STEPS, 1, {STEPS, 2}).cost(trajectory)  # every step of it is a leap(t - 1)
+    assert cost.unfaithful == tuple(t for t in range(STEPS, 0, -1) if not trajectory.is_step(t))
+    assert ("unfaithful" in str(cost)) == bool(cost.unfaithful) == (name in OTHERS)
 
 
 def test_an_inverted_schedule_renoises_towards_the_noise(small: Small) -> None:
