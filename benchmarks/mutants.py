@@ -34,7 +34,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 
-FILES = ("ops.py", "execute.py", "gradient.py", "derivative.py", "interpolant.py", "check.py", "rules.py")
+FILES = ("ops.py", "calls.py", "execute.py", "gradient.py", "derivative.py", "interpolant.py", "check.py", "rules.py")
 """The core: what edits gradients, runs plans, derives closed forms, and says what is legal."""
 
 TESTS = (

@@ -122,7 +122,7 @@ MUTATIONS = (
     ),
     Mutation(
         "recompute under torch.func",
-        "execute.py",
+        "calls.py",
         'if memory == "retain" or _transforming():',
         'if memory == "retain":',
         "test_gradient_forward_mode.py",

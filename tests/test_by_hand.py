@@ -28,7 +28,8 @@ from trajsurgery import (
     sample,
     values,
 )
-from trajsurgery.execute import Execution, recompute_leaves
+from trajsurgery.calls import recompute_leaves
+from trajsurgery.execute import Execution
 
 
 def test_the_rollout() -> None:

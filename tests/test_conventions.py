@@ -20,9 +20,9 @@ FILES = sorted(LIBRARY.rglob("*.py"))
 LAYERS: dict[str, str] = {
     "nodes": "errors interned node interpolant",
     "graph": "notation graph rules check derivative formula tables gradient columns scene placing mermaid draw",
-    "language": "plan",
+    "language": "plan persample",
     "surgery": "ops",
-    "execution": "alarm inputs params terms trajectory linear execute surgery",
+    "execution": "alarm inputs params terms trajectory linear calls execute lockstep surgery",
     "samplers": "scheduler guidance record reentry loop pipelines",
     "methods": "methods",
     "rewards": "rewards",
@@ -30,7 +30,7 @@ LAYERS: dict[str, str] = {
     "training": "objective settings recipe presets lora prompts scorers world diversity heldout preflight checkpoint"
     " anchor guards pull train",
     "planning": "memory",
-    "report": "calibration evaluate report",
+    "report": "calibration evaluate watching report",
     "run": "run score grade options pictures sampled comparison command __main__",
     "testing": "testing",
 }

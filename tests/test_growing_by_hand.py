@@ -8,7 +8,8 @@ import torch
 
 from tests.by_hand import X0, Counted, W, first, rolled
 from trajsurgery import Plan, Trajectory, latent, leapalign, noise
-from trajsurgery.execute import Execution, first_call, retained
+from trajsurgery.calls import retained
+from trajsurgery.execute import Execution, first_call
 
 
 def executed(plan: Plan, t: int) -> Execution:

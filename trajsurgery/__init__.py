@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from trajsurgery.methods import refl as refl
     from trajsurgery.methods import reno as reno
     from trajsurgery.methods import srpo as srpo
+    from trajsurgery.persample import PerSample as PerSample
     from trajsurgery.pipelines import Surgery as Surgery
     from trajsurgery.pipelines import operate as operate
     from trajsurgery.plan import Plan as Plan
@@ -81,6 +82,7 @@ _HOME = {
         "reno",
         "srpo",
     ),
+    "persample": ("PerSample",),
     "pipelines": ("Surgery", "operate"),
     "plan": ("Plan", "latent", "noise", "recorded"),
     "reentry": ("PipelineField",),

@@ -16,14 +16,14 @@ def called(
     field: Callable[[Tensor, Tensor], Tensor],
     x: Tensor,
     sigma: Tensor,
-    t: int | None = None,
+    t: int | tuple[int, ...] | None = None,
     recorded: Tensor | None = None,
 ) -> Tensor:
     """field(x, sigma), if it is a velocity: a new tensor like x, with x left as it was. Never waits for the device.
 
     Args:
         x: [batch, *latent].
-        t: where, for the message; None where the field's leaves are looked up.
+        t: where, for the message, each sample's own if they differ; None where the field's leaves are looked up.
         recorded: the rollout's own velocity at t, if there is one: its dtype will do.
 
     Raises:

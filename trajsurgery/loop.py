@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from trajsurgery.calls import Memory, outputs
 from trajsurgery.errors import PlanError, SamplerError
-from trajsurgery.execute import Execution, Memory, first_call, fitting, outputs
+from trajsurgery.execute import Execution, first_call, fitting
 from trajsurgery.guidance import GuidanceGradient, sides
 from trajsurgery.node import (
     Connect,
@@ -254,7 +255,7 @@ class Loop:
 
     def _output(self, plan: Plan) -> None:
         assert self.execution is not None
-        found = outputs(plan, self.trajectory, self.results["field"], self.wish.memory, self.execution, None)
+        found = outputs(self.results["field"], self.wish.memory, self.execution, None)
         self.results["outputs"], self.results["distances"] = found, self.execution.distances()
 
     def _show(self) -> Tensor:

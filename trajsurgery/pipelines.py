@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from trajsurgery import check
+from trajsurgery.calls import Memory, known
 from trajsurgery.errors import SamplerError, SurgeryError
-from trajsurgery.execute import Memory, known, planned
+from trajsurgery.execute import planned
 from trajsurgery.guidance import GuidanceGradient, known_guidance
 from trajsurgery.loop import Loop, Wish
 from trajsurgery.plan import Plan

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trajsurgery.calls import Memory, Run, known, outputs, retained
 from trajsurgery.errors import SamplerError
-from trajsurgery.execute import Execution, Memory, fitting, known, outputs, planned, retained
+from trajsurgery.execute import Execution, fitting, planned
 from trajsurgery.inputs import called, check_finite, matching, version
 from trajsurgery.interpolant import Interpolant, RectifiedFlow
+from trajsurgery.lockstep import run
 from trajsurgery.node import Noise
 from trajsurgery.params import Fields, Params, named, trainable, trains
+from trajsurgery.persample import PerSample
 from trajsurgery.plan import Plan
 from trajsurgery.trajectory import Trajectory, as_sigmas
 
@@ -74,15 +77,16 @@ def sample(
     known(memory)
     planned(plan)
     fitting(plan, len(as_sigmas(sigmas, noise)) - 1)
-    execution, trajectory = _roll(field, noise, sigmas, interpolant, plan if memory == "retain" else None, generator)
+    rolled = _roll(field, noise, sigmas, interpolant, plan if memory == "retain" else None, generator)
+    trajectory = rolled[1]
     if check:
         check_finite(trajectory.latents, trajectory.velocities)
-    execution = execution or Execution(plan, trajectory, generator)
-    return _single(outputs(plan, trajectory, field, memory, execution, params)), trajectory
+    execution: Run = rolled[0] or Execution(plan, trajectory, generator)
+    return _single(outputs(field, memory, execution, params)), trajectory
 
 
 def apply(
-    plan: Plan,
+    plan: Plan | PerSample,
     trajectory: Trajectory,
     field: Fields,
     memory: Memory = "retain",
@@ -97,6 +101,7 @@ def apply(
     that name the same (draw, to) share it.
 
     Args:
+        plan: one for the batch, or `PerSample`: one for each of its samples.
         memory: "retain" keeps the activations of every velocity call; "recompute" keeps those of none and runs the
             model again in the backward pass, one call at a time (first-order reverse mode only; falls back to retain
             under a torch.func transform or forward-mode AD).
@@ -111,12 +116,11 @@ def apply(
         PlanError: unbound names, another number of steps, times above T.
         SamplerError: no leaf to train; sharded parameters with "recompute"; a velocity that has not its latent's shape.
     """
-    execution = Execution(plan, trajectory, generator)
-    return _single(outputs(plan, trajectory, field, memory, execution, params))
+    return _single(outputs(field, memory, run(plan, trajectory, generator), params))
 
 
 def values(
-    plan: Plan,
+    plan: Plan | PerSample,
     trajectory: Trajectory,
     field: Fields,
     *,
@@ -127,11 +131,11 @@ def values(
 
     It is called like `apply`; nothing trains here, so `params` is not read.
     """
-    return _single(Execution(plan, trajectory, generator, gradient=False).finish(field, retained))
+    return _single(run(plan, trajectory, generator, gradient=False).finish(field, retained))
 
 
 def distances(
-    plan: Plan,
+    plan: Plan | PerSample,
     trajectory: Trajectory,
     field: Fields,
     *,
@@ -140,16 +144,17 @@ def distances(
 ) -> dict[int, Tensor]:
     """{t: [batch]}: the mean |x_t - prediction| of the leaps and advances that land on t (LeapAlign, section 4.5).
 
-    A leap that is the sampler's own step misses by 0; where several others land on one t, their mean. It is called like
-    `apply`; nothing trains here, so `params` is not read.
+    A leap that is the sampler's own step misses by 0; where several others land on one t, their mean. Of `PerSample`,
+    NaN for samples whose plans do not land on t. It is called like `apply`; nothing trains here, so `params` is not
+    read.
     """
-    execution = Execution(plan, trajectory, generator, gradient=False)
+    execution = run(plan, trajectory, generator, gradient=False)
     execution.finish(field, retained)
     return execution.distances()
 
 
 def backward(
-    plan: Plan,
+    plan: Plan | PerSample,
     trajectory: Trajectory,
     field: Fields,
     cotangent: Tensor | Sequence[Tensor],
@@ -171,7 +176,7 @@ def backward(
     Raises:
         PlanError, SamplerError: as `apply`; a cotangent that is none of its output (`inputs.matching`).
     """
-    execution = Execution(plan, trajectory, generator)
+    execution = run(plan, trajectory, generator)
     stages: list[tuple[Callable[[Tensor], Tensor], Tensor, Tensor]] = []
 
     def stand_in(call: Callable[[Tensor], Tensor], x: Tensor, known: Tensor | None, name: str | None) -> Tensor:
@@ -183,7 +188,7 @@ def backward(
 
     required = not any(isinstance(node, Noise) for node in execution.live)
     trained = None if params is None else trainable(params, required)
-    # Beside a field that trains another may be frozen; `execute.training` looks after those that are not.
+    # Beside a field that trains another may be frozen; `calls.training` looks after those that are not.
     every = required and not (isinstance(field, Mapping) and any(map(trains, field.values())))
     found = execution.finish(field, stand_in)
     _pull(found, matching(cotangent, found, check))

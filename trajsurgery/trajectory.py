@@ -107,6 +107,10 @@ class Trajectory:
             )
         return self.noises[draw, to]
 
+    def sample(self, i: int) -> Trajectory:
+        """The trajectory of sample i alone, [1, *latent], read through this one: noises are drawn for the batch."""
+        return _Sample(self, i)
+
     def evaluate(self, expansion: Any, fields: Fields, cotangent: Any, params: Params = None) -> Evaluation:
         """The closed form's terms on this trajectory: what `Expansion.evaluate` returns."""
         given = matching(cotangent, [self[self.steps]] * len(expansion.outputs))
@@ -125,6 +129,28 @@ class Trajectory:
                 "them, as rollout() does."
             )
         return held[t]
+
+
+class _Sample(Trajectory):
+    """One sample of a trajectory; what is measured and drawn is the batch's."""
+
+    def __init__(self, whole: Trajectory, i: int) -> None:
+        vars(self).update(vars(whole), whole=whole, i=i)
+        if whole.start is not None:
+            with torch.enable_grad():  # the gradient of `noise()` goes on to the batch's
+                vars(self)["start"] = whole.start[i : i + 1]
+
+    whole: Trajectory
+    i: int
+
+    def is_step(self, t: int) -> bool:
+        return self.whole.is_step(t)
+
+    def noise(self, draw: Draw, to: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.whole.noise(draw, to, generator)[self.i : self.i + 1]
+
+    def _held(self, letter: str, held: dict[int, Tensor], t: int) -> Tensor:
+        return self.whole._held(letter, held, t)[self.i : self.i + 1]
 
 
 def _recorded(name: str, given: object, lowest: int, steps: int) -> None:
