@@ -174,6 +174,7 @@ class Loop:
         self.t = schedule.steps
         start = self.record.start = sample.detach().clone()  # it may be a buffer that is written to again
         if self.wish.plan is not None:
+            self.record.stateless()
             try:
                 self.plan = fitting(self.wish.plan, self.t)
             except PlanError as error:

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
+from trajsurgery.errors import SamplerError
 from trajsurgery.guidance import GuidanceGradient
 from trajsurgery.scheduler import Schedule
 
@@ -44,6 +45,8 @@ class Record:
     """What `scheduler.step` was called with, call by call."""
     announced: bool = False
     """Whether the pipeline asked for its progress bar before the loop."""
+    carried: str | None = None
+    """What carries tensors from one model call to the next beside the latents, if that was seen."""
     arrived: set[tuple[int, int]] = field(default_factory=set[tuple[int, int]])
     """The re-entries (call, skipped steps) whose timestep was seen to be the recorded one: asked of a device once."""
     doubled: bool = False
@@ -69,17 +72,27 @@ class Record:
     def watch(self) -> Callable[[], None]:
         """Notes the outputs of the modules that are called from now on, until the returned function is."""
 
-        def note(module: nn.Module, _: Any, output: Any) -> None:
+        def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            self.carried = self.carried or _cache(module, (args, kwargs, output))
             self.templates.setdefault(module, []).append(tree_map(lambda value: _kept(value, self.size), output))
 
         modules = [m for m in self.pipe.components.values() if isinstance(m, nn.Module)]
-        handles = [module.register_forward_hook(note) for module in modules]
+        handles = [module.register_forward_hook(note, with_kwargs=True) for module in modules]
 
         def stop() -> None:
             for handle in handles:
                 handle.remove()
 
         return stop
+
+    def stateless(self) -> None:
+        """Raises SamplerError if a model's call was seen to depend on those before it."""
+        if self.carried is not None:
+            raise SamplerError(
+                f"{self.base.__name__}'s model calls share {self.carried}: a velocity that depends on earlier calls is "
+                "no v(x, sigma), and a gradient would pass from step to step beside the plan. Switch it off "
+                "(use_kv_cache=False, disable_cache()), or take a pipeline without one."
+            )
 
     def trim(self, size: int) -> None:
         """From now on keeps the shape alone of tensors that hold more numbers (control nets' hidden states).
@@ -199,6 +212,21 @@ def _generators(arguments: dict[str, Any]) -> list[torch.Generator]:
     for value in arguments.values():
         found += [v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, torch.Generator)]
     return found
+
+
+def _cache(module: nn.Module, given: Any) -> str | None:
+    """What a module's call shares with others, by its kind: a cache among its arguments or results, or of its own."""
+    if getattr(module, "is_cache_enabled", False):
+        return f"the cache of {type(module).__name__}.enable_cache()"
+    return next((f"a {type(v).__name__}" for v in tree_leaves(given) if _holds_tensors(v)), None)
+
+
+def _holds_tensors(thing: Any, depth: int = 3) -> bool:
+    """Whether it is an object of a class unknown to torch, with tensors in its attributes."""
+    if isinstance(thing, Tensor | nn.Module | type) or not hasattr(thing, "__dict__"):
+        return False
+    inner = tree_leaves(vars(thing))
+    return any(isinstance(v, Tensor) or (depth > 0 and _holds_tensors(v, depth - 1)) for v in inner)
 
 
 def _kept(value: Any, size: float) -> Any:

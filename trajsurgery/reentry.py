@@ -47,6 +47,7 @@ class PipelineField:
         Raises:
             SamplerError: sigma is not a time of the rollout; the pipeline's loop can't be entered there.
         """
+        self.record.stateless()
         schedule = self.record.schedule
         step = self._step_at(sigma)
         found = self._entered(schedule.starts[step], x)

@@ -117,18 +117,30 @@ class _Rerouted:
 
     def __init__(self, scheduler: Any, function: Callable[..., Any], around: Callable[..., Any]) -> None:
         self.scheduler, self.function, self.around = scheduler, function, around
+        self.count = 0
         self.__name__ = function.__name__
         self.__signature__ = inspect.signature(function)  # which diffusers inspects
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.count += 1
         return self.around(self.function, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
         function = getattr(type(self.scheduler), self.__name__).__get__(memo[id(self.scheduler)])
 
+        count = 0
+
         @functools.wraps(function)
         def constant(*args: Any, **kwargs: Any) -> Any:
             """The other stream is a constant to the plan."""
+            nonlocal count
+            count += 1
+            if self.__name__ == "step" and count > 1 and self.count == 0:
+                raise SamplerError(
+                    "the loop steps copies of the scheduler (one for each frame, or each sample) and not the pipe's "
+                    "own: each may be at another time, which operate() can't follow. Take a pipeline that steps all at "
+                    "once."
+                )
             with torch.no_grad():
                 return function(*args, **kwargs)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.pipelines import flux, images, video
+from tests.pipelines import flux, images, newer, video
 from tests.pipelines.parts import Small
 
-BUILDERS: dict[str, Callable[[], Small]] = {**flux.BUILDERS, **images.BUILDERS, **video.BUILDERS}
+BUILDERS: dict[str, Callable[[], Small]] = {**flux.BUILDERS, **images.BUILDERS, **video.BUILDERS, **newer.BUILDERS}

@@ -38,43 +38,43 @@ _PHOTO = torch.linspace(0, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)
 _MASK = torch.cat([torch.ones(1, 1, 16, 8), torch.zeros(1, 1, 16, 8)], dim=-1)
 
 
-def _flux_parts(guided: bool = True) -> tuple[Any, ...]:
+def flux_parts(guided: bool = True) -> tuple[Any, ...]:
     transformer = FluxTransformer2DModel(in_channels=16, pooled_projection_dim=10, guidance_embeds=guided, **_SIZES)
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     return scheduler, image_vae(4), None, None, None, None, lively(transformer)
 
 
-_FLUX_PROMPTS = {"prompt_embeds": (2, 5, 12), "pooled_prompt_embeds": (2, 10)}
+FLUX_PROMPTS = {"prompt_embeds": (2, 5, 12), "pooled_prompt_embeds": (2, 10)}
 _NEGATIVE = {"negative_prompt_embeds": (2, 5, 12), "negative_pooled_prompt_embeds": (2, 10)}
 
 
 def flux() -> Small:
     """Guidance is an input; dynamic shift."""
-    return small(FluxPipeline(*_flux_parts()), **prompts(_FLUX_PROMPTS))
+    return small(FluxPipeline(*flux_parts()), **prompts(FLUX_PROMPTS))
 
 
 def flux_true_cfg() -> Small:
     """Two calls a step beside the distilled guidance."""
-    return small(FluxPipeline(*_flux_parts()), true_cfg_scale=3.0, **prompts(_FLUX_PROMPTS | _NEGATIVE))
+    return small(FluxPipeline(*flux_parts()), true_cfg_scale=3.0, **prompts(FLUX_PROMPTS | _NEGATIVE))
 
 
 def flux_img2img() -> Small:
     """The last two of four steps, from a noised photograph."""
     photo = {"image": _PHOTO.expand(2, -1, -1, -1), "strength": 0.5}
-    return small(FluxImg2ImgPipeline(*_flux_parts()), **photo, **prompts(_FLUX_PROMPTS))
+    return small(FluxImg2ImgPipeline(*flux_parts()), **photo, **prompts(FLUX_PROMPTS))
 
 
 def flux_inpaint() -> Small:
     """A mask is blended in after every step, in the last three of four."""
     photo = {"image": _PHOTO.expand(2, -1, -1, -1), "mask_image": _MASK.expand(2, -1, -1, -1), "strength": 0.75}
-    return small(FluxInpaintPipeline(*_flux_parts()), **photo, **prompts(_FLUX_PROMPTS))
+    return small(FluxInpaintPipeline(*flux_parts()), **photo, **prompts(FLUX_PROMPTS))
 
 
 def flux_kontext() -> Small:
     """The photograph's tokens stand beside the sample's: the model's output is cut."""
     photo = {"image": _PHOTO, "max_area": 256, "_auto_resize": False}
     one = prompts({"prompt_embeds": (1, 5, 12), "pooled_prompt_embeds": (1, 10)})
-    return small(FluxKontextPipeline(*_flux_parts()), **photo, **one)
+    return small(FluxKontextPipeline(*flux_parts()), **photo, **one)
 
 
 def _flux2_parts(guided: bool) -> tuple[Any, ...]:
