@@ -77,7 +77,7 @@ def flux_kontext() -> Small:
     return small(FluxKontextPipeline(*flux_parts()), **photo, **one)
 
 
-def _flux2_parts(guided: bool) -> tuple[Any, ...]:
+def flux2_parts(guided: bool) -> tuple[Any, ...]:
     sizes = _SIZES | {"axes_dims_rope": (2, 2, 2, 2)}
     transformer = Flux2Transformer2DModel(in_channels=16, timestep_guidance_channels=8, guidance_embeds=guided, **sizes)
     torch.manual_seed(0)
@@ -97,13 +97,13 @@ def _flux2_parts(guided: bool) -> tuple[Any, ...]:
 
 def flux2() -> Small:
     """`latents=` has another layout than the loop's."""
-    return small(Flux2Pipeline(*_flux2_parts(True)), **prompts({"prompt_embeds": (2, 5, 12)}))
+    return small(Flux2Pipeline(*flux2_parts(True)), **prompts({"prompt_embeds": (2, 5, 12)}))
 
 
 def flux2_klein() -> Small:
     """Classifier-free guidance in two calls."""
     embeds = prompts({"prompt_embeds": (2, 5, 12), "negative_prompt_embeds": (2, 5, 12)})
-    return small(Flux2KleinPipeline(*_flux2_parts(False)), guidance_scale=4.0, **embeds)
+    return small(Flux2KleinPipeline(*flux2_parts(False)), guidance_scale=4.0, **embeds)
 
 
 def chroma() -> Small:

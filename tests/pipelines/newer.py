@@ -32,8 +32,8 @@ from tests.pipelines.parts import Small, image_vae, lively, prompts, qwen_vae, s
 from tests.pipelines.video import unipc
 
 _BOTH = {"prompt_embeds": (2, 5, 16), "negative_prompt_embeds": (2, 5, 16)}
-_ONE = dict.fromkeys(_BOTH, (1, 5, 16))
-_WAN = {
+ONE = dict.fromkeys(_BOTH, (1, 5, 16))
+WAN = {
     "num_attention_heads": 2,
     "attention_head_dim": 12,
     "in_channels": 4,
@@ -143,21 +143,21 @@ def prx_pixel() -> Small:
     )
     masks = {f"{sign}prompt_attention_mask": torch.ones(1, 5).bool() for sign in ("", "negative_")}
     pipe = PRXPixelPipeline(lively(transformer), _static(), None, None)
-    return small(pipe, negative_prompt=None, use_resolution_binning=False, **prompts(_ONE), **masks)
+    return small(pipe, negative_prompt=None, use_resolution_binning=False, **prompts(ONE), **masks)
 
 
 def skyreels() -> Small:
     """UniPC with flow sigmas; two calls a step."""
-    transformer = SkyReelsV2Transformer3DModel(num_layers=1, **_WAN)
+    transformer = SkyReelsV2Transformer3DModel(num_layers=1, **WAN)
     pipe = SkyReelsV2Pipeline(None, None, lively(transformer), wan_vae(), unipc())
-    return small(pipe, num_frames=5, **prompts(_ONE))
+    return small(pipe, num_frames=5, **prompts(ONE))
 
 
 def wan_vace() -> Small:
     """Control layers inside the transformer, fed with an encoded video and a mask."""
-    transformer = WanVACETransformer3DModel(num_layers=2, vace_layers=[0], vace_in_channels=72, **_WAN)
+    transformer = WanVACETransformer3DModel(num_layers=2, vace_layers=[0], vace_in_channels=72, **WAN)
     pipe = WanVACEPipeline(None, None, wan_vae(), unipc(), lively(transformer))
-    return small(pipe, num_frames=5, **prompts(_ONE))
+    return small(pipe, num_frames=5, **prompts(ONE))
 
 
 def hunyuan_video_15() -> Small:
