@@ -103,5 +103,5 @@ def test_a_rollout_alone_is_recorded(build: Any) -> None:
         assert torch.equal(cached()[0], plain)
     trajectory = surgery.trajectory
     assert trajectory.steps == 4
-    with pytest.raises(SamplerError, match="cache|Cache"):
+    with pytest.raises(SamplerError, match=r"cache|Cache"):
         surgery.field(trajectory[2], trajectory.sigma(2))
