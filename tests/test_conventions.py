@@ -23,15 +23,15 @@ LAYERS: dict[str, str] = {
     "language": "plan persample",
     "surgery": "ops",
     "execution": "alarm inputs params terms trajectory linear calls execute lockstep surgery",
-    "samplers": "scheduler guidance record reentry loop pipelines",
+    "samplers": "scheduler guidance clock record entry reentry loop pipelines",
     "methods": "methods",
     "rewards": "rewards",
     "tiny": "tiny",
     "training": "objective settings recipe presets lora prompts scorers world diversity heldout preflight checkpoint"
-    " anchor guards pull train",
+    " anchor guards pull train ascent noise_recipe",
     "planning": "memory",
-    "report": "calibration evaluate watching report",
-    "run": "run score grade options pictures sampled comparison command __main__",
+    "report": "calibration evaluate watching report filmstrip",
+    "run": "run noise_run score grade options pictures sampled comparison command __main__",
     "testing": "testing",
 }
 """Layer: its files and packages. A file imports from its own layer and from those above it."""
@@ -42,7 +42,7 @@ OWNERS: dict[str, str] = {
     "networkx": "graph columns",
     "sympy": "derivative gradient formula",
     "diffusers": "reentry pipelines tiny objective recipe world heldout preflight checkpoint pull train memory",
-    "matplotlib": "draw report tiny",
+    "matplotlib": "draw report filmstrip tiny",
 }
 """Package: the files that may import it."""
 

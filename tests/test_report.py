@@ -24,6 +24,7 @@ from trajsurgery.evaluate import compare, in_standard_errors, paired
 from trajsurgery.heldout import Scores, evaluate, spread
 from trajsurgery.prompts import Asked
 from trajsurgery.run import main
+from trajsurgery.watching import smoothed
 
 
 def scores(reward: Sequence[float], correct: Sequence[bool] | None = None, texts: str = "") -> Scores:
@@ -189,9 +190,9 @@ def test_further_scorers_grade_the_images_that_the_reward_grades(tmp_path: Path)
 
 
 def test_smoothing_keeps_a_constant_and_the_ends() -> None:
-    assert report.smoothed([2.0] * 30) == pytest.approx([2.0] * 30)
-    assert report.smoothed([1.0]) == [1.0]
-    assert report.smoothed([]) == []
+    assert smoothed([2.0] * 30) == pytest.approx([2.0] * 30)
+    assert smoothed([1.0]) == [1.0]
+    assert smoothed([]) == []
 
 
 def test_the_pictures_shown_are_not_chosen() -> None:

@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,36 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
+from trajsurgery.anchor import Anchor
 from trajsurgery.errors import RecipeError
 from trajsurgery.heldout import Scores
 from trajsurgery.recipe import Recipe, differences
 
 CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
+
+
+@dataclass
+class Watch:
+    """What the looks at held-out rewards have found so far (guards.py)."""
+
+    last: int = -1
+    """The iteration of the last look; -1: there was none."""
+    best: int = -1
+    """The iteration of the best one."""
+    value: float = -math.inf
+    """What it found."""
+    waited: int = 0
+    """How many came after it."""
+
+    def see(self, iteration: int, value: float) -> bool:
+        """Notes a look; says whether it is the best so far."""
+        better = value > self.value or self.best < 0
+        if better:
+            self.best, self.value, self.waited = iteration, value, 0
+        else:
+            self.waited += 1
+        self.last = iteration
+        return better
 
 
 @dataclass(eq=False)
@@ -44,6 +69,9 @@ class Training:
     seconds: float = 0.0
     """Wall clock of the run so far, its interruptions left out."""
     parameters: list[nn.Parameter] = field(default_factory=list[nn.Parameter])
+    anchor: Anchor | None = None
+    """What holds it to the untuned model (anchor.py); made of the weights that the module has at the start."""
+    watch: Watch = field(default_factory=Watch)
 
     @classmethod
     def start(cls, recipe: Recipe, module: nn.Module) -> Training:
@@ -53,7 +81,9 @@ class Training:
         optimiser = torch.optim.AdamW(
             parameters, settings.rate, settings.betas, weight_decay=settings.weight_decay, fused=True
         )
-        return cls(module, optimiser, EMAModel(parameters, decay=recipe.ema, foreach=True), parameters=parameters)
+        ema = EMAModel(parameters, decay=recipe.ema, foreach=True)
+        anchor = Anchor(parameters, recipe.guards.anchor, recipe.seed) if recipe.guards.anchor else None
+        return cls(module, optimiser, ema, parameters=parameters, anchor=anchor)
 
     @property
     def finite(self) -> bool:
@@ -73,6 +103,7 @@ class Training:
             "in_a_row": self.in_a_row,
             "looked": self.looked,
             "seconds": self.seconds,
+            "watch": asdict(self.watch),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -89,6 +120,7 @@ class Training:
         self.iteration, self.skipped, self.in_a_row = state["iteration"], state["skipped"], state["in_a_row"]
         self.looked = state.get("looked", False)  # checkpoints of 0.1.0 have none
         self.seconds = state["seconds"]
+        self.watch = Watch(**state.get("watch", {}))
 
 
 def write_whole(path: Path, write: Any) -> None:
@@ -126,7 +158,7 @@ def resume(recipe: Recipe, training: Training) -> bool:
         training.restore(state)
     except (KeyError, ValueError, RuntimeError) as error:
         raise RecipeError(f"{path} does not fit the model: {error}. {_WAYS_OUT}") from error
-    Log(recipe.output / METRICS).cut(training.iteration)
+    Log(recipe.output / METRICS).cut(training.iteration, training.watch.last)
     return True
 
 
@@ -134,8 +166,8 @@ def discard(output: Path) -> None:
     """Removes what a run goes on from, and its log. Pictures and weights are written over when there are new ones."""
     for name in (CHECKPOINT, METRICS):
         (output / name).unlink(missing_ok=True)
-    for partial in output.glob("*.partial"):
-        partial.unlink()
+    for left in (*output.glob("*.partial"), *output.glob("best-*.pt")):
+        left.unlink()
 
 
 _WAYS_OUT = "Pass --overwrite to discard that run, or --output with another folder."
@@ -185,9 +217,10 @@ class Log:
                 found.append(json.loads(line))
         return found
 
-    def cut(self, iteration: int) -> None:
-        """Drops the lines after an iteration, a torn one included."""
-        kept = [r for r in self.read() if r["kind"] == "iteration" and r["iteration"] <= iteration]
+    def cut(self, iteration: int, look: int = -1) -> None:
+        """Drops the lines after an iteration, and after the look at another, a torn one included."""
+        last = {"iteration": iteration, "look": look}
+        kept = [r for r in self.read() if r["kind"] in last and r["iteration"] <= last[r["kind"]]]
         text = "".join(map(_line, kept))
         write_whole(self.path, lambda path: path.write_text(text, encoding="utf-8"))
 

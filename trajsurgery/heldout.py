@@ -12,6 +12,7 @@ from torch import Tensor
 from trajsurgery import diversity
 from trajsurgery.prompts import Asked
 from trajsurgery.recipe import Recipe
+from trajsurgery.scorers import parts
 from trajsurgery.world import Embeddings, World, call_of
 
 
@@ -30,7 +31,8 @@ class Scores:
     pictures: Tensor
     """UInt8[pictures 3 h w]: the first images."""
     metrics: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    """Float[images] by name: what further scorers say, which no gradient climbs."""
+    """Float[images] by name: what further scorers say, which no gradient climbs, and the parts of a reward that is a
+    sum, "WEIGHT*REWARD"."""
     apart: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     """Float[images] by name: how far each image is from the others of its prompt, NaN if it has none.
 
@@ -58,14 +60,19 @@ def spread(asked: Sequence[Asked], count: int) -> list[Asked]:
     return [rows[i % len(rows)][(i // len(rows)) % len(rows[i % len(rows)])] for i in range(count)]
 
 
-def evaluate(recipe: Recipe, world: World) -> Scores:
-    """Images of the held-out prompts and their scores, with the weights that are in the pipe now."""
+def evaluate(recipe: Recipe, world: World, embeddings: Embeddings | None = None) -> Scores:
+    """Images of the held-out prompts and their scores, with the weights that are in the pipe now.
+
+    Args:
+        embeddings: of these prompts, if they are there already.
+    """
     asked = spread(world.heldout, recipe.evaluation.images)
     verdicts: list[tuple[Tensor, Tensor]] = []
     pictures: list[Tensor] = []
-    scorers, views = {"": world.reward, **world.metrics}, _views(world)
+    scorers, views = {"": world.reward, **parts(world.reward), **world.metrics}, _views(world)
     scores, seen = _lists(scorers), _lists(views)
-    for texts, images in _images(recipe, world, [prompt.text for prompt in asked]):
+    wanted = [prompt.text for prompt in asked]
+    for texts, images in _images(recipe, world, wanted, embeddings or Embeddings(world.pipe, wanted)):
         with torch.no_grad():
             for name, scorer in scorers.items():
                 scores[name].append(scorer(images, texts).float().cpu())
@@ -73,8 +80,8 @@ def evaluate(recipe: Recipe, world: World) -> Scores:
                 seen[name].append(view(images).float().cpu())
         if world.judge is not None:
             verdicts.append(world.judge(images, texts))
-        wanted = recipe.evaluation.pictures - sum(map(len, pictures))
-        pictures.append((images[: max(0, wanted)].float().cpu() * 255).round().to(torch.uint8))
+        missing = recipe.evaluation.pictures - sum(map(len, pictures))
+        pictures.append((images[: max(0, missing)].float().cpu() * 255).round().to(torch.uint8))
     texts = tuple(prompt.text for prompt in asked)
     found = {name: torch.cat(parts) for name, parts in scores.items()}
     return Scores(
@@ -100,9 +107,10 @@ def _views(world: World) -> dict[str, tuple[Callable[[Tensor], Tensor], diversit
     return {"pixels": (diversity.small, diversity.difference), **features}
 
 
-def _images(recipe: Recipe, world: World, texts: list[str]) -> Iterator[tuple[list[str], Tensor]]:
+def _images(
+    recipe: Recipe, world: World, texts: list[str], embeddings: Embeddings
+) -> Iterator[tuple[list[str], Tensor]]:
     """(prompts, images [batch 3 h w]) batch by batch; the noise follows from seed, place and `evaluation.batch`."""
-    embeddings = Embeddings(world.pipe, texts)
     for start in range(0, len(texts), recipe.evaluation.batch):
         part = texts[start : start + recipe.evaluation.batch]
         images = world.pipe(

@@ -12,6 +12,7 @@ from trajsurgery.errors import PlanError, RecipeError
 from trajsurgery.prompts import read_prompts
 from trajsurgery.recipe import EMBEDDED, Recipe
 from trajsurgery.rewards.named import KNOWN, known, lacking
+from trajsurgery.scorers import terms
 from trajsurgery.tiny.pipe import FOLDERS
 from trajsurgery.tiny.variant import shipped
 
@@ -38,7 +39,8 @@ def check(recipe: Recipe) -> None:
         RecipeError: what is missing, what the run would need, and what to do.
     """
     scorers = dict.fromkeys((recipe.reward, *(recipe.evaluation.metrics or ())))
-    found = (_method(recipe), _device(recipe), lacking_model(recipe.model), *map(lacking_reward, scorers), *_prompts(recipe))
+    named = lacking_model(recipe.model), *map(lacking_reward, scorers)
+    found = (_method(recipe), _device(recipe), *named, *_prompts(recipe))
     missing = [line for line in found if line]
     if missing:
         raise RecipeError(
@@ -118,6 +120,12 @@ def lacking_model(name: str) -> str | None:
 
 def lacking_reward(asked: str) -> str | None:
     """What a recipe's `reward` lacks here, and the repair; None if nothing."""
+    try:
+        mixed = terms(asked)
+    except RecipeError as error:
+        return str(error)
+    if mixed:
+        return " ".join(said for part in mixed if (said := lacking_reward(part))) or None
     name, _, rest = asked.partition(":")
     if name == "tiny":
         there = ("", "scorer", *shipped())
@@ -133,6 +141,8 @@ def lacking_reward(asked: str) -> str | None:
 
 def _prompts(recipe: Recipe) -> list[str]:
     flags = {"prompts": ("training", recipe.prompts), "heldout": ("held-out", recipe.heldout)}
+    if recipe.guards.every is not None and recipe.guards.prompts is not None:
+        flags["guards.prompts"] = ("validation", recipe.guards.prompts)
     known = (*EMBEDDED.values(), "tiny:even")
     found = {flag: (kind, unreadable(path)) for flag, (kind, path) in flags.items() if path not in known}
     return [f"no {kind} prompts: {said} Pass --{flag} FILE." for flag, (kind, said) in found.items() if said]

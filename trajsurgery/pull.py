@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from trajsurgery.recipe import Recipe
 from trajsurgery.surgery import apply, backward, distances, values
 from trajsurgery.world import World, call_of
 
+Hold = Callable[[Surgery, float], Tensor]
+"""hold(surgery, share): adds share of a gradient of its own into `.grad` and returns a figure, 0-dim (anchor.py)."""
+
 
 def pull(
     recipe: Recipe,
@@ -23,8 +27,11 @@ def pull(
     kwargs: dict[str, Any],
     renoise: torch.Generator,
     scale: tuple[float, float],
+    hold: Hold | None = None,
 ) -> Tensor:
-    """One rollout and its gradient, added into `.grad`; [6]: reward, loss, clamped, weight, closed, health (0 or NaN).
+    """One rollout and its gradient, added into `.grad`.
+
+    Returns [7]: reward, loss, clamped, weight, closed, health (0 or NaN), what `hold` says (0 without one).
 
     The graph of decoder and reward is run and freed before the transformer's backward pass begins.
     """
@@ -39,11 +46,13 @@ def pull(
         backward(plan, surgery.trajectory, surgery.field, cotangents, generator=renoise, check=False)
     else:
         torch.autograd.backward(outputs, cotangents)
+    held = hold(surgery, share) if hold else loss.detach() * 0
     with torch.no_grad():
         reward = scores[0] if plan.exact else world.reward(_whole(surgery.decode(surgery.trajectory[0])), texts)
         health = sum((image.detach().sum() * 0 for image in decoded), loss.detach() * 0)
         closed = (torch.stack([score.detach() for score in scores]) >= lambda_).float().mean()
-        return torch.stack([reward.mean(), loss.detach(), weights.clamped, weights.w.mean(), closed, health]).float()
+        grades = reward.mean(), loss.detach(), weights.clamped, weights.w.mean(), closed, health, held
+        return torch.stack(grades).float()
 
 
 def pull_several(
@@ -54,6 +63,7 @@ def pull_several(
     kwargs: dict[str, Any],
     renoise: torch.Generator,
     scale: tuple[float, float],
+    hold: Hold | None = None,
 ) -> Tensor:
     """As `pull`, for several exact plans: their output is the rollout's x_0, hence one decode and one reward gradient.
 
@@ -76,13 +86,14 @@ def pull_several(
             backward(plan, *tail, cotangent, generator=renoise, check=False)
         else:
             torch.autograd.backward(apply(plan, *tail, recipe.rollout.memory, generator=renoise), cotangent)
+    held = hold(surgery, share) if hold else loss.detach() * 0
     with torch.no_grad():
         w = torch.stack([weights.w for weights in found]).mean(0)
         clamped = torch.stack([weights.clamped for weights in found]).mean()
         loss = objective.loss([score], w, lambda_)
         health = image.detach().sum() * 0 + loss * 0
         closed = (score >= lambda_).float().mean()
-        return torch.stack([score.mean(), loss, clamped, w.mean(), closed, health]).float()
+        return torch.stack([score.mean(), loss, clamped, w.mean(), closed, health, held]).float()
 
 
 def _sample(

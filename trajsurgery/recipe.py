@@ -13,7 +13,7 @@ import tyro
 from trajsurgery import methods
 from trajsurgery.errors import RecipeError
 from trajsurgery.objective import Objective, WeightsAt
-from trajsurgery.settings import Evaluation, Hardware, Optimiser, Rollout, Trained
+from trajsurgery.settings import Decoder, Evaluation, Guards, Hardware, Optimiser, Rollout, Trained
 
 Method = (
     methods.LeapAlign
@@ -41,7 +41,8 @@ class Recipe:
     """tiny (the embedded Flux), tiny:sd3, tiny:wan, a folder that diffusers can load, or a hub id that is cached."""
     reward: str = "tiny"
     """tiny, tiny:SCORER, a name of trajsurgery.rewards.named (hpsv2.1, pickscore, imagereward, ...), the same with
-    :FILE, remote:HOST:PORT, or MODULE:NAME: called without arguments, it returns a reward."""
+    :FILE, remote:HOST:PORT, or MODULE:NAME: called without arguments, it returns a reward. A weighted sum of such is
+    WEIGHT*REWARD+WEIGHT*REWARD, each on its own scale."""
     prompts: str = "tiny"
     """Training prompts: tiny (categories in the paper's ratio), tiny:even, tiny:wan, or a file: text (one a line),
     JSONL, JSON, parquet, also as HPDv2, MJHQ-30K and GenEval have them."""
@@ -56,6 +57,7 @@ class Recipe:
     iterations: int = 225
     """Steps of the optimiser. A finished run goes on if there are more of them."""
     evaluation: Evaluation = field(default_factory=Evaluation)
+    guards: Guards = field(default_factory=Guards)
     seed: int = 0
     """All draws follow from it."""
     threads: int = 1
@@ -87,6 +89,9 @@ class Recipe:
             "evaluation.steps": self.evaluation.steps,
             "evaluation.batch": self.evaluation.batch,
             "evaluation.pictures": self.evaluation.pictures,
+            "guards.every": self.guards.every,
+            "guards.images": self.guards.images,
+            "guards.patience": self.guards.patience,
             "save_every": self.save_every,
             "train.rank": self.train.rank,
             "hardware.gpus": self.hardware.gpus,
@@ -99,7 +104,7 @@ class Recipe:
 
     def _ranges(self) -> dict[str, tuple[bool, str]]:
         """Whether each number that is no count lies in its range (NaN lies in none), and what the range is."""
-        here, guidance = self.optimiser, self.rollout.guidance
+        here, guidance, watch = self.optimiser, self.rollout.guidance, self.guards
         return {
             f"ema = {self.ema}": (0 <= self.ema < 1, "a decay lies in [0, 1)"),
             f"rollout.guidance = {guidance}": (math.isfinite(guidance), "it is finite"),
@@ -114,6 +119,11 @@ class Recipe:
                 "its numbers are finite and above 0",
             ),
             f"optimiser.clip = {here.clip}": (here.clip > 0, "it is above 0; inf does not clip"),
+            f"guards.anchor = {watch.anchor}": (0 <= watch.anchor < math.inf, "it is finite and at least 0"),
+            f"guards.patience = {watch.patience}": (
+                watch.patience is None or watch.every is not None,
+                "it counts looks, which --guards.every asks for",
+            ),
         }
 
     @property
@@ -150,6 +160,8 @@ FREE = (
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """What two recipes' dicts differ in, "name: value there, value here", but for what may."""
     a, b = _flat(there), _flat(here)
+    if "guards" not in there:  # a run of 0.1.0
+        a |= _flat({"guards": _plain(asdict(Guards()))})
     names = [name for name in {**a, **b} if name not in FREE and a.get(name) != b.get(name)]
     return [f"{name}: {a.get(name)} there, {b.get(name)} here" for name in names]
 

@@ -10,6 +10,7 @@ from typing import Any
 from rich.table import Table
 from torch import Tensor
 
+from trajsurgery import watching
 from trajsurgery.calibration import interval
 from trajsurgery.heldout import Scores
 
@@ -21,6 +22,8 @@ RULES = {"rule": "rule-based score", "junk": "junk pixels"}
 def curve(path: Path, title: str, records: Sequence[Mapping[str, Any]]) -> Path:
     """Draws the training reward of each iteration, its moving mean, and the held-out reward before and after.
 
+    Below it are the looks at held-out rewards and the anchor, if the run had them (watching.py).
+
     Args:
         records: the lines of metrics.jsonl; the evaluation's may be missing.
     """
@@ -28,11 +31,13 @@ def curve(path: Path, title: str, records: Sequence[Mapping[str, Any]]) -> Path:
 
     lines = [r for r in records if r["kind"] == "iteration" and r["reward"] is not None]
     evaluation = next((r for r in records if r["kind"] == "evaluation"), None)
-    figure = Figure(figsize=(8, 4.6), layout="constrained")
-    axes = figure.add_subplot()
+    below = watching.panels(records)
+    figure = Figure(figsize=(8, 4.6 + 2.4 * len(below)), layout="constrained")
+    heights = [1.6, *[1.0] * len(below)]
+    axes, *others = figure.subplots(len(heights), squeeze=False, sharex=True, height_ratios=heights)[:, 0]
     times, rewards = [r["iteration"] for r in lines], [r["reward"] for r in lines]
     axes.plot(times, rewards, color=AFTER, alpha=0.25, linewidth=1, label="training prompts, batch by batch")
-    axes.plot(times, smoothed(rewards), color=AFTER, linewidth=2, label="their moving mean")
+    axes.plot(times, watching.smoothed(rewards), color=AFTER, linewidth=2, label="their moving mean")
     if evaluation is not None and lines:
         ends = ((times[0], "before", BEFORE), (times[-1], "after (EMA)", AFTER))
         for t, when, colour in ends:
@@ -40,10 +45,15 @@ def curve(path: Path, title: str, records: Sequence[Mapping[str, Any]]) -> Path:
             bar = 2 * (evaluation["reward_gain_se"] or 0) if when != "before" else None
             axes.errorbar(t, mean, bar, fmt="o", color=colour, capsize=4, markeredgecolor="white", markersize=9,
                           label=f"held-out prompts, {when}: {mean:.3f}")  # fmt: skip
-    axes.set(xlabel="iteration", ylabel="reward", title=title)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.2)
+    axes.set(ylabel="reward", title=title)
+    for part, draw in zip(others, below):
+        draw(part, records)
+    for part in (axes, *others):
+        part.spines[["top", "right"]].set_visible(False)
+        part.grid(alpha=0.2)
+    (others or [axes])[-1].set_xlabel("iteration")
     figure.legend(
+        *axes.get_legend_handles_labels(),
         frameon=False,
         loc="outside lower center",
         ncols=2,
@@ -53,13 +63,6 @@ def curve(path: Path, title: str, records: Sequence[Mapping[str, Any]]) -> Path:
     )
     figure.savefig(path, dpi=150)
     return path
-
-
-def smoothed(values: Sequence[float], share: float = 0.1) -> list[float]:
-    """The mean over a centred window of about that share of the values, narrower at the ends."""
-    half = max(1, round(len(values) * share / 2))
-    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
-    return [sum(window) / len(window) for window in windows]
 
 
 def samples(path: Path, title: str, before: Scores, after: Scores, count: int = 12, columns: int = 3) -> Path:
@@ -184,7 +187,7 @@ def _reliability(axes: Any, calibration: Mapping[str, Any]) -> None:
 def rows(evaluation: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], str]]:
     """(what is said, record, name in it) of every figure of all images that has a before and an after."""
     found: list[tuple[str, Mapping[str, Any], str]] = [("reward", evaluation, "reward")]
-    found += [(f"scorer {name}", line, "reward") for name, line in evaluation.get("metrics", {}).items()]
+    found += [(watching.said(name), line, "reward") for name, line in evaluation.get("metrics", {}).items()]
     found += [(said, evaluation, name) for name, said in RULES.items() if f"{name}_before" in evaluation]
     found += [(f"diversity, {name}", line, "diversity") for name, line in evaluation.get("diversity", {}).items()]
     return found
@@ -215,7 +218,8 @@ def _figures(record: Mapping[str, Any], name: str) -> tuple[str, ...]:
 def remarks(evaluation: Mapping[str, Any]) -> list[str]:
     """What the table's figures mean: one sentence on each of the reward's calibration and the images' diversity."""
     found: list[str] = []
-    scorers = {"reward": evaluation, **{f"scorer {name}": line for name, line in evaluation.get("metrics", {}).items()}}
+    further = {watching.said(name): line for name, line in evaluation.get("metrics", {}).items()}
+    scorers = {"reward": evaluation, **further}
     for said, line in scorers.items():
         if line.get("rule_expected") is not None:
             before, after = (line["calibration"][when] for when in ("before", "after"))
@@ -232,7 +236,7 @@ def remarks(evaluation: Mapping[str, Any]) -> list[str]:
         )
     elif "diversity" in evaluation:
         found.append("diversity: not measured, no prompt has two held-out images; ask for more --evaluation.images")
-    return found
+    return found + watching.remarks(evaluation)
 
 
 def _number(value: float | None) -> str:

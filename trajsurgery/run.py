@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from trajsurgery import alarm, lora, preflight, report, world
+from trajsurgery import alarm, guards, lora, preflight, report, watching, world
 from trajsurgery.checkpoint import METRICS, Log, Training, resume, save, write_whole
 from trajsurgery.errors import SurgeryError
 from trajsurgery.evaluate import compare
@@ -78,11 +79,12 @@ def main(recipe: Recipe, scene: world.World | None = None, console: Console | No
     torch.set_num_threads(recipe.threads)
     found = scene or world.load(recipe)
     world.trial(recipe, found)
+    guards.check(recipe, found)
     training = Training.start(recipe, found.module)
     log = Log(recipe.output / METRICS)
     finished = _finished(log)
     if resume(recipe, training):
-        if finished and training.iteration == recipe.iterations:
+        if finished and (training.iteration == recipe.iterations or guards.stopped(recipe, training)):
             log.append(finished)
             return _said(recipe, console, finished, "this run is finished; --overwrite runs it again")
         console.print(f"goes on from iteration {training.iteration} in {recipe.output}")
@@ -93,7 +95,7 @@ def main(recipe: Recipe, scene: world.World | None = None, console: Console | No
         training.seconds = time.monotonic() - began
         save(recipe, training)
     with _progress(recipe, training, console) as watch:
-        complete = train(recipe, found, training, watch)
+        complete = train(recipe, found, training, watch, partial(_look, console))
     if not complete:
         console.print(f"interrupted at iteration {training.iteration}, saved: the same command goes on from there")
         return None
@@ -105,6 +107,10 @@ def main(recipe: Recipe, scene: world.World | None = None, console: Console | No
     return _said(recipe, console, evaluation, "")
 
 
+def _look(console: Console, found: guards.Look) -> None:
+    console.print(watching.line(found), highlight=False, soft_wrap=True)
+
+
 def _finished(log: Log) -> dict[str, Any] | None:
     """The evaluation with which the log ends, if it does."""
     lines = log.read()
@@ -113,6 +119,7 @@ def _finished(log: Log) -> dict[str, Any] | None:
 
 def _finish(recipe: Recipe, found: world.World, training: Training, console: Console) -> dict[str, Any]:
     """The averaged weights into the pipe, their evaluation, and everything there is to look at."""
+    guards.restore_best(recipe, training)
     training.ema.copy_to(training.parameters)
     with console.status("held-out images of the tuned model"):
         after = evaluate(recipe, found)
@@ -125,7 +132,8 @@ def _finish(recipe: Recipe, found: world.World, training: Training, console: Con
     write_whole(
         recipe.output / "recipe.json", lambda path: path.write_text(json.dumps(recipe.to_dict(), indent=1) + "\n")
     )
-    return {**compare(before, after), "iterations": training.iteration, "skipped": training.skipped}
+    counts = {"iterations": training.iteration, "skipped": training.skipped}
+    return {**compare(before, after), **counts, **guards.summary(recipe, found, training)}
 
 
 def _title(recipe: Recipe) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
@@ -11,10 +12,59 @@ from torch import Tensor
 
 from trajsurgery.errors import RecipeError
 from trajsurgery.recipe import Recipe
+from trajsurgery.rewards import contract
+from trajsurgery.rewards.mixed import Weighted
 from trajsurgery.rewards.named import KNOWN, named
 
 Reward = Callable[[Tensor, Sequence[str]], Tensor]
 """reward(images, prompts): Float[batch 3 h w] in [0, 1] and a text for each, to scores Float[batch], differentiable."""
+
+
+_NUMBER = r"\s*(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+_FIRST, _NEXT = (re.compile(rf"\s*([+-]{sign}{_NUMBER})\s*\*\s*") for sign in ("?", ""))
+
+
+def terms(asked: str) -> dict[str, float]:
+    """{name: weight} of a mixture such as "0.7*hpsv2.1+0.3*pickscore"; {} for a single scorer's name.
+
+    Raises:
+        RecipeError: a weight without a name; a name that stands there twice.
+    """
+    begun = _FIRST.match(asked)
+    if begun is None:
+        return {}
+    words = [begun[1], *_NEXT.split(asked[begun.end() :])]
+    names, weights = [name.strip() for name in words[1::2]], [float(w.replace(" ", "")) for w in words[::2]]
+    if not all(names) or len(set(names)) < len(names):
+        raise RecipeError(
+            f"reward {asked!r}: a mixture is a weight and a scorer for each part, no scorer twice, such as "
+            "'0.7*hpsv2.1+0.3*pickscore'."
+        )
+    return dict(zip(names, weights, strict=True))
+
+
+class Part(contract.Reward):
+    """A scorer that is no `trajsurgery.rewards.contract.Reward` as one: its scores are looked at as theirs are."""
+
+    source = licence = "not stated"
+
+    def __init__(self, name: str, scorer: Reward) -> None:
+        super().__init__()
+        self.name, self.scorer = name, scorer
+        self.scale = str(getattr(scorer, "scale", "its own"))
+        self.threshold = getattr(scorer, "threshold", None)
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """Float[batch], the scorer's own."""
+        return self.scorer(images, prompts)
+
+
+def parts(reward: Reward) -> dict[str, Reward]:
+    """The rewards that a mixture is made of, {"0.7*hpsv2.1": ...}: each is to be seen beside their sum."""
+    if not isinstance(reward, Weighted):
+        return {}
+    found: list[Any] = list(reward.parts)
+    return {f"{weight:g}*{part.name}": part for part, weight in zip(found, reward.weights, strict=True)}
 
 
 def further(recipe: Recipe) -> tuple[str, ...]:
@@ -25,16 +75,19 @@ def further(recipe: Recipe) -> tuple[str, ...]:
     if recipe.model not in ("tiny", "tiny:sd3") or recipe.heldout != "tiny":
         return ()
     known = ("tiny", *(f"tiny:{name}" for name in import_module("trajsurgery.tiny.variant").shipped()))
-    return tuple(name for name in known if name != recipe.reward)
+    return tuple(name for name in known if name not in (recipe.reward, *terms(recipe.reward)))
 
 
 def scorer(asked: str, device: torch.device) -> Reward:
-    """The scorer of a name.
+    """The scorer of a name, or the weighted sum that a mixture of names stands for.
 
     Raises:
         RecipeError: the name stands for nothing.
-        RewardError: its weights are not there.
+        RewardError: its weights are not there; a part's weight is zero.
     """
+    mixed = [(part, scorer(part, device), weight) for part, weight in terms(asked).items()]
+    if mixed:
+        return Weighted([(r if isinstance(r, contract.Reward) else Part(part, r), w) for part, r, w in mixed])
     name, _, rest = asked.partition(":")
     if name == "tiny":
         return import_module("trajsurgery.tiny").Reward(rest or "scorer")

@@ -18,6 +18,10 @@ class Rollout:
     """Images a rollout; the batch is gathered from several if it does not fit. All at once if left out."""
     size: int | None = 32
     """Height and width of the images in pixels; the pipeline's own if left out."""
+    width: int | None = None
+    """Their width where it is not their height, which is `size` then."""
+    per_prompt: int = 1
+    """Images a prompt, each with its own noise; it divides the batch."""
     frames: int | None = None
     """Frames of a video; left out for images."""
     guidance: float = 3.5
@@ -30,6 +34,30 @@ class Rollout:
     """Gradient checkpointing inside the transformer."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 runs the transformer under autocast; weights, latents, decoder and reward stay float32."""
+    compile: bool = False
+    """torch.compile of the transformer's forward. With retain the rollout is the plain one's but for rounding."""
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """Height and width in pixels, if they are not left to the pipeline."""
+        return None if self.size is None else (self.size, self.width or self.size)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """How the VAE, which is frozen, makes images of latents, with gradient."""
+
+    tiling: int | None = None
+    """The side in pixels of overlapping tiles that are decoded one by one; whole images if left out, whose pixels
+    differ a little."""
+    slicing: bool = False
+    """Decodes the images of a batch one by one."""
+    checkpointing: bool = False
+    """Keeps the latents of each image or tile, and computes the rest again in the backward pass."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 if that is --rollout.precision and the VAE's config says force_upcast = false, else float32."""
+    stay: bool = False
+    """Keeps the VAE on the device; it else waits on the CPU, and is there from its decoding to its backward pass."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +86,8 @@ class Trained:
     """The linear layers that get adapters, by the end of their names."""
     pattern: str | None = None
     """With full: a regular expression that is found in the names of the weights that train; all of them if left out."""
+    keep_encoders: bool = False
+    """Keeps the text encoders in memory; they are else let go once the run's prompts are encoded."""
 
 
 @dataclass(frozen=True)
@@ -90,3 +120,24 @@ class Evaluation:
     """Which prompts of the embedded world; settings are chosen on validation."""
     metrics: tuple[str, ...] | None = None
     """Further scorers of the images, named as a reward is, that no gradient climbs; else those of the world."""
+
+
+@dataclass(frozen=True)
+class Guards:
+    """What keeps a reward from being climbed at the price of what it stands for. All are off by default."""
+
+    every: int | None = None
+    """Iterations between looks: images of validation prompts by the averaged weights, graded by the reward and by
+    evaluation.metrics, which no gradient climbs. The first look is at the untuned model. No looks if left out."""
+    prompts: str | None = None
+    """Validation prompts, a file as for --prompts. The embedded world has its own."""
+    images: int = 48
+    """How many a look, spread evenly over the categories, always with the same noise."""
+    by: str | None = None
+    """The scorer whose fall stops the run, one of evaluation.metrics; the first of them if left out."""
+    patience: int | None = None
+    """So many looks in a row without a new best stop the run, and the averaged weights of the best look are what is
+    evaluated and saved. Left out, a run is never stopped and its last weights are kept."""
+    anchor: float = 0.0
+    """c in c * mean (v - v_base)^2, which is added to the loss at a recorded x_t of a drawn t: what trains is held to
+    the untuned model's velocities. It costs two model calls a rollout, and a copy of what trains on the CPU."""

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from trajsurgery import alarm
+from trajsurgery import alarm, guards
 from trajsurgery.checkpoint import METRICS, Log, Training, save
 from trajsurgery.errors import RecipeError
 from trajsurgery.node import Velocity
@@ -50,6 +50,8 @@ class Iteration:
     seconds: float
     idle: tuple[str, ...] | None = None
     """Parameters that train and got no gradient (alarm.py); looked at once, in the first iteration that teaches."""
+    anchor: float | None = None
+    """mean (v - v_base)^2 at a drawn time (anchor.py), where there is an anchor. It is not in `loss`."""
 
 
 def generator(seed: int, iteration: int, purpose: str) -> torch.Generator:
@@ -58,19 +60,27 @@ def generator(seed: int, iteration: int, purpose: str) -> torch.Generator:
     return torch.Generator().manual_seed(number)
 
 
-def train(recipe: Recipe, world: World, training: Training, watch: Callable[[Iteration], None]) -> bool:
-    """Runs the iterations that are left; says whether all were run (False: interrupted, and saved).
+def train(
+    recipe: Recipe,
+    world: World,
+    training: Training,
+    watch: Callable[[Iteration], None],
+    told: Callable[[guards.Look], None] = lambda _: None,
+) -> bool:
+    """Runs the iterations that are left; says whether it is done (False: interrupted, and saved).
 
     Args:
         watch: called with each iteration's record, once it is in the log.
+        told: the same for looks at held-out rewards, if the recipe asks for them.
 
     Raises:
         RecipeError: three iterations in a row had no finite loss and gradient.
     """
     embeddings = Embeddings(world.pipe, world.texts)
     lambda_, log = threshold(recipe, world), Log(recipe.output / METRICS)
+    look = guards.looking(recipe, world, training, told)
     with _interruptions() as asked:
-        while training.iteration < recipe.iterations and not asked:
+        while not asked and look() and training.iteration < recipe.iterations:
             began = time.monotonic()
             record = iterate(recipe, world, embeddings, training, lambda_)
             training.seconds += time.monotonic() - began
@@ -83,7 +93,7 @@ def train(recipe: Recipe, world: World, training: Training, watch: Callable[[Ite
         if not training.finite:
             _give_up(recipe, training)
         save(recipe, training)
-    return training.iteration >= recipe.iterations
+    return training.iteration >= recipe.iterations or guards.stopped(recipe, training)
 
 
 def iterate(recipe: Recipe, world: World, embeddings: Embeddings, training: Training, lambda_: float) -> Iteration:
@@ -93,29 +103,32 @@ def iterate(recipe: Recipe, world: World, embeddings: Embeddings, training: Trai
     plans = [recipe.method.draw(recipe.rollout.steps, draws["plan"]) for _ in range(recipe.rollout.plans)]
     texts = world.draw(recipe.rollout.batch, draws["prompts"])
     at_once = recipe.rollout.at_once or len(texts)
-    sums = torch.zeros(6, device=world.device)
+    sums = torch.zeros(7, device=world.device)
+    anchor = training.anchor
+    hold = anchor and (lambda surgery, share: anchor.pull(surgery.field, surgery.trajectory, number, share))
     with alarm.untouched_is_none(training.parameters):
         for start in range(0, len(texts), at_once):
             part = texts[start : start + at_once]
             kwargs = {**embeddings(part), "generator": draws["noise"]}
             scale = lambda_, len(part) / len(texts)
             if len(plans) == 1:
-                grades = pull(recipe, world, plans[0], part, kwargs, draws["renoise"], scale)
+                grades = pull(recipe, world, plans[0], part, kwargs, draws["renoise"], scale, hold)
             else:
-                grades = pull_several(recipe, world, plans, part, kwargs, draws["renoise"], scale)
+                grades = pull_several(recipe, world, plans, part, kwargs, draws["renoise"], scale, hold)
             sums += grades * (len(part) / len(texts))
     if all(p.grad is None for p in training.parameters):
         raise RecipeError(_NOTHING)
     norm = torch.nn.utils.clip_grad_norm_(training.parameters, recipe.optimiser.clip)
     found = torch.cat([sums, norm.reshape(1).to(sums)]).tolist()  # the iteration's one wait for the device
-    reward, loss, clamped, weight, closed, _, grad_norm = found
+    reward, loss, clamped, weight, closed, _, held, grad_norm = found
     healthy = bool(torch.tensor(found).isfinite().all())
     idle = _idle(training) if healthy and loss > 0 and not training.looked else None
     skipped = _step(recipe, training, healthy)
     nodes = {n for plan in plans for n in plan.nodes}
     times = sorted({n.t for n in nodes if isinstance(n, Velocity) and isinstance(n.t, int)}, reverse=True)
     seconds = round(time.monotonic() - began, 4)
-    return Iteration(number, reward, loss, grad_norm, clamped, weight, closed, skipped, tuple(times), seconds, idle)
+    figures = reward, loss, grad_norm, clamped, weight, closed
+    return Iteration(number, *figures, skipped, tuple(times), seconds, idle, held if anchor else None)
 
 
 _NOTHING = "no parameter of the transformer received a gradient: something between it and the reward detaches."

@@ -50,6 +50,8 @@ class World:
     judge: Judge | None = None
     metrics: Mapping[str, Reward] = field(default_factory=dict[str, Reward])
     """Further scorers by name: they grade the held-out images, and no gradient climbs them."""
+    validation: tuple[Asked, ...] = ()
+    """Prompts that are neither trained on nor held out: what is looked at while it trains (guards.py)."""
 
     @property
     def module(self) -> nn.Module:
@@ -131,7 +133,16 @@ def load(recipe: Recipe) -> World:
         asked = read_prompts(recipe.heldout)
     judge = None if known is None or EMBEDDED.get(recipe.model) != recipe.heldout else _rules(known.judge)
     reward = scorers.pop(recipe.reward)
-    return World(pipe, reward, texts, draw, asked, judge, scorers)
+    return World(pipe, reward, texts, draw, asked, judge, scorers, _validation(recipe, known))
+
+
+def _validation(recipe: Recipe, known: Any) -> tuple[Asked, ...]:
+    """The prompts of the looks: those of the file that the recipe names, else the embedded world's."""
+    if recipe.guards.every is None:
+        return ()
+    if recipe.guards.prompts is not None:
+        return read_prompts(recipe.guards.prompts)
+    return () if known is None else tuple(Asked(str(p.text), str(p.category)) for p in known.prompts("validation"))
 
 
 @contextmanager
