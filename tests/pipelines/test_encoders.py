@@ -13,8 +13,8 @@ from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
 from tests.pipelines.builders import BUILDERS
 from tests.pipelines.checks import flat, gap, gradient, transformers
 from tests.pipelines.parts import Small, small
-from tests.tolerances import STOCK
-from trajsurgery import backward, leapalign, operate
+from tests.tolerances import STOCK, VALUE
+from trajsurgery import backward, leapalign, operate, refl, tiny
 
 
 def with_text() -> Small:
@@ -81,6 +81,28 @@ def test_a_prompt_is_encoded_once(memory: Any) -> None:
     staged = flat([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
     assert gap(staged, grads) < STOCK
     assert all(p.grad is None for p in text.pipe.text_encoder.parameters())
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_several_encoders_run_once_also_where_the_schedule_is_cut_short(whole: bool) -> None:
+    """The embedded Flux: CLIP and T5 with their tokenizers; recompute's backward pass and the sweep after the block."""
+    torch.set_num_threads(1)
+    pipe = tiny.pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    encoders = [counted(encoder, "forward") for encoder in (pipe.text_encoder, pipe.text_encoder_2)]
+    calls = counted(pipe.transformer, "forward")
+    params = [p for p in pipe.transformer.parameters() if p.requires_grad]
+    plan, given = refl(3), {"num_inference_steps": 4, "height": 32, "width": 32, "output_type": "latent"}
+    with operate(pipe, plan, "recompute", whole=whole) as surgery:
+        pipe(["a red circle", "a blue square"], **given)
+    assert calls == [4 if whole else 2]
+    cotangent = torch.ones_like(surgery.outputs[0])
+    grads = flat(gradient(surgery.outputs, [cotangent], params))
+    backward(plan, surgery.trajectory, surgery.field, cotangent, params=params)
+    assert calls == [6 if whole else 4]
+    assert encoders == [[1], [1]]
+    staged = flat([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
+    assert gap(staged, grads) < VALUE[torch.float32]
 
 
 @pytest.mark.parametrize("name", ["Flux Kontext", "Flux inpaint", "Wan image-to-video"])
