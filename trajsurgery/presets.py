@@ -30,7 +30,7 @@ def sd3(method: Method, output: str) -> dict[str, Recipe]:
         "paper": replace(
             large,
             model="stabilityai/stable-diffusion-3.5-medium",
-            rollout=replace(large.rollout, size=512),
+            rollout=replace(large.rollout, size=512, at_once=4),
             iterations=200,
         ),
     }
