@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from trajsurgery.calls import Memory, outputs
+from trajsurgery.entry import Sample
 from trajsurgery.errors import PlanError, SamplerError
 from trajsurgery.execute import Execution, first_call, fitting
 from trajsurgery.guidance import GuidanceGradient, sides
@@ -29,7 +30,7 @@ from trajsurgery.node import (
 )
 from trajsurgery.plan import Plan
 from trajsurgery.record import Record, skipped_calls
-from trajsurgery.reentry import PipelineField, Sample
+from trajsurgery.reentry import PipelineField
 from trajsurgery.scheduler import Schedule, first_entry, rerouted
 from trajsurgery.trajectory import Trajectory
 
@@ -118,7 +119,7 @@ class Loop:
         if self.wish.plan is not None and torch.is_inference_mode_enabled():
             raise SamplerError("a plan's gradient can't be kept under torch.inference_mode(): leave that block.")
         self.stop_watching()
-        self.record.templates.clear()
+        self.record.begin()
         self.stop_watching = self.record.watch()
 
     def _begin(self, shown: dict[str, Any]) -> None:
@@ -126,7 +127,7 @@ class Loop:
         if self.count != 0:
             return
         self.record.announced = True
-        self.record.templates.clear()
+        self.record.begin()
         plan = self.wish.plan
         if plan is None or self.wish.memory != "retain":
             return

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from trajsurgery.clock import Clock
 from trajsurgery.errors import SamplerError
 from trajsurgery.guidance import GuidanceGradient
 from trajsurgery.scheduler import Schedule
@@ -39,6 +40,8 @@ class Record:
     """{(id of the pipe or of a component, name of its method): what it returned, call by call}."""
     templates: dict[nn.Module, list[Any]] = field(default_factory=dict[nn.Module, list[Any]])
     """What the modules that the loop called returned, call by call; large tensors on the meta device (`trim`)."""
+    clock: Clock = field(default_factory=Clock)
+    """What the modules were handed as their times."""
     size: float = math.inf
     """The numbers that a tensor of theirs may hold to be kept itself."""
     timesteps: list[Any] = field(default_factory=list[Any])
@@ -69,11 +72,17 @@ class Record:
         gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         return cls(pipe, base, arguments, states, torch.get_rng_state(), gpus, guidance)
 
+    def begin(self) -> None:
+        """Drops the model calls that were made before the loop."""
+        self.templates.clear()
+        self.clock.clear()
+
     def watch(self) -> Callable[[], None]:
         """Notes the outputs of the modules that are called from now on, until the returned function is."""
 
         def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             self.carried = self.carried or _cache(module, (args, kwargs, output))
+            self.clock.note(len(self.timesteps), module, args, kwargs)
             self.templates.setdefault(module, []).append(tree_map(lambda value: _kept(value, self.size), output))
 
         modules = [m for m in self.pipe.components.values() if isinstance(m, nn.Module)]
