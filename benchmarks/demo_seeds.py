@@ -1,10 +1,12 @@
 """The demo on three seeds that chose nothing: does the reward rise on each, and what do the rules say?
 
     python benchmarks/demo_seeds.py
+    python benchmarks/demo_seeds.py --model sd3
 
 Runs a recipe once a seed, each with its own training draws and held-out noise, and writes demo_seeds.json and
-demo_seeds.png beside this file. Fails if a seed does not pass the demo's gate (check_demo.py): reward, further scorers,
-rules, junk. Settings were chosen by choose.py, on validation prompts and other seeds.
+demo_seeds.png beside this file (demo_seeds_sd3.json and so on for another model or method). Fails if a seed does not
+pass the demo's gate (check_demo.py): reward, further scorers, rules, junk. Settings were chosen by choose.py, on
+validation prompts and other seeds.
 """
 
 from __future__ import annotations
@@ -26,12 +28,14 @@ from provenance import provenance
 
 from trajsurgery.evaluate import in_standard_errors
 from trajsurgery.methods import DRaFTLV, DRTune, LeapAlign, ReFL
+from trajsurgery.presets import sd3, wan
 from trajsurgery.recipe import Recipe, presets
 from trajsurgery.report import rows
 from trajsurgery.run import main as run
 
 HERE = Path(__file__).parent
 METHODS = {"leapalign": LeapAlign(), "drtune": DRTune(), "refl": ReFL(), "draft_lv": DRaFTLV()}
+MODELS = {"flux": presets, "sd3": sd3, "wan": wan}
 
 
 @dataclass(frozen=True)
@@ -40,18 +44,25 @@ class Options:
 
     method: str = "leapalign"
     """leapalign, drtune, refl or draft_lv: its default recipe on the embedded world."""
+    model: str = "flux"
+    """flux, sd3 or wan: the embedded model."""
     seeds: tuple[int, ...] = (0, 1, 2)
     images: int = 480
-    """Held-out images, spread evenly over the six categories."""
+    """Held-out images or videos, spread evenly over the categories."""
     output: Path = HERE
     runs: Path = Path("outputs/demo_seeds")
     """Where the runs themselves are written; runs that are finished there are read, not repeated."""
 
 
+def named(options: Options) -> list[str]:
+    """What of the options is in the names of files: all but the demo's own."""
+    return [name for name in (options.model, options.method) if name not in ("flux", "leapalign")]
+
+
 def recipe(options: Options, seed: int) -> Recipe:
     """The method's default recipe on another seed."""
-    chosen = presets(METHODS[options.method], "")["tiny"]
-    folder = options.runs / options.method / str(seed)
+    chosen = MODELS[options.model](METHODS[options.method], "")["tiny"]
+    folder = options.runs / "_".join(named(options) or [options.method]) / str(seed)
     return replace(chosen, seed=seed, output=folder, evaluation=replace(chosen.evaluation, images=options.images))
 
 
@@ -96,7 +107,7 @@ def main(options: Options) -> int:
         lines[str(seed)] = {**evaluation, "reward_gain_in_se": in_standard_errors(evaluation)}
     used = recipe(options, options.seeds[0]).to_dict()
     found = {**provenance(), "recipe": used, "images": options.images, "seeds": lines}
-    name = "demo_seeds" if options.method == "leapalign" else f"demo_seeds_{options.method}"
+    name = "_".join(["demo_seeds", *named(options)])
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
     draw(found, options.output / f"{name}.png")

@@ -36,7 +36,7 @@ def sd3(each: int, steps: int) -> dict[str, Any]:
 def wan(each: int) -> dict[str, Any]:
     """The tiny Wan: `each` videos a direction."""
     from trajsurgery import tiny
-    from trajsurgery.tiny.figures import leap_distances
+    from trajsurgery.tiny.figures import area, leap_distances
     from trajsurgery.tiny.video import FRAMES, Motion, film, motions
     from trajsurgery.tiny.video_fit import GUIDANCE, STEPS, reconstructions, shoot
     from trajsurgery.tiny.video_reward import MotionReward
@@ -62,14 +62,17 @@ def wan(each: int) -> dict[str, Any]:
     for guidance in GUIDANCES:
         asked = some("validation")
         found[f"base_validation_guidance_{guidance:g}"] = base(judge(shoot(pipe, asked, 16, guidance), asked))
-    videos = shoot(pipe, prompts, 16, GUIDANCE)
-    verdict, scores = judge(videos, prompts), reward(videos, prompts)
-    found["base_heldout"] = base(verdict)
-    found["reward_heldout"] = {
-        "mean": float(scores.mean()),
-        "of_right_ones": float(scores[verdict.correct].mean()),
-        "of_wrong_ones": float(scores[~verdict.correct].mean()),
-    }
+    for split in ("train", "heldout"):
+        asked = some(split)
+        videos = shoot(pipe, asked, 16, GUIDANCE)
+        verdict, scores = judge(videos, asked), reward(videos, asked)
+        found[f"base_{split}"] = base(verdict)
+        found[f"ranking_{split}"] = {
+            "area": area(scores, verdict.correct),
+            "area_of_moves": area(scores, verdict.moves),
+            "correct_mean": float(scores[verdict.correct].mean()),
+            "incorrect_mean": float(scores[~verdict.correct].mean()),
+        }
     options: dict[str, Any] = {"height": 32, "width": 32, "num_frames": FRAMES, "guidance_scale": GUIDANCE}
     found["leap_distances"] = leap_distances(pipe, some("train")[:48], STEPS, seed=17, **options)
     return found

@@ -44,6 +44,9 @@ class Training:
     save_every: int = 250
 
 
+INDIFFERENT = ("stage", "output", "threads", "save_every")  # what may differ between runs that make the same weights
+
+
 def say(line: str) -> None:
     """A plain line: progress that reads the same in a log and on a terminal."""
     print(line, flush=True)
@@ -136,6 +139,7 @@ def train_sd3(config: Training) -> None:
     budget = Budget(config.sd3_steps, 2e-3, seed=config.seed, save_every=config.save_every)
     run(sd3_stage(budget, config.batch, pipe, data), config.output, say)
     save(pipe, flux, config.output / "sd3")
+    tell_origin(config, "sd3")
 
 
 def train_wan(config: Training) -> None:
@@ -155,6 +159,7 @@ def train_wan(config: Training) -> None:
     budget = replace(budget, steps=config.wan_steps)
     run(wan_stage(budget, 3 * config.video_batch, pipe, data), config.output, say)
     pipe.to(torch.bfloat16).save_pretrained(config.output / "wan")
+    tell_origin(config, "wan")
 
 
 def train_scorer(config: Training, name: str = "scorer") -> None:
@@ -169,6 +174,16 @@ def train_scorer(config: Training, name: str = "scorer") -> None:
     save_scorer(stage, config.output)
 
 
+def tell_origin(config: Training, stage: StageName) -> None:
+    """Writes what made a stage's folder into it: SD3 and Wan may be of another day than the Flux and its scorers."""
+    from trajsurgery.tiny.measure import origin
+
+    chosen = {name: value for name, value in vars(config).items() if value != getattr(Training(), name)}
+    flags = [f"--{name.replace('_', '-')} {value}" for name, value in chosen.items() if name not in INDIFFERENT]
+    made = {**origin(), "command": " ".join(["python -m trajsurgery.tiny.train --stage", stage, *flags])}
+    (config.output / stage / "made.json").write_text(json.dumps(made, indent=1) + "\n")
+
+
 def ship(config: Training) -> None:
     """Copies what the output folder has to the package's weights, with what made it: never part of "all"."""
     import shutil
@@ -177,13 +192,12 @@ def ship(config: Training) -> None:
     from trajsurgery.tiny.variant import shipped
 
     made = {**origin(), "command": f"python -m trajsurgery.tiny.train --seed {config.seed}"}
-    # SD3 and Wan say for themselves what made them: they may be of another day than the Flux and its scorers.
-    places = {"pipeline": WEIGHTS, "scorer": WEIGHTS, "sd3": WEIGHTS / "sd3", "wan": WEIGHTS / "wan"}
-    for part in (*places, *shipped(config.output)):
+    for part in ("pipeline", "scorer", *shipped(config.output), "sd3", "wan"):
         if (config.output / part).is_dir():
             shutil.rmtree(WEIGHTS / part, ignore_errors=True)
             shutil.copytree(config.output / part, WEIGHTS / part)
-            (places.get(part, WEIGHTS) / "made.json").write_text(json.dumps(made, indent=1) + "\n")
+            if part not in ("sd3", "wan"):
+                (WEIGHTS / "made.json").write_text(json.dumps(made, indent=1) + "\n")
 
 
 STAGES: dict[StageName, Callable[[Training], None]] = {
