@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Generator
 
-GUIDANCES = (1.0, 1.5, 2.0, 3.0)
+GUIDANCES = (1.0, 1.25, 1.5, 2.0)
 
 
 def sd3(each: int, steps: int) -> dict[str, Any]:
