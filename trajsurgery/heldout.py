@@ -72,7 +72,7 @@ def evaluate(recipe: Recipe, world: World, embeddings: Embeddings | None = None)
     scorers, views = {"": world.reward, **parts(world.reward), **world.metrics}, _views(world)
     scores, seen = _lists(scorers), _lists(views)
     wanted = [prompt.text for prompt in asked]
-    for texts, images in _images(recipe, world, wanted, embeddings or Embeddings(world.pipe, wanted)):
+    for texts, images in _images(recipe, world, wanted, embeddings or Embeddings(world.pipe, wanted, call_of(recipe))):
         with torch.no_grad():
             for name, scorer in scorers.items():
                 scores[name].append(scorer(images, texts).float().cpu())

@@ -50,6 +50,7 @@ class Recipe:
     """Prompts of the evaluation: tiny, tiny:wan, or a file as for `prompts`, whose categories are kept."""
     objective: Objective = field(default_factory=Objective)
     rollout: Rollout = field(default_factory=Rollout)
+    decoder: Decoder = field(default_factory=Decoder)
     train: Trained = field(default_factory=Trained)
     optimiser: Optimiser = field(default_factory=Optimiser)
     ema: float = 0.995
@@ -84,6 +85,9 @@ class Recipe:
             "rollout.at_once": self.rollout.at_once,
             "rollout.plans": self.rollout.plans,
             "rollout.size": self.rollout.size,
+            "rollout.width": self.rollout.width,
+            "rollout.per_prompt": self.rollout.per_prompt,
+            "decoder.tiling": self.decoder.tiling,
             "rollout.frames": self.rollout.frames,
             "evaluation.images": self.evaluation.images,
             "evaluation.steps": self.evaluation.steps,
@@ -105,7 +109,10 @@ class Recipe:
     def _ranges(self) -> dict[str, tuple[bool, str]]:
         """Whether each number that is no count lies in its range (NaN lies in none), and what the range is."""
         here, guidance, watch = self.optimiser, self.rollout.guidance, self.guards
+        width, shared = self.rollout.width, max(1, self.rollout.per_prompt)
         return {
+            f"rollout.width = {width}": (width is None or self.rollout.size is not None, "rollout.size is the height"),
+            f"rollout.per_prompt = {shared}": (self.rollout.batch % shared == 0, "it divides rollout.batch"),
             f"ema = {self.ema}": (0 <= self.ema < 1, "a decay lies in [0, 1)"),
             f"rollout.guidance = {guidance}": (math.isfinite(guidance), "it is finite"),
             f"optimiser.rate = {here.rate}": (0 < here.rate < math.inf, "it is finite and above 0"),
@@ -159,9 +166,8 @@ FREE = (
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """What two recipes' dicts differ in, "name: value there, value here", but for what may."""
-    a, b = _flat(there), _flat(here)
-    if "guards" not in there:  # a run of 0.1.0
-        a |= _flat({"guards": _plain(asdict(Guards()))})
+    defaults = _flat(_plain(asdict(Recipe())))  # of what a run of an earlier version knew nothing of
+    a, b = {n: v for n, v in defaults.items() if not n.startswith("method.")} | _flat(there), _flat(here)
     names = [name for name in {**a, **b} if name not in FREE and a.get(name) != b.get(name)]
     return [f"{name}: {a.get(name)} there, {b.get(name)} here" for name in names]
 

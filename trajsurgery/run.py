@@ -88,7 +88,9 @@ def main(recipe: Recipe, scene: world.World | None = None, console: Console | No
             log.append(finished)
             return _said(recipe, console, finished, "this run is finished; --overwrite runs it again")
         console.print(f"goes on from iteration {training.iteration} in {recipe.output}")
-    spent = training.seconds
+    spent, left = training.seconds, range(training.iteration + 1, recipe.iterations + 1)
+    with console.status("prompts are encoded"):
+        world.encode(recipe, found, (generator(recipe.seed, number, "prompts") for number in left))
     if training.before is None:
         with console.status("held-out images of the untuned model"):
             training.before = evaluate(recipe, found)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,11 @@ class Rollout:
     """Frames of a video; left out for images."""
     guidance: float = 3.5
     """The pipeline's guidance_scale."""
-    plans: int = 1
+    plans: Annotated[int, tyro.conf.arg(aliases=("--rollout.plans-per-rollout",))] = 1
     """Plans a rollout; the loss is their mean. Above 1 only methods whose plans end in the rollout's own image."""
+    times: Literal["shared", "per-sample"] = "shared"
+    """shared: one draw of the method for a rollout. per-sample: one for each image; the plans' model calls are then
+    made anew after the rollout, whatever `memory` is: retain keeps their activations, and saves no call."""
     memory: Literal["retain", "recompute", "staged"] = "retain"
     """retain keeps the activations of the plan's model calls; recompute and staged those of one call at a time."""
     checkpointing: bool = False

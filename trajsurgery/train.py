@@ -16,9 +16,9 @@ from trajsurgery import alarm, guards
 from trajsurgery.checkpoint import METRICS, Log, Training, save
 from trajsurgery.errors import RecipeError
 from trajsurgery.node import Velocity
-from trajsurgery.pull import pull, pull_several
+from trajsurgery.pull import draw_plans, part_of, pull, pull_several
 from trajsurgery.recipe import Recipe
-from trajsurgery.world import Embeddings, World, threshold
+from trajsurgery.world import Embeddings, World, texts_of, threshold
 
 PATIENCE = 3
 """So many iterations in a row without a finite gradient stop the run."""
@@ -76,7 +76,7 @@ def train(
     Raises:
         RecipeError: three iterations in a row had no finite loss and gradient.
     """
-    embeddings = Embeddings(world.pipe, world.texts)
+    embeddings = Embeddings(world.pipe, ())  # made ahead (world.encode), or when they are asked for
     lambda_, log = threshold(recipe, world), Log(recipe.output / METRICS)
     look = guards.looking(recipe, world, training, told)
     with _interruptions() as asked:
@@ -100,8 +100,8 @@ def iterate(recipe: Recipe, world: World, embeddings: Embeddings, training: Trai
     """One iteration: one plan or several, a batch in one or more rollouts, one step of the optimiser."""
     began, number = time.monotonic(), training.iteration + 1
     draws = {purpose: generator(recipe.seed, number, purpose) for purpose in _PURPOSES}
-    plans = [recipe.method.draw(recipe.rollout.steps, draws["plan"]) for _ in range(recipe.rollout.plans)]
-    texts = world.draw(recipe.rollout.batch, draws["prompts"])
+    plans = draw_plans(recipe, draws["plan"])
+    texts = texts_of(recipe, world, draws["prompts"])
     at_once = recipe.rollout.at_once or len(texts)
     sums = torch.zeros(7, device=world.device)
     anchor = training.anchor
@@ -111,10 +111,11 @@ def iterate(recipe: Recipe, world: World, embeddings: Embeddings, training: Trai
             part = texts[start : start + at_once]
             kwargs = {**embeddings(part), "generator": draws["noise"]}
             scale = lambda_, len(part) / len(texts)
-            if len(plans) == 1:
-                grades = pull(recipe, world, plans[0], part, kwargs, draws["renoise"], scale, hold)
+            own = [part_of(plan, start, start + at_once) for plan in plans]
+            if len(own) == 1:
+                grades = pull(recipe, world, own[0], part, kwargs, draws["renoise"], scale, hold)
             else:
-                grades = pull_several(recipe, world, plans, part, kwargs, draws["renoise"], scale, hold)
+                grades = pull_several(recipe, world, own, part, kwargs, draws["renoise"], scale, hold)
             sums += grades * (len(part) / len(texts))
     if all(p.grad is None for p in training.parameters):
         raise RecipeError(_NOTHING)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from trajsurgery import lora
+from trajsurgery import decoder, lora
+from trajsurgery.encoded import Embeddings, dismiss
 from trajsurgery.errors import RecipeError
 from trajsurgery.objective import DETACHED
 from trajsurgery.prompts import Asked, read_prompts
@@ -27,13 +27,6 @@ Judge = Callable[[Tensor, Sequence[str]], tuple[Tensor, Tensor]]
 
 Draw = Callable[[int, torch.Generator], list[str]]
 """draw(count, generator) -> training prompts."""
-
-ENCODINGS = {
-    2: ("prompt_embeds", "negative_prompt_embeds"),
-    3: ("prompt_embeds", "pooled_prompt_embeds", None),
-    4: ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
-}
-"""The names under which a pipeline's call takes what its `encode_prompt` returns, by their number (Wan; Flux; SD3)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,56 +57,31 @@ class World:
         return self.pipe.transformer.device
 
 
-class Embeddings:
-    """The encodings of prompts, each made once; no text encoder runs afterwards.
-
-    They are kept on the CPU (4 MiB a prompt for FLUX.1-dev's 512 tokens); a batch of them goes to the pipe's device.
-    """
-
-    def __init__(self, pipe: Any, texts: Sequence[str], batch: int = 64) -> None:
-        unique = list(dict.fromkeys(texts))
-        self._like = pipe.transformer.device, pipe.transformer.dtype
-        self._row = {text: row for row, text in enumerate(unique)}
-        with torch.no_grad():
-            parts = [_encode(pipe, unique[i : i + batch]) for i in range(0, len(unique), batch)]
-        self._tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-    def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """The keyword arguments of the pipe's call for these prompts, each [len(texts), ...]."""
-        rows = torch.tensor([self._row[text] for text in texts])
-        return {name: values[rows].to(*self._like) for name, values in self._tensors.items()}
-
-
-def _encode(pipe: Any, texts: list[str]) -> dict[str, Tensor]:
-    parameters = inspect.signature(pipe.encode_prompt).parameters
-    given: dict[str, Any] = {n: None for n, p in parameters.items() if p.default is p.empty and p.kind != p.VAR_KEYWORD}
-    if "max_sequence_length" in parameters:
-        given["max_sequence_length"] = _length(pipe)
-    found = pipe.encode_prompt(**given | {"prompt": texts})
-    if len(found) not in ENCODINGS:
-        raise RecipeError(
-            f"{type(pipe).__name__}.encode_prompt returned {len(found)} values; of Wan (2), Flux (3) and SD3 (4) are "
-            "known: add the names under which its call takes them to trajsurgery.world.ENCODINGS."
-        )
-    return {
-        name: value.cpu()
-        for name, value in zip(ENCODINGS[len(found)], found, strict=True)
-        if name and value is not None
-    }
-
-
-def _length(pipe: Any) -> int:
-    """The number of tokens that the pipe's own call encodes, but no more than its T5 tokenizer says."""
-    default = inspect.signature(pipe.__call__).parameters["max_sequence_length"].default
-    names = [name for name in ("tokenizer_3", "tokenizer_2", "tokenizer") if getattr(pipe, name, None) is not None]
-    return min(default, getattr(pipe, names[0]).model_max_length) if names else default
-
-
 def call_of(recipe: Recipe) -> dict[str, Any]:
     """The arguments that every call of a recipe's pipe gets, in training and evaluation."""
     rollout = recipe.rollout
-    found = {"guidance_scale": rollout.guidance, "height": rollout.size, "width": rollout.size}
+    height, width = rollout.shape or (None, None)
+    found = {"guidance_scale": rollout.guidance, "height": height, "width": width}
     return found if rollout.frames is None else {**found, "num_frames": rollout.frames}
+
+
+def texts_of(recipe: Recipe, world: World, generator: torch.Generator) -> list[str]:
+    """The prompts of one iteration's images, those of one prompt side by side."""
+    shared = recipe.rollout.per_prompt
+    return [text for text in world.draw(recipe.rollout.batch // shared, generator) for _ in range(shared)]
+
+
+def encode(recipe: Recipe, world: World, draws: Iterable[torch.Generator]) -> None:
+    """Encodes all prompts that a run asks for, and lets the text encoders go.
+
+    Args:
+        draws: the generators with which the run's iterations draw their prompts.
+    """
+    texts = [prompt.text for prompt in (*world.heldout, *world.validation)]
+    texts += [text for draw in draws for text in texts_of(recipe, world, draw)]
+    Embeddings(world.pipe, texts, call_of(recipe))
+    if not recipe.train.keep_encoders:
+        dismiss(world.pipe)
 
 
 def load(recipe: Recipe) -> World:
@@ -175,8 +143,13 @@ def frozen(pipe: Any, recipe: Recipe) -> Any:
     lora.choose(pipe.transformer, recipe.train)
     if recipe.rollout.checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
-    if recipe.rollout.precision == "bfloat16":
+    if recipe.rollout.compile:
+        pipe.transformer.forward = torch.compile(pipe.transformer.forward)
+    autocast = recipe.rollout.precision == "bfloat16"
+    if autocast:
         _autocast(pipe.transformer)
+    if getattr(pipe, "vae", None) is not None:
+        decoder.prepare(pipe.vae, recipe.decoder, autocast)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -259,8 +232,8 @@ def trial(recipe: Recipe, world: World) -> None:
         RecipeError: no threshold; no score for each image; a reward's scores without a gradient to the images.
     """
     threshold(recipe, world)
-    size = recipe.rollout.size or 64
-    shape = (1, *([] if recipe.rollout.frames is None else [recipe.rollout.frames]), 3, size, size)
+    size = recipe.rollout.shape or (64, 64)
+    shape = (1, *([] if recipe.rollout.frames is None else [recipe.rollout.frames]), 3, *size)
     image = torch.full(shape, 0.5, device=world.device, requires_grad=True)
     scores = ask(recipe.reward, world.reward, image, world.texts[0])
     reached = torch.autograd.grad(scores.sum(), image, allow_unused=True)[0] if scores.requires_grad else None

@@ -1,0 +1,53 @@
+"""What a folder of a diffusers pipeline lacks, read off its files: nothing is loaded, no connection is opened."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+INDEX = "model_index.json"
+_WEIGHTS = ("*.safetensors", "*.bin")
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece*.model")
+
+
+def lacking(folder: Path) -> list[str]:
+    """A line for each part that the folder's index names and that is not there, or in part.
+
+    Those of adapters and of safety checkers that a pipeline can do without are null there, and not asked for.
+    """
+    try:
+        index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return [f"{INDEX} can't be read ({error})"]
+    found: list[str] = []
+    for name, entry in index.items():
+        if not name.startswith("_") and isinstance(entry, list) and len(entry) == 2 and None not in entry:
+            missing = _missing(folder / name, str(entry[1]))
+            found += [f"{name}/ ({entry[1]}): {missing}"] if missing else []
+    return found
+
+
+def _missing(part: Path, kind: str) -> str | None:
+    """What a part's folder lacks."""
+    if not part.is_dir():
+        return "no such folder"
+    if "Tokenizer" in kind:
+        return None if _any(part, _VOCABULARIES) else f"no vocabulary ({', '.join(_VOCABULARIES[:4])})"
+    if "Scheduler" in kind:
+        return None if (part / "scheduler_config.json").is_file() else "no scheduler_config.json"
+    if not (part / "config.json").is_file():  # processors and feature extractors have files of their own
+        return None if _any(part, ("*config.json",)) else "no config.json"
+    shards = [shard for path in part.glob("*.index.json") for shard in _shards(path) if not (part / shard).is_file()]
+    if shards:
+        return f"no {', '.join(shards)}"
+    return None if _any(part, _WEIGHTS) else "no weights (*.safetensors)"
+
+
+def _any(part: Path, patterns: tuple[str, ...]) -> bool:
+    return any(path.is_file() for pattern in patterns for path in part.glob(pattern))
+
+
+def _shards(index: Path) -> list[str]:
+    found: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    return sorted(set(found.values()))
