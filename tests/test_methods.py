@@ -101,11 +101,15 @@ def lagrange(k, j, alpha, quarter):
     return x
 
 
-def known_noise(k, j):
-    eps = torch.randn(P.noise.shape, generator=seeded(), dtype=torch.float64)
+def known_noise(k, j, eps=None):
+    eps = P.noise.detach() if eps is None else eps
     x_k = (1 - s(k)) * X[0] + s(k) * eps
     x_j = x_k + (s(j) - s(k)) * P.field(x_k, s(k))
     return (x_j - s(j) * eps) / (1 - s(j))
+
+
+def drawn():
+    return torch.randn(P.noise.shape, generator=seeded(), dtype=torch.float64)
 
 
 def leaping(times, alpha, connected, straight):
@@ -131,6 +135,8 @@ CASES = {
     "lagrange next": (flowbp_lagrange(3, 2, 0.4, 0.5), lambda: lagrange(3, 2, 0.4, 0.5)),
     "lagrange at 1": (flowbp_lagrange(5, 1, 0.4), lambda: lagrange(5, 1, 0.4, 0.25)),
     "srpo": (srpo(4, 2), lambda: known_noise(4, 2)),
+    "srpo, a noise of its own": (srpo(4, 2, draw=0), lambda: known_noise(4, 2, drawn())),
+    "srpo, inversion": (srpo(2, 5), lambda: known_noise(2, 5)),
     "reward at the prediction": (leaps((5, 2), 0.3, "prediction"), lambda: leaping((5, 2), 0.3, False, True)),
     "nested only": (leaps((5, 2), 0.3, straight=False), lambda: leaping((5, 2), 0.3, True, False)),
     "nested only, three": (leaps((5, 3, 2), 0.3, straight=False), lambda: leaping((5, 3, 2), 0.3, True, False)),
@@ -173,7 +179,8 @@ DRAWN = (
     FlowBPBridge(active=2),
     FlowBPLagrange(),
     SRPO(),
-    SRPO(step=3),
+    SRPO(("real",), ("flat", "oil")),
+    SRPO(("real",), (), inversion=False, step=2, window=(0.0, 1.0)),
 )
 
 
@@ -233,6 +240,11 @@ def test_dirichlet_splits_have_the_mean_of_their_shares():
         lambda: AlignProp(9).draw(8),
         lambda: SRPO(step=7).draw(8),
         lambda: SRPO(step=0).draw(8),
+        lambda: SRPO(("a",), ("b",), step=4).draw(8),
+        lambda: SRPO(("a",), ("a",)).draw(8),
+        lambda: SRPO(discount=(0.1, -1)).draw(8),
+        lambda: SRPO(window=(0.9, 0.5)).draw(8),
+        lambda: SRPO().draw(3),
         lambda: FlowBPSparse(9).draw(8),
         lambda: FlowBPBridge(1).draw(8),
         lambda: FlowBPLagrange().draw(1),

@@ -69,7 +69,8 @@ def _model_time(node: Node, steps: int | None) -> Iterator[str]:
 
 def _falling(node: Leap | Advance, steps: int | None) -> Iterator[str]:
     start, to = _bound(node.x.t, steps), _bound(node.to, steps)
-    if start is not None and to is not None and start >= 0 and to >= start:
+    rises = isinstance(node, Leap) and isinstance(node.x, Renoise)  # no latent of the rollout: SRPO's inversion
+    if start is not None and to is not None and start >= 0 and (to == start or (to > start and not rises)):
         yield f"a {node.op} from t = {start} to t = {to}"
 
 

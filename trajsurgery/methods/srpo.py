@@ -2,40 +2,85 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from trajsurgery.errors import PlanError
 from trajsurgery.methods.draws import uniform
-from trajsurgery.node import Time
+from trajsurgery.node import Draw, Leap, Recover, Time
 from trajsurgery.plan import Plan, latent
 
+GUIDED = "guided"
+"""The name of the field that takes SRPO's step, if its rollout has another guidance."""
 
-def srpo(k: Time, j: Time, field: str | None = None) -> Plan:
+
+def srpo(k: Time, j: Time, field: str | None = None, draw: Draw = "rollout") -> Plan:
     """x_0 ~> x_k -> x^_j|k ~> x^_0: noise injection, one step from k to j, analytic recovery with the same noise.
 
-    Gradient, k and j standing for their sigmas: - (k - j) / (1 - j) dv(x_k)/dtheta, at the renoised x_k.
+    Gradient, k and j standing for their sigmas: - (k - j) / (1 - j) dv(x_k)/dtheta, at the renoised x_k. With j > k it
+    is the inversion: the step rises, and the gradient, (j - k) / (1 - j) dv(x_k)/dtheta, has the other sign.
 
     Args:
-        k, j: times, T > k > j >= 1, or names.
+        k, j: times, different ones in 1..T - 1, or names.
         field: the name of the field that takes the step (SRPO's is guided, its rollout is not); the rollout's own if
             left out.
+        draw: the noise; the original's is the one that the rollout began with.
     """
-    x_k = latent(0).renoise(k)
-    return Plan(x_k.leap(j, velocity=x_k.velocity(field)).recover())
+    x_k = latent(0).renoise(k, draw)
+    return Plan(x_k.leap(j, velocity=x_k.velocity(field)).recover(draw))
+
+
+def relative(reward: Any, positive: str, negative: str, k: float) -> Callable[[Any, Sequence[str]], Any]:
+    """SRPO's reward, (1 + k) r(image, p+) - r(image, p-): the prompts with a control word before them, if there is one.
+
+    Args:
+        reward: r(images, prompts) -> scores.
+    """
+
+    def said(word: str, prompts: Sequence[str]) -> list[str]:
+        return [f"{word}. {prompt}" if word else str(prompt) for prompt in prompts]
+
+    return lambda images, prompts: (
+        (1 + k) * reward(images, said(positive, prompts)) - reward(images, said(negative, prompts))
+    )
 
 
 @dataclass(frozen=True)
 class SRPO:
-    """Draws k uniformly from the times at which a step of `step` still ends above the image; j = k - step.
+    """Draws a time m of the window; the step lands there, from `step` above and, in the inversion, from `step` below.
 
-    Deviations: the original rolls out at guidance 1 and steps at 3.5, here both have the rollout's guidance; how it
-    draws its times could not be checked against it. Its reward is a difference of two prompts' scores, a reward of
-    your own.
+    With control words the outputs' rewards are relative: (1 + k) r(p+) - r(p-) after the step down, and, as the
+    original's regulariser, (1 + k') r(p-) - r(p+) after the step up. Without words both the inversion and the
+    difference are left out, and what is left is Direct-Align.
+
+    Deviations from the authors' code: times are the sampler's (theirs are a thousand between 0.5 T and 0.9 T of a
+    sampler of 50 steps, a step a tenth of these: the same length as `step=1` of 25); words are drawn, not taken in
+    turn; the two losses are summed, not averaged; both branches are of one rollout, as theirs are, but a batch has a
+    noise for each image; the image is decoded and graded in the precision of the recipe.
+
+    Args:
+        positive, negative: control words, one of each drawn a rollout. The authors' for HPSv2.1 are Natural-lighting,
+            Detail, Detailed, Real; and Concept art, Painting, Anime, Flat, Oil.
+        discount: k where the window is least noisy, and where it is noisiest; linear between them.
+        discount_inversion: k', likewise.
+        inversion: whether the step up is taken, too.
+        step: the step's length in steps of the sampler.
+        window: the range of m, as shares of T.
+        rollout_guidance: the guidance of the rollout, if it is not the recipe's: 1 in the original, whose step has 3.5.
+            Only for models whose guidance is an input, such as FLUX.1-dev.
     """
 
+    positive: tuple[str, ...] = ()
+    negative: tuple[str, ...] = ()
+    discount: tuple[float, float] = (0.1, 0.25)
+    discount_inversion: tuple[float, float] = (0.3, 0.01)
+    inversion: bool = True
     step: int = 1
+    window: tuple[float, float] = (0.5, 0.9)
+    rollout_guidance: float | None = None
 
     weights_at = "none"
     """SRPO has no trajectory to be near to."""
@@ -44,10 +89,51 @@ class SRPO:
         """A plan for a sampler of `steps` steps.
 
         Raises:
-            PlanError: no time is left between the step and T.
+            PlanError: no time is left between the step and T; settings that are out of their ranges.
         """
-        free = steps - 1 - self.step  # k in step + 1 .. T - 1: at T nothing of the image is left
-        if self.step < 1 or free < 1:
-            raise PlanError(f"SRPO(step={self.step}) on {steps} steps: a step is at least 1 and at most {steps - 2}.")
-        k = self.step + 1 + uniform(free, generator)
-        return Plan(*srpo(k, k - self.step).outputs, steps=steps)
+        self._check()
+        both, times = self.inversion and self._relative, self._times(steps)
+        free = [m for m in times if m + self.step < steps and m > self.step * both]  # at T nothing of the image is left
+        if not free:
+            raise PlanError(
+                f"SRPO(step={self.step}, window={self.window}) on {steps} steps: of the times {list(times)} none is "
+                f"{self.step} steps below a time under T{' and as many above one over 0' * both}. Widen the window, "
+                "shorten the step, or take more steps."
+            )
+        m, field = free[uniform(len(free), generator)], None if self.rollout_guidance is None else GUIDED
+        down, up = srpo(m + self.step, m, field), srpo(m - self.step, m, field) if both else None
+        return Plan(*down.outputs, *(up.outputs if up else ()), steps=steps)
+
+    def graded(self, plan: Plan, reward: Any, generator: torch.Generator | None = None) -> tuple[Any, ...]:
+        """What grades each output of a plan that was drawn here: (images, prompts) -> scores."""
+        if not self._relative:
+            return tuple(reward for _ in plan.outputs)
+        words = [w[uniform(len(w), generator)] if w else "" for w in (self.positive, self.negative)]
+        return tuple(self._grader(output, reward, words, plan.steps or 0) for output in plan.outputs)
+
+    def _grader(self, output: Any, reward: Any, words: Sequence[str], steps: int) -> Any:
+        assert isinstance(output, Recover), "a plan of SRPO ends in a recovery"
+        assert isinstance(output.x, Leap), "of a step"
+        start, to = int(output.x.x.t), int(output.x.to)
+        times = self._times(steps)
+        share = (min(start, to) - times[0]) / max(1, times[-1] - times[0])
+        first, last = self.discount if to < start else self.discount_inversion
+        k = first + (last - first) * min(max(share, 0.0), 1.0)
+        return relative(reward, *(words if to < start else reversed(words)), k)
+
+    @property
+    def _relative(self) -> bool:
+        return bool(self.positive or self.negative)
+
+    def _times(self, steps: int) -> range:
+        return range(max(1, 1 + round(self.window[0] * steps)), round(self.window[1] * steps) + 1)
+
+    def _check(self) -> None:
+        wrong = self.step < 1 or not 0 <= self.window[0] < self.window[1] <= 1
+        if wrong or not all(0 <= k < float("inf") for k in (*self.discount, *self.discount_inversion)):
+            raise PlanError(
+                f"{self}: the step is at least 1; the window two shares of T, rising, in [0, 1]; the discounts are "
+                "finite and at least 0."
+            )
+        if self._relative and set(self.positive or ("",)) == set(self.negative or ("",)):
+            raise PlanError(f"{self}: the control words that are wanted and those that are not are the same.")
