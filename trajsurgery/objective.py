@@ -13,6 +13,7 @@ from torch import Tensor
 from trajsurgery.errors import RecipeError
 from trajsurgery.graph import faithful
 from trajsurgery.node import Advance, Leap
+from trajsurgery.persample import PerSample
 from trajsurgery.plan import Plan
 from trajsurgery.trajectory import Trajectory
 
@@ -77,18 +78,25 @@ def chosen(where: WeightsAt, landed: Sequence[int]) -> tuple[int, ...]:
 
 
 def weights(
-    plan: Plan, trajectory: Trajectory, distances: Mapping[int, Tensor], weights_at: WeightsAt, tau: float
+    plan: Plan | PerSample, trajectory: Trajectory, distances: Mapping[int, Tensor], weights_at: WeightsAt, tau: float
 ) -> Weights:
     """w = 1 / sum_t max(d_t, tau) (Eq. 12), 1 where nothing is measured.
 
     Unlike Eq. 12, a leap that is the sampler's own step (k = j + 1) is left out of the sum instead of counting as tau:
-    it has no error to punish, and a plan of many steps would be weighed by their number.
+    it has no error to punish, and a plan of many steps would be weighed by their number. Where samples have plans of
+    their own, each is measured where its own leaps land.
 
     Args:
         distances: {t: [batch]}, of `trajsurgery.distances` or `surgery.distances`.
         weights_at: where; independent of what the reward looks at.
         tau: above 0.
     """
+    if isinstance(plan, PerSample):
+        alone = [
+            weights(own, trajectory.sample(i), {t: d[i : i + 1] for t, d in distances.items()}, weights_at, tau)
+            for i, own in enumerate(plan.plans)
+        ]
+        return Weights(torch.cat([one.w for one in alone]), torch.stack([one.clamped for one in alone]).mean())
     times = chosen(weights_at, landings(plan, trajectory)) if weights_at != "none" else ()
     if not times:
         latents = trajectory[0]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from trajsurgery import objective
+from trajsurgery.persample import PerSample
 from trajsurgery.pipelines import Surgery, operate
 from trajsurgery.plan import Plan
 from trajsurgery.recipe import Recipe
@@ -19,10 +20,24 @@ Hold = Callable[[Surgery, float], Tensor]
 """hold(surgery, share): adds share of a gradient of its own into `.grad` and returns a figure, 0-dim (anchor.py)."""
 
 
+def draw_plans(recipe: Recipe, generator: torch.Generator) -> list[Plan | PerSample]:
+    """An iteration's plans: as many as are asked for on a rollout, each one for all samples or one for each."""
+    rollout, method = recipe.rollout, recipe.method
+    if rollout.times == "shared":
+        return [method.draw(rollout.steps, generator) for _ in range(rollout.plans)]
+    batch = range(rollout.batch)
+    return [PerSample(method.draw(rollout.steps, generator) for _ in batch) for _ in range(rollout.plans)]
+
+
+def part_of(plan: Plan | PerSample, start: int, end: int) -> Plan | PerSample:
+    """The plan of these samples of the batch."""
+    return PerSample(plan.plans[start:end]) if isinstance(plan, PerSample) else plan
+
+
 def pull(
     recipe: Recipe,
     world: World,
-    plan: Plan,
+    plan: Plan | PerSample,
     texts: list[str],
     kwargs: dict[str, Any],
     renoise: torch.Generator,
@@ -58,7 +73,7 @@ def pull(
 def pull_several(
     recipe: Recipe,
     world: World,
-    plans: list[Plan],
+    plans: Sequence[Plan | PerSample],
     texts: list[str],
     kwargs: dict[str, Any],
     renoise: torch.Generator,
@@ -97,22 +112,27 @@ def pull_several(
 
 
 def _sample(
-    recipe: Recipe, world: World, plan: Plan, kwargs: dict[str, Any], renoise: torch.Generator
+    recipe: Recipe, world: World, plan: Plan | PerSample, kwargs: dict[str, Any], renoise: torch.Generator
 ) -> tuple[Tensor, tuple[Tensor, ...], dict[int, Tensor], Surgery]:
     """A rollout through the pipe: images of the plan's first output, all outputs, its leaps' distances, the surgery."""
     rollout, memory = recipe.rollout, recipe.rollout.memory
     call = {"num_inference_steps": rollout.steps, **call_of(recipe), **kwargs}
-    if memory != "staged":
+    if memory != "staged" and isinstance(plan, Plan):
         with operate(world.pipe, plan, memory=memory, generator=renoise) as surgery:
             images = world.pipe(**call, output_type="pt")[0]
         return images, surgery.outputs, surgery.distances, surgery
     with operate(world.pipe) as surgery:
         world.pipe(**call, output_type="latent")
-    found = values(plan, surgery.trajectory, surgery.field, generator=renoise)
-    leaves = tuple(x.detach().requires_grad_() for x in ((found,) if isinstance(found, Tensor) else found))
-    measured = recipe.weights_at != "none"
-    apart = distances(plan, surgery.trajectory, surgery.field, generator=renoise) if measured else {}
-    return surgery.decode(leaves[0]), leaves, apart, surgery
+    tail = surgery.trajectory, surgery.field
+    if memory == "staged":
+        found = values(plan, *tail, generator=renoise)
+    else:
+        found = apply(plan, *tail, memory, generator=renoise)
+    outputs = (found,) if isinstance(found, Tensor) else found
+    if memory == "staged":
+        outputs = tuple(x.detach().requires_grad_() for x in outputs)
+    apart = distances(plan, *tail, generator=renoise) if recipe.weights_at != "none" else {}
+    return surgery.decode(outputs[0]), outputs, apart, surgery
 
 
 def _whole(images: Tensor) -> Tensor:

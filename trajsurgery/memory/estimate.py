@@ -97,7 +97,7 @@ def plan_memory(
     images = min(rollout.at_once or share, share)
     with KERNELS[kernels]():
         counted = count(recipe, known, images, sharded=hardware.gpus > 1)
-    return _estimate(recipe, known, plan.prepared(rollout.steps), images, counted)
+    return _estimate(recipe, known, plan.prepared(rollout.steps), images, counted, kernels)
 
 
 def _held(recipe: Recipe, known: Spec, counted: Counted, gpus: int) -> dict[str, int]:
@@ -147,11 +147,12 @@ def _flops(recipe: Recipe, plan: Plan, counted: Counted, images: int) -> dict[st
     """Of an iteration, all GPUs together."""
     rollout, call, decode = recipe.rollout, counted.call, counted.decode
     cost, plans = plan.cost(_Steps(rollout.steps)), rollout.plans
+    after = plans > 1 or rollout.times == "per-sample"  # the calls are made once the rollout is over
     calls, extra, groups = cost.calls, cost.extra, math.ceil(rollout.batch / images)
     measured = recipe.weights_at != "none"
     again = {
-        "retain": extra if plans == 1 else calls + extra * (1 + measured),
-        "recompute": calls + extra * (1 + (plans > 1 and measured)),
+        "retain": calls + extra * (1 + measured) if after else extra,
+        "recompute": calls + extra * (1 + (after and measured)),
         "staged": calls + extra * (2 + measured),
     }[rollout.memory]
     outputs = len(plan.outputs) if plans == 1 else 1
@@ -178,7 +179,7 @@ def _needed(recipe: Recipe, known: Spec, counted: Counted, passing: dict[str, in
     )
 
 
-def _estimate(recipe: Recipe, known: Spec, plan: Plan, images: int, counted: Counted) -> MemoryPlan:
+def _estimate(recipe: Recipe, known: Spec, plan: Plan, images: int, counted: Counted, kernels: Kernels) -> MemoryPlan:
     hardware: Hardware = recipe.hardware
     calls = plan.cost(_Steps(recipe.rollout.steps)).calls
     held = _held(recipe, known, counted, hardware.gpus)
@@ -202,6 +203,7 @@ def _estimate(recipe: Recipe, known: Spec, plan: Plan, images: int, counted: Cou
             "checkpointing": recipe.rollout.checkpointing,
             "train": recipe.train.what,
             "memory": recipe.rollout.memory,
+            "kernels": kernels,
             "gpus": hardware.gpus,
             "memory bytes": hardware.memory,
             "flops": hardware.flops,
