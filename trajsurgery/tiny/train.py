@@ -30,7 +30,7 @@ class Training:
     flux_steps: int = 7000
     scorer_steps: int = 1500
     sd3_steps: int = 7000
-    wan_vae_steps: int = 1000
+    wan_vae_steps: int = 2500
     wan_steps: int = 2000
     vae_batch: int = 48
     batch: int = 64

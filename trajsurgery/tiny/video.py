@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 
 from trajsurgery.tiny.prompt import SPLITS, Split
 from trajsurgery.tiny.render import render
-from trajsurgery.tiny.scene import COLOURS, RADIUS, SHAPES, SIDE, Scenes
+from trajsurgery.tiny.scene import ABSENT, COLOURS, JITTER, RADIUS, SHAPES, SIDE, Scenes
 
 DIRECTIONS = ("right", "left", "down", "up")
 UNITS = ((1.0, 0.0), (-1.0, 0.0), (0.0, 1.0), (0.0, -1.0))  # (x, y), y downwards
@@ -115,3 +115,26 @@ def film(prompts: Sequence[Motion], generator: Generator) -> Tensor:
     shape, colour = (torch.tensor([getattr(p, name) for p in prompts]) for name in ("shape", "colour"))
     scenes = Scenes(each_frame(shape), each_frame(colour), centre, each_frame(radius))
     return render(scenes).unflatten(0, (batch, FRAMES))
+
+
+def crowd(batch: int, generator: Generator, frames: int = FRAMES) -> Tensor:
+    """Videos full of shapes, Float[batch frames 3 SIDE SIDE] in [0, 1]: what an autoencoder learns outlines from.
+
+    A lattice of shapes that do not touch, wider than the frame, moves one way; a quarter of its places is empty.
+    """
+    side = torch.arange(-1, 3) + 0.5
+    cells = torch.stack(torch.meshgrid(side, side, indexing="ij"), -1).view(1, -1, 2) * SIDE / 2
+    sizes = (batch, cells.shape[1])
+    shape = torch.randint(len(SHAPES), sizes, generator=generator)
+    shape = torch.where(torch.rand(sizes, generator=generator) < 0.25, ABSENT, shape)
+    colour = torch.randint(len(COLOURS), sizes, generator=generator)
+    radius = RADIUS[0] + (RADIUS[1] - RADIUS[0]) * torch.rand(sizes, generator=generator)
+    jitter = (2 * torch.rand(*sizes, 2, generator=generator) - 1) * JITTER
+    shift = (torch.rand(batch, 1, 2, generator=generator) - 0.5) * SIDE / 2
+    direction = torch.tensor(UNITS)[torch.randint(len(UNITS), (batch,), generator=generator)]
+    travel = TRAVEL[0] + (TRAVEL[1] - TRAVEL[0]) * torch.rand(batch, 1, generator=generator)
+    share = torch.linspace(-0.5, 0.5, FRAMES)[:frames, None, None]
+    centre = (cells + jitter + shift)[:, None] + share * (direction * travel)[:, None, None]
+    parts = (values.repeat_interleave(frames, 0) for values in (shape, colour, radius))
+    shape, colour, radius = parts
+    return render(Scenes(shape, colour, centre.flatten(0, 1), radius)).unflatten(0, (batch, frames))

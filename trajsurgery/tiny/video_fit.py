@@ -8,14 +8,15 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from trajsurgery.tiny.stage import Budget, Stage
-from trajsurgery.tiny.video import FRAMES, Motion, film, motions, prompts
+from trajsurgery.tiny.video import FRAMES, Motion, crowd, film, motions, prompts
 from trajsurgery.tiny.video_rules import judge
 from trajsurgery.tiny.video_wan import TEXT_LENGTH, vae
 
-BLUR = 0.1  # noise on the latents that the decoder gets: with a learnt deviation all information drowns at the start
+BLUR = 0.1  # noise on the latents that the decoder gets, as a share of theirs: it need not outgrow it first
 SIZE = 1e-3  # weight of the mean square of a latent
-SHAPE = 10.0  # how much more a pixel of the shape counts at first than one of the ground, of which there are ten times
-# as many; it falls to nothing half-way, as it blurs outlines
+SINGLE = 0.6  # share of the autoencoder's steps that show single frames, four times as many as videos later
+CROWDED = 0.75  # share of its steps that show a crowd of shapes, which teaches outlines sooner than one shape does,
+CROWDED_UNTIL = 0.85  # and until when
 MISTAKEN = 0.5  # share of videos whose caption says another direction, once there are mistakes
 MISTAKES_FROM = 0.6  # share of the steps after which there are: directions are learnt first, then blurred
 DROPPED = 0.1  # share of the captions that are empty: what guidance leads away from
@@ -30,19 +31,23 @@ def reconstructions(model: Any, frames: Tensor) -> Tensor:
 
 
 def vae_stage(budget: Budget, batch: int) -> Stage:
-    """Trains an AutoencoderKLWan: absolute plus squared error of the pixels, those of the shape above all."""
+    """Trains an AutoencoderKLWan, first on single frames, then on videos: absolute plus squared error of the pixels."""
     torch.manual_seed(budget.seed + 5)
     model = vae()
 
+    def shown(step: int, generator: Generator) -> Tensor:
+        done = step / budget.steps
+        many, frames = (4 * batch, 1) if done < SINGLE else (batch, FRAMES)
+        if done < CROWDED_UNTIL and float(torch.rand((), generator=generator)) < CROWDED:
+            return crowd(many, generator, frames)
+        return film(prompts("train", generator, many), generator)[:, :frames]
+
     def loss(step: int, generator: Generator) -> Tensor:
-        frames = 2 * film(prompts("train", generator, batch), generator).transpose(1, 2) - 1
+        frames = 2 * shown(step, generator).transpose(1, 2) - 1
         mean = model.encode(frames).latent_dist.mean
-        drawn = mean + BLUR * torch.randn(mean.shape, generator=generator)
+        drawn = mean + BLUR * mean.detach().std() * torch.randn(mean.shape, generator=generator)
         error = model.decode(drawn).sample - frames
-        shape = frames.abs().amax(1, keepdim=True) > 0.1
-        weight = 1 + SHAPE * max(0.0, 1 - 2 * step / budget.steps) * shape
-        missed = (weight * (error.abs() + error.square())).mean() / weight.mean()
-        return missed + SIZE * mean.square().mean()
+        return error.abs().mean() + error.square().mean() + SIZE * mean.square().mean()
 
     def report() -> str:
         prompts = list(motions("validation")) * 3

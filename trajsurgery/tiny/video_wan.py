@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from trajsurgery.tiny.pipe import shortened
@@ -22,11 +23,12 @@ LATENT = (LATENT_CHANNELS, (FRAMES - 1) // TIME + 1, SIDE // SPACE, SIDE // SPAC
 def vae() -> Any:
     """An AutoencoderKLWan, videos Float[batch 3 5 32 32] in [-1, 1] to latents Float[batch 4 3 8 8].
 
-    As Wan 2.2's it works on patches of pixels, which is four times as fast at this size.
+    As Wan 2.2's it works on patches of pixels, which is four times as fast at this size. It starts as an autoencoder
+    of single frames, see `inflate`.
     """
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
-    return AutoencoderKLWan(
+    model = AutoencoderKLWan(
         base_dim=16,
         z_dim=LATENT_CHANNELS,
         dim_mult=[1, 2],
@@ -40,6 +42,33 @@ def vae() -> Any:
         scale_factor_spatial=SPACE,
         scale_factor_temporal=TIME,
     )
+    inflate(model)
+    return model
+
+
+@torch.no_grad()
+def inflate(model: nn.Module) -> None:
+    """Lets each convolution see the last of its frames alone, so that what single frames teach holds for videos.
+
+    Of two frames that become one latent the mean is taken; one latent becomes two equal frames.
+    """
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+
+    for name, module in model.named_modules():
+        if not isinstance(module, WanCausalConv3d) or module.weight.shape[2] != 3:
+            continue
+        weight = module.weight
+        if not name.endswith("time_conv"):
+            weight[:, :, :-1] = 0
+            weight[:, :, -1] *= 3**0.5  # the scale of a convolution over one frame
+            continue
+        copies = torch.eye(weight.shape[1]).repeat(weight.shape[0] // weight.shape[1], 1)
+        weight.zero_()
+        weight[:, :, -1, 0, 0] = copies
+        if len(weight) == weight.shape[1]:
+            weight[:, :, -2:, 0, 0] = 0.5 * copies[..., None]
+        if module.bias is not None:
+            module.bias.zero_()
 
 
 def transformer() -> Any:
