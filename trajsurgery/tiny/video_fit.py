@@ -59,7 +59,7 @@ def vae_stage(budget: Budget, batch: int) -> Stage:
 
 @dataclass(frozen=True)
 class Corpus:
-    """latents: Float[videos 4 3 8 8], normalised; right, wrong: Int[videos], captions among the training prompts."""
+    """latents: Float[videos 8 3 8 8], normalised; right, wrong: Int[videos], captions among the training prompts."""
 
     latents: Tensor
     right: Tensor

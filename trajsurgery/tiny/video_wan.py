@@ -11,7 +11,7 @@ from trajsurgery.tiny.scene import SIDE
 from trajsurgery.tiny.tokenizers import t5_tokenizer
 from trajsurgery.tiny.video import FRAMES, every_motion
 
-LATENT_CHANNELS = 4
+LATENT_CHANNELS = 8
 WIDTH = 96  # of the transformer
 TEXT_WIDTH = 64
 TEXT_LENGTH = 8  # tokens; a prompt has five words and an end
@@ -21,7 +21,7 @@ LATENT = (LATENT_CHANNELS, (FRAMES - 1) // TIME + 1, SIDE // SPACE, SIDE // SPAC
 
 
 def vae() -> Any:
-    """An AutoencoderKLWan, videos Float[batch 3 5 32 32] in [-1, 1] to latents Float[batch 4 3 8 8].
+    """An AutoencoderKLWan, videos Float[batch 3 5 32 32] in [-1, 1] to latents Float[batch 8 3 8 8].
 
     As Wan 2.2's it works on patches of pixels, which is four times as fast at this size. It starts as an autoencoder
     of single frames, see `inflate`.
