@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from trajsurgery.memory import plan_memory as plan_memory
     from trajsurgery.methods import SRPO as SRPO
     from trajsurgery.methods import AlignProp as AlignProp
+    from trajsurgery.methods import DRaFT1 as DRaFT1
     from trajsurgery.methods import DRaFTK as DRaFTK
     from trajsurgery.methods import DRaFTLV as DRaFTLV
     from trajsurgery.methods import DRTune as DRTune
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from trajsurgery.methods import FlowBPSparse as FlowBPSparse
     from trajsurgery.methods import LeapAlign as LeapAlign
     from trajsurgery.methods import ReFL as ReFL
+    from trajsurgery.methods import ReNO as ReNO
+    from trajsurgery.methods import WholeTrajectory as WholeTrajectory
     from trajsurgery.methods import draft_k as draft_k
     from trajsurgery.methods import draft_lv as draft_lv
     from trajsurgery.methods import drtune as drtune
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
     from trajsurgery.methods import refl as refl
     from trajsurgery.methods import reno as reno
     from trajsurgery.methods import srpo as srpo
+    from trajsurgery.methods import whole_trajectory as whole_trajectory
     from trajsurgery.persample import PerSample as PerSample
     from trajsurgery.pipelines import Surgery as Surgery
     from trajsurgery.pipelines import operate as operate
@@ -62,6 +66,7 @@ _HOME = {
     "methods": (
         "AlignProp",
         "DRTune",
+        "DRaFT1",
         "DRaFTK",
         "DRaFTLV",
         "FlowBPBridge",
@@ -69,7 +74,9 @@ _HOME = {
         "FlowBPSparse",
         "LeapAlign",
         "ReFL",
+        "ReNO",
         "SRPO",
+        "WholeTrajectory",
         "draft_k",
         "draft_lv",
         "drtune",
@@ -81,6 +88,7 @@ _HOME = {
         "refl",
         "reno",
         "srpo",
+        "whole_trajectory",
     ),
     "persample": ("PerSample",),
     "pipelines": ("Surgery", "operate"),

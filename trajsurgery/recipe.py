@@ -20,7 +20,9 @@ Method = (
     | methods.DRTune
     | methods.ReFL
     | methods.DRaFTLV
+    | methods.DRaFT1
     | methods.DRaFTK
+    | methods.WholeTrajectory
     | methods.AlignProp
     | methods.FlowBPSparse
     | methods.FlowBPBridge

@@ -1,6 +1,15 @@
 """One file a method: a function of times that returns a plan, and a frozen dataclass that draws the times."""
 
-from trajsurgery.methods.draft import AlignProp, DRaFTK, DRaFTLV, draft_k, draft_lv
+from trajsurgery.methods.draft import (
+    AlignProp,
+    DRaFT1,
+    DRaFTK,
+    DRaFTLV,
+    WholeTrajectory,
+    draft_k,
+    draft_lv,
+    whole_trajectory,
+)
 from trajsurgery.methods.drtune import DRTune, drtune
 from trajsurgery.methods.flowbp import (
     FlowBPBridge,
@@ -12,13 +21,14 @@ from trajsurgery.methods.flowbp import (
 )
 from trajsurgery.methods.leapalign import LeapAlign, leapalign, leaps
 from trajsurgery.methods.refl import ReFL, refl
-from trajsurgery.methods.reno import reno
+from trajsurgery.methods.reno import ReNO, reno
 from trajsurgery.methods.srpo import SRPO, srpo
 
 __all__ = [
     "SRPO",
     "AlignProp",
     "DRTune",
+    "DRaFT1",
     "DRaFTK",
     "DRaFTLV",
     "FlowBPBridge",
@@ -26,6 +36,8 @@ __all__ = [
     "FlowBPSparse",
     "LeapAlign",
     "ReFL",
+    "ReNO",
+    "WholeTrajectory",
     "draft_k",
     "draft_lv",
     "drtune",
@@ -37,4 +49,5 @@ __all__ = [
     "refl",
     "reno",
     "srpo",
+    "whole_trajectory",
 ]

@@ -20,6 +20,9 @@ def draft_k(k: int) -> Plan:
 
     No deviation.
 
+    Args:
+        k: the number of steps; 1 is DRaFT-1, whose gradient is - s_1 dv(x_1)/dtheta.
+
     Raises:
         PlanError: k is below 1.
     """
@@ -29,6 +32,18 @@ def draft_k(k: int) -> Plan:
     for t in range(k, 0, -1):
         x = x.leap(t - 1)
     return Plan(x)
+
+
+def whole_trajectory(steps: int) -> Plan:
+    """x_T -> x_{T-1} -> ... -> x_0: plain backpropagation through all T steps, as DRaFT's and AlignProp's longest.
+
+    Gradient: `draft_k`'s with k = T, 2^T - 1 terms, the nested ones of every order. No deviation. Run it with
+    memory="recompute" or staged: its memory is then that of one call.
+
+    Raises:
+        PlanError: `steps` is below 1.
+    """
+    return Plan(*draft_k(steps).outputs, steps=steps)
 
 
 def draft_lv(n: int = 2) -> Plan:
@@ -47,6 +62,30 @@ def draft_lv(n: int = 2) -> Plan:
         raise PlanError(f"draft_lv(n={n}): the image is noised anew 0 or more times.")
     renoised = [latent(0).renoise(1, draw=i).leap(0) for i in range(n)]
     return Plan(latent(1).leap(0), *renoised)
+
+
+@dataclass(frozen=True)
+class DRaFT1:
+    """DRaFT-1: the last step. Nothing is drawn."""
+
+    weights_at = "none"
+    """The gradient is plain backpropagation's."""
+
+    def draw(self, steps: int, generator: torch.Generator | None = None) -> Plan:
+        """A plan for a sampler of `steps` steps."""
+        return Plan(*draft_k(1).outputs, steps=steps)
+
+
+@dataclass(frozen=True)
+class WholeTrajectory:
+    """Backpropagation through all steps. Nothing is drawn."""
+
+    weights_at = "none"
+    """The gradient is plain backpropagation's."""
+
+    def draw(self, steps: int, generator: torch.Generator | None = None) -> Plan:
+        """A plan for a sampler of `steps` steps."""
+        return whole_trajectory(steps)
 
 
 @dataclass(frozen=True)

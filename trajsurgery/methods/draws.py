@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
@@ -31,22 +32,50 @@ def choose(among: Sequence[int], count: int, generator: torch.Generator | None) 
     return [among[int(i)] for i in torch.randperm(len(among), generator=generator)[:count]]
 
 
-def biased(among: Sequence[int], count: int, generator: torch.Generator | None) -> list[int]:
-    """`count` distinct times, drawn one by one; the chance of a time t among those left is proportional to 1 / t."""
-    odds = torch.tensor([1.0 / t for t in among])
+def biased(among: Sequence[int], count: int, bias: float, generator: torch.Generator | None) -> list[int]:
+    """`count` distinct ones, drawn one by one; the odds of the i-th of all, i from 1, are proportional to i^bias.
+
+    With times in falling order late ones are drawn more often.
+    """
+    if not count:
+        return []
+    odds = torch.arange(1, len(among) + 1, dtype=torch.float64) ** bias
     return [among[int(i)] for i in torch.multinomial(odds, count, generator=generator)]
 
 
-def split(shares: Sequence[float], steps: int, generator: torch.Generator | None) -> tuple[int, int]:
-    """T >= k > j >= 1: the lengths T - k, k - j and j are a Dirichlet draw of `shares`, rounded.
+def midpoint(steps: int, of: Literal["j", "k"], generator: torch.Generator | None) -> tuple[int, int]:
+    """T >= k > j >= 1: one of them uniform, the other half way from it to the trajectory's end on its side.
+
+    Args:
+        of: the one that lies in the middle.
 
     Raises:
         PlanError: fewer than two steps.
     """
-    if steps < 2:
-        raise PlanError(f"a pair of times needs at least two steps, received {steps}.")
+    _pairs(steps, 2)
+    if of == "j":
+        k = 2 + uniform(steps - 1, generator)
+        return k, (k + 1) // 2
+    j = 1 + uniform(steps - 1, generator)
+    return steps - (steps - j) // 2, j
+
+
+def split(shares: Sequence[float], steps: int, generator: torch.Generator | None) -> tuple[int, int]:
+    """T >= k > j >= 2: j - 1, k - j and T + 1 - k are a Dirichlet draw of `shares`, rounded to at least 1 of T.
+
+    Raises:
+        PlanError: fewer than three steps.
+    """
+    _pairs(steps, 3)
     seeded = random.Random(uniform(2**31, generator))  # torch has no public gamma draw that takes a generator
-    before, between, after = (seeded.gammavariate(share, 1.0) for share in shares)
-    whole = before + between + after
-    j = min(max(1, round(steps * after / whole)), steps - 1)
-    return min(max(j + 1, round(steps * (after + between) / whole)), steps), j
+    parts = [seeded.gammavariate(share, 1.0) for share in shares]
+    lengths = [round(steps * part / sum(parts)) for part in parts]
+    lengths[parts.index(max(parts))] += steps - sum(lengths)
+    lengths = [max(1, length) for length in lengths]
+    lengths[lengths.index(max(lengths))] += steps - sum(lengths)
+    return lengths[0] + lengths[1] + 1, lengths[0] + 1
+
+
+def _pairs(steps: int, least: int) -> None:
+    if steps < least:
+        raise PlanError(f"such a pair of times needs at least {least} steps, received {steps}.")

@@ -1,4 +1,9 @@
-"""FlowBP (2026, arXiv 2606.11075): few fresh velocities on a trajectory of recorded ones."""
+"""FlowBP (2026, arXiv 2606.11075): few fresh velocities on a trajectory of recorded ones.
+
+Defaults are those of the authors' published configurations. What gradients are scaled by hangs on the lengths of the
+sampler's steps; where `sigmas` (the sampler's T + 1 times, noise first) are left out the steps count as evenly long,
+which is the one deviation that all three share.
+"""
 
 from __future__ import annotations
 
@@ -8,27 +13,31 @@ from dataclasses import dataclass
 import torch
 
 from trajsurgery.errors import PlanError
-from trajsurgery.methods.draws import biased, split, uniform
+from trajsurgery.interpolant import weights
+from trajsurgery.methods.draws import biased, split
 from trajsurgery.node import Factor, LatentNode, VelocityNode
 from trajsurgery.plan import Plan, latent, recorded
 
 
-def flowbp_sparse(steps: int, active: Collection[int], sigmas: Sequence[float] | None = None) -> Plan:
+def flowbp_sparse(
+    steps: int, active: Collection[int], sigmas: Sequence[float] | None = None, rescale: float = 1.0
+) -> Plan:
     """x_T -> ... -> x_0, with gradients at the velocities of `active`, inputs detached, scaled for those left out.
 
-    Gradient, with h_t the length of the step at t: - (sum |h| / sum over active of |h|) sum over active of
-    h_t dv(x_t)/dtheta.
+    Gradient, with h_t the length of the step at t, and g = 1 + rescale (sum |h| / sum over active of |h| - 1):
+
+        - g sum over active of h_t dv(x_t)/dtheta
 
     Args:
         steps: T.
         active: the times of the fresh velocities, in 1..T.
         sigmas: the sampler's T + 1 times, noise first, for the lengths; evenly spaced if left out.
+        rescale: 0 leaves the gradients as they are, 1 makes up for all steps that are not active.
 
     Raises:
         PlanError: no active time; another number of sigmas.
     """
-    _sampler(steps, sigmas)
-    gain = _gain(range(1, steps + 1), active, sigmas)
+    gain = _gain(_lengths(steps, sigmas), active, rescale)
     x = latent(steps)
     for t in range(steps, 0, -1):
         x = x.leap(t - 1, velocity=latent(t).velocity().scale(gain) if t in active else recorded(t))
@@ -36,100 +45,124 @@ def flowbp_sparse(steps: int, active: Collection[int], sigmas: Sequence[float] |
 
 
 def flowbp_bridge(
-    steps: int, j: int, active: Collection[int], alpha: Factor = 0.1, sigmas: Sequence[float] | None = None
+    steps: int,
+    j: int,
+    active: Collection[int],
+    alpha: Factor = 0.1,
+    sigmas: Sequence[float] | None = None,
+    rescale: float = 1.0,
 ) -> Plan:
-    """FlowBP-Sparse in two halves that meet at x_j, whose network input is discounted by alpha; j is always active.
+    """FlowBP-Sparse in two parts that meet at x_j, whose network input is discounted by alpha; j is always active.
 
-    Gradient, with g_1 and g_2 the halves' gains sum |h| / sum over active of |h|, and S_1, S_2 their active times:
+    Gradient, with g as in `flowbp_sparse`, over all active times S, of which S_1 lie above j:
 
-        - g_1 sum over S_1 of h_t dv(x_t)/dtheta - g_2 sum over S_2 of h_t dv(x_t)/dtheta
-        + alpha g_2 h_j g_1 sum over t in S_1 of h_t dv/dx_j dv(x_t)/dtheta
+        - g sum over S of h_t dv(x_t)/dtheta + alpha g^2 h_j sum over S_1 of h_t dv/dx_j dv(x_t)/dtheta
 
     Args:
-        steps, sigmas: as `flowbp_sparse`.
-        j: where the halves meet, T > j >= 1.
+        steps, sigmas, rescale: as `flowbp_sparse`.
+        j: where the parts meet, T > j >= 1.
         active: the times of the fresh velocities beside j, at least one of them above j.
         alpha: the discount of the network's input at j.
 
     Raises:
-        PlanError: a half without an active time; another number of sigmas.
+        PlanError: no active time above j; another number of sigmas.
     """
-    _sampler(steps, sigmas)
-    first, second = range(j + 1, steps + 1), range(1, j + 1)
-    gains = _gain(first, active, sigmas), _gain(second, {*active, j}, sigmas)
+    gain = _gain(_lengths(steps, sigmas), {*active, j}, rescale)
+    _nested(j, active)
     x = latent(steps)
     for t in range(steps, 0, -1):
-        if t == j:
-            x = x.connect()
-            v = x.discount(alpha).velocity().scale(gains[1])
-        else:
-            v = latent(t).velocity().scale(gains[t < j]) if t in active else recorded(t)
-        x = x.leap(t - 1, velocity=v)
+        x = x.connect() if t == j else x
+        fresh = x.discount(alpha) if t == j else latent(t)
+        x = x.leap(t - 1, velocity=fresh.velocity().scale(gain) if t in {*active, j} else recorded(t))
     return Plan(x.connect(), steps=steps)
 
 
-def flowbp_lagrange(k: int, j: int, alpha: Factor = 0.1, scale: Factor = 0.25) -> Plan:
+def flowbp_lagrange(
+    k: int,
+    j: int,
+    alpha: Factor = 0.1,
+    scale: Factor = 0.25,
+    sigmas: Sequence[float] | None = None,
+    rescale: float = 0.5,
+) -> Plan:
     """LeapAlign with each leap replaced by Lagrange quadrature over up to three velocities of the trajectory.
 
-    The first support is fresh, the second fresh with its gradient scaled, the third recorded: at the leap's start, its
-    middle, and its end (1 for the leap to the image). Gradient, with w the quadrature's weights over sigma, and m, n
-    the middles of the two leaps (equal to an end, they fall away):
+    They are evenly spread over the leap's steps, from its start s to the last one before it lands, and m in the middle.
+    The first is fresh, the second fresh with its gradient scaled, the third recorded. Gradient, with w the quadrature's
+    weights over sigma and g = 1 + rescale (sum |w| / sum over fresh ones of |w| - 1) of each leap (g_1 of k -> j, g_2):
 
-        w_j dv(x_j)/dtheta + scale w_n dv(x_n)/dtheta + w_k dv(x_k)/dtheta + scale w_m dv(x_m)/dtheta
-        + alpha w_j dv/dx_j (w_k dv(x_k)/dtheta + scale w_m dv(x_m)/dtheta)
-
-    Deviation: where the supports lie could not be checked against the original.
+        g_2 (w_j dv(x_j)/dtheta + scale w_n dv(x_n)/dtheta) + g_1 (w_k dv(x_k)/dtheta + scale w_m dv(x_m)/dtheta)
+        + alpha g_2 w_j dv/dx_j g_1 (w_k dv(x_k)/dtheta + scale w_m dv(x_m)/dtheta)
 
     Args:
         k, j: times, T >= k > j >= 1.
         alpha: the discount of the network's input at j.
         scale: of the second support's gradient.
+        sigmas: as `flowbp_sparse`; T is their number less one.
+        rescale: 0 leaves the gradients as they are, 1 makes up for the recorded velocities.
     """
-    x_j = _advance(latent(k), j, latent(k), scale).connect()
-    return Plan(_advance(x_j, 0, x_j.discount(alpha), scale).connect())
+    x_j = _advance(latent(k), j, latent(k), (scale, rescale), sigmas).connect()
+    return Plan(_advance(x_j, 0, x_j.discount(alpha), (scale, rescale), sigmas).connect())
 
 
-def _advance(x: LatentNode, to: int, seen: LatentNode, scale: Factor) -> LatentNode:
+def supports(start: int, to: int) -> list[int]:
+    """Up to three of the times start .. to + 1, evenly spread, the ends among them; falling."""
+    last = start - to - 1
+    return [start - i for i in sorted({0, round(last / 2), last})]
+
+
+def _advance(
+    x: LatentNode, to: int, seen: LatentNode, factors: tuple[Factor, float], sigmas: Sequence[float] | None
+) -> LatentNode:
     """One leap by quadrature; `seen` is what the network gets at its start."""
-    start = int(x.t)
-    end = max(to, 1)
-    middle = (start + end) // 2
-    supports: list[VelocityNode] = [seen.velocity()]
-    if end < middle < start:
-        supports.append(latent(middle).velocity().scale(scale))
-    if end < start:
-        supports.append(recorded(end))
-    return x.advance(to, supports)
+    start, (scale, rescale) = int(x.t), factors
+    times = supports(start, to)
+    *points, first, last = [float(t if sigmas is None else sigmas[-1 - t]) for t in (*times, start, to)]
+    whole = weights("lagrange", points, first, last)
+    gain = _gain(dict(zip(times, map(abs, whole), strict=True)), times[:2], rescale)
+    fresh = [seen.velocity(), *(latent(t).velocity().scale(scale) for t in times[1:2])]
+    return x.advance(to, [*(_scaled(v, gain) for v in fresh), *map(recorded, times[2:])])
 
 
-def _sampler(steps: int, sigmas: Sequence[float] | None) -> None:
-    if sigmas is not None and len(sigmas) != steps + 1:
+def _scaled(v: VelocityNode, gain: float) -> VelocityNode:
+    return v if gain == 1 else v.scale(gain)
+
+
+def _lengths(steps: int, sigmas: Sequence[float] | None) -> dict[int, float]:
+    """{t: the length of the step at t}."""
+    if sigmas is None:
+        return dict.fromkeys(range(1, steps + 1), 1.0)
+    if len(sigmas) != steps + 1:
         raise PlanError(f"{len(sigmas)} sigmas for {steps} steps: a sampler of {steps} steps has {steps + 1} times.")
+    return {t: abs(float(sigmas[-1 - t]) - float(sigmas[-t])) for t in range(1, steps + 1)}
 
 
-def _gain(times: range, active: Collection[int], sigmas: Sequence[float] | None) -> float:
-    """The length of all these steps over that of the active ones."""
-
-    def length(t: int) -> float:
-        return 1.0 if sigmas is None else abs(float(sigmas[-1 - t]) - float(sigmas[-t]))
-
-    chosen = [t for t in times if t in active]
+def _gain(lengths: dict[int, float], active: Collection[int], rescale: float) -> float:
+    """1 + rescale (the length of all over that of the active ones, less 1)."""
+    chosen = [t for t in lengths if t in active]
     if not chosen:
         raise PlanError(
-            f"no active time among the steps {times.stop - 1}..{times.start}: received active={sorted(active)}. Each "
-            "part of the trajectory needs one."
+            f"no active time among the steps {max(lengths)}..{min(lengths)}: received active={sorted(active)}. Give "
+            "one at least."
         )
-    return sum(map(length, times)) / sum(map(length, chosen))
+    return 1 + rescale * (sum(lengths.values()) / sum(lengths[t] for t in chosen) - 1)
+
+
+def _nested(j: int, active: Collection[int]) -> None:
+    if not any(t > j for t in active):
+        raise PlanError(f"no active time above j = {j}: received active={sorted(active)}. Each part needs one.")
 
 
 @dataclass(frozen=True)
 class FlowBPSparse:
-    """Draws FlowBP-Sparse's `active` times (K = 3), late ones more often (1 / t; the original's bias is unknown to us).
+    """Draws FlowBP-Sparse's `active` times, late ones more often: the odds of t are (T + 1 - t)^bias.
 
-    `sigmas` are the sampler's, for the lengths of its steps; evenly spaced if left out.
+    `sigmas` and `rescale` as in `flowbp_sparse`.
     """
 
     active: int = 3
+    bias: float = 2.0
+    rescale: float = 1.0
     sigmas: tuple[float, ...] | None = None
 
     weights_at = "none"
@@ -143,18 +176,22 @@ class FlowBPSparse:
         """
         if not 1 <= self.active <= steps:
             raise PlanError(f"FlowBPSparse(active={self.active}) on {steps} steps: it lies in 1..{steps}.")
-        return flowbp_sparse(steps, biased(range(1, steps + 1), self.active, generator), self.sigmas)
+        active = biased(range(steps, 0, -1), self.active, self.bias, generator)
+        return flowbp_sparse(steps, active, self.sigmas, self.rescale)
 
 
 @dataclass(frozen=True)
 class FlowBPBridge:
-    """Draws FlowBP-Bridge's meeting point, uniform, and `active` - 1 times beside it, at least one of them above it.
+    """Draws FlowBP-Bridge's meeting point j, the later of a uniform pair, and `active` - 1 times beside it.
 
-    `alpha` and `sigmas` as in `flowbp_bridge`; how the original draws could not be checked.
+    They are shared out in proportion to the parts' lengths, at least one above j, and in each part drawn as
+    FlowBP-Sparse's are, counted from the part's start. `alpha`, `sigmas` and `rescale` as in `flowbp_bridge`.
     """
 
-    active: int = 3
+    active: int = 5
+    bias: float = 2.0
     alpha: float = 0.1
+    rescale: float = 1.0
     sigmas: tuple[float, ...] | None = None
 
     weights_at = "none"
@@ -168,23 +205,25 @@ class FlowBPBridge:
         """
         if not 2 <= self.active <= steps:
             raise PlanError(f"FlowBPBridge(active={self.active}) on {steps} steps: it lies in 2..{steps}.")
-        j = 1 + uniform(steps - 1, generator)
-        above = biased(range(j + 1, steps + 1), 1, generator)
-        others = [t for t in range(1, steps + 1) if t != j and t not in above]
-        active = above + biased(others, self.active - 2, generator) if self.active > 2 else above
-        return flowbp_bridge(steps, j, active, self.alpha, self.sigmas)
+        j = 1 + min(torch.randperm(steps, generator=generator)[:2].tolist())
+        below = min(self.active - min(max(round(self.active * (steps - j) / steps), 1), self.active - 1), j)
+        active = biased(range(steps, j, -1), self.active - below, self.bias, generator)
+        active += biased(range(j - 1, 0, -1), below - 1, self.bias, generator)
+        return flowbp_bridge(steps, j, active, self.alpha, self.sigmas, self.rescale)
 
 
 @dataclass(frozen=True)
 class FlowBPLagrange:
-    """Draws FlowBP-Lagrange's k and j from a Dirichlet split of the trajectory: shares before k, between, after j.
+    """Draws FlowBP-Lagrange's k and j from a Dirichlet split of the trajectory: shares below j, between, and above k.
 
-    `alpha` and `scale` as in `flowbp_lagrange`. Its tau is 0.2, a setting of the objective.
+    `alpha`, `scale`, `sigmas` and `rescale` as in `flowbp_lagrange`. Its tau is 0.2, a setting of the objective.
     """
 
     alpha: float = 0.1
     scale: float = 0.25
     shares: tuple[float, float, float] = (2.5, 6.0, 2.0)
+    rescale: float = 0.5
+    sigmas: tuple[float, ...] | None = None
 
     weights_at = "all"
     """As LeapAlign: at every connected prediction."""
@@ -193,7 +232,9 @@ class FlowBPLagrange:
         """A plan for a sampler of `steps` steps.
 
         Raises:
-            PlanError: fewer than two steps.
+            PlanError: fewer than three steps; another number of sigmas.
         """
+        _lengths(steps, self.sigmas)
         k, j = split(self.shares, steps, generator)
-        return Plan(*flowbp_lagrange(k, j, self.alpha, self.scale).outputs, steps=steps)
+        drawn = flowbp_lagrange(k, j, self.alpha, self.scale, self.sigmas, self.rescale)
+        return Plan(*drawn.outputs, steps=steps)

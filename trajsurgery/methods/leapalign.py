@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from trajsurgery.errors import PlanError
-from trajsurgery.methods.draws import choose, split, uniform
+from trajsurgery.methods.draws import choose, midpoint, split, uniform
 from trajsurgery.node import Factor, Time
 from trajsurgery.plan import Plan, latent
 
@@ -65,8 +65,9 @@ class LeapAlign:
         alpha: discount of nested gradients: 0.3 with HPSv2.1, 0.1 with PickScore and HPSv3 (appendix E).
         window: the range of the times as shares of T; (0, 1) is all of 1..T, (0, 0.5) the later half (Fig. 4e).
         leaps: how many leaps (Fig. 4b); 2 is the method.
-        pairs: how two leaps' times are drawn: "uniform" over pairs; "midpoint", k uniform and j its half;
-            "dirichlet", FlowBP-Lagrange's split.
+        pairs: how two leaps' times are drawn: "uniform" over pairs; "midpoint", k uniform and j half way from it to 0;
+            "midpoint-k", j uniform and k half way from it to T; "dirichlet", FlowBP-Lagrange's split. Uniform is the
+            paper's, the others are FlowBP's.
         distance: k - j as a share of T, fixed (Fig. 4f); None draws both.
         reward_at: whether the reward looks at the image or at the last prediction (Fig. 4c).
         straight: False drops the single-step terms of earlier velocities (Eq. 14, appendix C).
@@ -75,7 +76,7 @@ class LeapAlign:
     alpha: float = 0.3
     window: tuple[float, float] = (0.0, 1.0)
     leaps: int = 2
-    pairs: Literal["uniform", "midpoint", "dirichlet"] = "uniform"
+    pairs: Literal["uniform", "midpoint", "midpoint-k", "dirichlet"] = "uniform"
     distance: float | None = None
     reward_at: RewardAt = "image"
     straight: bool = True
@@ -113,15 +114,17 @@ class LeapAlign:
         return sorted(choose(allowed, self.leaps, generator), reverse=True)
 
     def _pair(self, steps: int, generator: torch.Generator | None) -> Sequence[int]:
-        if self.leaps != 2 or self.window != (0.0, 1.0) or self.pairs not in ("midpoint", "dirichlet") or steps < 2:
+        draws = {
+            "midpoint": lambda: midpoint(steps, "j", generator),
+            "midpoint-k": lambda: midpoint(steps, "k", generator),
+            "dirichlet": lambda: split((2.5, 6.0, 2.0), steps, generator),
+        }
+        if self.leaps != 2 or self.window != (0.0, 1.0) or self.pairs not in draws:
             raise PlanError(
                 f"LeapAlign(pairs={self.pairs!r}, leaps={self.leaps}, window={self.window}) on {steps} steps: pairs is "
-                '"uniform", "midpoint" or "dirichlet"; the last two are of two leaps over the whole trajectory.'
+                f'"uniform", or one of {", ".join(draws)}, which are of two leaps over the whole trajectory.'
             )
-        if self.pairs == "dirichlet":
-            return split((2.5, 6.0, 2.0), steps, generator)
-        k = 2 + uniform(steps - 1, generator)
-        return k, k // 2
+        return draws[self.pairs]()
 
     def _apart(self, allowed: range, steps: int, generator: torch.Generator | None) -> Sequence[int]:
         apart = round((self.distance or 0) * steps)

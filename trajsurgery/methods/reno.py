@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
+
 from trajsurgery.node import Time
 from trajsurgery.plan import Plan, noise
 
@@ -9,8 +13,9 @@ from trajsurgery.plan import Plan, noise
 def reno(*through: Time) -> Plan:
     """x_T -> (x^_t|T --> x_t) -> ... -> (x^_0 --> x_0), with the gradient of x_T: leaps over the times given.
 
-    Without a time it is one leap, the original's one-step generator. Gradient of one leap, T standing for its sigma:
-    dx_T/dx_T - T dv/dx_T. Deviation: the original knows one step only.
+    Without a time it is one leap, the original's one-step generator. Gradient to x_T of one leap, T standing for its
+    sigma: dx_T/dx_T - T dv/dx_T; of several, the product of such factors. Deviation: the original knows one step only.
+    On a sampler whose steps are not Euler's a leap is a prediction, and its gradient an approximation.
 
     Args:
         through: times below T, falling, on which leaps land, or names.
@@ -19,3 +24,15 @@ def reno(*through: Time) -> Plan:
     for to in (*through, 0):
         x = x.leap(to).connect()
     return Plan(x)
+
+
+@dataclass(frozen=True)
+class ReNO:
+    """The noise's gradient through every step of the sampler. Nothing is drawn, and no weight trains: see ascent.py."""
+
+    weights_at = "none"
+    """The trajectory is the sampler's own."""
+
+    def draw(self, steps: int, generator: torch.Generator | None = None) -> Plan:
+        """A plan for a sampler of `steps` steps."""
+        return Plan(*reno(*range(steps - 1, 0, -1)).outputs, steps=steps)

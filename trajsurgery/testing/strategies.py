@@ -16,6 +16,7 @@ from trajsurgery.interpolant import Interpolant, Polynomial, RectifiedFlow, Trig
 from trajsurgery.methods import (
     SRPO,
     AlignProp,
+    DRaFT1,
     DRaFTK,
     DRaFTLV,
     DRTune,
@@ -35,7 +36,19 @@ from trajsurgery.trajectory import Trajectory
 
 INTERPOLANTS: tuple[Interpolant, ...] = (RectifiedFlow(), Trigonometric(), Polynomial())
 
-Method = LeapAlign | DRTune | ReFL | DRaFTLV | DRaFTK | AlignProp | FlowBPSparse | FlowBPBridge | FlowBPLagrange | SRPO
+Method = (
+    LeapAlign
+    | DRTune
+    | ReFL
+    | DRaFTLV
+    | DRaFT1
+    | DRaFTK
+    | AlignProp
+    | FlowBPSparse
+    | FlowBPBridge
+    | FlowBPLagrange
+    | SRPO
+)
 
 
 @dataclass
@@ -249,16 +262,23 @@ def methods(draw: st.DrawFn, steps: int = 8) -> Method:
         st.builds(ReFL, some),
         st.builds(DRTune, some, some, st.booleans()),
         st.builds(DRaFTLV, st.integers(0, 2)),
+        st.builds(DRaFT1),
         st.builds(DRaFTK, st.integers(1, min(4, steps))),
         st.builds(AlignProp, st.integers(1, min(4, steps))),
-        st.builds(FlowBPSparse, some),
+        st.builds(FlowBPSparse, some, rescale=factor),
     ]
     if steps > 1:
         made += [
-            st.builds(LeapAlign, factor, pairs=st.sampled_from(("midpoint", "dirichlet"))),
-            st.builds(FlowBPBridge, st.integers(2, steps), factor),
-            st.builds(FlowBPLagrange, factor, factor),
+            st.builds(LeapAlign, factor, pairs=st.sampled_from(("midpoint", "midpoint-k"))),
+            st.builds(FlowBPBridge, st.integers(2, steps), alpha=factor, rescale=factor),
         ]
+    everywhere = st.just((0.0, 1.0))
     if steps > 2:
-        made.append(st.builds(SRPO, st.integers(1, steps - 2)))
+        made += [
+            st.builds(LeapAlign, factor, pairs=st.just("dirichlet")),
+            st.builds(FlowBPLagrange, factor, factor, rescale=factor),
+            st.builds(SRPO, step=st.integers(1, steps - 2), window=everywhere),
+        ]
+    if steps > 3:
+        made.append(st.builds(SRPO, st.just(("real",)), step=st.integers(1, (steps - 2) // 2), window=everywhere))
     return draw(st.one_of(made))
