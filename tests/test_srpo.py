@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,11 +14,14 @@ from torch import Tensor
 
 from tests import toy_world
 from tests.tolerances import STOCK, VALUE
-from trajsurgery import SRPO, PlanError, apply, operate, srpo
+from trajsurgery import SRPO, PerSample, PlanError, apply, operate, srpo
 from trajsurgery.errors import RecipeError
 from trajsurgery.grading import fields
 from trajsurgery.methods.srpo import GUIDED, relative
+from trajsurgery.pull import draw_plans, part_of, pull
 from trajsurgery.recipe import Recipe
+from trajsurgery.run import main
+from trajsurgery.world import Embeddings
 
 AUTHORS = SRPO(("Real", "Detail"), ("Flat", "Oil", "Anime"))
 
@@ -108,34 +112,107 @@ CALL = {"prompt": ["a circle"], "height": 16, "width": 16, "num_inference_steps"
 def test_the_guided_field_is_the_same_call_s_with_another_guidance(pipe: Any) -> None:
     """At the noise it gives, and trains by, the velocity of a plain call with that guidance."""
     recipe = replace(Recipe(), rollout=replace(Recipe().rollout, guidance=3.5))
+    plan, weights = srpo(4, 3, GUIDED), list(pipe.transformer.parameters())
     with operate(pipe) as low:
         pipe(**CALL, guidance_scale=1.0, generator=seeded(4))
     with operate(pipe) as high:
         pipe(**CALL, guidance_scale=3.5, generator=seeded(4))
-    both: Any = fields(recipe, low)
+    both: Any = fields(recipe, plan, low)
     x, eps = low.trajectory[0], low.trajectory[5]
     assert not torch.equal(x, high.trajectory[0])
     s4, s3 = low.trajectory.sigma(4), low.trajectory.sigma(3)
     noisy = (1 - s4) * x + s4 * eps
-    grads = []
-    for fresh in (both[GUIDED], high.field):
-        image = (noisy + (s3 - s4) * fresh(noisy, s4) - s3 * eps) / (1 - s3)
-        grads.append(torch.autograd.grad(image.square().sum(), list(pipe.transformer.parameters()), allow_unused=True))
-    plan = srpo(4, 3, GUIDED)
-    out = apply(plan, low.trajectory, both)
-    grads.append(torch.autograd.grad(out.square().sum(), list(pipe.transformer.parameters()), allow_unused=True))
-    sizes = [torch.cat([g.flatten() for g in found if g is not None]) for found in grads]
-    assert sizes[0].norm() > 0
-    assert torch.equal(sizes[0], sizes[1])
-    assert (sizes[2] - sizes[0]).norm() <= STOCK * 10 * sizes[0].norm()  # float32, in another order
+    images = [
+        (noisy + (s3 - s4) * fresh(noisy, s4) - s3 * eps) / (1 - s3) for fresh in (both[GUIDED], high.field, low.field)
+    ]
+    images.append(apply(plan, low.trajectory, both))
+    grads = [torch.autograd.grad(image.square().sum(), weights, allow_unused=True) for image in images]
+    guided, plain, unguided, ours = (torch.cat([g.flatten() for g in found if g is not None]) for found in grads)
+    assert torch.equal(guided, plain)
+    assert (unguided - plain).norm() > 0.01 * plain.norm()
+    assert (ours - plain).norm() <= STOCK * 10 * plain.norm()  # float32, in another order
 
 
-def test_a_guidance_that_is_no_input_is_refused(pipe: Any) -> None:
+def test_a_plan_without_a_name_keeps_the_rollout_s_field(pipe: Any) -> None:
     with operate(pipe) as surgery:
         pipe(**CALL, generator=seeded(4))
-    pipe.transformer.register_to_config(guidance_embeds=False)
-    try:
-        with pytest.raises(RecipeError, match=r"--method\.rollout-guidance"):
-            fields(Recipe(), surgery)
-    finally:
-        pipe.transformer.register_to_config(guidance_embeds=True)
+    assert fields(Recipe(), srpo(4, 3), surgery) is surgery.field
+
+
+METHOD = replace(AUTHORS, window=(0.0, 1.0), rollout_guidance=1.0)
+
+
+def short(tmp_path: Path, memory: Any = "retain", **changes: Any) -> Recipe:
+    recipe = toy_world.recipe(tmp_path)
+    return replace(recipe, method=METHOD, rollout=replace(recipe.rollout, memory=memory, guidance=3.5, **changes))
+
+
+@pytest.mark.parametrize("times", ["shared", "per-sample"])
+def test_training_pulls_the_relative_reward_s_gradient(tmp_path: Path, times: Any) -> None:
+    """Against the same iteration written as a loop: rollout at guidance 1, noise, one step at 3.5, recovery, loss."""
+    recipe = short(tmp_path, times=times)
+    world = toy_world.world(recipe)
+    weights = list(world.module.parameters())
+    plan = draw_plans(recipe, seeded(1))[0]
+    texts, given = ["a circle", "two squares"], Embeddings(world.pipe, toy_world.TEXTS)
+    plan = part_of(plan, 0, 2)
+    each = plan.plans if isinstance(plan, PerSample) else (plan, plan)
+    found = {}
+    for memory in ("retain", "recompute", "staged"):
+        for weight in weights:
+            weight.grad = None
+        here = replace(recipe, rollout=replace(recipe.rollout, memory=memory))
+        said = pull(here, world, plan, texts, {**given(texts), "generator": seeded(2)}, seeded(3), (0.7, 1.0))
+        assert bool(said.isfinite().all())
+        found[memory] = [p.grad for p in weights]
+    wanted = by_hand(recipe, world, each, texts, {**given(texts), "generator": seeded(2)}, times == "per-sample")
+    for memory, got in found.items():
+        for a, b in zip(got, wanted, strict=True):
+            assert (a is None or not a.any()) if b is None else a is not None, memory
+        apart = [(a - b).norm() for a, b in zip(got, wanted, strict=True) if a is not None and b is not None]
+        size = torch.stack([b.norm() for b in wanted if b is not None]).norm()
+        assert size > 0
+        assert torch.stack(apart).norm() <= VALUE[torch.float32] * 10 * size, memory
+
+
+def by_hand(recipe: Recipe, world: Any, plans: Any, texts: Any, given: Any, apart: bool) -> list[Tensor | None]:
+    """Image by image, where each has times of its own."""
+    steps = recipe.rollout.steps
+    call = {"num_inference_steps": steps, "height": recipe.rollout.size, "width": recipe.rollout.size, **given}
+    with operate(world.pipe) as low:
+        world.pipe(**call, guidance_scale=1.0, output_type="latent")
+    with operate(world.pipe) as high:
+        world.pipe(**{**call, "generator": seeded(2)}, guidance_scale=3.5, output_type="latent")
+    words = [pair for _, pair in _drawn(plans, apart)]
+    x, eps, total = low.trajectory[0], low.trajectory[steps], torch.zeros(())
+    for i, plan in enumerate(plans):
+        for output in plan.outputs:
+            k, j = output.x.x.t, output.x.to
+            s_k, s_j = low.trajectory.sigma(k), low.trajectory.sigma(j)
+            noisy = (1 - s_k) * x + s_k * eps
+            image = high.field.decode((noisy + (s_j - s_k) * high.field(noisy, s_k) - s_j * eps) / (1 - s_j))
+            share = (min(k, j) - 1) / (steps - 1)
+            (a, b), (wanted, unwanted) = ((0.1, 0.25), words[i]) if j < k else ((0.3, 0.01), words[i][::-1])
+            prompts = [[f"{word}. {text}" for text in texts] for word in (wanted, unwanted)]
+            score = (1 + a + (b - a) * share) * world.reward(image, prompts[0]) - world.reward(image, prompts[1])
+            total = total + (0.7 - score).clamp(min=0)[i] / len(texts)
+    return list(torch.autograd.grad(total, list(world.module.parameters()), allow_unused=True))
+
+
+def _drawn(plans: Any, apart: bool) -> list[tuple[Any, tuple[str, str]]]:
+    """The words that the recipe's generator draws, for each sample."""
+    generator = seeded(3)
+    pairs = []
+    for _ in plans if apart else plans[:1]:
+        positive = METHOD.positive[int(torch.randint(2, (), generator=generator))]
+        pairs.append((positive, METHOD.negative[int(torch.randint(3, (), generator=generator))]))
+    return list(zip(plans, pairs if apart else pairs * len(plans), strict=True))
+
+
+def test_a_guidance_that_is_no_input_is_refused_before_the_first_image(tmp_path: Path) -> None:
+    recipe = short(tmp_path)
+    world = toy_world.world(recipe)
+    world.module.register_to_config(guidance_embeds=False)  # pyright: ignore[reportCallIssue]
+    with pytest.raises(RecipeError, match=r"--method\.rollout-guidance"):
+        main(recipe, world)
+    assert not (tmp_path / "checkpoint.pt").exists()

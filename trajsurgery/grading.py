@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from trajsurgery.errors import RecipeError
 from trajsurgery.methods.srpo import GUIDED
 from trajsurgery.node import Velocity
 from trajsurgery.params import Fields
+from trajsurgery.persample import PerSample
 from trajsurgery.pipelines import Surgery
 from trajsurgery.plan import Plan
 from trajsurgery.recipe import Recipe
@@ -18,13 +21,27 @@ from trajsurgery.reentry import PipelineField
 from trajsurgery.scorers import Reward
 
 
-def graders(recipe: Recipe, plan: Plan, reward: Reward, generator: torch.Generator) -> tuple[Reward, ...]:
+def graders(recipe: Recipe, plan: Plan | PerSample, reward: Reward, generator: torch.Generator) -> tuple[Reward, ...]:
     """The reward of each output: the recipe's, or what the method makes of it (`SRPO.graded`)."""
     own: Any = getattr(recipe.method, "graded", None)
-    return tuple(reward for _ in plan.outputs) if own is None else own(plan, reward, generator)
+    if own is None:
+        return (reward,) * len(plan.plans[0].outputs if isinstance(plan, PerSample) else plan.outputs)
+    if isinstance(plan, Plan):
+        return own(plan, reward, generator)
+    return tuple(map(_each, zip(*(own(one, reward, generator) for one in plan.plans), strict=True)))
 
 
-def guided(plan: Plan) -> bool:
+def _each(grades: Sequence[Reward]) -> Reward:
+    """One reward for a batch whose samples have each their own."""
+
+    def graded(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        parts = zip(grades, images.split(1), prompts, strict=True)
+        return torch.cat([grade(image, [prompt]) for grade, image, prompt in parts])
+
+    return graded
+
+
+def guided(plan: Plan | PerSample) -> bool:
     """Whether a field with another guidance than the rollout's takes a step of the plan."""
     return any(isinstance(node, Velocity) and node.field == GUIDED for node in plan.nodes)
 
@@ -35,18 +52,24 @@ def rollout_guidance(recipe: Recipe) -> dict[str, float]:
     return {} if found is None else {"guidance_scale": found}
 
 
-def fields(recipe: Recipe, surgery: Surgery) -> Fields:
-    """The rollout's field, and by the name GUIDED the same call's with the recipe's guidance.
+def steerable(recipe: Recipe, transformer: nn.Module) -> None:
+    """Stops a recipe whose rollout has another guidance than its step on a model that is not told its guidance.
 
     Raises:
-        RecipeError: the pipeline's guidance is no input of its model.
+        RecipeError: guidance is no input of the model.
     """
-    pipe = surgery.field.record.pipe
-    if not getattr(pipe.transformer.config, "guidance_embeds", False):
+    if rollout_guidance(recipe) and not getattr(transformer.config, "guidance_embeds", False):
         raise RecipeError(
-            f"--method.rollout-guidance: the guidance of {type(pipe).__name__} is no input of its model (or it has "
-            "none), so that a rollout can't be entered again with another one. Leave it out: both have the recipe's."
+            f"--method.rollout-guidance {rollout_guidance(recipe)['guidance_scale']}: guidance is no input of "
+            f"{recipe.model}'s {type(transformer).__name__}, so that its rollout can't be entered again with another "
+            "one. Say --method.rollout-guidance None: rollout and step both have --rollout.guidance."
         )
+
+
+def fields(recipe: Recipe, plan: Plan | PerSample, surgery: Surgery) -> Fields:
+    """The rollout's field; beside it, under GUIDED, the same call's with the recipe's guidance if the plan asks."""
+    if not guided(plan):
+        return surgery.field
     record = copy.copy(surgery.field.record)
     record.arguments = {**record.arguments, "guidance_scale": recipe.rollout.guidance}
     return {None: surgery.field, GUIDED: PipelineField(record, surgery.trajectory)}

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trajsurgery import objective
+from trajsurgery import grading, objective
+from trajsurgery.params import Fields
 from trajsurgery.persample import PerSample
 from trajsurgery.pipelines import Surgery, operate
 from trajsurgery.plan import Plan
@@ -51,14 +52,15 @@ def pull(
     The graph of decoder and reward is run and freed before the transformer's backward pass begins.
     """
     lambda_, share = scale
-    images, outputs, found, surgery = _sample(recipe, world, plan, kwargs, renoise)
+    images, outputs, found, surgery, fields = _sample(recipe, world, plan, kwargs, renoise)
     decoded = [images, *(surgery.decode(x) for x in outputs[1:])]
-    scores = [world.reward(_whole(image), texts) for image in decoded]
+    graders = grading.graders(recipe, plan, world.reward, renoise)
+    scores = [grade(_whole(image), texts) for image, grade in zip(decoded, graders, strict=True)]
     weights = objective.weights(plan, surgery.trajectory, found, recipe.weights_at, recipe.objective.tau)
     loss = objective.loss(scores, weights.w, lambda_)
     cotangents = objective.cotangents(loss * share, outputs)
     if recipe.rollout.memory == "staged":
-        backward(plan, surgery.trajectory, surgery.field, cotangents, generator=renoise, check=False)
+        backward(plan, surgery.trajectory, fields, cotangents, generator=renoise, check=False)
     else:
         torch.autograd.backward(outputs, cotangents)
     held = hold(surgery, share) if hold else loss.detach() * 0
@@ -113,17 +115,17 @@ def pull_several(
 
 def _sample(
     recipe: Recipe, world: World, plan: Plan | PerSample, kwargs: dict[str, Any], renoise: torch.Generator
-) -> tuple[Tensor, tuple[Tensor, ...], dict[int, Tensor], Surgery]:
+) -> tuple[Tensor, tuple[Tensor, ...], dict[int, Tensor], Surgery, Fields]:
     """A rollout through the pipe: images of the plan's first output, all outputs, its leaps' distances, the surgery."""
     rollout, memory = recipe.rollout, recipe.rollout.memory
-    call = {"num_inference_steps": rollout.steps, **call_of(recipe), **kwargs}
-    if memory != "staged" and isinstance(plan, Plan):
+    call = {"num_inference_steps": rollout.steps, **call_of(recipe), **kwargs, **grading.rollout_guidance(recipe)}
+    if memory != "staged" and isinstance(plan, Plan) and not grading.guided(plan):
         with operate(world.pipe, plan, memory=memory, generator=renoise) as surgery:
             images = world.pipe(**call, output_type="pt")[0]
-        return images, surgery.outputs, surgery.distances, surgery
+        return images, surgery.outputs, surgery.distances, surgery, surgery.field
     with operate(world.pipe) as surgery:
         world.pipe(**call, output_type="latent")
-    tail = surgery.trajectory, surgery.field
+    tail = surgery.trajectory, grading.fields(recipe, plan, surgery)
     if memory == "staged":
         found = values(plan, *tail, generator=renoise)
     else:
@@ -132,7 +134,7 @@ def _sample(
     if memory == "staged":
         outputs = tuple(x.detach().requires_grad_() for x in outputs)
     apart = distances(plan, *tail, generator=renoise) if recipe.weights_at != "none" else {}
-    return surgery.decode(outputs[0]), outputs, apart, surgery
+    return surgery.decode(outputs[0]), outputs, apart, surgery, tail[1]
 
 
 def _whole(images: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from trajsurgery import alarm, guards, lora, preflight, report, watching, world
+from trajsurgery import alarm, grading, guards, lora, preflight, report, watching, world
 from trajsurgery.checkpoint import METRICS, Log, Training, resume, save, write_whole
 from trajsurgery.errors import SurgeryError
 from trajsurgery.evaluate import compare
@@ -79,6 +79,7 @@ def main(recipe: Recipe, scene: world.World | None = None, console: Console | No
     torch.set_num_threads(recipe.threads)
     found = scene or world.load(recipe)
     world.trial(recipe, found)
+    grading.steerable(recipe, found.module)
     guards.check(recipe, found)
     training = Training.start(recipe, found.module)
     log = Log(recipe.output / METRICS)
