@@ -31,7 +31,7 @@ LAYERS: dict[str, str] = {
     " preflight checkpoint anchor guards grading pull train ascent noise_recipe",
     "planning": "memory",
     "report": "calibration evaluate watching report filmstrip",
-    "run": "run noise_run score grade options pictures sampled comparison command __main__",
+    "run": "options run noise_run grade sampling standing versions contest command score __main__",
     "testing": "testing",
 }
 """Layer: its files and packages. A file imports from its own layer and from those above it."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,9 +18,10 @@ from torch import Tensor
 from tests.toy_world import LikesRed
 from trajsurgery import RewardError
 from trajsurgery.errors import RecipeError
+from trajsurgery.grade import pictures, read, scores, summary
 from trajsurgery.recipe import Recipe
 from trajsurgery.rewards import named
-from trajsurgery.score import main, pictures, read, summary
+from trajsurgery.score import main
 from trajsurgery.scorers import scorer
 
 CPU = torch.device("cpu")
@@ -113,12 +117,29 @@ def test_the_command_prints_and_saves(folder: Path, capsys: pytest.CaptureFixtur
 def test_what_does_not_fit_is_said(folder: Path, capsys: pytest.CaptureFixture[str], change: object, said: str) -> None:
     (folder / "bad.jsonl").write_text('{"image": 3}\n')
     (folder / "few.jsonl").write_text('{"image": "b.png", "prompt": "x"}\n')
-    basis = [folder, "--prompts", folder / "notes.txt", "--reward", "tests.toy_world:LikesRed"]
     further = change(folder)  # type: ignore[operator]
-    words = (*further, *basis) if isinstance(further[0], Path) else (*basis, *further)
-    assert main([str(word) for word in words]) == 1
+    given = {"--prompts": folder / "notes.txt", "--reward": "tests.toy_world:LikesRed"}
+    images = [folder, *(further if isinstance(further[0], Path) else [])]
+    given |= {} if isinstance(further[0], Path) else {further[0]: further[1]}
+    assert main([str(word) for word in (*images, *(w for pair in given.items() for w in pair))]) == 1
     assert re.search(said, " ".join(capsys.readouterr().out.split()))
     assert not (folder / "scores.json").exists()
+
+
+def test_pictures_of_one_size_are_graded_together_and_each_once(folder: Path) -> None:
+    for name, size in (("d.png", (8, 5)), ("e.png", (8, 5)), ("f.png", (8, 5))):
+        Image.new("RGB", size, "red").save(folder / name)
+    (folder / "six.txt").write_text("x\n" * 6)
+    seen, done = list[int](), list[int]()
+
+    class Counts(LikesRed):
+        def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+            seen.append(len(images))
+            return super().__call__(images, prompts)
+
+    asked = pictures([folder], folder / "six.txt")
+    assert scores(Counts(), asked, CPU, 2, done.append) == scores(LikesRed(), asked, CPU)
+    assert seen == done == [1, 1, 1, 2, 1]
 
 
 def test_a_file_that_is_no_picture(folder: Path) -> None:
@@ -133,3 +154,27 @@ def test_one_value_has_no_error() -> None:
     assert math.isnan(error)
     scores: Tensor = LikesRed()(torch.ones(1, 3, 2, 2), ["x"])
     assert float(scores) == 0
+
+
+QUICK = """
+import sys
+from trajsurgery.command import main
+try:
+    main(sys.argv[1:])
+except SystemExit as stop:
+    print(stop.code, [m for m in ("torch", "diffusers", "transformers") if m in sys.modules])
+"""
+
+
+@pytest.mark.parametrize("words", [["--help"], ["score", "--help"], ["evaluate", "--help"]], ids=len)
+def test_help_imports_no_torch(words: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-c", QUICK, *words], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0 []"
+    assert words[0] in done.stdout
+
+
+@pytest.mark.parametrize("module", ["trajsurgery", "trajsurgery.score"])
+def test_the_modules_are_the_command(module: str) -> None:
+    words = [sys.executable, "-m", module, "--help"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert "grades pictures" in done.stdout or "Scores pictures" in done.stdout
