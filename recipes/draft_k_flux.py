@@ -6,7 +6,7 @@ from trajsurgery import DRaFTK
 from trajsurgery.recipe import presets
 from trajsurgery.run import cli
 
-RECIPES = presets(DRaFTK(k=1), "outputs/draft_k_flux")
+RECIPES = presets(DRaFTK(k=5), "outputs/draft_k_flux")
 
 if __name__ == "__main__":
     sys.exit(cli(RECIPES, __doc__))

@@ -6,7 +6,7 @@ from trajsurgery import FlowBPBridge
 from trajsurgery.recipe import presets
 from trajsurgery.run import cli
 
-RECIPES = presets(FlowBPBridge(active=3, alpha=0.1), "outputs/flowbp_bridge_flux")
+RECIPES = presets(FlowBPBridge(active=5, alpha=0.1), "outputs/flowbp_bridge_flux")
 
 if __name__ == "__main__":
     sys.exit(cli(RECIPES, __doc__))

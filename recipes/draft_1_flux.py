@@ -1,0 +1,12 @@
+"""DRaFT-1 on Flux. Without an argument: the embedded tiny Flux, on a CPU, in minutes."""
+
+import sys
+
+from trajsurgery import DRaFT1
+from trajsurgery.recipe import presets
+from trajsurgery.run import cli
+
+RECIPES = presets(DRaFT1(), "outputs/draft_1_flux")
+
+if __name__ == "__main__":
+    sys.exit(cli(RECIPES, __doc__))
