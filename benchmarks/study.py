@@ -6,38 +6,31 @@ Each method gets the same iterations, batch and optimiser; its learning rate is 
 prompts and a seed of their own, from the grid that all share (and extended by a step where the best lies at its edge).
 Then it runs on every seed, with the prompts and noise that all methods of a seed share, and its held-out images are
 graded by the reward, two further scorers and the rules, paired with the untuned model's image by image. Writes
-study.json, study.md and study.png beside this file, from as many whole seeds as there are. Runs that are finished are
-read, not repeated, and one that was interrupted goes on: after any interruption the same command continues.
+study.json, study.md, study.png and study_samples.png beside this file, from as many whole seeds as there are. Runs that
+are finished are read, not repeated, and one that was interrupted goes on: after any interruption the same command
+continues. Time and memory are measured by study_cost.py.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import tyro
+from study_figures import figures
+from study_methods import METHODS, Budget, wanted
+from study_pictures import draw, samples
 from study_pool import do
+from study_report import write
 from study_runs import Task, finished, scores
 
-from trajsurgery import methods
-from trajsurgery.recipe import Method, presets
-
 HERE = Path(__file__).parent
-METHODS: dict[str, Method] = {
-    "refl": methods.ReFL(),
-    "draft_lv": methods.DRaFTLV(),
-    "drtune": methods.DRTune(),
-    "leapalign": methods.LeapAlign(),
-    "flowbp_sparse": methods.FlowBPSparse(),
-    "flowbp_bridge": methods.FlowBPBridge(),
-    "flowbp_lagrange": methods.FlowBPLagrange(),
-}
-GRID = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
-"""The learning rates that may be tried; `Options.rates` are tried for all."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +41,7 @@ class Options:
     """In the table's order."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     rates: tuple[float, ...] = (1e-5, 3e-5, 1e-4)
-    """The learning rates of the grid's middle, tried with every method."""
+    """The learning rates that are tried with every method; the grid goes on in both directions."""
     validation: int = 100
     """The seed on which the rate is chosen."""
     chosen: Path | None = None
@@ -65,97 +58,85 @@ class Options:
     runs: Path = Path("outputs/study")
     """Where the runs themselves are; keep it to go on."""
 
-
-def task(options: Options, method: Method, rate: float, seed: int, split: str, folder: Path) -> Task:
-    """A run of a method; with split "validation" its last stage alone is graded."""
-    chosen = presets(method, "")["tiny"]
-    recipe = replace(
-        chosen,
-        optimiser=replace(chosen.optimiser, rate=rate),
-        evaluation=replace(chosen.evaluation, images=options.images, pictures=24, split=split),
-        iterations=options.stages[-1],
-        seed=seed,
-        threads=1,
-        output=options.runs / folder,
-    )
-    return Task(recipe, options.stages if split == "heldout" else options.stages[-1:])
+    @property
+    def budget(self) -> Budget:
+        """What all runs have in common."""
+        return Budget(self.stages, self.images, self.runs)
 
 
-def base(options: Options, seed: int, split: str) -> Task:
-    """The untuned model's images of a seed, which all methods share."""
-    made = task(options, METHODS["refl"], GRID[0], seed, split, Path("base") / f"{split}_{seed}")
-    return Task(made.recipe, (0,))
+def tried(options: Options, name: str) -> dict[float, dict[str, float]]:
+    """{rate: figures of the validation images}, of the runs that are finished; the rates in the order of `wanted`."""
+    found: dict[float, dict[str, float]] = {}
+    while True:
+        rewards = {rate: line["reward"] for rate, line in found.items()}
+        tasks = {rate: options.budget.trial(name, rate, options.validation) for rate in wanted(rewards, options.rates)}
+        new = {rate: task for rate, task in tasks.items() if rate not in found and finished(task)}
+        if not new:
+            return found
+        found |= {rate: figures(scores(task.folder, options.stages[-1])) for rate, task in new.items()}
 
 
-def trial(options: Options, name: str, rate: float) -> Task:
-    """A method's run on the validation seed."""
-    folder = Path("rates") / name / f"{rate:g}"
-    return task(options, METHODS[name], rate, options.validation, "validation", folder)
+def best(found: dict[float, dict[str, float]], figure: str = "reward") -> float:
+    """The rate with the highest figure."""
+    return max(found, key=lambda rate: found[rate][figure])
 
 
-def tried(options: Options, name: str) -> dict[float, float]:
-    """Rate: mean reward on the validation prompts, for the runs that are finished."""
-    tasks = {rate: trial(options, name, rate) for rate in GRID}
-    last = options.stages[-1]
-    return {rate: float(scores(t.folder, last).reward.mean()) for rate, t in tasks.items() if finished(t)}
-
-
-def wanted(found: dict[float, float], rates: tuple[float, ...]) -> tuple[float, ...]:
-    """The rates to try: those of the middle, and the next of the grid where the best of all tried lies at an edge."""
-    if set(rates) - found.keys():
-        return rates
-    best, (low, high) = max(found, key=found.__getitem__), (min(found), max(found))
-    place = GRID.index(best)
-    beyond = [GRID[place - 1]] if best == low and place else []
-    beyond += [GRID[place + 1]] if best == high and place + 1 < len(GRID) else []
-    return tuple(sorted({*found, *beyond}))
-
-
-def rate(options: Options, name: str) -> float | None:
-    """The rate chosen for a method; None while it is being chosen."""
+def choices(options: Options) -> dict[str, dict[str, Any]]:
+    """How each method's rate was chosen, and which one the rules would have; `chosen` is None while it is not done."""
     if options.chosen is not None:
-        import json
+        there = json.loads(options.chosen.read_text())["rates"]
+        return {name: {"chosen": there[name]["chosen"]} for name in options.methods}
+    found: dict[str, dict[str, Any]] = {}
+    for name in options.methods:
+        at = tried(options, name)
+        left = set(wanted({rate: line["reward"] for rate, line in at.items()}, options.rates)) - at.keys()
+        found[name] = {
+            "tried": {f"{rate:g}": line for rate, line in sorted(at.items())},
+            "left": sorted(left),
+            "chosen": None if left else best(at),
+            "by_rules": None if left else best(at, "rules"),
+        }
+    return found
 
-        return float(json.loads(options.chosen.read_text())["rates"][name]["chosen"])
-    found = tried(options, name)
-    return None if set(wanted(found, options.rates)) - found.keys() else max(found, key=found.__getitem__)
 
-
-def plan(options: Options) -> list[Task]:
+def plan(options: Options) -> Iterator[Task]:
     """Rates first, then one seed after the other with all methods, so that what is there is balanced at any time."""
-    rates = {name: rate(options, name) for name in options.methods}
-    return [*_trials(options), *_seeds(options, rates)]
-
-
-def _trials(options: Options) -> Iterator[Task]:
+    found, budget = choices(options), options.budget
     if options.chosen is None:
-        yield base(options, options.validation, "validation")
-        found = {name: tried(options, name) for name in options.methods}
-        for value in GRID:
-            for name in options.methods:
-                if value in wanted(found[name], options.rates):
-                    yield trial(options, name, value)
-
-
-def _seeds(options: Options, rates: dict[str, float | None]) -> Iterator[Task]:
+        yield budget.base(options.validation, "validation")
+        trials = [(rate, name) for name, line in found.items() for rate in (*map(float, line["tried"]), *line["left"])]
+        for rate, name in sorted(trials, key=lambda one: one[0]):
+            yield budget.trial(name, rate, options.validation)
     for seed in options.seeds:
-        yield base(options, seed, "heldout")
-        for name in options.methods:
-            value = rates[name]
-            if value is not None:
-                yield task(options, METHODS[name], value, seed, "heldout", Path("seeds") / name / str(seed))
+        yield budget.base(seed)
+        for name, line in found.items():
+            if line["chosen"] is not None:
+                yield budget.run(name, line["chosen"], seed)
 
 
-def said(options: Options, done: Task) -> str:
+def said(done: Task) -> str:
     """A line about a finished run."""
-    last = scores(done.folder, done.stages[-1])
-    assert last.correct is not None, "the embedded world has rules"
-    return f"reward {float(last.reward.mean()):.4f} rules {float(last.correct.float().mean()):.3f}"
+    line = figures(scores(done.folder, done.stages[-1]))
+    return f"reward {line['reward']:.4f} rules {line['rules']:.3f}"
+
+
+def table(options: Options) -> dict[str, dict[int, Task]]:
+    """{method: {seed: its run}} of the methods whose rates are chosen, the base first."""
+    tasks = {"base": {seed: options.budget.base(seed) for seed in options.seeds}}
+    for name, line in choices(options).items():
+        rate = line["chosen"]
+        tasks[name] = {} if rate is None else {seed: options.budget.run(name, rate, seed) for seed in options.seeds}
+    return tasks
 
 
 def main(options: Options) -> int:
     """Runs what is left, then writes what there is."""
-    complete = options.report or do(lambda: plan(options), options.workers, lambda done: said(options, done))
+    complete = options.report or do(lambda: list(plan(options)), options.runs, options.workers, said)
+    tasks = table(options)
+    found = write(tasks, choices(options), options.output)
+    if found is not None:
+        draw(found, options.output / "study.png")
+        samples(tasks, found["seeds"][0], options.output / "study_samples.png")
     return 0 if complete else 130
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import signal
 import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -15,19 +17,25 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from study_runs import Task, finished, progress, work
 
+from trajsurgery.errors import SurgeryError
+
 Plan = Callable[[], Sequence[Task]]
 """All tasks that are known by now, in the order in which they are to be done; asked again after each."""
 
 
-def do(plan: Plan, workers: int, said: Callable[[Task], str]) -> bool:
+def do(plan: Plan, folder: Path, workers: int, said: Callable[[Task], str]) -> bool:
     """Does what is not done yet, several runs side by side; says whether all of it is done (False: interrupted).
 
     Args:
+        folder: where the runs are; no two studies work there at a time.
         said: a line about a finished task.
+
+    Raises:
+        SurgeryError: another study works there.
     """
     console = Console(soft_wrap=True)
     context, running = multiprocessing.get_context("spawn"), dict[Future[bool], Task]()
-    with _terminated(), _bar(console) as show, ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with alone(folder), _terminated(), _bar(console) as show, ProcessPoolExecutor(workers, mp_context=context) as pool:
         try:
             while True:
                 known = plan()
@@ -68,6 +76,20 @@ def _told(ended: list[tuple[Task, Future[bool]]], console: Console, said: Callab
 
 def _now() -> str:
     return time.strftime("%H:%M:%S")
+
+
+@contextmanager
+def alone(folder: Path) -> Generator[None]:
+    """Holds the folder's lock, which the system takes back from a process that ends in whatever way."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise SurgeryError(
+                f"another study works in {folder}: wait for it, stop it, or pass --runs with another folder."
+            ) from error
+        yield
 
 
 @contextmanager

@@ -94,6 +94,7 @@ def work(task: Task) -> bool:
     found = world.load(task.recipe)
     training = Training.start(task.recipe, found.module)
     resume(task.recipe, training)
+    world.Embeddings(found.pipe, found.texts)  # all at once, so that they do not depend on where a run was interrupted
     for stage in task.stages:
         if stage and not train(replace(task.recipe, iterations=stage), found, training, lambda _: None):
             return False

@@ -1,0 +1,198 @@
+"""The paper's ablations on the embedded world: Fig. 4a to 4f, Fig. 6 and Table 5, three seeds.
+
+    python benchmarks/ablations.py
+
+One thing is varied at a time around LeapAlign as study.py runs it: the same rate, prompts and noise; the centre's runs
+are the study's own and are not repeated. Writes ablations.json, ablations.md and pictures beside this file, from the
+seeds that are whole. Finished runs are read, interrupted ones go on: the same command continues after any interruption.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import ablation_terms
+import study
+import tyro
+from ablation_pictures import draw
+from ablation_variants import CENTRE, GROUPS, NORM, VARIANTS, findings
+from provenance import provenance
+from study_figures import NAMED, interval, whole
+from study_methods import Budget
+from study_pool import do
+from study_report import last, rounded, stages, training
+from study_runs import Task, described, finished
+from study_table import cell, half, row
+
+from trajsurgery.errors import SurgeryError
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which variants, on which seeds."""
+
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    rate: float | None = None
+    """The learning rate; LeapAlign's in the study if left out."""
+    stages: tuple[int, ...] = (75, 150, 225)
+    """The study's; variants are graded after the last alone."""
+    images: int = 480
+    workers: int = 2
+    """Processes side by side, one thread each."""
+    draws: int = 24
+    """Plans whose gradient is taken apart term by term; 0 leaves it out."""
+    report: bool = False
+    """Only write tables and pictures of what is finished."""
+    output: Path = HERE
+    runs: Path = Path("outputs/study")
+    """The study's folder."""
+
+    @property
+    def budget(self) -> Budget:
+        """The study's."""
+        return Budget(self.stages, self.images, self.runs)
+
+
+def chosen(options: Options) -> float:
+    """The rate of all variants.
+
+    Raises:
+        SurgeryError: the study has not chosen it yet.
+    """
+    settings = study.Options(methods=(CENTRE,), stages=options.stages, images=options.images, runs=options.runs)
+    rate = options.rate or study.choices(settings)[CENTRE]["chosen"]
+    if rate is None:
+        raise SurgeryError(f"{options.runs} holds no choice of LeapAlign's rate: run study.py first, or pass --rate.")
+    return rate
+
+
+def variant(options: Options, name: str, rate: float, seed: int) -> Task:
+    """A run of a variant; the centre's is the study's."""
+    if name == CENTRE:
+        return options.budget.run(CENTRE, rate, seed)
+    changed = VARIANTS[name]
+    folder = Path("ablations") / name.replace(" ", "_").replace(",", "").replace("/", "_") / str(seed)
+    recipe = options.budget.recipe(changed.method, rate, seed, "heldout", folder)
+    recipe = replace(recipe, objective=replace(recipe.objective, **changed.objective))
+    return Task(recipe, options.stages[-1:])
+
+
+def table(options: Options, rate: float) -> dict[str, dict[int, Task]]:
+    """{variant: {seed: its run}}, base and centre first."""
+    tasks = {"base": {seed: options.budget.base(seed) for seed in options.seeds}}
+    for name in (CENTRE, *options.variants):
+        tasks[name] = {seed: variant(options, name, rate, seed) for seed in options.seeds}
+    return tasks
+
+
+def plan(options: Options, rate: float) -> Iterator[Task]:
+    """One seed after the other with all variants."""
+    tasks = table(options, rate)
+    for seed in options.seeds:
+        yield from (of[seed] for of in tasks.values())
+
+
+def terms(options: Options, rate: float) -> dict[str, list[dict[str, Any]]]:
+    """The terms' norms at the untuned model, and where the first seed's runs with alpha 0.3 and 1 ended."""
+    seed = options.seeds[0]
+    runs = {name: variant(options, name, rate, seed) for name in (CENTRE, "alpha 1")}
+    places = {"untuned": None, **{f"tuned, {name}": run.folder for name, run in runs.items() if finished(run)}}
+    recipe = runs[CENTRE].recipe
+    found: dict[str, list[dict[str, Any]]] = {}
+    for model, place in places.items():
+        kept = options.runs / "terms" / f"{model.replace(', ', '_').replace(' ', '_')}_{options.draws}.json"
+        if not kept.exists():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps(ablation_terms.measured(recipe, options.draws, place)))
+        found[model] = json.loads(kept.read_text())
+    return found
+
+
+def gathered(options: Options, rate: float) -> dict[str, Any] | None:
+    """What ablations.json holds; None if no seed is whole."""
+    tasks = table(options, rate)
+    runs, names = last(stages(tasks)), [name for name in tasks if name != "base"]
+    for name in names:
+        for seed, line in runs[name].items():
+            line[NORM] = statistics.fmean(training(tasks[name][seed])["grad_norm"])
+    seeds = whole(runs, names)
+    if not seeds:
+        print("no seed is finished for all variants yet: there is nothing to write")
+        return None
+    records = [described(task) for of in tasks.values() for task in of.values() if finished(task)]
+    complete = seeds == sorted(options.seeds)
+    asked = tuple(options.variants) == tuple(VARIANTS)
+    return {
+        **provenance(),
+        "commits": sorted({record["commit"] for record in records}),
+        "worlds": sorted({record["world"] for record in records}),
+        "complete": complete,
+        "seeds": seeds,
+        "rate": rate,
+        "groups": {
+            group: [n for n in of if n in names] for group, of in GROUPS.items() if set(of) & set(options.variants)
+        },
+        "runs": {name: {seed: runs[name][seed] for seed in seeds} for name in tasks},
+        "findings": [finding.to_dict() for finding in findings(runs, seeds)] if asked else [],
+    }
+
+
+def document(found: Mapping[str, Any], said: list[str]) -> str:
+    """ablations.md: a table for every part of the paper, and its findings."""
+    runs, seeds = found["runs"], found["seeds"]
+    state = "all seeds asked for" if found["complete"] else "INCOMPLETE: only the seeds finished for all variants"
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    parts = [
+        "# The ablations on the embedded world",
+        f"`{found['command']}`; {versions}; {found['machine']['processor']}, {found['machine']['cores']} cores; "
+        f"commits {', '.join(found['commits'])}; world {', '.join(found['worlds'])}.",
+        f"Seeds {seeds} ({state}), rate {found['rate']:g}. Gains over the base, paired; ± is half of the 95% interval "
+        "over seeds. The averaged weights are graded (Fig. 6 of the paper grades those that train).",
+    ]
+    columns = [*NAMED, "position", "attribute binding"]
+    for group, names in found["groups"].items():
+        head = [group, *(NAMED.get(column, column) for column in columns), NORM]
+        lines = [row(head), row(["---"] * len(head))]
+        for name in names:
+            gains = [interval([runs[name][s][c] - runs["base"][s][c] for s in seeds]).to_dict() for c in columns]
+            norm = interval([runs[name][s][NORM] for s in seeds]).to_dict()
+            cells = [cell(g["mean"], half(g), c, "+") for g, c in zip(gains, columns)]
+            lines.append(row([name, *cells, cell(norm["mean"], half(norm), "rules")]))
+        parts.append("\n".join(lines))
+    return "\n\n".join([*parts, *said]) + "\n"
+
+
+def main(options: Options) -> int:
+    """Runs what is left, then writes what there is."""
+    rate = chosen(options)
+    complete = options.report or do(lambda: list(plan(options, rate)), options.runs, options.workers, study.said)
+    found = gathered(options, rate)
+    if found is None:
+        return 0 if complete else 130
+    told = findings(found["runs"], found["seeds"]) if found["findings"] else []
+    said = ["## What the paper found", *(finding.markdown() for finding in told)]
+    options.output.mkdir(parents=True, exist_ok=True)
+    if options.draws and complete:
+        lines = terms(options, rate)
+        found["terms"] = {model: ablation_terms.told(of) for model, of in lines.items()}
+        said += ["## The gradient's terms (medians)", "\n".join(ablation_terms.markdown(found["terms"]))]
+        ablation_terms.draw(lines, options.output / "ablation_terms.png")
+    (options.output / "ablations.json").write_text(json.dumps(rounded(found), indent=1) + "\n")
+    (options.output / "ablations.md").write_text(document(found, said))
+    draw(found, options.output / "ablations.png")
+    return 0 if complete else 130
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(tyro.cli(Options, description=__doc__)))

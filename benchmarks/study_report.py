@@ -1,0 +1,110 @@
+"""What is committed of the study: study.json and study.md, from the runs that are finished."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from provenance import provenance
+from study_figures import figures, rank, summary, whole
+from study_findings import of_table_2
+from study_runs import Task, curve, described, finished, scores
+from study_table import document
+
+BIN = 15
+"""Iterations whose training rewards and gradient norms are averaged."""
+
+
+def stages(tasks: Mapping[str, Mapping[int, Task]]) -> dict[str, dict[int, dict[int, dict[str, float]]]]:
+    """{name: {seed: {iteration: figures}}} of finished tasks."""
+    return {
+        name: {
+            seed: {stage: figures(scores(task.folder, stage)) for stage in task.stages}
+            for seed, task in of.items()
+            if finished(task)
+        }
+        for name, of in tasks.items()
+    }
+
+
+def last(found: Mapping[str, Mapping[int, Mapping[int, dict[str, float]]]]) -> dict[str, dict[int, dict[str, float]]]:
+    """{name: {seed: figures}} after the last stage."""
+    return {name: {seed: at[max(at)] for seed, at in of.items()} for name, of in found.items()}
+
+
+def training(task: Task) -> dict[str, list[float]]:
+    """The rollouts' reward and the gradient's norm before clipping, averaged over bins of iterations."""
+    lines = curve(task.folder)
+    bins = [lines[i : i + BIN] for i in range(0, len(lines), BIN)]
+    return {key: [round(statistics.fmean(line[key] for line in part), 5) for part in bins] for key in WATCHED}
+
+
+WATCHED = ("reward", "grad_norm", "closed", "weight")
+
+
+def gathered(tasks: Mapping[str, Mapping[int, Task]], rates: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that study.json holds but the costs.
+
+    Args:
+        tasks: {method: {seed: its task}}, `base` among them.
+        rates: what is to be said about how they were chosen.
+    """
+    at = stages(tasks)
+    runs, names = last(at), [name for name in tasks if name != "base"]
+    seeds = whole(runs, names)
+    asked = sorted(next(iter(tasks.values())))
+    done = [task for of in tasks.values() for task in of.values() if finished(task)]
+    records = [described(task) for task in done]
+    recipe = {name: value for name, value in records[-1]["recipe"].items() if name not in ("output", "method", "seed")}
+    return {
+        **provenance(),
+        "commits": sorted({record["commit"] for record in records}),
+        "worlds": sorted({record["world"] for record in records}),
+        "complete": seeds == asked,
+        "seeds": seeds,
+        "recipe": recipe,
+        "rates": rates,
+        "summary": summary(runs, seeds, ["base", *names]) if seeds else {},
+        "ranking": rank(runs, seeds, names, "reward") if seeds else [],
+        "findings": [one.to_dict() for one in of_table_2(runs, seeds, names)] if seeds else [],
+        "runs": at,
+        "training": {
+            name: {seed: training(task) for seed, task in of.items() if finished(task)}
+            for name, of in tasks.items()
+            if name != "base"
+        },
+        "skipped": {
+            str(task.folder.name): record["skipped"] for task, record in zip(done, records) if record["skipped"]
+        },
+    }
+
+
+def write(
+    tasks: Mapping[str, Mapping[int, Task]], rates: Mapping[str, Any], output: Path, stem: str = "study"
+) -> dict[str, Any] | None:
+    """Writes study.json and study.md; what is in the first, None if no seed is finished for all methods."""
+    found = gathered(tasks, rates)
+    if not found["seeds"]:
+        print("no seed is finished for all methods yet: there is nothing to write")
+        return None
+    names = [name for name in tasks if name != "base"]
+    runs = last(found["runs"])
+    costs_file = Path(__file__).parent / "study_cost.json"
+    costs = json.loads(costs_file.read_text())["methods"] if costs_file.exists() else {}
+    output.mkdir(parents=True, exist_ok=True)
+    (output / f"{stem}.json").write_text(json.dumps(rounded(found), indent=1) + "\n")
+    text = document(found, of_table_2(runs, found["seeds"], names), costs)
+    (output / f"{stem}.md").write_text(text)
+    return found
+
+
+def rounded(value: Any) -> Any:
+    """Numbers with six digits: what is read is the same on every machine that shows it."""
+    if isinstance(value, Mapping):
+        return {str(name): rounded(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(inner) for inner in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value

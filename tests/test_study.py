@@ -1,0 +1,255 @@
+"""The study's scripts: runs go on after an interruption, intervals are Student's, tables hold what the runs say."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from tests import toy_world
+from trajsurgery import world
+from trajsurgery.checkpoint import METRICS, Log
+from trajsurgery.errors import RecipeError, SurgeryError
+from trajsurgery.heldout import Scores
+
+HERE = Path(__file__).parents[1] / "benchmarks"
+CATEGORIES = ("single object", "two objects", "counting", "colours", "position", "attribute binding")
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """A file of benchmarks/, imported as it is when it is run."""
+    monkeypatch.syspath_prepend(str(HERE))
+    return importlib.import_module
+
+
+def invented(task: Any, gain: float, rules: float, seed: int) -> None:
+    """A finished run that was never run: its rewards are the seed's, and higher by the gain."""
+    g = torch.Generator().manual_seed(seed)
+    reward, luck, pictures = torch.rand(12, generator=g), torch.rand(12, generator=g), torch.rand(4, generator=g)
+    task.folder.mkdir(parents=True)
+    for stage in task.stages:
+        risen = reward + gain * stage / 225
+        held = Scores(
+            tuple(f"prompt {i}" for i in range(12)),
+            CATEGORIES * 2,
+            risen,
+            luck < rules,
+            torch.zeros(12),
+            (pictures.view(4, 1, 1, 1).expand(4, 3, 4, 4) * 255).to(torch.uint8),
+            {"tiny:scorer_b": risen / 2, "tiny:scorer_c": risen * 2},
+            {"pixels": torch.ones(12)},
+        )
+        torch.save(held.to_dict(), task.folder / f"scores_{stage}.pt")
+    log = Log(task.folder / METRICS)
+    for i in range(30):
+        log.append({"kind": "iteration", "reward": i + gain, "grad_norm": 1.0, "closed": 0.5, "weight": 1.0})
+    record = {"recipe": task.recipe.to_dict(), "skipped": 0, "commit": "abc", "world": "def"}
+    (task.folder / "done.json").write_text(json.dumps(record))
+
+
+# -- one run ----------------------------------------------------------------------------------------------------------
+
+
+def toy_task(script: Callable[[str], ModuleType], folder: Path) -> Any:
+    return script("study_runs").Task(toy_world.recipe(folder, iterations=4), (2, 4))
+
+
+def test_an_interrupted_run_goes_on_to_the_same_images(
+    script: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = script("study_runs")
+    monkeypatch.setattr(world, "load", toy_world.world)
+    straight, broken = toy_task(script, tmp_path / "straight"), toy_task(script, tmp_path / "broken")
+    assert runs.work(straight)
+    trained, evaluate = runs.train, runs.evaluate
+
+    def interrupted(recipe: Any, *rest: Any) -> bool:
+        return trained(replace(recipe, iterations=min(recipe.iterations, 3)), *rest) and recipe.iterations < 4
+
+    monkeypatch.setattr(runs, "train", interrupted)
+    assert not runs.work(broken)
+    assert not runs.finished(broken)
+    assert runs.progress(broken) == 3 + 15
+    seen: list[int] = []
+    monkeypatch.setattr(runs, "train", trained)
+    monkeypatch.setattr(runs, "evaluate", lambda recipe, of: (seen.append(1), evaluate(recipe, of))[1])
+    assert runs.work(broken)
+    assert runs.finished(broken)
+    assert len(seen) == 1, "the images of the first stage were made before the interruption"
+    for stage in (2, 4):
+        a, b = (runs.scores(task.folder, stage) for task in (straight, broken))
+        assert torch.equal(a.reward, b.reward)
+        assert torch.equal(a.pictures, b.pictures)
+    assert not torch.equal(runs.scores(straight.folder, 2).reward, runs.scores(straight.folder, 4).reward)
+    assert [line["iteration"] for line in runs.curve(broken.folder)] == [1, 2, 3, 4]
+
+
+def test_the_averaged_weights_are_graded_and_training_goes_on_with_its_own(
+    script: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = script("study_runs")
+    monkeypatch.setattr(world, "load", toy_world.world)
+    staged, once = toy_task(script, tmp_path / "staged"), toy_task(script, tmp_path / "once")
+    once = replace(once, stages=(4,))
+    assert runs.work(staged)
+    assert runs.work(once)
+    assert torch.equal(runs.scores(staged.folder, 4).reward, runs.scores(once.folder, 4).reward)
+    rewards = [[line["reward"] for line in runs.curve(task.folder)] for task in (staged, once)]
+    assert rewards[0] == rewards[1]
+
+
+def test_a_folder_of_another_recipe_is_refused(script: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    runs = script("study_runs")
+    task = toy_task(script, tmp_path / "run")
+    invented(task, 0, 0.5, 0)
+    assert runs.finished(task)
+    with pytest.raises(RecipeError, match=r"seed: 0 there, 1 here"):
+        runs.finished(replace(task, recipe=replace(task.recipe, seed=1)))
+
+
+def test_two_studies_do_not_share_a_folder(script: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    pool = script("study_pool")
+    with pool.alone(tmp_path), pytest.raises(SurgeryError, match="another study"), pool.alone(tmp_path):
+        pass
+    with pool.alone(tmp_path):
+        pass
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("freedom, t", [(1, 12.7062), (2, 4.30265), (4, 2.77645), (30, 2.04227)])
+def test_quantiles_are_those_of_the_printed_tables(script: Callable[[str], ModuleType], freedom: int, t: float) -> None:
+    assert script("study_figures").quantile(freedom) == pytest.approx(t, rel=1e-5)
+
+
+def test_an_interval_by_hand(script: Callable[[str], ModuleType]) -> None:
+    figures = script("study_figures")
+    found = figures.interval([1.0, 2.0, 3.0])  # standard error 1 / sqrt(3)
+    assert (found.mean, found.seeds) == (2, 3)
+    assert found.high - found.mean == pytest.approx(4.30265 / 3**0.5, rel=1e-5)
+    assert found.verdict == "not decided"
+    assert figures.interval([1.0, 1.1, 1.2]).verdict == "above 0"
+    assert figures.interval([-1.0, -1.1, -1.2]).verdict == "below 0"
+    assert figures.interval([5.0]).verdict == "not decided"
+    assert figures.interval([5.0]).to_dict()["low"] is None
+    with pytest.raises(ValueError, match="no seed"):
+        figures.interval([])
+
+
+def test_differences_are_paired_seed_by_seed(script: Callable[[str], ModuleType]) -> None:
+    figures = script("study_figures")
+    runs = {
+        "base": {0: {"reward": 0.0}, 1: {"reward": 10.0}, 2: {"reward": 5.0}},
+        "a": {0: {"reward": 1.0}, 1: {"reward": 11.1}},
+        "b": {0: {"reward": 0.5}, 1: {"reward": 10.5}, 2: {"reward": 5.5}},
+    }
+    assert figures.whole(runs, ["a", "b"]) == [0, 1]
+    assert figures.gain(runs, [0, 1], "a", "reward").low > 0  # the seeds' own spread has fallen out
+    assert figures.contrast(runs, [0, 1], ["a", "b"], ["base"], "reward").mean == pytest.approx(0.775)
+    assert figures.rank(runs, [0, 1], ["b", "a"], "reward") == ["a", "b"]
+
+
+def test_what_a_finding_says(script: Callable[[str], ModuleType]) -> None:
+    finding, interval = script("study_findings").Finding, script("study_figures").interval
+    up, down, open_ = interval([1.0, 1.1]), interval([-1.0, -1.1]), interval([1.0, -1.0])
+    assert finding("", {"x": up}).verdict == "reappears"
+    assert finding("", {"x": up, "y": down}).verdict == "does not reappear: the opposite for y"
+    assert finding("", {"x": up, "y": open_}).verdict == "in part: x; the rest is not decided"
+    assert finding("", {"x": open_}).verdict == "not decided by these seeds"
+    assert finding("", {"x": open_}, strict=False).verdict.startswith("not contradicted")
+    assert finding("", {"x": down}, strict=False).verdict.startswith("does not reappear")
+
+
+def test_the_grid_of_rates_goes_on_where_the_best_is_at_its_edge(script: Callable[[str], ModuleType]) -> None:
+    wanted, middle = script("study_methods").wanted, (1e-5, 3e-5, 1e-4)
+    assert wanted({}, middle) == middle
+    assert wanted({1e-5: 1.0}, middle) == middle
+    assert wanted({1e-5: 1.0, 3e-5: 2.0, 1e-4: 1.0}, middle) == middle
+    assert wanted({1e-5: 1.0, 3e-5: 2.0, 1e-4: 3.0}, middle) == (*middle, 3e-4)
+    assert wanted({1e-5: 3.0, 3e-5: 2.0, 1e-4: 1.0}, middle) == (3e-6, *middle)
+    assert wanted({3e-6: 2.0, 1e-5: 3.0, 3e-5: 2.0, 1e-4: 1.0}, middle) == (3e-6, *middle)
+
+
+# -- the whole study --------------------------------------------------------------------------------------------------
+
+
+def test_the_order_of_the_runs_and_what_is_written(script: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    study = script("study")
+    options = study.Options(
+        methods=("refl", "leapalign"), seeds=(0, 1, 2), output=tmp_path / "out", runs=tmp_path / "runs", report=True
+    )
+    order = [str(task.folder.relative_to(options.runs)) for task in study.plan(options)]
+    assert order[:3] == ["base/validation_100", "rates/refl/1e-05", "rates/leapalign/1e-05"]
+    assert order[-3:] == ["base/heldout_0", "base/heldout_1", "base/heldout_2"], "no run before its rate is chosen"
+    for name, rise in (("refl", 0.1), ("leapalign", 0.2)):
+        for rate in options.rates:
+            invented(options.budget.trial(name, rate, 100), rise + (rate == 3e-5), 0.5 + (rate == 1e-5) / 2, 7)
+    found = study.choices(options)
+    assert [(line["chosen"], line["by_rules"]) for line in found.values()] == [(3e-5, 1e-5)] * 2
+    order = [str(task.folder.relative_to(options.runs)) for task in study.plan(options)]
+    assert order[7:] == [
+        f"{name}{seed}" for seed in (0, 1, 2) for name in ("base/heldout_", "seeds/refl/", "seeds/leapalign/")
+    ]
+    for seed in (0, 1):
+        invented(options.budget.base(seed), 0, 0.5, seed)
+        for name, rise in (("refl", 0.1), ("leapalign", 0.2)):
+            invented(options.budget.run(name, 3e-5, seed), rise + seed / 100, 0.5, seed)
+    invented(options.budget.base(2), 0, 0.5, 2)
+    assert study.main(options) == 0
+    told = json.loads((options.output / "study.json").read_text())
+    assert told["seeds"] == [0, 1], "a seed that not all methods have finished is left out"
+    assert not told["complete"]
+    assert told["ranking"] == ["leapalign", "refl"]
+    gain = told["summary"]["leapalign"]["reward"]["gain"]
+    assert gain["mean"] == pytest.approx(0.205, abs=1e-5)
+    assert str(tmp_path) not in json.dumps(told), "no path of a machine is published"
+    text = (options.output / "study.md").read_text()
+    assert "INCOMPLETE" in text
+    assert "- leapalign - refl: +0.1000 [+0.1000, +0.1000]" in text
+    for picture in ("study.png", "study_samples.png"):
+        assert (options.output / picture).stat().st_size > 10_000
+
+
+def test_the_ablations_are_the_study_s_centre_with_one_thing_changed(
+    script: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    ablations, variants = script("ablations"), script("ablation_variants")
+    options = ablations.Options(seeds=(0, 1), draws=0, output=tmp_path / "out", runs=tmp_path / "runs", report=True)
+    with pytest.raises(SurgeryError, match=r"run study\.py first"):
+        ablations.main(options)
+    options = replace(options, rate=3e-5)
+    tasks = ablations.table(options, 3e-5)
+    centre = tasks[variants.CENTRE][0].recipe.to_dict()
+    assert set(variants.VARIANTS) == {name for of in variants.GROUPS.values() for name in of} - {variants.CENTRE}
+    folders = {task.folder for of in tasks.values() for task in of.values()}
+    assert len(folders) == 2 * len(tasks), "two variants share a folder"
+    for name in variants.VARIANTS:
+        changed = tasks[name][0].recipe
+        assert changed.method.draw(25, torch.Generator().manual_seed(0)).outputs
+        apart = {key for key, value in changed.to_dict().items() if value != centre[key]}
+        assert apart <= {"method", "objective", "output"}, (name, apart)
+        assert apart > {"output"}, f"{name} is the centre"
+    for place, of in enumerate(tasks.values()):
+        for seed, task in of.items():
+            invented(task, place / 100 + seed / 1000, 0.5, seed)
+    told = variants.findings(ablations.gathered(options, 3e-5)["runs"], [0, 1])
+    assert (
+        told[0].verdict
+        == "does not reappear: the opposite for leapalign - alpha 0, reward, leapalign - alpha 1, reward"
+    )
+    assert told[1].verdict == "not decided by these seeds", "all norms are equal"
+    assert ablations.main(replace(options, variants=("alpha 1", "no weights"))) == 0
+    told = json.loads((options.output / "ablations.json").read_text())
+    assert told["complete"]
+    assert list(told["groups"].values()) == [["leapalign", "alpha 1"], ["no weights", "leapalign"]]
+    assert (options.output / "ablations.png").stat().st_size > 10_000
+    assert "INCOMPLETE" not in (options.output / "ablations.md").read_text()
