@@ -8,8 +8,8 @@ from trajsurgery.recipe import presets
 from trajsurgery.run import cli
 
 WORDS = ("Natural-lighting", "Detail", "Detailed", "Real"), ("Concept art", "Painting", "Anime", "Flat", "Oil")
-METHODS = {  # the authors' words are for HPSv2.1 and large models; the embedded Flux has no guidance to change
-    "tiny": SRPO(("exactly", "only", "just"), ("near", "with", "both")),
+METHODS = {  # the words are for HPSv2.1: the embedded scorer reads its own prompts alone, and its Flux has no guidance
+    "tiny": SRPO(),
     "paper": SRPO(*WORDS, rollout_guidance=1.0),
 }
 RECIPES = {

@@ -317,3 +317,10 @@ def test_settings_that_make_no_plan_are_refused(wrong):
 @pytest.mark.parametrize("method", [*DRAWN, LeapAlign(leaps=3), DRTune(connected=True), ReFL(), DRaFTLV()], ids=str)
 def test_the_public_proof_of_every_method(method):
     check_gradient(method, draws=1, steps=6)
+
+
+@pytest.mark.parametrize("steps", ["6", 6.0, None, True, 0])
+@pytest.mark.parametrize("method", [*DRAWN, LeapAlign(), DRTune(), ReFL(), DRaFTLV()], ids=str)
+def test_what_is_no_number_of_steps_is_told(method, steps):
+    with pytest.raises(PlanError, match="draw received steps="):
+        method.draw(steps)

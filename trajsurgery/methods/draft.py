@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from trajsurgery.errors import PlanError
-from trajsurgery.methods.draws import uniform
+from trajsurgery.methods.draws import counted, uniform
 from trajsurgery.plan import Plan, latent
 
 
@@ -73,6 +73,7 @@ class DRaFT1:
 
     def draw(self, steps: int, generator: torch.Generator | None = None) -> Plan:
         """A plan for a sampler of `steps` steps."""
+        counted(steps)
         return Plan(*draft_k(1).outputs, steps=steps)
 
 
@@ -85,6 +86,7 @@ class WholeTrajectory:
 
     def draw(self, steps: int, generator: torch.Generator | None = None) -> Plan:
         """A plan for a sampler of `steps` steps."""
+        counted(steps)
         return whole_trajectory(steps)
 
 
@@ -103,6 +105,7 @@ class DRaFTK:
         Raises:
             PlanError: more steps than the sampler has.
         """
+        counted(steps)
         return Plan(*draft_k(steps if self.k is None else self.k).outputs, steps=steps)
 
 
@@ -121,6 +124,7 @@ class AlignProp:
         Raises:
             PlanError: `most` does not lie in 1..`steps`.
         """
+        counted(steps)
         most = steps if self.most is None else self.most
         if not 1 <= most <= steps:
             raise PlanError(f"AlignProp(most={most}) on {steps} steps: the gradient runs through 1..{steps} of them.")
@@ -138,4 +142,5 @@ class DRaFTLV:
 
     def draw(self, steps: int, generator: torch.Generator | None = None) -> Plan:
         """A plan for a sampler of `steps` steps."""
+        counted(steps)
         return Plan(*draft_lv(self.n).outputs, steps=steps)

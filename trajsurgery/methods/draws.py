@@ -11,6 +11,14 @@ import torch
 from trajsurgery.errors import PlanError
 
 
+def counted(steps: object) -> None:
+    """Raises PlanError for what is no number of steps."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise PlanError(
+            f"draw received steps={steps!r}: it is the sampler's number of steps, an int of at least 1, 25."
+        )
+
+
 def uniform(count: int, generator: torch.Generator | None) -> int:
     """An int in 0..count - 1."""
     return int(torch.randint(count, (), generator=generator).item())

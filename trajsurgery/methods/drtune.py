@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from trajsurgery.errors import PlanError
-from trajsurgery.methods.draws import late, uniform
+from trajsurgery.methods.draws import counted, late, uniform
 from trajsurgery.plan import Plan, latent, recorded
 
 
@@ -62,6 +62,7 @@ class DRTune:
         Raises:
             PlanError: more training times than steps; `last` is below 1.
         """
+        counted(steps)
         if not 1 <= self.train <= steps:
             raise PlanError(
                 f"DRTune(train={self.train}) on {steps} steps: the number of training times lies in 1..{steps}."

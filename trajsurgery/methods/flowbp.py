@@ -14,7 +14,7 @@ import torch
 
 from trajsurgery.errors import PlanError
 from trajsurgery.interpolant import weights
-from trajsurgery.methods.draws import biased, split
+from trajsurgery.methods.draws import biased, counted, split
 from trajsurgery.node import Factor, LatentNode, VelocityNode
 from trajsurgery.plan import Plan, latent, recorded
 
@@ -174,6 +174,7 @@ class FlowBPSparse:
         Raises:
             PlanError: more active times than steps.
         """
+        counted(steps)
         if not 1 <= self.active <= steps:
             raise PlanError(f"FlowBPSparse(active={self.active}) on {steps} steps: it lies in 1..{steps}.")
         active = biased(range(steps, 0, -1), self.active, self.bias, generator)
@@ -203,6 +204,7 @@ class FlowBPBridge:
         Raises:
             PlanError: fewer than two active times, or more than steps.
         """
+        counted(steps)
         if not 2 <= self.active <= steps:
             raise PlanError(f"FlowBPBridge(active={self.active}) on {steps} steps: it lies in 2..{steps}.")
         j = 1 + min(torch.randperm(steps, generator=generator)[:2].tolist())
@@ -234,6 +236,7 @@ class FlowBPLagrange:
         Raises:
             PlanError: fewer than three steps; another number of sigmas.
         """
+        counted(steps)
         _lengths(steps, self.sigmas)
         k, j = split(self.shares, steps, generator)
         drawn = flowbp_lagrange(k, j, self.alpha, self.scale, self.sigmas, self.rescale)

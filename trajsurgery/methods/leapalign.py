@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from trajsurgery.errors import PlanError
-from trajsurgery.methods.draws import choose, midpoint, split, uniform
+from trajsurgery.methods.draws import choose, counted, midpoint, split, uniform
 from trajsurgery.node import Factor, Time
 from trajsurgery.plan import Plan, latent
 
@@ -91,6 +91,7 @@ class LeapAlign:
             PlanError: the window is no part of (0, 1), or holds fewer times than leaps, or no pair at the distance;
                 settings that exclude one another.
         """
+        counted(steps)
         if not 0 <= self.window[0] < self.window[1] <= 1:
             raise PlanError(
                 f"LeapAlign(window={self.window}): a window is two shares of T, rising, in [0, 1]: (0, 0.5) is the "

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trajsurgery.methods.draws import late
+from trajsurgery.methods.draws import counted, late
 from trajsurgery.node import Time
 from trajsurgery.plan import Plan, latent
 
@@ -34,4 +34,5 @@ class ReFL:
         Raises:
             PlanError: `last` is below 1.
         """
+        counted(steps)
         return Plan(*refl(late(self.last, steps, generator)).outputs, steps=steps)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from trajsurgery.methods.draws import counted
 from trajsurgery.node import Time
 from trajsurgery.plan import Plan, noise
 
@@ -35,4 +36,5 @@ class ReNO:
 
     def draw(self, steps: int, generator: torch.Generator | None = None) -> Plan:
         """A plan for a sampler of `steps` steps."""
+        counted(steps)
         return Plan(*reno(*range(steps - 1, 0, -1)).outputs, steps=steps)

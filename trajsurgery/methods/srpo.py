@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from trajsurgery.errors import PlanError
-from trajsurgery.methods.draws import uniform
+from trajsurgery.methods.draws import counted, uniform
 from trajsurgery.node import Draw, Leap, Recover, Time
 from trajsurgery.plan import Plan, latent
 
@@ -91,6 +91,7 @@ class SRPO:
         Raises:
             PlanError: no time is left between the step and T; settings that are out of their ranges.
         """
+        counted(steps)
         self._check()
         both, times = self.inversion and self._relative, self._times(steps)
         free = [m for m in times if m + self.step < steps and m > self.step * both]  # at T nothing of the image is left
