@@ -134,7 +134,8 @@ def _rows(rows: Iterable[tuple[str, Any]], path: Path, style: str = ALL) -> Iter
 def _asked(row: Any, path: Path, where: str, style: str) -> Asked:
     if isinstance(row, str) and row.strip():
         return Asked(row.strip(), style)
-    named = {str(name).lower(): value for name, value in row.items()} if isinstance(row, Mapping) else {}
+    record: Mapping[str, Any] = row if isinstance(row, Mapping) else {}
+    named = {str(name).lower(): value for name, value in record.items()}
     text = next((named[name] for name in TEXT if name in named), None)
     if not isinstance(text, str) or not text.strip():
         raise RecipeError(
@@ -142,4 +143,4 @@ def _asked(row: Any, path: Path, where: str, style: str) -> Asked:
             f"object with one under {', '.join(TEXT)}."
         )
     category = next((named[name] for name in CATEGORY if named.get(name) is not None), None)
-    return Asked(text.strip(), style if category is None else str(category), row)
+    return Asked(text.strip(), style if category is None else str(category), record)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,8 +12,9 @@ from typing import Any, Literal
 from trajsurgery import world
 from trajsurgery.errors import RecipeError
 from trajsurgery.options import Evaluate
-from trajsurgery.preflight import cached, lacking_model
+from trajsurgery.preflight import lacking_model
 from trajsurgery.recipe import EMBEDDED, Recipe
+from trajsurgery.rewards.weights import cached
 from trajsurgery.settings import Rollout
 
 BASE = "base"
@@ -90,7 +91,7 @@ def run_of(given: Evaluate) -> dict[str, Any]:
     return next(_runs(given.tuned), {})
 
 
-def _runs(tuned: Iterable[str]) -> Iterable[dict[str, Any]]:
+def _runs(tuned: Iterable[str]) -> Iterator[dict[str, Any]]:
     for where in tuned:
         for folder in (Path(where), Path(where).parent):
             if (folder / "recipe.json").is_file() and (folder / "transformer").is_dir():

@@ -1,0 +1,96 @@
+"""On the embedded world, a reward made to be hacked: unguarded it rises while the held-out scorer falls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from trajsurgery import LeapAlign, guards, scorers, world
+from trajsurgery.checkpoint import METRICS, Log, Training
+from trajsurgery.objective import Objective
+from trajsurgery.recipe import Recipe
+from trajsurgery.settings import Evaluation, Guards, Optimiser, Rollout
+from trajsurgery.train import train
+
+HACKED, HELD = "tests.test_guards_world:Brightness", "tiny:scorer_b"
+
+
+class Brightness:
+    """reward(images, prompts): the mean of all pixels, whatever is asked for."""
+
+    threshold = 1.0
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return images.mean((1, 2, 3))
+
+
+def ran(output: Path, reward: str = HACKED, **given: Any) -> tuple[Recipe, Training, list[Mapping[str, Any]]]:
+    """A short run; looks every four iterations."""
+    recipe = Recipe(
+        method=LeapAlign(),
+        reward=reward,
+        prompts="tiny:even",
+        objective=Objective(threshold=1.0 if reward == HACKED else 1.5, tau=0.02),
+        rollout=Rollout(steps=8, batch=8),
+        optimiser=Optimiser(rate=3e-4),
+        evaluation=Evaluation(images=12, steps=8, batch=24, metrics=(HELD,)),
+        guards=Guards(**{"every": 4, "images": 24, **given}),
+        iterations=16,
+        ema=0.5,
+        save_every=100,
+        output=output,
+    )
+    found = world.load(recipe)
+    guards.check(recipe, found)
+    training = Training.start(recipe, found.module)
+    assert train(recipe, found, training, lambda _: None)
+    return recipe, training, [line for line in Log(output / METRICS).read() if line["kind"] == "look"]
+
+
+@pytest.fixture(scope="module")
+def unguarded(tmp_path_factory: pytest.TempPathFactory) -> list[Mapping[str, Any]]:
+    return ran(tmp_path_factory.mktemp("none"))[2]
+
+
+def held(look: Mapping[str, Any]) -> float:
+    return look["metrics"][HELD]
+
+
+@pytest.mark.slow
+def test_the_hacked_reward_rises_and_the_held_out_scorer_falls(unguarded: list[Mapping[str, Any]]) -> None:
+    assert unguarded[-1]["reward"] > unguarded[0]["reward"] + 0.005
+    assert held(unguarded[-1]) < held(unguarded[0]) - 0.05
+    assert unguarded[-1]["rule"] < unguarded[0]["rule"]
+
+
+@pytest.mark.slow
+def test_early_stop_fires_on_the_same_run(unguarded: list[Mapping[str, Any]], tmp_path: Path) -> None:
+    recipe, training, looks = ran(tmp_path, patience=2)
+    assert training.iteration < recipe.iterations
+    assert guards.stopped(recipe, training)
+    for look, same in zip(looks, unguarded):
+        assert {**look, "seconds": 0} == {**same, "seconds": 0}
+    assert training.watch.best == max(looks, key=held)["iteration"] == looks[-3]["iteration"]
+
+
+@pytest.mark.slow
+def test_the_anchor_lessens_the_fall(unguarded: list[Mapping[str, Any]], tmp_path: Path) -> None:
+    _, _, looks = ran(tmp_path, anchor=3.0)
+    fall, before = held(looks[0]) - held(looks[-1]), held(unguarded[0]) - held(unguarded[-1])
+    assert fall < 0.5 * before
+
+
+@pytest.mark.slow
+def test_a_mixture_lessens_the_fall_and_shows_its_parts(unguarded: list[Mapping[str, Any]], tmp_path: Path) -> None:
+    recipe, _, looks = ran(tmp_path, f"1*{HACKED}+2*tiny")
+    fall, before = held(looks[0]) - held(looks[-1]), held(unguarded[0]) - held(unguarded[-1])
+    assert fall < 0.5 * before
+    for look in looks:
+        parts = look["metrics"][f"1*{HACKED}"] + 2 * look["metrics"]["2*tiny"]
+        assert look["reward"] == pytest.approx(parts, abs=1e-5)
+    assert "tiny" not in scorers.further(replace(recipe, evaluation=Evaluation()))
