@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -37,7 +38,9 @@ def cli(presets: Mapping[str, Recipe], description: str, args: Sequence[str] | N
     chosen.add_argument("--preset", choices=list(presets), default=next(iter(presets)))
     preset = presets[chosen.parse_known_args(given)[0].preset]
     try:
-        recipe = tyro.cli(Recipe, default=preset, args=given, description=description, console_outputs=True)
+        with warnings.catch_warnings():  # tyro reads a method of the user's own all the same
+            warnings.filterwarnings("ignore", message=".*does not match any type in Union")
+            recipe = tyro.cli(Recipe, default=preset, args=given, description=description, console_outputs=True)
         if recipe.dry_run:
             return dry_run(recipe, console)
         return INTERRUPTED if main(recipe, console=console) is None else 0

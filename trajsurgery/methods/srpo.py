@@ -120,7 +120,8 @@ class SRPO:
         share = (min(start, to) - times[0]) / max(1, times[-1] - times[0])
         first, last = self.discount if to < start else self.discount_inversion
         k = first + (last - first) * min(max(share, 0.0), 1.0)
-        return relative(reward, *(words if to < start else reversed(words)), k)
+        wanted, unwanted = words if to < start else reversed(words)
+        return relative(reward, wanted, unwanted, k)
 
     @property
     def _relative(self) -> bool:
