@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from trajsurgery import LeapAlign, guards, scorers, world
+from trajsurgery import LeapAlign, guards, scorers, tiny, world
 from trajsurgery.checkpoint import METRICS, Log, Training
 from trajsurgery.objective import Objective
 from trajsurgery.recipe import Recipe
@@ -52,6 +53,24 @@ def ran(output: Path, reward: str = HACKED, **given: Any) -> tuple[Recipe, Train
     return recipe, training, [line for line in Log(output / METRICS).read() if line["kind"] == "look"]
 
 
+def test_a_file_s_categories_are_kept_and_validation_prompts_are_the_world_s_own(tmp_path: Path) -> None:
+    rows = [{"tag": "colors", "include": [], "prompt": "a red circle"}, {"tag": "counting", "prompt": "two squares"}]
+    (tmp_path / "heldout.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "looks.txt").write_text("a triangle\n")
+    recipe = Recipe(heldout=str(tmp_path / "heldout.jsonl"), evaluation=Evaluation(metrics=()))
+    found = world.load(recipe)
+    assert [(prompt.text, prompt.category) for prompt in found.heldout] == [
+        ("a red circle", "colors"),
+        ("two squares", "counting"),
+    ]
+    assert found.validation == ()
+    watched = replace(recipe, guards=Guards(every=1, prompts=str(tmp_path / "looks.txt")))
+    assert [prompt.text for prompt in world.load(watched).validation] == ["a triangle"]
+    own = world.load(replace(recipe, heldout="tiny", guards=Guards(every=1))).validation
+    assert len({prompt.category for prompt in own}) == 6
+    assert not {prompt.text for prompt in own} & {p.text for s in ("train", "heldout") for p in tiny.prompts(s)}
+
+
 @pytest.fixture(scope="module")
 def unguarded(tmp_path_factory: pytest.TempPathFactory) -> list[Mapping[str, Any]]:
     return ran(tmp_path_factory.mktemp("none"))[2]
@@ -89,7 +108,7 @@ def test_the_anchor_lessens_the_fall(unguarded: list[Mapping[str, Any]], tmp_pat
 def test_a_mixture_lessens_the_fall_and_shows_its_parts(unguarded: list[Mapping[str, Any]], tmp_path: Path) -> None:
     recipe, _, looks = ran(tmp_path, f"1*{HACKED}+2*tiny")
     fall, before = held(looks[0]) - held(looks[-1]), held(unguarded[0]) - held(unguarded[-1])
-    assert fall < 0.5 * before
+    assert fall < 0.75 * before
     for look in looks:
         parts = look["metrics"][f"1*{HACKED}"] + 2 * look["metrics"]["2*tiny"]
         assert look["reward"] == pytest.approx(parts, abs=1e-5)

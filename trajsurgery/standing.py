@@ -13,7 +13,6 @@ import torch
 from rich.table import Table
 
 from trajsurgery.evaluate import Gain, paired
-from trajsurgery.grade import summary
 from trajsurgery.sampling import Sample
 
 
@@ -40,9 +39,16 @@ class Standing:
 
     def gain(self, model: str, reward: str, category: str | None = None) -> Gain:
         """Of a model over the base, paired image by image; images of one prompt are no independent ones."""
-        texts = tuple(s.prompt.text for s in self.asked if category in (None, s.prompt.category))
         before, after = (torch.tensor(self.values(m, reward, category)) for m in (self.models[0], model))
-        return paired(before, after, texts)
+        return paired(before, after, self._texts(category))
+
+    def mean(self, model: str, reward: str, category: str | None = None) -> Gain:
+        """Of a model alone: over nothing."""
+        values = torch.tensor(self.values(model, reward, category))
+        return paired(torch.zeros_like(values), values, self._texts(category))
+
+    def _texts(self, category: str | None) -> tuple[str, ...]:
+        return tuple(s.prompt.text for s in self.asked if category in (None, s.prompt.category))
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict (JSON); what is not defined is None."""
@@ -58,9 +64,9 @@ class Standing:
         return {"means": means, **({"gains": gains} if len(self.models) > 1 else {}), "images": list(self._rows())}
 
     def _mean(self, model: str, reward: str, category: str | None) -> dict[str, Any]:
-        values = self.values(model, reward, category)
-        mean, error = summary(values)
-        return _plain({"mean": mean, "standard_error": error, "images": len(values)})
+        found = self.mean(model, reward, category)
+        errors = {"standard_error": found.se, "standard_error_by_prompt": found.se_by_prompt}
+        return _plain({"mean": found.after, **errors, "images": len(self._texts(category))})
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         for i, s in enumerate(self.asked):
@@ -78,13 +84,17 @@ def rows(standing: Standing) -> Iterator[tuple[str, ...]]:
     categories = (None, *(standing.categories if len(standing.categories) > 1 else ()))
     for category in categories:
         for reward in standing.rewards:
-            mean, error = summary(standing.values(standing.models[0], reward, category))
-            cells = [f"{mean:.4f}" + ("" if math.isnan(error) else f" ± {error:.4f}")]
+            base = standing.mean(standing.models[0], reward, category)
+            cells = [f"{base.after:.4f}{_error(base)}"]
             for model in standing.models[1:]:
                 gain = standing.gain(model, reward, category)
-                error = gain.se if math.isnan(gain.se_by_prompt) else gain.se_by_prompt
-                cells += [f"{gain.after:.4f}", f"{gain.gain:+.4f}" + ("" if math.isnan(error) else f" ± {error:.4f}")]
+                cells += [f"{gain.after:.4f}", f"{gain.gain:+.4f}{_error(gain)}"]
             yield reward if category is None else f"{category}: {reward}", *cells
+
+
+def _error(gain: Gain) -> str:
+    """Over prompts; a single prompt has none."""
+    return "" if math.isnan(gain.se_by_prompt) else f" ± {gain.se_by_prompt:.4f}"
 
 
 def heads(standing: Standing) -> tuple[str, ...]:
@@ -95,8 +105,8 @@ def heads(standing: Standing) -> tuple[str, ...]:
 def told(standing: Standing) -> str:
     """What the table's figures are."""
     numbers = {sample.number for sample in standing.asked}
-    paired_by = "; gains are paired image by image, their standard errors are over prompts"
-    return f"{len(standing.asked)} images of {len(numbers)} prompts" + (paired_by if len(standing.models) > 1 else "")
+    paired_by = "; gains are paired image by image" if len(standing.models) > 1 else ""
+    return f"{len(standing.asked)} images of {len(numbers)} prompts, ± standard errors over prompts{paired_by}"
 
 
 def table(standing: Standing) -> Table:
