@@ -48,7 +48,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *(nn.Linear(16, 32), nn.Dropout(0.2), nn.Linear(32, 24), nn.Dropout(0.2), nn.Linear(24, 12), nn.Dropout(0.1)),
         *(nn.Linear(12, 6), nn.Linear(6, 1)),
     )
-    path = tmp_path_factory.mktemp("head") / "sac+logos+ava1-l14-linearMSE.pth"
+    path = tmp_path_factory.mktemp("head") / "head.pth"
     torch.save({f"layers.{name}": value for name, value in layers.state_dict().items()}, path)
     assert "layers.7.bias" in torch.load(path)
     return path

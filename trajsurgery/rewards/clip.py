@@ -56,10 +56,10 @@ class CLIP(nn.Module):
         if checkpointing:
             checkpointed(self.model.vision_model.encoder.layers)
 
-    def images(self, images: Tensor) -> Tensor:
-        """Float[batch dim], of images in [0, 1] of any size."""
+    def images(self, images: Tensor, rounded: bool = False) -> Tensor:
+        """Float[batch dim], of images in [0, 1] of any size; `rounded`: see `pixels.resized`."""
         weight: Tensor = self.model.visual_projection.weight
-        pixels = normalised(cropped(images.to(weight), self.side, self.corner))
+        pixels = normalised(cropped(images.to(weight), self.side, self.corner, rounded))
         return functional.normalize(self.model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
 
     def texts(self, prompts: list[str]) -> Tensor:
@@ -69,9 +69,9 @@ class CLIP(nn.Module):
         with torch.no_grad():
             return functional.normalize(self.model.get_text_features(**given).pooler_output, dim=-1)
 
-    def cosines(self, images: Tensor, prompts: list[str]) -> Tensor:
+    def cosines(self, images: Tensor, prompts: list[str], rounded: bool = False) -> Tensor:
         """Float[batch], of each image and its text."""
-        return (self.images(images) * self.texts(prompts)).sum(-1)
+        return (self.images(images, rounded) * self.texts(prompts)).sum(-1)
 
 
 class PickScore(Reward):
@@ -114,7 +114,7 @@ class PickScore(Reward):
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Float[batch]; see the class."""
-        return self.factor * self.clip.cosines(images, prompts)
+        return self.factor * self.clip.cosines(images, prompts, self.rounded)
 
 
 class CLIPScore(Reward):
@@ -139,7 +139,7 @@ class CLIPScore(Reward):
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Float[batch]; see the class."""
-        return self.clip.cosines(images, prompts)
+        return self.clip.cosines(images, prompts, self.rounded)
 
 
 class Aesthetic(Reward):
@@ -169,4 +169,4 @@ class Aesthetic(Reward):
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Float[batch]; see the class."""
-        return self.head(self.clip.images(images)).squeeze(-1)
+        return self.head(self.clip.images(images, self.rounded)).squeeze(-1)

@@ -43,6 +43,11 @@ class Reward(nn.Module, ABC):
     """Of the weights."""
     autocast: torch.dtype | None = None
     """Set it to torch.bfloat16 to run the model under autocast."""
+    rounded: bool = False
+    """Set it to True for the originals' own numbers on pictures of bytes: what PIL resizes there is rounded to 255
+    levels here too, and the gradient passes the rounding as if it were not there. Each reward says what it changes."""
+    differentiable: bool = True
+    """False for judges that answer in text: they grade and can't be trained on."""
 
     @abstractmethod
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
@@ -52,6 +57,11 @@ class Reward(nn.Module, ABC):
         """Float[batch], the scores; see the class."""
         texts = _paired(self.name, images, prompts)
         _in_range(self.name, images)
+        if images.requires_grad and torch.is_grad_enabled() and not self.differentiable:
+            raise RewardError(
+                f"{self.name} answers in text and has no gradient: it can't be trained on. Let it grade: as one of "
+                "evaluation.metrics, as a guard, with `trajsurgery score`, or on images.detach()."
+            )
         with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
             scores: Any = self.score(images, texts)
         return _usable(self.name, images, scores)

@@ -113,7 +113,7 @@ class ImageReward(Reward):
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Float[batch]; see the class."""
         weight: Tensor = self.vision.embeddings.class_embedding
-        pixels = normalised(cropped(images.to(weight), self.side, nearest))
+        pixels = normalised(cropped(images.to(weight), self.side, nearest, self.rounded))
         cut = {"padding": "max_length", "truncation": True, "max_length": LENGTH, "return_tensors": "pt"}
         tokens = self.tokenizer(prompts, **cut)
         hidden = self.text(

@@ -33,6 +33,8 @@ NAMES = {
     "clipscore": Named("clip", "CLIPScore", LARGE, "config.json", "model"),
     "aesthetic": Named("clip", "Aesthetic", "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth", "head"),
     "imagereward": Named("imagereward", "ImageReward", "THUDM/ImageReward", "ImageReward.pt", "file"),
+    "hpsv3": Named("hpsv3", "HPSv3", "MizzenAI/HPSv3", "HPSv3.safetensors", "file"),
+    "unifiedreward": Named("judge", "Judge", "CodeGoat24/UnifiedReward-qwen-7b", "config.json", "model"),
 }
 ALIASES = {"hpsv2": "hpsv2.1"}
 KNOWN = ", ".join((*NAMES, "each also as NAME:FILE", "remote:HOST:PORT"))

@@ -1,6 +1,7 @@
-"""From images in [0, 1] of any size to a model's pixels, as PIL does it, and differentiable.
+"""From images in [0, 1] of any size to a model's pixels, with the originals' own values, and differentiable.
 
-The originals resize pictures of bytes, so that theirs are rounded after each of the two passes; the filter is the same.
+Most originals resize pictures of bytes with PIL, which clips and rounds to 255 levels after each of its two passes
+(`resized`); HPSv2's resizes floats with torchvision, which does neither (`smooth`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from trajsurgery.errors import RewardError
+from trajsurgery.ops import connect
+from trajsurgery.rewards.levels import resized_levels
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """CLIP's; the other rewards here have inherited them."""
@@ -28,46 +31,68 @@ def nearest(spare: int) -> int:
 
 
 def fitted(images: Tensor, side: int) -> Tensor:
-    """The whole picture: its longer side is made `side`, and the rest is black. Float[batch 3 side side]."""
+    """The whole picture: its longer side is made `side`, and the rest is black. Float[batch 3 side side].
+
+    Resized as floats are (`smooth`): the value is that of the original at the same floats, nothing is rounded.
+    """
     height, width = images.shape[-2:]
     scale = side / max(height, width)
-    images = resized(images, round(height * scale), round(width * scale))
+    images = smooth(images, round(height * scale), round(width * scale))
     above, left = (side - images.shape[-2]) // 2, (side - images.shape[-1]) // 2
     return functional.pad(images, (left, side - images.shape[-1] - left, above, side - images.shape[-2] - above))
 
 
-def cropped(images: Tensor, side: int, corner: Callable[[int], int]) -> Tensor:
+def cropped(images: Tensor, side: int, corner: Callable[[int], int], rounded: bool = False) -> Tensor:
     """The middle of the picture: its shorter side is made `side`, and the longer one is cut. Float[batch 3 side side].
 
     Args:
         corner: `floored` or `nearest`: where libraries put the middle of an odd number of pixels.
+        rounded: see `resized`.
     """
     height, width = images.shape[-2:]
     short = min(height, width)
-    images = resized(images, *(side if n == short else int(side * n / short) for n in (height, width)))
+    images = resized(images, *(side if n == short else int(side * n / short) for n in (height, width)), rounded)
     above, left = (corner(n - side) for n in images.shape[-2:])
     return images[..., above : above + side, left : left + side]
 
 
-def resized(images: Tensor, height: int, width: int) -> Tensor:
+def resized(images: Tensor, height: int, width: int, rounded: bool = False) -> Tensor:
     """PIL's bicubic: antialiased, along the width, then along the height, clipped to [0, 1] after each as bytes are.
 
     One clip at the end, as of torchvision on tensors, differs by up to ten levels of 255 on noise. Pillow 13 begins
     with the height if a picture is tall; the Pillows of the models' time did not.
 
+    Args:
+        rounded: the value is PIL's of the same pictures as bytes, level for level; the gradient is that of the passes
+            without the rounding, which has none. The values differ by at most 1.7 levels of 255.
+
     Raises:
         RewardError: a side would have no pixel left.
     """
-    if (height, width) == tuple(images.shape[-2:]):
+    real = images
+    if (height, width) != tuple(images.shape[-2:]):
+        for size in ((images.shape[-2], width), (height, width)):
+            images = smooth(images, *size).clamp(0, 1)
+    if not rounded:
         return images
+    levels = resized_levels((real.detach() * 255).round().clamp(0, 255), height, width)
+    return connect(images, (levels / 255).to(images))
+
+
+def smooth(images: Tensor, height: int, width: int) -> Tensor:
+    """torchvision's bicubic on floats: antialiased in one go, not clipped, overshoots kept.
+
+    Raises:
+        RewardError: a side would have no pixel left.
+    """
     if not height or not width:
         raise RewardError(
             f"images of {images.shape[-2]} x {images.shape[-1]} are too narrow: resized to {height} x {width} there is "
             "nothing left of them."
         )
-    for size in ((images.shape[-2], width), (height, width)):
-        images = functional.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
-    return images
+    if (height, width) == tuple(images.shape[-2:]):
+        return images
+    return functional.interpolate(images, (height, width), mode="bicubic", antialias=True)
 
 
 def normalised(images: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from trajsurgery.errors import RewardError
+
+SHA256 = {
+    "sac+logos+ava1-l14-linearMSE.pth": "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0",
+    "openai/clip-vit-large-patch14/model.safetensors": (
+        "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb"
+    ),
+}
+"""Of the files whose checksum is known: the first taken of its repository's file, the second as others publish it. A
+file of a repository is checked in the cache; one that stands under its own name alone, wherever it is."""
 
 
 def file_of(reward: str, given: str | Path | None, repository: str, file: str) -> Path:
@@ -15,7 +25,7 @@ def file_of(reward: str, given: str | Path | None, repository: str, file: str) -
     """
     if given is not None:
         if Path(given).is_file():
-            return Path(given)
+            return verified(reward, Path(given), Path(given).name)
         raise RewardError(
             f"{reward}: there is no file {given}. `hf download {repository} {file}` prints where it puts it."
         )
@@ -25,7 +35,7 @@ def file_of(reward: str, given: str | Path | None, repository: str, file: str) -
             f"{reward}'s weights are not in the Hugging Face cache: `hf download {repository} {file}` fetches them, or "
             "pass their file."
         )
-    return found
+    return verified(reward, found, f"{repository}/{file}")
 
 
 def folder_of(reward: str, given: str | Path | None, repository: str, file: str = "config.json") -> Path:
@@ -50,7 +60,29 @@ def folder_of(reward: str, given: str | Path | None, repository: str, file: str 
             f"{reward}: {asked} is neither a folder nor in the Hugging Face cache: `hf download {asked}` fetches it, "
             "or pass a folder."
         )
+    for name in SHA256:
+        if name.rpartition("/")[0] == asked and (found.parent / name.rpartition("/")[2]).is_file():
+            verified(reward, found.parent / name.rpartition("/")[2], name)
     return found.parent
+
+
+def verified(reward: str, path: Path, name: str) -> Path:
+    """The path, if the sha256 that is known under the name is the file's, or none is known.
+
+    Raises:
+        RewardError: it is another one.
+    """
+    expected = SHA256.get(name)
+    if expected is not None:
+        with path.open("rb") as file:
+            got = hashlib.file_digest(file, "sha256").hexdigest()
+        if got != expected:
+            raise RewardError(
+                f"{reward}: {path} is not the file that it is named after: its sha256 is {got}, expected {expected}. It "
+                "was cut off or changed: fetch it again, or give a file of your own another name, a model of your own "
+                "as a folder."
+            )
+    return path
 
 
 def cached(repository: str, file: str) -> Path | None:

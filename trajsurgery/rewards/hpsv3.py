@@ -1,0 +1,232 @@
+"""HPSv3 (Ma et al., 2025, arXiv 2508.03789): Qwen2-VL-7B with a head that regresses a preference, differentiable."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trajsurgery.errors import RewardError
+from trajsurgery.rewards.contract import Reward, checkpointed
+from trajsurgery.rewards.pixels import normalised, resized
+from trajsurgery.rewards.question import IMAGE, REWARD, asked
+from trajsurgery.rewards.weights import file_of, folder_of
+
+PATCH, MERGED = 14, 2
+"""The side of a patch, and how many of them a token spans in each direction."""
+
+AREA = 256 * (PATCH * MERGED) ** 2
+"""Pixels of an image as the model sees it, about: the original's min_pixels and max_pixels."""
+
+LONGEST = 200
+"""The aspect ratio up to which the original takes images, and which it must keep when rounded to whole tokens."""
+
+VISION: dict[str, Any] = {"depth": 32, "embed_dim": 1280, "hidden_size": 3584, "num_heads": 16, "mlp_ratio": 4}
+TEXT: dict[str, Any] = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+}
+"""Qwen2-VL-7B-Instruct. The size of the vocabulary is the file's: its authors cut it after their own token."""
+
+NAMES = ((r"^model\.", "text."), (r"^visual\.", "visual."), (r"^rm_head\.", "head."))
+"""Names of the original's weights (transformers 4.45's), and of ours. Its lm_head is not looked at."""
+
+
+class HPSv3(Reward):
+    """The mean that the head gives at the token <|Reward|>, after the image and the authors' question.
+
+    The image is resized to about 200,704 pixels whose sides are multiples of 28, bicubic; every side ratio up to 200
+    is taken. Like the original's forward pass, and unlike Qwen2-VL's own, it numbers all tokens one by one, those of
+    the image too. The original resizes bytes and rounds them; `rounded` does the same. Without it scores of a small
+    model with random weights differ by 5e-5 (a huge picture) to 6e-3 (a tall one) of their value, with it by 2e-6.
+
+    Args:
+        file: `HPSv3.safetensors`; that of the local Hugging Face cache if left out.
+        tokenizer: Qwen2-VL's, a folder, or a hub id in the local cache.
+        vision, text: what differs from the configuration of Qwen2-VL-7B.
+        dtype: of the towers; the head is float32, as in the original. 7B parameters in float32 take 31 GiB.
+        checkpointing: recomputes the layers in the backward pass.
+
+    Raises:
+        RewardError: no weights, or not these; images longer than 200 times their width; prompts that hold the model's
+            own marks; what the contract says.
+    """
+
+    name = "hpsv3"
+    scale = "unbounded, higher is better: FLUX.1-dev has 13.5 on HPDv2's prompts and 10.8 on MJHQ's"
+    threshold = 13.5
+    """lambda of the paper (section 6.1)."""
+    alpha, learning_rate = 0.1, 8e-6
+    source = "https://github.com/MizzenAI/HPSv3, arXiv 2508.03789"
+    licence = "MIT (HPSv3), Apache-2.0 (Qwen2-VL-7B-Instruct)"
+
+    def __init__(
+        self,
+        file: str | Path | None = None,
+        tokenizer: str | Path = "Qwen/Qwen2-VL-7B-Instruct",
+        vision: Mapping[str, Any] | None = None,
+        text: Mapping[str, Any] | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        checkpointing: bool = False,
+    ) -> None:
+        from transformers import AddedToken, AutoTokenizer
+
+        super().__init__()
+        path = file_of("HPSv3", file, "MizzenAI/HPSv3", "HPSv3.safetensors")
+        words = folder_of("HPSv3", tokenizer, str(tokenizer), "tokenizer_config.json")
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(str(words), local_files_only=True)
+        self.tokenizer.add_tokens([AddedToken(REWARD, special=True)], special_tokens=True)
+        state = renamed(_read(path))
+        self.visual, self.text, self.head = parts(state, vision or {}, text or {})
+        for part, prefix in ((self.visual, "visual."), (self.text, "text."), (self.head, "head.")):
+            kind = torch.float32 if part is self.head else dtype
+            own = {k.removeprefix(prefix): v.to(kind) for k, v in state.items() if k.startswith(prefix)}
+            try:
+                part.load_state_dict(own, assign=True)
+            except RuntimeError as error:
+                raise RewardError(f"{path.name} does not hold HPSv3's weights ({prefix}*): {error}") from error
+        if len(self.tokenizer) > self.text.config.vocab_size:
+            raise RewardError(
+                f"{path.name} knows {self.text.config.vocab_size} tokens and {words} has {len(self.tokenizer)} with "
+                f"{REWARD}: it is another tokenizer than Qwen2-VL-7B-Instruct's."
+            )
+        if checkpointing:
+            checkpointed((*self.visual.blocks, *self.text.layers))
+        self.eval().requires_grad_(False)
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """Float[batch]; see the class."""
+        return self.outputs(images, prompts)[:, 0]
+
+    def outputs(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """Float[batch 2]: the mean, and the logarithm of the deviation, as the head gives them."""
+        first: Tensor = self.head[0].weight
+        pixels = prepared(images.to(first), self.rounded)
+        grid = [1, pixels.shape[-2] // PATCH, pixels.shape[-1] // PATCH]
+        ids = self.tokens(prompts, grid[1] * grid[2] // MERGED**2).to(first.device)
+        seen = self.visual(
+            patches(pixels).to(self.visual.get_dtype()), grid_thw=torch.tensor([grid] * len(ids), device=first.device)
+        ).pooler_output
+        words = self.text.embed_tokens(ids)
+        whole = words.masked_scatter((ids == self._token(IMAGE))[..., None], seen.to(words))
+        # no mask: attention looks back alone, and the padding is at the end; positions count from 0 if none are given
+        hidden = self.text(inputs_embeds=whole, use_cache=False).last_hidden_state
+        at = (ids == self._token(REWARD)).int().argmax(-1)
+        with torch.autocast(first.device.type, enabled=False):
+            return self.head(hidden[torch.arange(len(ids)), at].to(first))
+
+    def tokens(self, prompts: list[str], count: int) -> Tensor:
+        """Int[batch length]: the question about each prompt after `count` tokens of the image, padded at the end."""
+        found: Tensor = self.tokenizer(
+            [asked(prompt, count) for prompt in prompts], padding=True, padding_side="right", return_tensors="pt"
+        )["input_ids"]
+        for prompt, row in zip(prompts, found):
+            if int((row == self._token(IMAGE)).sum()) != count or int((row == self._token(REWARD)).sum()) != 1:
+                raise RewardError(
+                    f"hpsv3: the prompt {prompt!r} holds {IMAGE} or {REWARD}, marks of the model: drop it."
+                )
+        return found
+
+    def _token(self, name: str) -> int:
+        return int(self.tokenizer.convert_tokens_to_ids(name))
+
+
+def size(height: int, width: int) -> tuple[int, int]:
+    """The size that an image gets: its ratio, nearly, in multiples of 28 whose product is about `AREA`.
+
+    Raises:
+        RewardError: a side is more than 200 times the other, before or after.
+    """
+    unit, long = PATCH * MERGED, max(height, width) / min(height, width)
+    new = max(unit, round(height / unit) * unit), max(unit, round(width / unit) * unit)
+    if new[0] * new[1] > AREA:
+        by = math.sqrt(height * width / AREA)
+        new = math.floor(height / by / unit) * unit, math.floor(width / by / unit) * unit
+    elif new[0] * new[1] < AREA:
+        by = math.sqrt(AREA / (height * width))
+        new = math.ceil(height * by / unit) * unit, math.ceil(width * by / unit) * unit
+    if max(long, max(new) / max(min(new), 1)) > LONGEST:
+        raise RewardError(f"hpsv3: images of {height} x {width} are too narrow: it takes sides of 1 to {LONGEST}.")
+    return new
+
+
+def prepared(images: Tensor, rounded: bool = False) -> Tensor:
+    """Resized to the model's size and normalised: Float[batch 3 h w]."""
+    return normalised(resized(images, *size(*images.shape[-2:]), rounded))
+
+
+def patches(pixels: Tensor) -> Tensor:
+    """Float[tokens * 4, 3 * 2 * 14 * 14], row by row of tokens, the 4 patches of a token together.
+
+    A patch has two frames, since the model takes videos: those of a still image are the same.
+    """
+    batch, colours, height, width = pixels.shape
+    rows, columns = height // PATCH // MERGED, width // PATCH // MERGED
+    split = pixels.view(batch, colours, rows, MERGED, PATCH, columns, MERGED, PATCH).permute(0, 2, 5, 3, 6, 1, 4, 7)
+    frames = split.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, 2, -1, -1)
+    return frames.reshape(batch * rows * columns * MERGED**2, -1)
+
+
+def parts(state: Mapping[str, Tensor], vision: Mapping[str, Any], text: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """transformers' two towers and the head, of the architecture alone: on the meta device, but for their tables.
+
+    Args:
+        state: whose embedding says how many tokens there are.
+    """
+    from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig, Qwen2VLVisionConfig
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel, Qwen2VLTextModel
+
+    if "text.embed_tokens.weight" not in state:
+        raise RewardError("HPSv3: the file has no model.embed_tokens.weight: it is not HPSv3.safetensors.")
+    known = len(state["text.embed_tokens.weight"])
+    sees = Qwen2VLVisionConfig(**{**VISION, **vision})
+    reads = Qwen2VLTextConfig(**{**TEXT, **text, "vocab_size": known, "bos_token_id": None, "eos_token_id": None})
+    with torch.device("meta"):
+        visual: Any = Qwen2VisionTransformerPretrainedModel._from_config(sees)
+        language: Any = Qwen2VLTextModel._from_config(reads)
+        width = int(reads.hidden_size)
+        head = nn.Sequential(
+            *(nn.Linear(width, 1024), nn.ReLU(), nn.Dropout(0.05)), *(nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2))
+        )
+    # what is computed and not stored
+    visual.rotary_pos_emb = type(visual.rotary_pos_emb)(sees)
+    language.rotary_emb = type(language.rotary_emb)(config=reads)
+    return visual, language, head
+
+
+def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The original's state dict under our names, `visual.`, `text.` and `head.`, less what is not used.
+
+    Raises:
+        RewardError: a name that the original does not have.
+    """
+    found: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if key == "lm_head.weight":
+            continue
+        for pattern, name in NAMES:
+            if re.match(pattern, key):
+                found[re.sub(pattern, name, key)] = value
+                break
+        else:
+            raise RewardError(f"HPSv3: the file holds {key!r}, which HPSv3.safetensors does not.")
+    return found
+
+
+def _read(path: Path) -> Mapping[str, Tensor]:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return found.get("model", found)
