@@ -8,90 +8,203 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from tests.small_pipelines import PIPELINES
-from trajsurgery import LeapAlign, RecipeError, leapalign, lora, operate, plan_memory
-from trajsurgery.memory import Spec, spec
+from tests.pipelines import video as video_builders
+from tests.small_pipelines import PIPELINES, Small
+from trajsurgery import LeapAlign, RecipeError, backward, decoder, leapalign, lora, operate, plan_memory
+from trajsurgery.memory import MemoryPlan, Spec, spec
 from trajsurgery.memory.count import Counted, count
 from trajsurgery.memory.kernels import KERNELS
-from trajsurgery.memory.measure import counter
+from trajsurgery.memory.measure import Alive, counter
 from trajsurgery.recipe import Recipe
 from trajsurgery.run import cli
-from trajsurgery.settings import Hardware, Rollout, Trained
+from trajsurgery.settings import Decoder, Hardware, Rollout, Trained
 
 PLAN = leapalign(4, 2, 0.3)
 GIB = 2**30
+
+
+def video() -> Small:
+    """A Wan whose guidance is two calls."""
+    wan = video_builders.wan()
+    for module in (wan.pipe.transformer, wan.pipe.vae):
+        torch.nn.Module.to(module, torch.float32)
+    given = {name: v.float() if isinstance(v, Tensor) else v for name, v in wan.arguments.items()}
+    return Small(wan.pipe, given | {"num_inference_steps": 6, "guidance_scale": 3.0})
+
+
+SMALL = {**PIPELINES, "wan": video}
+TOKENS = {"flux": 5, "sd3": 5, "wan": 4}
 
 
 @functools.cache
 def small(name: str) -> Spec:
     """The configs of a small pipeline, read off the folder that it is saved in."""
     with TemporaryDirectory() as folder:
-        PIPELINES[name]().pipe.save_pretrained(folder)
-        return replace(spec(folder), tokens=5)
+        SMALL[name]().pipe.save_pretrained(folder)
+        return replace(spec(folder), tokens=TOKENS[name])
 
 
 def recipe(name: str, **changes: Any) -> Recipe:
-    guidance = PIPELINES[name]().arguments["guidance_scale"]
-    rollout = Rollout(steps=6, batch=2, size=16, guidance=guidance)
+    given = SMALL[name]().arguments
+    batch, frames = len(given["prompt_embeds"]), given.get("num_frames")
+    rollout = Rollout(steps=6, batch=batch, size=16, frames=frames, guidance=given["guidance_scale"])
     trained = changes.pop("train", Trained())
     return Recipe(method=LeapAlign(), rollout=replace(rollout, **changes), train=trained)
 
 
-def measured(name: str, settings: Recipe) -> tuple[int, Any]:
-    """Bytes that autograd holds of a real rollout with the plan in it, parameters left out; and the outputs."""
-    real = PIPELINES[name]()
+def prepared(name: str, settings: Recipe) -> Small:
+    """The real pipeline, as a run of the recipe has it."""
+    real = SMALL[name]()
     lora.choose(real.pipe.transformer, settings.train)
     if settings.rollout.checkpointing:
         real.pipe.transformer.enable_gradient_checkpointing()
-    own = {p.untyped_storage().data_ptr() for p in real.pipe.transformer.parameters()}
-    saved: dict[int, int] = {}
+    return real
+
+
+COUNTED: dict[str, Counted] = {}
+
+
+def planned(name: str, settings: Recipe) -> MemoryPlan:
+    """The plan of a recipe; what is counted for it, which takes most of the time, is shared by the ways of running."""
+    alike = repr((name, replace(settings, rollout=replace(settings.rollout, memory="retain"))))
+
+    def once(*args: Any, **kwargs: Any) -> Counted:
+        if alike not in COUNTED:
+            COUNTED[alike] = count(*args, **kwargs)
+        return COUNTED[alike]
+
+    with mock.patch("trajsurgery.memory.estimate.count", once):
+        return plan_memory(settings, PLAN, found=small(name), kernels="cpu")
+
+
+class Unnamed:
+    """Stands in for the counter's names of modules, which an autograd.grad within a backward pass does not allow."""
+
+    parents = ("Global",)
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self) -> None: ...
+
+
+def operations() -> Any:
+    """The library's counter."""
+    found: Any = counter()
+    found.mod_tracker = Unnamed()
+    return found
+
+
+def way_of(memory: str) -> Any:
+    """How `operate` runs it; the sweep follows a rollout that is recorded only."""
+    return "retain" if memory == "staged" else memory
+
+
+def saved(module: torch.nn.Module, work: Any) -> tuple[int, Any]:
+    """Bytes that autograd holds after the work, the module's parameters left out, and what it returned."""
+    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    held: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
+            held[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), operate(real.pipe, PLAN) as surgery:
-        real(output_type="latent")
-    return sum(saved.values()), surgery.outputs
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        found = work()
+    return sum(held.values()), found
 
 
-@pytest.mark.parametrize("name", PIPELINES)
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"checkpointing": True}, {"train": Trained(what="lora", rank=3, targets=("to_q", "to_v"))}],
-    ids=["plain", "checkpointing", "lora"],
-)
-def test_kept_bytes_are_those_of_the_run(name: str, changes: dict[str, Any]) -> None:
-    settings = recipe(name, **changes)
-    found = plan_memory(settings, PLAN, found=small(name), kernels="cpu")
-    kept, outputs = measured(name, settings)
+def measured(name: str, settings: Recipe) -> tuple[int, Any, int]:
+    """Bytes that autograd holds of a real rollout with the plan in it; the outputs; how many parameters train."""
+    real, memory = prepared(name, settings), settings.rollout.memory
+
+    def work() -> Any:
+        with operate(real.pipe, PLAN, "recompute" if memory == "staged" else memory) as surgery:
+            real(output_type="latent")
+        return surgery.outputs
+
+    kept, outputs = saved(real.pipe.transformer, work)
+    return kept, outputs, sum(p.numel() for p in real.pipe.transformer.parameters() if p.requires_grad)
+
+
+ADAPTERS = Trained(what="lora", rank=3, targets=("to_q", "to_v"))
+CHANGES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "checkpointing": {"checkpointing": True},
+    "lora": {"train": ADAPTERS},
+    "lora, checkpointing": {"train": ADAPTERS, "checkpointing": True},
+}
+
+
+CASES = [(name, changes) for name in SMALL for changes in CHANGES if name == "flux" or changes in ("plain", "lora")]
+
+
+@pytest.mark.parametrize("name, changes", CASES)
+def test_kept_bytes_are_those_of_the_run(name: str, changes: str) -> None:
+    settings = recipe(name, **CHANGES[changes])
+    found = planned(name, settings)
+    kept, outputs, trained = measured(name, settings)
     assert outputs[0].requires_grad
     assert found.calls == 2
+    assert found.trained == trained
     assert found.passing["kept for the calls"] == pytest.approx(kept, rel=0.05)
 
 
-@pytest.mark.parametrize("name", PIPELINES)
-def test_operations_are_those_of_the_run(name: str) -> None:
-    found = plan_memory(recipe(name), PLAN, found=small(name), kernels="cpu")
-    real = PIPELINES[name]()
-    with FlopCounterMode(display=False) as forward, sdpa_kernel(SDPBackend.MATH), operate(real.pipe, PLAN) as surgery:
+@pytest.mark.parametrize("name", SMALL)
+def test_where_calls_are_made_again_nothing_is_kept_but_latents(name: str) -> None:
+    settings = recipe(name, memory="recompute")
+    kept, outputs, _ = measured(name, settings)
+    assert planned(name, settings).passing["kept for the calls"] == 0
+    assert kept <= 2 * (outputs[0].nbytes + 8)  # and a sigma
+
+
+@pytest.mark.parametrize("way", ["retain", "recompute", "staged"])
+@pytest.mark.parametrize("name, changes", CASES)
+def test_operations_are_those_of_the_run(name: str, changes: str, way: Any) -> None:
+    """Rollout and plan; with retain the plan's forward is the rollout's."""
+    settings = recipe(name, memory=way, **CHANGES[changes])
+    found = planned(name, settings).flops
+    real = prepared(name, settings)
+    with operations() as forward, operate(real.pipe, None if way == "staged" else PLAN, way_of(way)) as surgery:
         real(output_type="latent")
-    assert found.flops["rollout"] == pytest.approx(forward.get_total_flops(), rel=0.02)
-    with operate(real.pipe, PLAN) as surgery:
+    with operations() as back:
+        if way == "staged":
+            backward(PLAN, surgery.trajectory, surgery.field, torch.ones_like(surgery.trajectory[0]))
+        else:
+            surgery.outputs[0].sum().backward()
+    assert found["rollout"] == pytest.approx(forward.get_total_flops(), rel=0.02)
+    assert found["plan, forward"] + found["plan, backward"] == pytest.approx(back.get_total_flops(), rel=0.02)
+    assert (found["plan, forward"] == 0) == (way == "retain")
+
+
+DECODERS = {"plain": Decoder(), "checkpointing": Decoder(checkpointing=True), "slicing": Decoder(slicing=True)}
+
+
+@pytest.mark.parametrize(
+    "name, way", [("flux", "plain"), ("flux", "checkpointing"), ("sd3", "slicing"), ("wan", "plain")]
+)
+def test_the_decoders_figures_are_those_of_a_decode(name: str, way: str) -> None:
+    settings = replace(recipe(name), decoder=DECODERS[way])
+    found = planned(name, settings)
+    real = SMALL[name]()
+    real.pipe.vae.requires_grad_(False)
+    decoder.prepare(real.pipe.vae, settings.decoder)
+    with operate(real.pipe) as surgery:
         real(output_type="latent")
-    with counter() as backward:
-        surgery.outputs[0].sum().backward()
-    assert found.flops["plan, backward"] == pytest.approx(backward.get_total_flops(), rel=0.02)
-    assert found.flops["plan, forward"] == 0
+    x = surgery.trajectory[0].detach().requires_grad_()
+    with Alive() as alive:
+        surgery.decode(x).sum().backward()
+    with operations() as flops:
+        surgery.decode(x).sum().backward()
+    assert found.flops["decode"] == pytest.approx(flops.get_total_flops(), rel=0.02)
+    assert found.passing["decode and reward"] == pytest.approx(alive.most, rel=0.05)
 
 
 def test_ways_of_running_differ_as_they_should() -> None:
@@ -133,6 +246,7 @@ def test_a_dry_run_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert cli({"tiny": recipe("flux")}, "words", words.split()) == 0
     said = capsys.readouterr().out
     assert "memory of one GPU" in said
+    assert "as flash attention keeps it" in said
     assert "it fits" in said
     data = json.loads((tmp_path / "run/memory.json").read_text())
     assert data["parameters"] == sum(p.numel() for p in real.pipe.transformer.parameters())

@@ -29,7 +29,9 @@ def prepare(vae: Any, settings: Decoder, autocast: bool = False) -> None:
     Raises:
         RecipeError: its class has no tiles, slices or gradient checkpointing.
     """
-    nn.Module.to(vae, dtype(vae, settings, autocast))
+    wanted = dtype(vae, settings, autocast)
+    if any(p.dtype != wanted for p in vae.parameters()):  # the dry run's parameters can't be moved
+        nn.Module.to(vae, wanted)
     if settings.tiling is not None:
         _tile(vae, settings.tiling)
     if settings.slicing:

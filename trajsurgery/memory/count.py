@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trajsurgery import lora
+from trajsurgery import decoder, lora
 from trajsurgery.memory.measure import Measured, measure
-from trajsurgery.memory.spec import Model, Spec, build, latents
+from trajsurgery.memory.spec import Model, Spec, build, latents, made
 from trajsurgery.recipe import Recipe
 
 
@@ -24,6 +24,8 @@ class Counted:
     call: Measured
     decode: Measured
     reward: Measured | None
+    decoder_bytes: int
+    """Of its weights."""
     reward_bytes: int
     block: int
     """Parameters of the largest block, which FSDP gathers."""
@@ -46,12 +48,29 @@ def count(recipe: Recipe, known: Spec, images: int, sharded: bool) -> Counted:
             call = measure(model.velocity, transformer.parameters(), model.chained)
     z = latents(model, rollout, images).requires_grad_()
     with model.mode:
-        decode = measure(lambda: [model.pipe.vae.decode(z).sample], model.pipe.vae.parameters())
-        pixels = model.pipe.vae.decode(z).sample.detach().requires_grad_()
+        vae = _decoder(recipe, known, model)
+        decode = measure(lambda: [vae.decode(z).sample], vae.parameters())
+        pixels = _pictures(vae.decode(z).sample.detach()).requires_grad_()
         reward, size = _reward(recipe.reward, pixels)
+    weights = sum(p.numel() * p.element_size() for p in vae.parameters())
     sizes = [sum(p.numel() for p in b.parameters()) for m in transformer.children() for b in _blocks(m)]
     loose = sum(p.numel() for p in transformer.parameters()) - sum(sizes)
-    return Counted(model, call, decode, reward, size, max(sizes, default=0), loose)
+    return Counted(model, call, decode, reward, weights, size, max(sizes, default=0), loose)
+
+
+def _decoder(recipe: Recipe, known: Spec, model: Model) -> Any:
+    """The VAE as the recipe decodes with it."""
+    vae, half = model.pipe.vae, recipe.rollout.precision == "bfloat16"
+    dtype = decoder.dtype(vae, recipe.decoder, half)
+    if dtype != torch.float32:  # `to` fails on fake parameters
+        vae = made(known.vae, dtype)
+    decoder.prepare(vae, recipe.decoder, half)
+    return vae
+
+
+def _pictures(pixels: Tensor) -> Tensor:
+    """[batch, 3, h, w]; of a video each frame is one."""
+    return pixels if pixels.dim() == 4 else pixels.movedim(2, 1).flatten(0, 1)
 
 
 def _blocks(module: nn.Module) -> list[nn.Module]:

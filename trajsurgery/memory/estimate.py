@@ -9,9 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from trajsurgery.graph import needs_gradient, trained
 from trajsurgery.memory.count import Counted, count
 from trajsurgery.memory.kernels import KERNELS
 from trajsurgery.memory.spec import Spec, spec
+from trajsurgery.node import Velocity
 from trajsurgery.plan import Plan
 from trajsurgery.recipe import Recipe
 from trajsurgery.settings import Hardware
@@ -19,7 +21,7 @@ from trajsurgery.settings import Hardware
 Kernels = Literal["cuda", "cpu"]
 WORD = {"float32": 4, "bfloat16": 2}
 TEXT_WORD = 2
-"""Bytes a parameter of the text encoders, which are loaded in bfloat16 and stay on the device."""
+"""Bytes a parameter of the text encoders, which are loaded in bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -103,19 +105,18 @@ def plan_memory(
 def _held(recipe: Recipe, known: Spec, counted: Counted, gpus: int) -> dict[str, int]:
     """What is there all the time, a GPU."""
     every = list(counted.model.transformer.parameters())
-    count, trained = sum(p.numel() for p in every), sum(p.numel() for p in every if p.requires_grad)
+    count, adapted = sum(p.numel() for p in every), _trained(every)
     buffers = sum(b.numel() * b.element_size() for b in counted.model.transformer.buffers())
     word = WORD[recipe.rollout.precision]
     found = {
         "weights": 4 * count // gpus + buffers,
-        "gradients": 4 * trained // gpus,
-        "optimiser": 8 * trained // gpus,
-        "ema": 4 * trained // gpus,
-        "decoder, reward": 4 * counted.model.count("vae") + counted.reward_bytes,
-        "text encoders": TEXT_WORD * sum(known.text_encoders.values()),
+        "gradients": 4 * adapted // gpus,
+        "optimiser": 8 * adapted // gpus,
+        "ema": 4 * adapted // gpus,
+        "decoder, reward": counted.decoder_bytes + counted.reward_bytes,
     }
     if gpus > 1:  # the block in use and the next one, the gradient of one, and what belongs to no block
-        share = trained / count
+        share = adapted / count
         found["gathered blocks"] = int(word * (2 * counted.block + share * counted.block + counted.loose))
     return found
 
@@ -124,7 +125,7 @@ def _passing(recipe: Recipe, counted: Counted, calls: int, outputs: int) -> dict
     """What comes and goes, a GPU."""
     call, way = counted.call, recipe.rollout.memory
     every = list(counted.model.transformer.parameters())
-    trained = sum(p.numel() * p.element_size() for p in every if p.requires_grad)
+    second = sum(p.numel() * p.element_size() for p in every if p.requires_grad)
     kept = call.kept + max(0, calls - 1) * call.further if way == "retain" and calls else 0
     reward = counted.reward.kept if counted.reward else 0
     return {
@@ -134,7 +135,7 @@ def _passing(recipe: Recipe, counted: Counted, calls: int, outputs: int) -> dict
         - counted.decode.kept
         + (counted.reward.peak - reward if counted.reward else 0),
         "one call's backward": call.peak - (call.kept if way == "retain" else 0) if calls else 0,
-        "second gradient": trained if way != "staged" and calls > 1 else 0,
+        "second gradient": second if way != "staged" and calls > 1 else 0,
     }
 
 
@@ -149,7 +150,8 @@ def _flops(recipe: Recipe, plan: Plan, counted: Counted, images: int) -> dict[st
     cost, plans = plan.cost(_Steps(rollout.steps)), rollout.plans
     after = plans > 1 or rollout.times == "per-sample"  # the calls are made once the rollout is over
     calls, extra, groups = cost.calls, cost.extra, math.ceil(rollout.batch / images)
-    measured = recipe.weights_at != "none"
+    measured, live = recipe.weights_at != "none", needs_gradient(plan.outputs)
+    chained = sum(isinstance(node, Velocity) and node.x in live for node in trained(plan.outputs))
     again = {
         "retain": calls + extra * (1 + measured) if after else extra,
         "recompute": calls + extra * (1 + (after and measured)),
@@ -160,7 +162,7 @@ def _flops(recipe: Recipe, plan: Plan, counted: Counted, images: int) -> dict[st
     return {
         "rollout": groups * rollout.steps * call.forward,
         "plan, forward": groups * plans * again * call.forward,
-        "plan, backward": groups * plans * calls * call.backward,
+        "plan, backward": groups * plans * ((calls - chained) * call.backward + chained * call.chained),
         "decode": groups * (outputs * (decode.forward + decode.backward) + (not plan.exact) * decode.forward),
         "reward": groups
         * (outputs * (reward.forward + reward.backward) + (not plan.exact) * reward.forward if reward else 0),
@@ -219,7 +221,7 @@ def _estimate(recipe: Recipe, known: Spec, plan: Plan, images: int, counted: Cou
         seconds=sum(flops.values()) / (hardware.gpus * hardware.flops * hardware.utilisation),
         fits=peak <= hardware.memory,
         gpus_needed=_needed(recipe, known, counted, passing),
-        notes=_notes(recipe, counted),
+        notes=_notes(recipe, known, counted),
     )
 
 
@@ -227,9 +229,14 @@ def _trained(every: list[nn.Parameter]) -> int:
     return sum(p.numel() for p in every if p.requires_grad)
 
 
-def _notes(recipe: Recipe, counted: Counted) -> tuple[str, ...]:
+def _notes(recipe: Recipe, known: Spec, counted: Counted) -> tuple[str, ...]:
     """What the figures leave out, or what the run can't do yet."""
     found = list[str]()
+    if known.text_encoders:
+        size = TEXT_WORD * sum(known.text_encoders.values()) / 2**30
+        found.append(
+            f"before the first iteration the text encoders encode all prompts ({size:.1f} GiB); they are let go."
+        )
     if counted.reward is None:
         found.append(f"the reward {recipe.reward} is not counted: of rewards, hpsv2.1 is known.")
     if recipe.hardware.gpus > 1:

@@ -31,6 +31,8 @@ class Measured:
     """Floating point operations: two for a multiplication and an addition."""
     backward: int
     """The same, with what checkpointing computes again."""
+    chained: int
+    """Those of the backward pass that reaches the work's input as well."""
 
 
 class Alive(TorchDispatchMode):
@@ -101,7 +103,11 @@ def counter() -> FlopCounterMode:
 
 
 def measure(work: Work, parameters: Iterable[Tensor], again: Work | None = None) -> Measured:
-    """Runs the work five times, twice with its backward pass. Gradients are added into `.grad`, which is made."""
+    """Runs the work up to six times, thrice with its backward pass. Gradients are added into `.grad`, which is made.
+
+    Args:
+        again: the same work with a gradient to its input, if there is such a one.
+    """
     parameters = list(parameters)
     one, first = kept(work, parameters)
     del first
@@ -112,10 +118,17 @@ def measure(work: Work, parameters: Iterable[Tensor], again: Work | None = None)
             p.grad = torch.empty_like(p)
     with counter() as forward:
         outputs = list(work())
-    with counter() as backward:
-        torch.autograd.backward(outputs, [torch.empty_like(v) for v in outputs])
+    backward = _backward(outputs)
     del outputs
+    chained = _backward(list(again())) if again else backward
     with Alive() as alive:  # alone: the counter's hooks hold what it has seen
         outputs = list(work())
         torch.autograd.backward(outputs, [torch.empty_like(v) for v in outputs])
-    return Measured(one, both - one, alive.most, forward.get_total_flops(), backward.get_total_flops())
+    return Measured(one, both - one, alive.most, forward.get_total_flops(), backward, chained)
+
+
+def _backward(outputs: list[Tensor]) -> int:
+    """The operations of a backward pass."""
+    with counter() as flops:
+        torch.autograd.backward(outputs, [torch.empty_like(v) for v in outputs])
+    return flops.get_total_flops()

@@ -122,8 +122,8 @@ def build(found: Spec, rollout: Rollout, batch: int, dtype: torch.dtype) -> Mode
     library = import_module("diffusers")
     pipeline = getattr(library, found.pipeline)
     with mode:
-        transformer = _made(library, found.transformer, dtype)
-        vae = _made(library, found.vae, torch.float32)
+        transformer = made(found.transformer, dtype)
+        vae = made(found.vae, torch.float32)
     scheduler = getattr(library, found.scheduler["_class_name"]).from_config(dict(found.scheduler))
     parts: dict[str, Any] = {"transformer": transformer, "vae": vae, "scheduler": scheduler}
     wanted = inspect.signature(pipeline.__init__).parameters
@@ -135,7 +135,9 @@ def build(found: Spec, rollout: Rollout, batch: int, dtype: torch.dtype) -> Mode
     return Model(pipe, mode, tuple(fake))
 
 
-def _made(library: Any, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+def made(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """A model of a config, frozen, its weights in the dtype."""
+    library = import_module("diffusers")
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # `to` fails on fake parameters
     try:
@@ -179,7 +181,7 @@ def _captured(pipe: Any, rollout: Rollout, prompt: dict[str, Tensor]) -> list[di
     def stop(*_: Any, **__: Any) -> None:
         raise _Asked
 
-    size = {} if rollout.size is None else {"height": rollout.size, "width": rollout.size}
+    size = {} if rollout.shape is None else dict(zip(("height", "width"), rollout.shape))
     frames = {} if rollout.frames is None else {"num_frames": rollout.frames}
     module.forward, pipe.scheduler.step = forward, stop
     try:
@@ -195,10 +197,11 @@ def latents(model: Model, rollout: Rollout, batch: int) -> Tensor:
     """What the VAE decodes, a fake tensor: [batch, channels, h, w], with frames before h for videos."""
     pipe, config = model.pipe, model.pipe.vae.config
     scale = getattr(pipe, "vae_scale_factor", None) or pipe.vae_scale_factor_spatial
-    side = (rollout.size or getattr(pipe, "default_sample_size", 64) * scale) // scale
+    default = getattr(pipe, "default_sample_size", 64) * scale
+    height, width = (side // scale for side in rollout.shape or (default, default))
     channels = config.get("latent_channels") or config.get("z_dim")
     frames: tuple[int, ...] = ()
     if "z_dim" in config:  # a video's VAE, also where it decodes images
         frames = (((rollout.frames or 1) - 1) // (2 ** sum(config.get("temperal_downsample", ()))) + 1,)
     with model.mode:
-        return torch.empty((batch, channels, *frames, side, side))
+        return torch.empty((batch, channels, *frames, height, width))

@@ -8,6 +8,18 @@ from rich.text import Text
 
 from trajsurgery.memory.estimate import MemoryPlan
 
+LABELS = {
+    "ema": "EMA",
+    "gathered blocks": "blocks that FSDP gathers",
+    "kept for the calls": "activations kept for the calls",
+    "second gradient": "second gradient, in autograd's buffers",
+}
+"""What parts are called on the terminal, where more is to be said than in JSON."""
+KERNELS = {
+    "cuda": "attention as flash attention keeps it, fused RMSNorm",
+    "cpu": "attention as flash attention keeps it, other kernels as a CPU's",
+}
+
 
 def table(found: MemoryPlan) -> Group:
     """The setting, bytes a GPU, operations and seconds an iteration, the fewest GPUs, notes."""
@@ -18,7 +30,9 @@ def table(found: MemoryPlan) -> Group:
         "plan": found.plan,
         "images": f"{setting['size']} px, batch {setting['batch']}, {setting['images at once a GPU']} at once on each",
         "text": f"{setting['text tokens']} tokens",
-        "GPUs": f"{gpus} of {setting['memory bytes'] / 1e9:.0f} GB",
+        "GPUs": f"{gpus} of {setting['memory bytes'] / 1e9:.0f} GB"
+        + (", weights, gradients, moments and EMA sharded by FSDP" if gpus > 1 else ""),
+        "kernels": KERNELS[setting["kernels"]],
         "precision": f"{setting['precision']}, checkpointing {'on' if setting['checkpointing'] else 'off'}",
         "trains": f"{setting['train']}: {found.trained:,} of {found.parameters:,} parameters",
         "gradient": f"{setting['memory']}, {found.calls} velocity calls of {setting['steps']} steps",
@@ -30,7 +44,11 @@ def table(found: MemoryPlan) -> Group:
     size.add_column("part")
     size.add_column("GiB", justify="right")
     for name, value in (*found.held.items(), *found.passing.items()):
-        size.add_row(name, f"{value / 2**30:.2f}", end_section=name in (list(found.held)[-1], list(found.passing)[-1]))
+        size.add_row(
+            LABELS.get(name, name),
+            f"{value / 2**30:.2f}",
+            end_section=name in (list(found.held)[-1], list(found.passing)[-1]),
+        )
     size.add_row("peak", f"{found.peak / 2**30:.2f}", style="bold")
     work = Table(title="work of one iteration, all GPUs")
     work.add_column("part")
