@@ -52,7 +52,7 @@ def image(size: str) -> torch.Tensor:
     return torch.from_numpy(small.picture(size)).permute(2, 0, 1)[None].float() / 255
 
 
-@pytest.mark.parametrize("size, prompt", zip(small.SIZES, small.PROMPTS))
+@pytest.mark.parametrize("size, prompt", list(zip(small.SIZES, small.PROMPTS)))
 @pytest.mark.parametrize("name", ["hpsv2", "image-reward", "hpsv3"])
 def test_scores_are_those_of_the_original_s_package(
     rewards: dict[str, Reward], name: str, size: str, prompt: str
@@ -93,7 +93,7 @@ def test_hpsv2_at_full_size_uses_every_name() -> None:
     import open_clip
 
     with torch.device("meta"):
-        ours = {k: tuple(v.shape) for k, v in open_clip.create_model("ViT-H-14").state_dict().items()}
+        ours = {k: tuple(v.shape) for k, v in open_clip.create_model("ViT-H-14", device="meta").state_dict().items()}
     assert layouts.digest(ours) == RECORDED["full sizes"]["scores"]["hpsv2"]
     assert ours == layouts.open_clip(open_clip.get_model_config("ViT-H-14"))
 
@@ -124,7 +124,7 @@ def test_a_judge_grades_and_is_not_trained_on(monkeypatch: pytest.MonkeyPatch) -
     assert judge(images, ["a", "b"]).tolist() == pytest.approx([3.5, 3.5])
     with pytest.raises(RewardError, match="no gradient: it can't be trained on"):
         judge(images.requires_grad_(), ["a", "b"])
-    with pytest.raises(RewardError, match="answered without a score.*lovely"):
+    with pytest.raises(RewardError, match=r"answered without a score.*lovely"):
         judge.number("a lovely picture")
 
 
@@ -134,3 +134,26 @@ def test_a_checksum_that_is_known_is_looked_at(tmp_path: Path) -> None:
     (tmp_path / "sac+logos+ava1-l14-linearMSE.pth").write_bytes(b"cut off")
     with pytest.raises(RewardError, match=r"linearMSE.pth is not .*sha256 is [0-9a-f]{64}, expected 21dd590f"):
         Aesthetic(tmp_path / "sac+logos+ava1-l14-linearMSE.pth")
+
+
+@pytest.mark.parametrize("size", ["huge", "large"])
+def test_clip_at_full_size_uses_every_name(size: str) -> None:
+    """PickScore's ViT-H-14, CLIPScore's and the aesthetic head's ViT-L-14, in transformers' form."""
+    from transformers import CLIPConfig, CLIPModel
+
+    wide, read, joint, layers = (1280, 1024, 1024, (32, 24)) if size == "huge" else (1024, 768, 768, (24, 12))
+    vision = {"hidden_size": wide, "intermediate_size": 4 * wide, "num_hidden_layers": layers[0], "patch_size": 14}
+    text = {"hidden_size": read, "intermediate_size": 4 * read, "num_hidden_layers": layers[1], "vocab_size": 49408}
+    vision |= {"num_attention_heads": 16, "image_size": 224}
+    text |= {"num_attention_heads": 16 if size == "huge" else 12, "max_position_embeddings": 77}
+    with torch.device("meta"):
+        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=joint))
+    assert {k: tuple(v.shape) for k, v in model.state_dict().items()} == layouts.clip(vision, text, joint)
+
+
+def test_the_aesthetic_head_at_full_size_uses_every_name() -> None:
+    from trajsurgery.rewards.heads import linears
+
+    state = {name: torch.zeros(shape) for name, shape in layouts.aesthetic().items()}
+    head = linears("Aesthetic", state, 768)
+    assert sorted(tuple(p.shape) for p in head.parameters()) == sorted(layouts.aesthetic().values())

@@ -67,11 +67,15 @@ def test_bytes_differ_by_pil_s_rounding_alone(size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 def test_the_whole_picture_is_fitted(size: tuple[int, int]) -> None:
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.functional import resize
+
     image = picture(*size)
     height, width = (max(round(n * SIDE / max(size)), 1) for n in size)
     wanted = torch.zeros(1, 3, SIDE, SIDE)
     top, left = (SIDE - height) // 2, (SIDE - width) // 2
-    wanted[..., top : top + height, left : left + width] = by_pil(image, height, width)
+    small = resize(image, [height, width], InterpolationMode.BICUBIC, antialias=True)  # HPSv2's: on floats, not clipped
+    wanted[..., top : top + height, left : left + width] = small
     assert near(fitted(image, SIDE), wanted)
 
 
@@ -127,3 +131,19 @@ def test_the_gradient_agrees_with_finite_differences(way: Callable[[Tensor], Ten
 def test_a_picture_that_vanishes_is_named() -> None:
     with pytest.raises(RewardError, match="1 x 1000 are too narrow"):
         fitted(picture(1, 1000), SIDE)
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_rounded_it_is_pil_s_bytes_level_for_level(size: tuple[int, int]) -> None:
+    """The gradient is that of the passes that are not rounded."""
+    raw = (picture(*size) * 255).round().to(torch.uint8)
+    for height, width in ((SIDE, SIDE), (SIDE, 41), (9, SIDE)):
+        small = Image.fromarray(raw[0].permute(1, 2, 0).numpy())
+        for each in ((width, size[0]), (width, height)):
+            small = small.resize(each, Image.Resampling.BICUBIC)
+        given = (raw.float() / 255).requires_grad_()
+        found = resized(given, height, width, rounded=True)
+        assert torch.equal((found[0] * 255).round().to(torch.uint8), torch.from_numpy(np.array(small)).permute(2, 0, 1))
+        plain = resized(given, height, width)
+        assert float((found - plain).detach().abs().max()) * 255 < 1.7
+        assert torch.equal(torch.autograd.grad(found.sum(), given)[0], torch.autograd.grad(plain.sum(), given)[0])

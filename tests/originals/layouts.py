@@ -126,7 +126,7 @@ def imagereward(vision: Mapping[str, int], text: Mapping[str, int]) -> Shapes:
 
 
 def hpsv3(vision: Mapping[str, int], text: Mapping[str, int], words: int) -> Shapes:
-    """HPSv3.safetensors: Qwen2-VL as transformers 4.45 names it, and a head. The authors cut the vocabulary to `words`."""
+    """HPSv3.safetensors: Qwen2-VL as transformers 4.45 names it, and a head; `words` tokens."""
     shapes, e, h, inner = Shapes(), vision["embed_dim"], text["hidden_size"], text["intermediate_size"]
     shapes["visual.patch_embed.proj.weight"] = (e, 3, 2, 14, 14)
     for n in range(vision["depth"]):

@@ -1,6 +1,6 @@
 """What the originals' own code scores: `python -m tests.originals.record PACKAGE`, in an environment that has it.
 
-Prints JSON; `recorded.json` holds what each printed, beside the command and the versions. The packages pin stacks that
+Prints JSON; `recorded.json` holds what each printed, with the versions. The packages pin stacks that
 exclude ours (transformers 4.45.2, timm 0.6.13, pytest 7.2, protobuf < 4), except for imscore, which installs next to it.
 Each is run as it is: what is replaced below are sizes that it has fixed and files that it would download.
 """
@@ -80,7 +80,7 @@ def imagereward(folder: Path) -> Scores:
     with contextlib.ExitStack() as stack:
         for where, name, to in ((blip_pretrain, "create_vit", vit), (blip_pretrain, "init_tokenizer", words)):
             stack.enter_context(mock.patch.object(where, name, to))
-        stack.enter_context(mock.patch.object(module, "MLP", lambda _: head(width)))
+        stack.enter_context(mock.patch.object(module, "MLP", return_value=head(width)))
         model = module.ImageReward(med_config=str(folder / "med_config.json"), device="cpu")
     found = model.load_state_dict(torch.load(file), strict=False)
     assert not found.missing_keys and not found.unexpected_keys, found  # noqa: PT018

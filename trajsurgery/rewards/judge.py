@@ -15,7 +15,8 @@ from trajsurgery.rewards.weights import folder_of
 
 QUESTION = (
     "You are given a text caption and a generated image. Judge how well the image matches the caption, and how good "
-    "the image itself is, and assign one score from 1 (worst) to 5 (best) after 'Final Score:'.\nText Caption: [{prompt}]"
+    "the image itself is, and assign one score from 1 (worst) to 5 (best) after 'Final Score:'.\n"
+    "Text Caption: [{prompt}]"
 )
 """What is asked, unless the judge is given other words; `{prompt}` stands for the caption."""
 

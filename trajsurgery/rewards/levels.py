@@ -1,4 +1,4 @@
-"""PIL's bicubic resize of bytes, level for level: its filter's weights in fixed point, each pass rounded and clipped."""
+"""PIL's bicubic resize of bytes, level for level: weights in fixed point, each pass rounded and clipped."""
 
 from __future__ import annotations
 

@@ -78,9 +78,9 @@ def verified(reward: str, path: Path, name: str) -> Path:
             got = hashlib.file_digest(file, "sha256").hexdigest()
         if got != expected:
             raise RewardError(
-                f"{reward}: {path} is not the file that it is named after: its sha256 is {got}, expected {expected}. It "
-                "was cut off or changed: fetch it again, or give a file of your own another name, a model of your own "
-                "as a folder."
+                f"{reward}: {path} is not the file that it is named after: its sha256 is {got}, expected {expected}. "
+                "It was cut off or changed: fetch it again, or give a file of your own another name, a model of "
+                "your own as a folder."
             )
     return path
 
