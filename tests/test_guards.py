@@ -163,26 +163,35 @@ def test_a_killed_run_with_guards_goes_on_bit_for_bit(tmp_path: Path, monkeypatc
     assert all(map(torch.equal, training.ema.shadow_params, again.ema.shadow_params))
 
 
-@pytest.mark.parametrize("moment", ["after the weights of the best look", "after a look, before the next checkpoint"])
-def test_a_kill_between_two_files_loses_nothing(tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, torn = (recipe(tmp_path / name) for name in ("whole", "torn"))
-    trained(whole)
+@pytest.mark.parametrize(
+    "moment, number, until",
+    [
+        ("after the weights of the best look", 4, 0.12),
+        ("after a look, before the next checkpoint", 4, 0.12),
+        ("after a look at the iteration of the last checkpoint", 6, -9.0),
+    ],
+)
+def test_a_kill_between_two_files_loses_nothing(
+    tmp_path: Path, moment: str, number: int, until: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, torn = (recipe(tmp_path / name, patience=4) for name in ("whole", "torn"))
+    trained(whole, until)
     written = guards.save
 
     def killed(settings: Recipe, training: Training) -> None:
-        if training.iteration == 4 and "best" in moment:
+        if training.iteration == number and "best" in moment:
             raise Killed
         written(settings, training)
 
     def told(look: guards.Look) -> None:
-        if look.iteration == 4:
+        if look.iteration == number:
             raise Killed
 
     monkeypatch.setattr(guards, "save", killed)
     with pytest.raises(Killed):
-        trained(torn, told=told)
+        trained(torn, until, told)
     monkeypatch.undo()
-    trained(torn)
+    trained(torn, until)
     same(whole.output, torn.output)
     assert [p.name for p in torn.output.glob("best-*")] == [p.name for p in whole.output.glob("best-*")] != []
 
