@@ -11,34 +11,38 @@ from matplotlib.image import imread
 
 from trajsurgery import tiny
 from trajsurgery.errors import RecipeError
-from trajsurgery.tiny.preview import Preview, chosen, main, sheet, tuned
+from trajsurgery.tiny.exhibit import Exhibit, exhibit
+from trajsurgery.tiny.exhibit import videos as wan_of
+from trajsurgery.tiny.pipe import FOLDERS
+from trajsurgery.tiny.preview import GAP, Preview, beside, chosen, main, settings, sheet, shown
 from trajsurgery.tiny.prompt import CATEGORIES
+from trajsurgery.tiny.video import DIRECTIONS
 
 torch.set_num_threads(1)
 SHORT = Preview(prompts=("a circle", "a red square and a green circle"), noises=3, steps=2)
 
 
 @pytest.fixture(scope="module")
-def pipe():
-    return tiny.pipeline()
+def flux() -> Exhibit:
+    return exhibit("flux")
 
 
-def test_a_sheet_is_judged_and_scored_and_has_the_same_noise_in_every_row(pipe):
-    reward, prompts, done = tiny.Reward(), chosen(SHORT), []
-    found = sheet("base", pipe, reward, prompts, SHORT, lambda: done.append(1))
+def test_a_sheet_is_judged_and_scored_and_has_the_same_noise_in_every_row(flux: Exhibit):
+    prompts, done = chosen(SHORT, flux), []
+    found = sheet("base", flux, prompts, SHORT, lambda: done.append(1))
     assert len(done) == 2
     assert found.images.shape == (2, 3, 3, 32, 32)
     for row, prompt in enumerate(prompts):
         assert torch.equal(found.correct[row], tiny.judge(found.images[row], [prompt] * 3).correct)
-        assert torch.allclose(found.reward[row], reward(found.images[row], [prompt] * 3), atol=1e-5)
-    alike = sheet("base", pipe, reward, [prompts[1], prompts[1]], SHORT, lambda: None).images
+        assert torch.allclose(found.reward[row], flux.reward(found.images[row], [prompt] * 3), atol=1e-5)
+    alike = sheet("base", flux, [prompts[1], prompts[1]], SHORT, lambda: None).images
     assert torch.equal(alike[0], alike[1])
     assert torch.equal(alike[0], found.images[1])
     assert not torch.allclose(alike[0, 0], alike[0, 1], atol=0.05), "columns are different noises"
 
 
-def test_tuned_weights_are_drawn_beside_the_untuned(pipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    pipe.transformer.save_pretrained(tmp_path / "transformer")
+def test_tuned_weights_are_drawn_beside_the_untuned(flux: Exhibit, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    flux.pipe.transformer.save_pretrained(tmp_path / "transformer")
     (tmp_path / "recipe.json").write_text(json.dumps({"model": "tiny"}))
     both = main(Preview(**{**vars(SHORT), "run": tmp_path}))
     lines = capsys.readouterr().out.splitlines()
@@ -50,21 +54,47 @@ def test_tuned_weights_are_drawn_beside_the_untuned(pipe, tmp_path: Path, capsys
     assert imread(both).std() > 0.05
 
 
-def test_what_it_cannot_draw_is_said(tmp_path: Path):
+@pytest.mark.parametrize("name", ["sd3", "wan"])
+def test_the_other_models_are_drawn_as_their_run_calls_them(name: str, tmp_path: Path):
+    if not FOLDERS[name].is_dir():
+        pytest.skip(f"the tiny {name} has no weights yet")
+    run = tmp_path / name
+    tiny.pipeline(name).transformer.save_pretrained(run / "transformer")  # pyright: ignore[reportArgumentType]
+    (run / "recipe.json").write_text(json.dumps({"model": f"tiny:{name}", "rollout": {"guidance": 2.25}}))
+    assert shown(Preview(run=run)).call["guidance_scale"] == 2.25
+    text = "a red circle moves right" if name == "wan" else "a circle"
+    path = main(Preview(run=run, prompts=(text,), noises=1, steps=2))
+    assert imread(path).std() > 0.05
+
+
+def test_frames_stand_side_by_side():
+    frames = torch.rand(5, 3, 32, 32)
+    strip = beside(frames)
+    assert strip.shape == (3, 32, 5 * 32 + 4 * GAP)
+    for i in range(5):
+        assert torch.equal(strip[..., i * (32 + GAP) :][..., :32], frames[i])
+    assert beside(frames[0]) is not None
+    assert torch.equal(beside(frames[0]), frames[0])
+
+
+def test_what_it_cannot_draw_is_said(flux: Exhibit, tmp_path: Path):
     with pytest.raises(RecipeError, match="holds no tuned weights: let the run end"):
-        tuned(tmp_path)
+        settings(tmp_path)
     (tmp_path / "transformer").mkdir()
     (tmp_path / "transformer" / "config.json").write_text("{}")
-    (tmp_path / "recipe.json").write_text(json.dumps({"model": "tiny:sd3"}))
-    with pytest.raises(RecipeError, match="a run of tiny:sd3"):
-        tuned(tmp_path)
+    (tmp_path / "recipe.json").write_text(json.dumps({"model": "some/flux"}))
+    with pytest.raises(RecipeError, match="a run of some/flux"):
+        settings(tmp_path)
     with pytest.raises(RecipeError, match="no prompt 'a cat'"):
-        chosen(Preview(prompts=("a cat",)))
+        chosen(Preview(prompts=("a cat",)), flux)
     with pytest.raises(RecipeError, match="noises and steps: at least 1"):
         Preview(noises=0, steps=0)
 
 
-def test_all_categories_are_shown():
-    prompts = chosen(Preview(each=2))
+def test_all_categories_are_shown(flux: Exhibit):
+    prompts = chosen(Preview(each=2), flux)
     assert [prompt.category for prompt in prompts] == [c for c in CATEGORIES for _ in range(2)]
-    assert len({prompt.text for prompt in chosen(Preview(each=1000))}) == len(chosen(Preview(each=1000)))
+    many = chosen(Preview(each=1000), flux)
+    assert len({prompt.text for prompt in many}) == len(many)
+    moving = wan_of(None).evenly(2)
+    assert [prompt.category for prompt in moving] == [d for d in DIRECTIONS for _ in range(2)]

@@ -1,5 +1,6 @@
 """The tiny Stable Diffusion 3: a real pipeline on the tiny Flux's encoders, with guidance in two calls."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,11 @@ from trajsurgery import LeapAlign, tiny, world
 from trajsurgery.errors import RecipeError
 from trajsurgery.presets import sd3 as recipes
 from trajsurgery.run import main
-from trajsurgery.tiny import sd3, train
+from trajsurgery.tiny import figures, sd3, train
 from trajsurgery.tiny.fit_flux import corpus
 from trajsurgery.tiny.fit_sd3 import encoded, sd3_stage
-from trajsurgery.tiny.pipe import WEIGHTS
+from trajsurgery.tiny.pipe import FOLDERS, WEIGHTS
+from trajsurgery.tiny.rules import judge
 from trajsurgery.tiny.stage import Budget, run
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -79,6 +81,37 @@ def test_the_output_and_the_modulation_start_at_zero():
     zero = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not m.weight.any()}
     norms = {f"transformer_blocks.{i}.{n}.linear" for i in range(3) for n in ("norm1", "norm1_context")}
     assert zero == {*norms, "norm_out.linear", "proj_out"}
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return tiny.pipeline("sd3")
+
+
+def test_shipped_samples_are_as_good_as_measured(shipped):
+    each = 20  # pictures a category; a share near a half then has a standard error of 0.11
+    prompts = figures.evenly("heldout", each)
+    verdict = judge(figures.draw(shipped, prompts, 25, seed=101, guidance_scale=sd3.GUIDANCE), prompts)
+    measured = json.loads((FOLDERS["sd3"] / "measured.json").read_text())["base_heldout"]
+    assert verdict.junk.mean() < 0.01
+    for category, (share, _) in verdict.table().items():
+        assert abs(share - measured[category]) < 3.5 * (0.25 / each) ** 0.5, category
+
+
+def test_shipped_figures_hold_the_targets():
+    measured = json.loads((FOLDERS["sd3"] / "measured.json").read_text())
+    for split in ("train", "heldout"):
+        base = measured[f"base_{split}"]
+        assert base["colours"] >= 0.85
+        assert 0.15 <= base["position"] <= 0.6
+        assert base["attribute binding"] >= 0.15
+        assert 0.45 <= round(base["overall"], 6) <= 0.8, "a share of 480, as a float32"
+        assert base["junk"] < 0.01
+        assert measured[f"ranking_{split}"]["area"] >= 0.9
+    made = json.loads((FOLDERS["sd3"] / "made.json").read_text())
+    assert len(made["commit"]) == 40
+    assert made["command"].startswith("python -m trajsurgery.tiny.train --stage sd3")
+    assert recipes(LeapAlign(), "x")["tiny"].rollout.guidance == sd3.GUIDANCE
 
 
 def test_it_trains_saves_loads_and_the_recipe_runs_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

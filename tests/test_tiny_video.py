@@ -1,5 +1,6 @@
 """The video world: true videos are judged right, false ones wrong, and the reward's gradient is a gradient."""
 
+import json
 import os
 from dataclasses import replace
 from itertools import combinations
@@ -9,15 +10,15 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from trajsurgery import LeapAlign, world
+from trajsurgery import LeapAlign, tiny, world
 from trajsurgery.errors import RewardError
 from trajsurgery.presets import wan
 from trajsurgery.run import main
 from trajsurgery.tiny import video_fit, video_wan
-from trajsurgery.tiny.pipe import pipeline
+from trajsurgery.tiny.pipe import FOLDERS, pipeline
 from trajsurgery.tiny.scene import PALETTE
 from trajsurgery.tiny.stage import Budget, run
-from trajsurgery.tiny.video import DIRECTIONS, FRAMES, Motion, every_motion, film, motions, prompts
+from trajsurgery.tiny.video import DIRECTIONS, FRAMES, Motion, crowd, every_motion, film, motions, prompts
 from trajsurgery.tiny.video_reward import MotionReward
 from trajsurgery.tiny.video_rules import judge
 
@@ -127,6 +128,64 @@ def test_errors_say_what_came(true: Tensor) -> None:
         reward(true, ALL[1:])
     with pytest.raises(RewardError, match="NaN"):
         reward(true * float("nan"), ALL)
+
+
+needs_weights = pytest.mark.skipif(not FOLDERS["wan"].is_dir(), reason="the tiny Wan has no weights yet")
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return tiny.pipeline("wan")
+
+
+@needs_weights
+def test_shipped_videos_are_as_good_as_measured(shipped) -> None:
+    known = motions("heldout")
+    asked = [known[i % len(known)] for i in range(48)]
+    verdict = judge(video_fit.shoot(shipped, asked, 101, video_fit.GUIDANCE), asked)
+    measured = json.loads((FOLDERS["wan"] / "measured.json").read_text())["base_heldout"]
+    for name in ("correct", "there", "moves"):
+        share = float(getattr(verdict, name).float().mean())
+        expected = measured["overall" if name == "correct" else name]
+        assert abs(share - expected) < 3.5 * (0.25 / len(asked)) ** 0.5, name
+    assert float(verdict.junk.mean()) < 0.01
+    with torch.no_grad():
+        again = video_fit.reconstructions(shipped.vae, film(asked, Generator().manual_seed(5)))
+    assert float(judge(again, asked).correct.float().mean()) >= 0.9
+
+
+@needs_weights
+def test_shipped_figures_hold_the_targets() -> None:
+    measured = json.loads((FOLDERS["wan"] / "measured.json").read_text())
+    assert measured["evaluator"]["overall"] == 1
+    assert measured["autoencoder"]["overall"] >= 0.97
+    for split in ("train", "heldout"):
+        assert measured[f"base_{split}"]["junk"] < 0.01
+        assert 0.15 <= measured[f"base_{split}"]["moves"] <= 0.9, "there is head-room in direction"
+        assert measured[f"ranking_{split}"]["area"] >= 0.9
+    made = json.loads((FOLDERS["wan"] / "made.json").read_text())
+    assert len(made["commit"]) == 40
+    assert made["command"].startswith("python -m trajsurgery.tiny.train --stage wan")
+
+
+def test_a_crowd_is_as_many_frames_as_asked_and_moves() -> None:
+    frames = crowd(6, Generator().manual_seed(0))
+    assert frames.shape == (6, FRAMES, 3, 32, 32)
+    assert torch.equal(crowd(6, Generator().manual_seed(0), 1), frames[:, :1])
+    assert float((frames - 0.5).abs().amax(2).gt(0.1).float().mean()) > 0.2
+    assert float((frames[:, 1:] - frames[:, :-1]).abs().mean((2, 3, 4)).min()) > 0.01
+
+
+@torch.no_grad()
+def test_an_inflated_autoencoder_is_one_of_single_frames() -> None:
+    torch.manual_seed(0)
+    model = video_wan.vae()
+    videos = 2 * film(ALL[:3], Generator().manual_seed(1)).transpose(1, 2) - 1
+    first = model.encode(videos[:, :, :1]).latent_dist.mean
+    assert torch.allclose(model.encode(videos).latent_dist.mean[:, :, :1], first, atol=1e-6)
+    frames = model.decode(first.expand(-1, -1, 3, -1, -1)).sample
+    assert frames.shape == videos.shape
+    assert torch.allclose(frames, frames[:, :, :1].expand_as(frames), atol=1e-6)
 
 
 def small(folder: Path) -> Path:

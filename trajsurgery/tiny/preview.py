@@ -1,7 +1,7 @@
-"""`python -m trajsurgery.tiny.preview`: a contact sheet of what the tiny Flux draws, untuned and, with --run, tuned.
+"""`python -m trajsurgery.tiny.preview`: a sheet of what an embedded model draws, untuned and, with --run, tuned.
 
-A row is a held-out prompt, a column a noise, the same for all prompts and for both models. Each picture carries the
-rules' verdict and its reward.
+A row is a held-out prompt, a column a noise, the same for all prompts and for both models; the frames of a video stand
+side by side. Each picture carries the rules' verdict and its reward.
 """
 
 import json
@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
+from torch.nn import functional
 
 from trajsurgery.errors import RecipeError
-from trajsurgery.tiny.architecture import LATENT_CHANNELS, TOKENS
-from trajsurgery.tiny.figures import evenly
-from trajsurgery.tiny.prompt import CATEGORIES, Prompt, split_prompts, understand
+from trajsurgery.tiny.exhibit import Exhibit, exhibit
+from trajsurgery.tiny.pipe import PipelineName
 
 RIGHT, WRONG = "#2e7d32", "#b3442e"
+GAP = 1  # white pixels between the frames of a video
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,15 @@ class Preview:
     """What to draw, and where to."""
 
     run: Path | None = None
-    """The output folder of a finished run on the embedded Flux, such as outputs/leapalign_flux; else the base alone."""
+    """The output folder of a finished run on an embedded model, as outputs/leapalign_flux; else the base alone."""
+    model: PipelineName = "flux"
+    """The embedded model to draw without a run; a run says for itself which."""
     prompts: tuple[str, ...] = ()
-    """Prompts of the embedded world; `each` held-out ones of every category if left out."""
+    """Prompts of the model's world; `each` held-out ones of every category if left out."""
     each: int = 2
-    """Held-out prompts of every category."""
-    noises: int = 4
-    """Pictures of each prompt."""
+    """Held-out prompts of every category; of a Wan, of every direction."""
+    noises: int | None = None
+    """Pictures of each prompt: 4, or 2 videos, if left out."""
     steps: int = 25
     """The sampler's steps."""
     seed: int = 0
@@ -42,7 +45,8 @@ class Preview:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        wrong = [name for name in ("each", "noises", "steps", "threads") if getattr(self, name) < 1]
+        counts = {name: getattr(self, name) for name in ("each", "noises", "steps", "threads")}
+        wrong = [name for name, count in counts.items() if count is not None and count < 1]
         if wrong:
             raise RecipeError(f"{' and '.join(wrong)}: at least 1.")
 
@@ -53,7 +57,7 @@ class Sheet:
 
     title: str
     images: Tensor
-    """Float[prompts noises 3 h w]."""
+    """Float[prompts noises 3 h w], or [prompts noises frames 3 h w]."""
     correct: Tensor
     """Bool[prompts noises]."""
     reward: Tensor
@@ -66,64 +70,84 @@ class Sheet:
         return f"{self.title}: {right:.0%} right, reward {reward:.3f}"
 
 
-def tuned(run: Path) -> Any:
-    """The transformer that a run left.
+def settings(run: Path) -> dict[str, Any]:
+    """The recipe of a finished run on an embedded model.
 
     Raises:
-        RecipeError: the folder holds none, or one of another model.
+        RecipeError: the folder holds no tuned weights, or those of another model.
     """
-    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+    recipe = run / "recipe.json"
+    if not (run / "transformer" / "config.json").is_file():
+        raise RecipeError(
+            f"{run / 'transformer'} holds no tuned weights: let the run end first, or pass --run with another folder."
+        )
+    found = json.loads(recipe.read_text()) if recipe.is_file() else {"model": "tiny"}
+    if found["model"].partition(":")[0] != "tiny":
+        raise RecipeError(f"{run} holds a run of {found['model']}: this draws the embedded models, tiny and tiny:NAME.")
+    return found
 
-    folder, recipe = run / "transformer", run / "recipe.json"
-    if not (folder / "config.json").is_file():
-        raise RecipeError(f"{folder} holds no tuned weights: let the run end first, or pass --run with another folder.")
-    model = json.loads(recipe.read_text())["model"] if recipe.is_file() else "tiny"
-    if model != "tiny":
-        raise RecipeError(f"{run} holds a run of {model}: this draws the embedded Flux, whose recipes say model tiny.")
-    return FluxTransformer2DModel.from_pretrained(folder)
+
+def shown(config: Preview) -> Exhibit:
+    """The untuned model that is drawn, called as the run calls it.
+
+    Raises:
+        RecipeError: as `settings`.
+    """
+    if config.run is None:
+        return exhibit(config.model)
+    recipe = settings(config.run)
+    found = exhibit(recipe["model"].partition(":")[2] or "flux")
+    if "guidance_scale" in found.call and "rollout" in recipe:
+        found.call["guidance_scale"] = recipe["rollout"]["guidance"]
+    return found
 
 
-def chosen(config: Preview) -> list[Prompt]:
+def chosen(config: Preview, model: Exhibit) -> list[Any]:
     """The prompts asked for.
 
     Raises:
-        RecipeError: the embedded world can't say one of them.
+        RecipeError: the model's world can't say one of them.
     """
     try:
-        if config.prompts:
-            return understand(config.prompts)
+        return model.understand(config.prompts) if config.prompts else model.evenly(config.each)
     except ValueError as error:
         raise RecipeError(str(error)) from error
-    least = min(sum(p.category == c for p in split_prompts("heldout")) for c in CATEGORIES)
-    return evenly("heldout", min(config.each, least))
 
 
-def sheet(title: str, pipe: Any, reward: Any, prompts: list[Prompt], config: Preview, advance: Any) -> Sheet:
+def sheet(title: str, model: Exhibit, prompts: list[Any], config: Preview, advance: Any) -> Sheet:
     """Draws and judges all pictures of one model; calls `advance()` after each prompt."""
-    from trajsurgery.tiny.rules import judge
-
-    generator = Generator().manual_seed(config.seed)
-    noise = torch.randn(config.noises, TOKENS, 4 * LATENT_CHANNELS, generator=generator)
+    noises = config.noises or model.columns
+    noise = torch.randn(noises, *model.noise, generator=Generator().manual_seed(config.seed))
     parts: list[Tensor] = []
     for prompt in prompts:
         options: dict[str, Any] = {"num_inference_steps": config.steps, "latents": noise, "output_type": "pt"}
-        parts.append(pipe([prompt.text] * config.noises, **options).images.float())
+        parts.append(model.pipe([prompt.text] * noises, **options, **model.call)[0].float())
         advance()
-    images, asked = torch.cat(parts), [prompt for prompt in prompts for _ in range(config.noises)]
+    images, asked = torch.cat(parts), [prompt for prompt in prompts for _ in range(noises)]
     with torch.no_grad():
-        scores = reward(images, asked)
-    shape = (len(prompts), config.noises)
-    correct = judge(images, asked).correct
+        scores = model.reward(images, asked)
+    shape = (len(prompts), noises)
+    correct = model.judge(images, asked).correct
     return Sheet(title, images.unflatten(0, shape), correct.view(shape), scores.view(shape))
 
 
-def draw(path: Path, title: str, prompts: list[Prompt], sheets: list[Sheet]) -> None:
+def beside(picture: Tensor) -> Tensor:
+    """Float[3 h w]; the frames of a video, Float[frames 3 h w], are set side by side."""
+    if picture.dim() == 3:
+        return picture
+    framed = functional.pad(picture, (0, GAP), value=1.0)
+    return framed.permute(1, 2, 0, 3).flatten(2)[..., :-GAP]
+
+
+def draw(path: Path, title: str, prompts: list[Any], sheets: list[Sheet]) -> None:
     """The contact sheet: a row for each prompt, the models side by side."""
     from matplotlib.figure import Figure
 
-    noises, wide = sheets[0].images.shape[1], 0.35
-    ratios = [1.0] * noises + ([wide] + [1.0] * noises) * (len(sheets) - 1)
-    size = (0.95 * sum(ratios) + 2.6, 1.12 * len(prompts) + 1.0)
+    images = sheets[0].images
+    noises, frames = images.shape[1], images.shape[2] if images.dim() == 6 else 1
+    wide, gap = 1.0 if frames == 1 else 0.7 * frames, 0.35
+    ratios = [wide] * noises + ([gap] + [wide] * noises) * (len(sheets) - 1)
+    size = (0.95 * sum(ratios) + 2.6, (1.12 if frames == 1 else 0.92) * len(prompts) + 1.0)
     figure = Figure(figsize=size)
     left, top = 2.6 / size[0], 1 - 0.8 / size[1]
     grid = figure.add_gridspec(len(prompts), len(ratios), width_ratios=ratios, left=left, right=0.995, top=top,
@@ -138,7 +162,7 @@ def draw(path: Path, title: str, prompts: list[Prompt], sheets: list[Sheet]) -> 
                     axes.annotate(
                         prompt.text, (-0.1, 0.5), xycoords="axes fraction", ha="right", va="center", fontsize=9
                     )
-        middle = (sum(ratios[:first]) + noises / 2) / sum(ratios)
+        middle = (sum(ratios[:first]) + noises * wide / 2) / sum(ratios)
         figure.text(left + middle * (0.995 - left), top + 0.1 / size[1], part.told, ha="center", fontsize=10)
     figure.text(0.01, 1 - 0.25 / size[1], f"{title}; columns: noises, the same for all\n"
                 "frame and mark: the rules' verdict; number: the reward", fontsize=9, va="center")  # fmt: skip
@@ -149,7 +173,7 @@ def draw(path: Path, title: str, prompts: list[Prompt], sheets: list[Sheet]) -> 
 def _picture(axes: Any, part: Sheet, row: int, n: int) -> None:
     right = bool(part.correct[row, n])
     colour = RIGHT if right else WRONG
-    axes.imshow(part.images[row, n].permute(1, 2, 0).numpy(), interpolation="nearest", vmin=0, vmax=1)
+    axes.imshow(beside(part.images[row, n]).permute(1, 2, 0).numpy(), interpolation="nearest", vmin=0, vmax=1)
     axes.set(xticks=[], yticks=[])
     axes.set_xlabel(f"{'✓' if right else '✗'} {float(part.reward[row, n]):.2f}", fontsize=7, color=colour, labelpad=1)
     axes.spines[:].set_color(colour)
@@ -165,27 +189,24 @@ def main(config: Preview) -> Path:
     from rich.progress import Progress
     from transformers.utils import logging as more_bars
 
-    from trajsurgery.tiny.pipe import pipeline
-    from trajsurgery.tiny.scorer import Reward
-
     torch.set_num_threads(config.threads)
     bars.disable_progress_bar()
     more_bars.disable_progress_bar()
-    prompts = chosen(config)
-    after = None if config.run is None else tuned(config.run)
-    pipe, reward = pipeline(), Reward()
+    model = shown(config)
+    prompts = chosen(config, model)
     with Progress(transient=True) as progress:
-        task = progress.add_task("drawing", total=len(prompts) * (1 if after is None else 2))
+        task = progress.add_task("drawing", total=len(prompts) * (1 if config.run is None else 2))
 
         def of(title: str) -> Sheet:
-            return sheet(title, pipe, reward, prompts, config, lambda: progress.advance(task))
+            return sheet(title, model, prompts, config, lambda: progress.advance(task))
 
         sheets = [of("untuned")]
-        if after is not None:
-            pipe.transformer = after.eval()
+        if config.run is not None:
+            transformer = type(model.pipe.transformer).from_pretrained(config.run / "transformer")
+            model.pipe.transformer = transformer.eval()
             sheets.append(of("tuned"))
     path = config.output or (config.run or Path("outputs")) / "preview.png"
-    draw(path, "The embedded Flux" if config.run is None else f"Tuned: {config.run}", prompts, sheets)
+    draw(path, model.name if config.run is None else f"Tuned: {config.run}", prompts, sheets)
     print("\n".join([*(part.told for part in sheets), f"Picture: {path}"]))
     return path
 

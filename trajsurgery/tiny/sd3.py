@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils.constants import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from trajsurgery.errors import RecipeError
@@ -85,9 +87,18 @@ def trained_on(flux: Path) -> dict[str, str]:
     return {str(file.relative_to(flux)): hashlib.sha256(file.read_bytes()).hexdigest() for file in shared}
 
 
+def idle(model: Any) -> set[str]:
+    """The names of the weights that no output depends on: the last block keeps no text, and asks nothing for it."""
+    attention = f"transformer_blocks.{len(model.transformer_blocks) - 1}.attn."
+    return {name for name in model.state_dict() if name.startswith((attention + "add_q_", attention + "norm_added_q"))}
+
+
 def save(pipe: Any, flux: Path, folder: Path) -> None:
-    """Writes the transformer in bfloat16, and the hashes of what it goes with."""
-    pipe.transformer.to(torch.bfloat16).save_pretrained(folder / "transformer")
+    """Writes the transformer in bfloat16 without its idle weights, and the hashes of what it goes with."""
+    model, file = pipe.transformer.to(torch.bfloat16), folder / "transformer" / SAFETENSORS_WEIGHTS_NAME
+    model.save_config(file.parent)
+    unused = idle(model)
+    save_file({name: value.contiguous() for name, value in model.state_dict().items() if name not in unused}, file)
     (folder / "trained_on.json").write_text(json.dumps(trained_on(flux), indent=1) + "\n")
 
 
@@ -107,6 +118,10 @@ def pipeline(folder: Path = FOLDERS["sd3"], flux: Path = WEIGHTS) -> Any:
             f"the tiny SD3 in {folder} was trained with other text encoders than those in {flux}: train it again with "
             "`python -m trajsurgery.tiny.train --stage sd3`."
         )
-    model: Any = SD3Transformer2DModel.from_pretrained(folder / "transformer", dtype=torch.float32)
+    file = folder / "transformer" / SAFETENSORS_WEIGHTS_NAME
+    config: Any = SD3Transformer2DModel.load_config(file.parent)
+    model: Any = SD3Transformer2DModel.from_config(config)
+    own = model.state_dict()
+    model.load_state_dict({**{name: torch.zeros_like(own[name]) for name in idle(model)}, **load_file(file)})
     vae: Any = AutoencoderKL.from_pretrained(flux / "vae", dtype=torch.float32)
     return assembled(flux, vae, model)
