@@ -7,6 +7,7 @@ import pytest
 _OWN = (
     "ignore:.*is deprecated:FutureWarning",  # names that its modules are to drop
     "ignore:In CPU autocast:UserWarning",  # Mochi asks for autocast to float32
+    "ignore:Mismatch dtype between input and weight:UserWarning",  # Krea 2 norms in float32, its weights are float64
     "ignore:__array__ implementation:DeprecationWarning",  # DPM-Solver hands tensors to numpy
 )
 
