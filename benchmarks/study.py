@@ -18,7 +18,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -44,6 +44,9 @@ class Options:
     """The learning rates that are tried with every method; the grid goes on in both directions."""
     validation: int = 100
     """The seed on which the rate is chosen."""
+    by: Literal["reward", "rules"] = "reward"
+    """What chooses among the rates that were tried. With rules the files are study_by_rules.json, ...: a high rate may
+    buy reward that the rules do not see."""
     chosen: Path | None = None
     """A study.json whose rates are taken instead of choosing them."""
     stages: tuple[int, ...] = (75, 150, 225)
@@ -93,7 +96,7 @@ def choices(options: Options) -> dict[str, dict[str, Any]]:
         found[name] = {
             "tried": {f"{rate:g}": line for rate, line in sorted(at.items())},
             "left": sorted(left),
-            "chosen": None if left else best(at),
+            "chosen": None if left else best(at, options.by),
             "by_rules": None if left else best(at, "rules"),
         }
     return found
@@ -133,10 +136,11 @@ def main(options: Options) -> int:
     """Runs what is left, then writes what there is."""
     complete = options.report or do(lambda: list(plan(options)), options.runs, options.workers, said)
     tasks = table(options)
-    found = write(tasks, choices(options), options.output)
+    stem = "study" if options.by == "reward" else "study_by_rules"
+    found = write(tasks, choices(options), options.output, stem)
     if found is not None:
-        draw(found, options.output / "study.png")
-        samples(tasks, found["seeds"][0], options.output / "study_samples.png")
+        draw(found, options.output / f"{stem}.png")
+        samples(tasks, found["seeds"][0], options.output / f"{stem}_samples.png")
     return 0 if complete else 130
 
 

@@ -65,7 +65,7 @@ class Budget:
 
     def run(self, name: str, rate: float, seed: int) -> Task:
         """One of the table's runs."""
-        folder = Path("seeds") / name / str(seed)
+        folder = Path("seeds") / name / f"{rate:g}" / str(seed)
         return Task(self.recipe(METHODS[name], rate, seed, "heldout", folder), self.stages)
 
 

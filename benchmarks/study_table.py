@@ -86,7 +86,7 @@ def document(found: Mapping[str, Any], findings: Sequence[Finding], costs: Mappi
         "## What the paper found",
         *(finding.markdown() for finding in findings),
         "## Learning rates",
-        "Reward (rules) on the validation prompts, seed of its own; the highest reward is chosen.",
+        "Reward (rules) on the validation prompts, seed of its own; the rate chosen, and the one with the best rules.",
         choices(found["rates"]),
     ]
     return "\n\n".join(parts) + "\n"

@@ -195,9 +195,12 @@ def test_the_order_of_the_runs_and_what_is_written(script: Callable[[str], Modul
             invented(options.budget.trial(name, rate, 100), rise + (rate == 3e-5), 0.5 + (rate == 1e-5) / 2, 7)
     found = study.choices(options)
     assert [(line["chosen"], line["by_rules"]) for line in found.values()] == [(3e-5, 1e-5)] * 2
+    assert {line["chosen"] for line in study.choices(replace(options, by="rules")).values()} == {1e-5}
     order = [str(task.folder.relative_to(options.runs)) for task in study.plan(options)]
     assert order[7:] == [
-        f"{name}{seed}" for seed in (0, 1, 2) for name in ("base/heldout_", "seeds/refl/", "seeds/leapalign/")
+        f"{name}{seed}"
+        for seed in (0, 1, 2)
+        for name in ("base/heldout_", "seeds/refl/3e-05/", "seeds/leapalign/3e-05/")
     ]
     for seed in (0, 1):
         invented(options.budget.base(seed), 0, 0.5, seed)
