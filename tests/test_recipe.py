@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trajsurgery import DRaFTLV, DRTune, LeapAlign, RecipeError, ReFL, preflight, run
+from trajsurgery import DRaFTLV, DRTune, LeapAlign, RecipeError, ReFL, folder, preflight, run
 from trajsurgery.objective import Objective
 from trajsurgery.recipe import FREE, Method, Recipe, differences, paper, presets
 from trajsurgery.settings import Evaluation, Optimiser, Rollout
@@ -161,7 +161,7 @@ def test_a_method_that_allows_no_plan_is_told_before_anything_is_loaded(method: 
 @pytest.fixture
 def nothing_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(preflight, "cached", lambda repo, file: False)
+    monkeypatch.setattr(folder, "snapshot", lambda repo: None)
 
 
 @pytest.mark.usefixtures("nothing_here")

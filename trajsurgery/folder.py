@@ -11,6 +11,38 @@ _WEIGHTS = ("*.safetensors", "*.bin")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece*.model")
 
 
+def incomplete(model: str) -> str | None:
+    """What is missing of a local folder, or of a hub id's snapshot in the cache, and how to mend it."""
+    folder = Path(model)
+    if folder.is_dir():
+        if not (folder / INDEX).is_file():
+            return f"{model} is a folder without {INDEX}: --model takes what diffusers' save_pretrained wrote."
+        mend = f"Write it again with diffusers' save_pretrained, or `hf download HUB-ID --local-dir {model}`"
+    else:
+        cached = snapshot(model)
+        if cached is None:
+            return (
+                f"no weights: {model} is neither a local folder nor in the Hugging Face cache, and nothing is fetched "
+                f"here. Fetch it with `hf download {model}` (its licence may have to be accepted there first), or pass "
+                "--model FOLDER."
+            )
+        folder, mend = cached, f"Nothing is fetched here: `hf download {model}` fetches the rest"
+    missing = lacking(folder)
+    return f"{model} is there in part: {'; '.join(missing)}. {mend}." if missing else None
+
+
+def snapshot(repo: str) -> Path | None:
+    """The folder of a hub id in the local Hugging Face cache. Opens no connection."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(repo, INDEX)
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
 def lacking(folder: Path) -> list[str]:
     """A line for each part that the folder's index names and that is not there, or in part.
 
@@ -21,6 +53,8 @@ def lacking(folder: Path) -> list[str]:
     except (OSError, ValueError) as error:
         return [f"{INDEX} can't be read ({error})"]
     found: list[str] = []
+    if "_class_name" in index and "transformer" not in index:
+        found.append(f"no transformer, which is what trains: it is a {index['_class_name']}")
     for name, entry in index.items():
         if not name.startswith("_") and isinstance(entry, list) and len(entry) == 2 and None not in entry:
             missing = _missing(folder / name, str(entry[1]))

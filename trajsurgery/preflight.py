@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from trajsurgery import folder
 from trajsurgery.errors import PlanError, RecipeError
 from trajsurgery.prompts import read_prompts
 from trajsurgery.recipe import EMBEDDED, Recipe
@@ -106,16 +107,7 @@ def lacking_model(name: str) -> str | None:
         stage = name.partition(":")[2] or "flux"
         command = f"python -m trajsurgery.tiny.train --stage {stage}, then --stage ship"
         return None if FOLDERS[stage].is_dir() else f"no weights: {name} is not in this package. Make them: {command}."
-    if (Path(name) / "model_index.json").is_file():
-        return None
-    if Path(name).is_dir():
-        return f"{name} is a folder without model_index.json: --model takes what diffusers' save_pretrained wrote."
-    if cached(name, "model_index.json"):
-        return None
-    return (
-        f"no weights: {name} is neither a local folder nor in the Hugging Face cache. Fetch it with `hf download "
-        f"{name}` (its licence has to be accepted there first), or pass --model FOLDER."
-    )
+    return folder.incomplete(name)
 
 
 def lacking_reward(asked: str) -> str | None:
@@ -155,17 +147,6 @@ def unreadable(path: str) -> str | None:
     except RecipeError as error:
         return str(error)
     return None
-
-
-def cached(repo: str, file: str) -> bool:
-    """Whether the local Hugging Face cache has a file of a repository. Opens no connection."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return isinstance(try_to_load_from_cache(repo, file), str)
-    except HFValidationError:
-        return False
 
 
 def _needs(recipe: Recipe) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from trajsurgery import decoder, lora
+from trajsurgery import decoder, folder, lora
 from trajsurgery.encoded import Embeddings, dismiss
 from trajsurgery.errors import RecipeError
 from trajsurgery.objective import DETACHED
@@ -174,8 +174,13 @@ def pipeline(model: str) -> Any:
         return import_module("trajsurgery.tiny").pipeline(name or "flux")
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+    if missing := folder.incomplete(model):  # of a missing tokenizer transformers makes an empty one
+        raise RecipeError(missing)
     cuda = torch.cuda.is_available()
-    pipe = DiffusionPipeline.from_pretrained(model, dtype=_dtypes(cuda), local_files_only=True)
+    try:
+        pipe = DiffusionPipeline.from_pretrained(model, dtype=_dtypes(cuda), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{model} can't be loaded: {error} Fetch it anew with `hf download`.") from error
     return pipe.to("cuda" if cuda else "cpu")
 
 
