@@ -1,7 +1,7 @@
 """What the originals' own code scores: `python -m tests.originals.record PACKAGE`, in an environment that has it.
 
 Prints JSON; `recorded.json` holds what each printed, with the versions. The packages pin stacks that
-exclude ours (transformers 4.45.2, timm 0.6.13, pytest 7.2, protobuf < 4), except for imscore, which installs next to it.
+exclude ours (transformers 4.45.2, timm 0.6.13, pytest 7.2, protobuf < 4), but for imscore, which installs beside it.
 Each is run as it is: what is replaced below are sizes that it has fixed and files that it would download.
 """
 
