@@ -189,11 +189,15 @@ def parts(state: Mapping[str, Tensor], vision: Mapping[str, Any], text: Mapping[
     if "text.embed_tokens.weight" not in state:
         raise RewardError("HPSv3: the file has no model.embed_tokens.weight: it is not HPSv3.safetensors.")
     known = len(state["text.embed_tokens.weight"])
-    sees = Qwen2VLVisionConfig(**{**VISION, **vision})
-    reads = Qwen2VLTextConfig(**{**TEXT, **text, "vocab_size": known, "bos_token_id": None, "eos_token_id": None})
+    see: Any = Qwen2VisionTransformerPretrainedModel
+    read: Any = Qwen2VLTextModel
+    seen: Any = Qwen2VLVisionConfig
+    said: Any = Qwen2VLTextConfig
+    sees = seen(**{**VISION, **vision})
+    reads = said(**{**TEXT, **text, "vocab_size": known, "bos_token_id": None, "eos_token_id": None})
     with torch.device("meta"):
-        visual: Any = Qwen2VisionTransformerPretrainedModel._from_config(sees)
-        language: Any = Qwen2VLTextModel._from_config(reads)
+        visual = see._from_config(sees)
+        language = read._from_config(reads)
         width = int(reads.hidden_size)
         head = nn.Sequential(
             *(nn.Linear(width, 1024), nn.ReLU(), nn.Dropout(0.05)), *(nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2))

@@ -51,7 +51,7 @@ def cropped(images: Tensor, side: int, corner: Callable[[int], int], rounded: bo
     """
     height, width = images.shape[-2:]
     short = min(height, width)
-    images = resized(images, *(side if n == short else int(side * n / short) for n in (height, width)), rounded)
+    images = resized(images, *(side if n == short else int(side * n / short) for n in (height, width)), rounded=rounded)
     above, left = (corner(n - side) for n in images.shape[-2:])
     return images[..., above : above + side, left : left + side]
 
