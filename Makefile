@@ -32,7 +32,7 @@ study: $(STAMP)
 
 study-quick: $(STAMP)
 	$(BIN)/python benchmarks/study.py --methods refl draft_lv drtune leapalign --seeds 0 1 --stages 225 \
-		--chosen benchmarks/study.json --runs outputs/study_quick --output outputs/study_quick
+		--chosen benchmarks/study_rates.json --runs outputs/study_quick --output outputs/study_quick
 	@echo "Table and pictures: outputs/study_quick/study.md, study.png, study_samples.png"
 
 ablations: $(STAMP)

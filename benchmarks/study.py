@@ -6,9 +6,10 @@ Each method gets the same iterations, batch and optimiser; its learning rate is 
 prompts and a seed of their own, from the grid that all share (and extended by a step where the best lies at its edge).
 Then it runs on every seed, with the prompts and noise that all methods of a seed share, and its held-out images are
 graded by the reward, two further scorers and the rules, paired with the untuned model's image by image. Writes
-study.json, study.md, study.png and study_samples.png beside this file, from as many whole seeds as there are. Runs that
-are finished are read, not repeated, and one that was interrupted goes on: after any interruption the same command
-continues. Time and memory are measured by study_cost.py.
+study.json, study.md, study.png and study_samples.png beside this file, from as many whole seeds as there are, and
+study_rates.json, what every rate that was tried came to on the validation prompts. Runs that are finished are read, not
+repeated, and one that was interrupted goes on: after any interruption the same command continues. Time and memory are
+measured by study_cost.py.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from typing import Any, Literal
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import tyro
+from provenance import provenance
 from study_figures import figures
 from study_methods import METHODS, Budget, wanted
 from study_pictures import draw, samples
 from study_pool import do
-from study_report import write
+from study_report import rounded, write
 from study_runs import Task, finished, scores
 
 HERE = Path(__file__).parent
@@ -48,7 +50,7 @@ class Options:
     """What chooses among the rates that were tried. With rules the files are study_by_rules.json, ...: a high rate may
     buy reward that the rules do not see."""
     chosen: Path | None = None
-    """A study.json whose rates are taken instead of choosing them."""
+    """A study_rates.json whose rates are taken instead of choosing them."""
     stages: tuple[int, ...] = (75, 150, 225)
     """Iterations after which held-out images are made (Fig. 5); the last is the budget."""
     images: int = 480
@@ -136,6 +138,9 @@ def main(options: Options) -> int:
     """Runs what is left, then writes what there is."""
     complete = options.report or do(lambda: list(plan(options)), options.runs, options.workers, said)
     tasks = table(options)
+    options.output.mkdir(parents=True, exist_ok=True)
+    rates = {**provenance(), "validation seed": options.validation, "rates": rounded(choices(options))}
+    (options.output / "study_rates.json").write_text(json.dumps(rates, indent=1) + "\n")
     stem = "study" if options.by == "reward" else "study_by_rules"
     found = write(tasks, choices(options), options.output, stem)
     if found is not None:
