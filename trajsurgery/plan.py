@@ -160,7 +160,8 @@ class Plan:
         calls = [node for node in trained(plan.outputs) if isinstance(node, Velocity)]
         extra = sum(isinstance(node, Velocity) and node not in known for node in plan.nodes)
         steps = [n for n in plan.nodes if isinstance(n, Leap) and own_step(n, lambda _: True)]
-        apart = sorted({n.x.t for n in steps if not trajectory.is_step(n.x.t)}, reverse=True)
+        times = {n.x.t for n in steps if isinstance(n.x.t, int)}
+        apart = sorted((t for t in times if not trajectory.is_step(t)), reverse=True)
         return Cost(len(calls), sum(call in known for call in calls), extra, tuple(apart))
 
     def gradient(
