@@ -196,6 +196,14 @@ def test_what_is_there_is_not_asked_for(tmp_path: Path) -> None:
         preflight.check(replace(here, model=str(tmp_path.parent)))
 
 
+@pytest.mark.parametrize("asked", ["unifiedreward", "unifiedreward:{here}", "1*tiny+0.5*unifiedreward:{here}"])
+def test_a_judge_is_no_reward_of_a_recipe(tmp_path: Path, asked: str) -> None:
+    """It is told beside all else that is missing, weights or not; evaluation.metrics takes it."""
+    with pytest.raises(RecipeError, match=r"--reward .*unifiedreward.* answers in text and has no gradient.*metrics"):
+        preflight.check(replace(Recipe(), reward=asked.format(here=tmp_path)))
+    preflight.check(replace(Recipe(), evaluation=Evaluation(metrics=(f"unifiedreward:{tmp_path}",))))
+
+
 def test_the_embedded_world_needs_nothing() -> None:
     preflight.check(Recipe())
 

@@ -174,6 +174,14 @@ def test_what_is_not_there_is_named(folder: Path, head: Path, tmp_path: Path) ->
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RewardError, match=r"lacks 1 of CLIP's weights, visual_projection.weight"):
         CLIP("CLIPScore", tmp_path, floored)
+    state = load_file(folder / "model.safetensors") | {"score_head.weight": torch.zeros(1)}
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RewardError, match=r"holds 1 weights that are not CLIP's, such as score_head.weight"):
+        CLIP("CLIPScore", tmp_path, floored)
+    counted = {f"{part}_model.embeddings.position_ids": torch.arange(3)[None] for part in ("vision", "text")}
+    state = load_file(folder / "model.safetensors") | counted
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    CLIP("CLIPScore", tmp_path, floored, folder)
     save_file(load_file(folder / "model.safetensors"), tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RewardError, match="hf download laion/CLIP-ViT-H-14-laion2B-s32B-b79K"):
         PickScore(tmp_path)

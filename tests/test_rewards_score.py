@@ -16,11 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from tests.toy_world import LikesRed
-from trajsurgery import RewardError
+from trajsurgery import RewardError, contest
 from trajsurgery.errors import RecipeError
 from trajsurgery.grade import pictures, read, scores, summary
 from trajsurgery.recipe import Recipe
-from trajsurgery.rewards import named
+from trajsurgery.rewards import contract, named
+from trajsurgery.rewards.mixed import Relative, Weighted
 from trajsurgery.score import main
 from trajsurgery.scorers import scorer
 
@@ -124,6 +125,23 @@ def test_what_does_not_fit_is_said(folder: Path, capsys: pytest.CaptureFixture[s
     assert main([str(word) for word in (*images, *(w for pair in given.items() for w in pair))]) == 1
     assert re.search(said, " ".join(capsys.readouterr().out.split()))
     assert not (folder / "scores.json").exists()
+
+
+def test_pictures_on_disk_have_the_originals_numbers(folder: Path) -> None:
+    """Every reward is told that pixels are bytes, those in a mixture too; `evaluate` scores by the same function."""
+    seen = list[bool]()
+
+    class Tells(contract.Reward):
+        name = "tells"
+
+        def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+            seen.append(self.rounded)
+            return images.mean((1, 2, 3))
+
+    asked = pictures([folder], folder / "notes.txt")
+    scores(Weighted([(Tells(), 1.0), (Relative(Tells(), "good", "bad", 0.5), 1.0)]), asked, CPU)
+    assert seen == [True] * 9
+    assert contest.scores is scores
 
 
 def test_pictures_of_one_size_are_graded_together_and_each_once(folder: Path) -> None:

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from trajsurgery.checkpoint import write_whole
 from trajsurgery.errors import RewardError
 from trajsurgery.options import Score
+from trajsurgery.rewards import contract
 from trajsurgery.scorers import Reward, scorer
 from trajsurgery.world import quiet
 
@@ -93,17 +94,25 @@ def scores(
     batch: int = 1,
     done: Callable[[int], object] = lambda _: None,
 ) -> list[float]:
-    """The score of each picture, at its own size.
+    """The score of each picture, at its own size: the original's number, whose pixels are bytes too (`rounded`).
 
     Args:
         batch: so many at once, of those that follow each other and have one size.
         done: told how many were graded.
     """
+    _on_bytes(reward)
     found = list[float]()
     for images, texts in _batches(asked, device, batch):
         found += reward(images, texts).float().tolist()
         done(len(texts))
     return found
+
+
+def _on_bytes(reward: Reward) -> None:
+    """Sets `rounded` of a reward and of those that it is made of."""
+    for part in reward.modules() if isinstance(reward, nn.Module) else ():
+        if isinstance(part, contract.Reward):
+            part.rounded = True
 
 
 def _batches(asked: Sequence[Picture], device: torch.device, batch: int) -> Iterator[tuple[Tensor, list[str]]]:

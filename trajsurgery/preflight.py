@@ -12,7 +12,7 @@ from trajsurgery import folder
 from trajsurgery.errors import PlanError, RecipeError
 from trajsurgery.prompts import read_prompts
 from trajsurgery.recipe import EMBEDDED, Recipe
-from trajsurgery.rewards.named import KNOWN, known, lacking
+from trajsurgery.rewards.named import KNOWN, known, lacking, trainable
 from trajsurgery.scorers import terms
 from trajsurgery.tiny.pipe import FOLDERS
 from trajsurgery.tiny.variant import shipped
@@ -41,7 +41,7 @@ def check(recipe: Recipe) -> None:
     """
     scorers = dict.fromkeys((recipe.reward, *(recipe.evaluation.metrics or ())))
     named = lacking_model(recipe.model), *map(lacking_reward, scorers)
-    found = (_method(recipe), _device(recipe), *named, *_prompts(recipe))
+    found = (_method(recipe), _judge(recipe.reward), _device(recipe), *named, *_prompts(recipe))
     missing = [line for line in found if line]
     if missing:
         raise RecipeError(
@@ -83,6 +83,20 @@ def _method(recipe: Recipe) -> str | None:
             "one plan a rollout."
         )
     return None
+
+
+def _judge(asked: str) -> str | None:
+    """A reward, or a part of it, that answers in text."""
+    try:
+        judges = [name for name in terms(asked) or (asked,) if not trainable(name)]
+    except RecipeError:
+        return None  # `lacking_reward` says it
+    if not judges:
+        return None
+    return (
+        f"--reward {asked}: {', '.join(judges)} answers in text and has no gradient, so that nothing can be trained on "
+        "it. Let it grade, as one of --evaluation.metrics or with `trajsurgery score`."
+    )
 
 
 def _device(recipe: Recipe) -> str | None:

@@ -49,6 +49,9 @@ class CLIP(nn.Module):
         lacking = sorted((*loaded[1]["missing_keys"], *map(str, loaded[1]["mismatched_keys"])))
         if lacking:
             raise RewardError(f"{reward}: {folder} lacks {len(lacking)} of CLIP's weights, {lacking[0]} among them.")
+        spare = sorted(key for key in loaded[1]["unexpected_keys"] if not key.endswith(".position_ids"))
+        if spare:  # position ids are counted, not learnt: files of old versions hold them
+            raise RewardError(f"{reward}: {folder} holds {len(spare)} weights that are not CLIP's, such as {spare[0]}.")
         words = folder_of(reward, tokenizer or folder, str(folder), "tokenizer_config.json")
         self.tokenizer: Any = AutoTokenizer.from_pretrained(str(words), local_files_only=True)
         self.side, self.corner = int(self.model.config.vision_config.image_size), corner
@@ -93,7 +96,9 @@ class PickScore(Reward):
     """lambda of the paper (section 6.1), times exp(logit_scale) for `raw`."""
     alpha, learning_rate = 0.1, 1e-5
     source = "https://github.com/yuvalkirstain/PickScore, arXiv 2305.01569"
-    licence = "see the card of yuvalkirstain/PickScore_v1"
+    licence = (
+        "none in the authors' repository: see the card of yuvalkirstain/PickScore_v1; MIT (LAION's CLIP, its base)"
+    )
 
     def __init__(
         self,

@@ -63,6 +63,16 @@ def named(asked: str) -> Reward | None:
     return getattr(import_module(f"trajsurgery.rewards.{found.module}"), found.kind)(**given)
 
 
+def trainable(asked: str) -> bool:
+    """Whether a gradient passes the reward of a name, as far as its class says; True for names of others."""
+    name = asked.partition(":")[0]
+    found = NAMES.get(ALIASES.get(name, name))
+    if found is None:
+        return True
+    kind: type[Reward] = getattr(import_module(f"trajsurgery.rewards.{found.module}"), found.kind)
+    return kind.differentiable
+
+
 def lacking(asked: str) -> str | None:
     """What a name of this package lacks here, and the repair; None if nothing. Loads nothing, connects to nothing."""
     name, _, where = asked.partition(":")
