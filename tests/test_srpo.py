@@ -153,9 +153,9 @@ def test_training_pulls_the_relative_reward_s_gradient(tmp_path: Path, times: An
     recipe = short(tmp_path, times=times)
     world = toy_world.world(recipe)
     weights = list(world.module.parameters())
-    plan = draw_plans(recipe, seeded(1))[0]
+    drawn = (part_of(draw_plans(recipe, seeded(number))[0], 0, 2) for number in range(1, 50))
+    plan = next(p for p in drawn if not isinstance(p, PerSample) or len(set(p.plans)) == 2)  # times of their own
     texts, given = ["a circle", "two squares"], Embeddings(world.pipe, toy_world.TEXTS)
-    plan = part_of(plan, 0, 2)
     each = plan.plans if isinstance(plan, PerSample) else (plan, plan)
     found = {}
     for memory in ("retain", "recompute", "staged"):

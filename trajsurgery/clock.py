@@ -2,7 +2,8 @@
 
 A pipeline expands its timestep to the batch, scales it in its own way and hands it on under a name of its own. None of
 this is looked at. Where samples are to be at times of their own, row r of every vector that the model is handed is row
-r of what it was handed in the rollout at that sample's step. Guidance doubles the batch: row r is sample r % batch.
+r of what it was handed in the rollout at that sample's step, if the rollout handed it another at its end than at its
+beginning: guidance, which does not change, is left as it is. Guidance doubles the batch: row r is sample r % batch.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Clock:
 
     def __init__(self) -> None:
         self._noted: dict[nn.Module, dict[int, list[dict[int, Tensor]]]] = {}
-        self._told: bool | None = None
+        self._varying: dict[nn.Module, set[int]] = {}
 
     def note(self, call: int, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Keeps the 1-dim tensors of a module's call, by their place, under the number of the scheduler's call."""
@@ -33,6 +34,7 @@ class Clock:
     def clear(self) -> None:
         """Drops the calls before the loop."""
         self._noted.clear()
+        self._varying.clear()
 
     def hands(self, calls: Sequence[int]) -> Callable[[], None]:
         """From now on every sample's row of the vectors is that of its own call, until the returned function is called.
@@ -47,8 +49,7 @@ class Clock:
             try:
                 own = [noted[call][made[module] - 1] for call in calls]
                 flat, form = tree_flatten((args, kwargs))
-                places = [i for i, a in enumerate(flat) if _vector(a) and len(a) % len(own) == 0]
-                for i in places:
+                for i in self._places(module, len(own)):
                     flat[i] = torch.stack([own[r % len(own)][i][r] for r in range(len(flat[i]))])
             except (KeyError, IndexError) as error:
                 raise SamplerError(
@@ -56,7 +57,6 @@ class Clock:
                     "of the schedule, guidance in a part of it): samples can't have times of their own there. Take one "
                     "plan for the batch (--rollout.times shared)."
                 ) from error
-            self._look(module, own, places, calls)
             return tree_unflatten(flat, form)
 
         handles = [module.register_forward_pre_hook(handed, with_kwargs=True) for module in self._noted]
@@ -67,16 +67,23 @@ class Clock:
 
         return stop
 
-    def _look(self, module: nn.Module, own: list[dict[int, Tensor]], places: list[int], calls: Sequence[int]) -> None:
-        """Raises SamplerError unless some vector differs from time to time. Waits for the device, once."""
-        if self._told is None:
-            other = next(own[i] for i, call in enumerate(calls) if call != calls[0])
-            self._told = any(not torch.equal(own[0][i], other[i]) for i in places)
-        if not self._told:
+    def _places(self, module: nn.Module, batch: int) -> set[int]:
+        """Where the module is handed its time. Waits for the device, once a module.
+
+        Raises:
+            SamplerError: nowhere.
+        """
+        if module not in self._varying:
+            noted = self._noted[module]
+            pairs = zip(noted[min(noted)], noted[max(noted)])
+            both = [(i, first[i], last[i]) for first, last in pairs for i in first.keys() & last.keys()]
+            self._varying[module] = {i for i, a, b in both if len(a) % batch == 0 and not torch.equal(a, b)}
+        if not self._varying[module]:
             raise SamplerError(
                 f"{type(module).__name__} is handed no vector of times, [batch], by this pipeline: samples can't have "
                 "times of their own there. Take one plan for the batch (--rollout.times shared)."
             )
+        return self._varying[module]
 
 
 def _vector(value: Any) -> bool:

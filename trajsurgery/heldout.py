@@ -60,6 +60,12 @@ def spread(asked: Sequence[Asked], count: int) -> list[Asked]:
     return [rows[i % len(rows)][(i // len(rows)) % len(rows[i % len(rows)])] for i in range(count)]
 
 
+def needed(asked: Sequence[Asked], count: int) -> list[str]:
+    """The prompts that `count` images ask for, in their own order."""
+    wanted = {prompt.text for prompt in spread(asked, count)} if asked else set[str]()
+    return [prompt.text for prompt in asked if prompt.text in wanted]
+
+
 def evaluate(recipe: Recipe, world: World, embeddings: Embeddings | None = None) -> Scores:
     """Images of the held-out prompts and their scores, with the weights that are in the pipe now.
 

@@ -21,7 +21,7 @@ from trajsurgery import alarm, grading, guards, lora, preflight, report, watchin
 from trajsurgery.checkpoint import METRICS, Log, Training, resume, save, write_whole
 from trajsurgery.errors import SurgeryError
 from trajsurgery.evaluate import compare
-from trajsurgery.heldout import evaluate
+from trajsurgery.heldout import evaluate, needed
 from trajsurgery.memory import plan_memory, table
 from trajsurgery.recipe import Recipe
 from trajsurgery.train import Iteration, generator, train
@@ -92,9 +92,10 @@ def main(recipe: Recipe, scene: world.World | None = None, console: Console | No
             log.append(finished)
             return _said(recipe, console, finished, "this run is finished; --overwrite runs it again")
         console.print(f"goes on from iteration {training.iteration} in {recipe.output}")
-    spent, left = training.seconds, range(training.iteration + 1, recipe.iterations + 1)
+    spent, every = training.seconds, range(1, recipe.iterations + 1)  # in the same batches wherever it goes on
+    asked = needed(found.heldout, recipe.evaluation.images) + needed(found.validation, recipe.guards.images)
     with console.status("prompts are encoded"):
-        world.encode(recipe, found, (generator(recipe.seed, number, "prompts") for number in left))
+        world.encode(recipe, found, asked, (generator(recipe.seed, number, "prompts") for number in every))
     if training.before is None:
         with console.status("held-out images of the untuned model"):
             training.before = evaluate(recipe, found)
@@ -108,8 +109,8 @@ def main(recipe: Recipe, scene: world.World | None = None, console: Console | No
     evaluation = _finish(recipe, found, training, console)
     evaluation["seconds"] = round(spent + time.monotonic() - began, 1)
     log.append(evaluation)
-    report.curve(recipe.output / "reward.png", _title(recipe), log.read())
-    report.heldout(recipe.output / "heldout.png", _title(recipe), evaluation)
+    report.curve(recipe.output / "reward.png", _title(recipe, training), log.read())
+    report.heldout(recipe.output / "heldout.png", _title(recipe, training), evaluation)
     return _said(recipe, console, evaluation, "")
 
 
@@ -127,23 +128,24 @@ def _finish(recipe: Recipe, found: world.World, training: Training, console: Con
     """The averaged weights into the pipe, their evaluation, and everything there is to look at."""
     guards.restore_best(recipe, training)
     training.ema.copy_to(training.parameters)
-    with console.status("held-out images of the tuned model"):
-        after = evaluate(recipe, found)
     lora.save(found.pipe, recipe.train, recipe.output / "transformer")
-    before = training.before
-    assert before is not None, "the untuned model is evaluated before the first iteration"
-    report.samples(recipe.output / "samples.png", _title(recipe), before, after)
-    plan = recipe.method.draw(recipe.rollout.steps, generator(recipe.seed, 1, "plan"))
-    plan.draw(recipe.output / "plan.svg")
     write_whole(
         recipe.output / "recipe.json", lambda path: path.write_text(json.dumps(recipe.to_dict(), indent=1) + "\n")
     )
+    with console.status("held-out images of the tuned model"):
+        after = evaluate(recipe, found)
+    before = training.before
+    assert before is not None, "the untuned model is evaluated before the first iteration"
+    report.samples(recipe.output / "samples.png", _title(recipe, training), before, after)
+    plan = recipe.method.draw(recipe.rollout.steps, generator(recipe.seed, 1, "plan"))
+    plan.draw(recipe.output / "plan.svg")
     counts = {"iterations": training.iteration, "skipped": training.skipped}
     return {**compare(before, after), **counts, **guards.summary(recipe, found, training)}
 
 
-def _title(recipe: Recipe) -> str:
-    return f"{type(recipe.method).__name__} on {recipe.model}, {recipe.iterations} iterations of {recipe.rollout.batch}"
+def _title(recipe: Recipe, training: Training) -> str:
+    length = f"{training.iteration} iterations of {recipe.rollout.batch}"
+    return f"{type(recipe.method).__name__} on {recipe.model}, {length}"
 
 
 def _said(recipe: Recipe, console: Console, evaluation: dict[str, Any], remark: str) -> dict[str, Any]:

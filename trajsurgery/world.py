@@ -71,14 +71,14 @@ def texts_of(recipe: Recipe, world: World, generator: torch.Generator) -> list[s
     return [text for text in world.draw(recipe.rollout.batch // shared, generator) for _ in range(shared)]
 
 
-def encode(recipe: Recipe, world: World, draws: Iterable[torch.Generator]) -> None:
+def encode(recipe: Recipe, world: World, asked: Iterable[str], draws: Iterable[torch.Generator]) -> None:
     """Encodes all prompts that a run asks for, and lets the text encoders go.
 
     Args:
+        asked: those of its evaluations.
         draws: the generators with which the run's iterations draw their prompts.
     """
-    texts = [prompt.text for prompt in (*world.heldout, *world.validation)]
-    texts += [text for draw in draws for text in texts_of(recipe, world, draw)]
+    texts = [*asked, *(text for draw in draws for text in texts_of(recipe, world, draw))]
     Embeddings(world.pipe, texts, call_of(recipe))
     if not recipe.train.keep_encoders:
         dismiss(world.pipe)
