@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.originals import layouts, small
+from tests.originals import beside, layouts, small
 from trajsurgery import RewardError
 from trajsurgery.rewards import hpsv3
+from trajsurgery.rewards.clip import Aesthetic, CLIPScore, PickScore
 from trajsurgery.rewards.contract import Reward
 from trajsurgery.rewards.hpsv2 import HPSv2
 from trajsurgery.rewards.imagereward import ImageReward
@@ -43,6 +44,9 @@ def rewards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reward]:
     BertTokenizer(vocab={word: i for i, word in enumerate(small.WORDS)}).save_pretrained(folder / "bert")
     blip = ImageReward(small.imagereward(folder), folder / "bert", small.BLIP_VISION, small.BLIP_TEXT)
     found = {"hpsv2": HPSv2(str(hps), "small-hps"), "image-reward": blip, "hpsv3": made_hpsv3(folder)}
+    clip = small.clip(folder)
+    found |= {"pickscore": PickScore(clip, raw=True), "clipscore": CLIPScore(clip)}
+    found |= {"aesthetic": Aesthetic(small.aesthetic(folder), clip)}
     for reward in found.values():
         reward.rounded = True
     return found
@@ -59,6 +63,47 @@ def test_scores_are_those_of_the_original_s_package(
 ) -> None:
     wanted = RECORDED[name]["scores"][size]
     assert float(rewards[name](image(size), [prompt])) == pytest.approx(wanted, rel=ALIKE)
+
+
+def scored(rewards: dict[str, Reward], name: str, pixels: torch.Tensor, prompt: str, rounded: bool) -> float:
+    """Ours on imscore's scale, whose CLIPScore is exp(logit_scale) times the cosine; pixels may leave [0, 1]."""
+    reward, pick = rewards["image-reward" if name == "imagereward" else name], rewards["pickscore"]
+    assert isinstance(pick, PickScore)
+    reward.rounded, before = rounded, reward.rounded
+    with torch.no_grad():
+        found = float(reward.score(pixels, [prompt])) * (pick.factor if name == "clipscore" else 1)
+    reward.rounded = before
+    return found
+
+
+@pytest.mark.parametrize("size, prompt", list(zip(small.SIZES, small.PROMPTS)))
+@pytest.mark.parametrize("name", beside.SCORERS)
+def test_scores_are_those_of_imscore(rewards: dict[str, Reward], name: str, size: str, prompt: str) -> None:
+    """On the pixels of the authors' PIL resize; for HPSv2, whose authors resize floats, on imscore's own."""
+    wanted = RECORDED["imscore"]["scores"][name]["own pixels" if name == "hpsv2" else "PIL's pixels"][size]
+    assert scored(rewards, name, image(size), prompt, rounded=True) == pytest.approx(wanted, rel=ALIKE)
+
+
+@pytest.mark.parametrize("size, prompt", list(zip(small.SIZES, small.PROMPTS)))
+@pytest.mark.parametrize("name", [name for name in beside.SCORERS if name != "hpsv2"])
+def test_imscore_s_own_pixels_differ_by_its_resize(
+    rewards: dict[str, Reward], name: str, size: str, prompt: str
+) -> None:
+    """It resizes floats without PIL's clips, for CLIPScore bilinearly; with its resize ours gives its scores."""
+    from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+
+    kind = InterpolationMode.BILINEAR if name == "clipscore" else InterpolationMode.BICUBIC
+    given = Compose([Resize(224, kind), CenterCrop(224)])(image(size))
+    wanted = RECORDED["imscore"]["scores"][name]["own pixels"][size]
+    assert scored(rewards, name, given, prompt, rounded=False) == pytest.approx(wanted, rel=ALIKE)
+    assert wanted != pytest.approx(RECORDED["imscore"]["scores"][name]["PIL's pixels"][size], rel=ALIKE)
+
+
+def test_imscore_still_gives_what_is_recorded(tmp_path: Path) -> None:
+    pytest.importorskip("imscore", reason="imscore is not installed: the extra `originals`, see tests/README.md")
+    for name, kinds in beside.imscore(tmp_path).items():
+        for kind, found in kinds.items():
+            assert found == pytest.approx(RECORDED["imscore"]["scores"][name][kind], rel=ALIKE)
 
 
 def test_hpsv3_in_a_batch_and_its_second_output(rewards: dict[str, Reward]) -> None:

@@ -22,7 +22,7 @@ from unittest import mock
 import torch
 from PIL import Image
 
-from tests.originals import layouts, small
+from tests.originals import beside, layouts, small
 
 Scores = dict[str, Any]
 
@@ -157,6 +157,7 @@ def full_sizes() -> dict[str, str]:
 
 
 ORIGINALS: dict[str, Callable[[Path], Scores]] = {"hpsv2": hpsv2, "image-reward": imagereward, "hpsv3": hpsv3}
+ORIGINALS |= {"imscore": beside.imscore}
 
 
 def main() -> None:

@@ -27,6 +27,12 @@ CLIP = {
     "vision_cfg": {"image_size": 224, "layers": 2, "width": 16, "head_width": 8, "patch_size": 56},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
 }
+PICK_VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+PICK_TEXT = {**PICK_VISION, "vocab_size": 54, "max_position_embeddings": 77}
+PICK_VISION |= {"image_size": 224, "patch_size": 56}
+JOINT = 768
+"""CLIP in transformers' form; imscore's aesthetic head takes embeddings of 768."""
+
 BLIP_VISION = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 BLIP_VISION |= {"image_size": 224}
 BLIP_TEXT = {"hidden_size": 12, "encoder_hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
@@ -90,6 +96,33 @@ def hpsv2(folder: Path) -> Path:
     (folder / "small-hps.json").write_text(json.dumps(CLIP))
     torch.save({"state_dict": weights(layouts.open_clip(CLIP), 1)}, folder / "hps.pt")
     return folder / "hps.pt"
+
+
+def clip(folder: Path) -> Path:
+    """A folder with CLIP in transformers' form; its tokenizer has letters alone."""
+    from safetensors.torch import save_file
+
+    folder = folder / "clip"
+    folder.mkdir(exist_ok=True)
+    letters = [chr(97 + i) + end for end in ("", "</w>") for i in range(26)]
+    marks = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"}
+    vocabulary = {token: i for i, token in enumerate((*letters, *marks.values()))}
+    ids = {f"{name}_id": vocabulary[token] for name, token in marks.items()} | {"pad_token_id": 53}
+    config = {"model_type": "clip", "projection_dim": JOINT, "vision_config": {**PICK_VISION, "projection_dim": JOINT}}
+    (folder / "config.json").write_text(json.dumps({**config, "text_config": {**PICK_TEXT, **ids}}))
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    words = {**marks, "pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "model_max_length": 77}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**words, "tokenizer_class": "CLIPTokenizer"}))
+    made = weights(layouts.clip(PICK_VISION, PICK_TEXT, JOINT), 4)
+    save_file(made, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def aesthetic(folder: Path) -> Path:
+    """The aesthetic predictor's file."""
+    torch.save(weights(layouts.aesthetic(), 5), folder / "aesthetic.pth")
+    return folder / "aesthetic.pth"
 
 
 def imagereward(folder: Path) -> Path:
