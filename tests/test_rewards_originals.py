@@ -100,7 +100,7 @@ def test_imscore_s_own_pixels_differ_by_its_resize(
 
 
 def test_imscore_still_gives_what_is_recorded(tmp_path: Path) -> None:
-    pytest.importorskip("imscore", reason="imscore is not installed: the extra `originals`, see tests/README.md")
+    pytest.importorskip("imscore", reason="imscore is not installed: pip install 'trajsurgery[originals]'")
     for name, kinds in beside.imscore(tmp_path).items():
         for kind, found in kinds.items():
             assert found == pytest.approx(RECORDED["imscore"]["scores"][name][kind], rel=ALIKE)

@@ -132,7 +132,7 @@ def test_pictures_on_disk_have_the_originals_numbers(folder: Path) -> None:
     seen = list[bool]()
 
     class Tells(contract.Reward):
-        name = "tells"
+        name = scale = source = licence = "tells"
 
         def score(self, images: Tensor, prompts: list[str]) -> Tensor:
             seen.append(self.rounded)
