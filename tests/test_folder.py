@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from tests import toy_world
@@ -21,12 +22,18 @@ from trajsurgery.tiny.pipe import WEIGHTS
 LONG = {"height": 32, "width": 32, "max_sequence_length": 12, "num_inference_steps": 2, "output_type": "pt"}
 
 
+def medium() -> torch.nn.Module:
+    """The tiny SD3's transformer with SD3.5-Medium's second attention in its first blocks; queries and keys normed."""
+    config = {name: value for name, value in sd3.transformer().config.items() if not name.startswith("_")}
+    return SD3Transformer2DModel(**config | {"dual_attention_layers": (0, 1)})
+
+
 @pytest.fixture(scope="module", params=["flux", "sd3"])
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """A pipeline with tokenizers, and the folder that it was saved in."""
     torch.manual_seed(0)
     flux = tiny.pipeline()
-    pipe = flux if request.param == "flux" else sd3.assembled(WEIGHTS, flux.vae, _lively(sd3.transformer()))
+    pipe = flux if request.param == "flux" else sd3.assembled(WEIGHTS, flux.vae, _lively(medium()))
     path = tmp_path_factory.mktemp(request.param) / "model"
     pipe.save_pretrained(path)
     return pipe, path
@@ -38,6 +45,9 @@ def test_a_pipeline_comes_back_from_its_folder(saved: tuple[Any, Path]) -> None:
     again = DiffusionPipeline.from_pretrained(path, local_files_only=True)
     again.set_progress_bar_config(disable=True)
     assert type(again) is type(pipe)
+    if isinstance(again.transformer, SD3Transformer2DModel):
+        assert again.transformer.config["qk_norm"] == "rms_norm"
+        assert [block.use_dual_attention for block in again.transformer.transformer_blocks] == [True, True, False]
     for name in (n for n in pipe.components if "tokenizer" in n):
         texts = ["a red circle", "two blue squares left of a triangle"]
         assert getattr(again, name)(texts)["input_ids"] == getattr(pipe, name)(texts)["input_ids"]

@@ -21,6 +21,7 @@ from trajsurgery.memory import MemoryPlan, Spec, spec
 from trajsurgery.memory.count import Counted, count
 from trajsurgery.memory.kernels import KERNELS
 from trajsurgery.memory.measure import Alive, counter
+from trajsurgery.memory.spec import made
 from trajsurgery.recipe import Recipe
 from trajsurgery.run import cli
 from trajsurgery.settings import Decoder, Hardware, Rollout, Trained
@@ -257,6 +258,22 @@ def real(model: str, **changes: Any) -> Counted:
     rollout = replace(Rollout(steps=25, precision="bfloat16"), **changes)
     with KERNELS["cpu"]():
         return count(Recipe(rollout=rollout, model=model), spec(model), 1, sharded=True)
+
+
+@pytest.mark.parametrize(
+    "model, parameters",
+    [
+        ("black-forest-labs/FLUX.1-dev", 11_901_408_320),
+        ("stabilityai/stable-diffusion-3.5-medium", 2_243_171_520),
+        ("Qwen/Qwen-Image", 20_430_401_088),
+        ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 1_418_996_800),
+    ],
+)
+def test_shipped_configs_have_the_published_size(model: str, parameters: int) -> None:
+    found = spec(model)
+    with torch.device("meta"):
+        transformer = made(found.transformer, torch.bfloat16)
+    assert sum(p.numel() for p in transformer.parameters()) == parameters == found.published
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ class Rollout:
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 runs the transformer under autocast; weights, latents, decoder and reward stay float32."""
     compile: bool = False
-    """torch.compile of the transformer's forward. With retain the rollout is the plain one's but for rounding."""
+    """torch.compile of the transformer's forward. With retain the rollout is the compiled plain call's, bit for bit."""
 
     @property
     def shape(self) -> tuple[int, int] | None:
