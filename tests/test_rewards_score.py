@@ -109,6 +109,7 @@ def test_the_command_prints_and_saves(folder: Path, capsys: pytest.CaptureFixtur
     [
         (lambda f: ["--prompts", f / "gone.txt"], "there is no file"),
         (lambda f: ["--reward", "hpsv2"], "hf download xswu/HPSv2"),
+        (lambda f: ["--batch", "0"], "at least one picture"),
         (lambda f: [f / "gone.png"], r"there is no .*gone.png"),
         (lambda f: [f / "b.png"], "3 prompts for 4 images"),
         (lambda f: ["--prompts", f / "bad.jsonl"], "a line is not"),

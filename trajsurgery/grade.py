@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from trajsurgery.checkpoint import write_whole
 from trajsurgery.errors import RewardError
 from trajsurgery.options import Score
+from trajsurgery.preflight import lacking_reward
 from trajsurgery.rewards import contract
 from trajsurgery.scorers import Reward, scorer
 from trajsurgery.world import quiet
@@ -147,6 +148,10 @@ def run(given: Score, console: Console) -> int:
     """
     if not given.reward:
         raise RewardError("no reward to score with: name some with --reward NAME.")
+    if given.batch < 1:
+        raise RewardError(f"--batch {given.batch}: at least one picture at once.")
+    if lacking := [said for name in given.reward if (said := lacking_reward(name))]:
+        raise RewardError("\n".join(lacking))
     asked = pictures(given.images, given.prompts)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found, told = dict[str, list[float]](), dict[str, dict[str, Any]]()
