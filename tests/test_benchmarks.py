@@ -51,3 +51,11 @@ def test_provenance_names_no_folder(overhead: Any) -> None:
     assert found["command"].startswith("python benchmarks/")
     assert found["versions"].keys() >= {"python", "torch", "diffusers", "trajsurgery"}
     assert found["machine"]["cores"] >= 1
+
+
+def test_decodes_with_and_without_recomputing_have_one_gradient(overhead: Any) -> None:
+    decode = importlib.import_module("decode")
+    norms = [decode.decoding(64, name)["gradient_norm"] for name in decode.WAYS]
+    assert norms[0] == 0
+    assert norms[1] > 0
+    assert norms[2:] == pytest.approx([norms[1]] * 2, rel=1e-4)  # an image smaller than a tile is one
