@@ -186,3 +186,22 @@ def test_what_is_not_there_is_named(folder: Path, head: Path, tmp_path: Path) ->
     with pytest.raises(RewardError, match="hf download laion/CLIP-ViT-H-14-laion2B-s32B-b79K"):
         PickScore(tmp_path)
     assert PickScore(tmp_path, tokenizer=folder)(images(28, 28), TEXTS).shape == (2,)
+
+
+@pytest.mark.parametrize("name", ["clipscore", "aesthetic"])
+def test_checkpointing_changes_no_bit_of_the_gradient(folder: Path, head: Path, name: str) -> None:
+    found: list[Tensor] = []
+    kept: list[list[int]] = [[], []]
+    for on in (False, True):
+        reward = CLIPScore(folder, on) if name == "clipscore" else Aesthetic(head, folder, on)
+        given, sizes = images(40, 31).requires_grad_(), kept[on]
+
+        def pack(x: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(x.nbytes)
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            scores = reward(given, TEXTS)
+        found.append(torch.autograd.grad(scores.sum(), given)[0])
+    assert torch.equal(*found)
+    assert sum(kept[True]) < sum(kept[False])

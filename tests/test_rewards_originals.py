@@ -160,6 +160,20 @@ def test_checkpointing_changes_no_bit_of_hpsv3_s_gradient(tmp_path: Path) -> Non
     assert float(plain.abs().sum()) > 0
 
 
+def test_hpsv3_under_autocast(tmp_path: Path) -> None:
+    given, found = image("square").requires_grad_(), dict[Any, torch.Tensor]()
+    for dtype in (None, torch.bfloat16):
+        reward = made_hpsv3(tmp_path)
+        reward.autocast = dtype
+        scores = reward(given, ["a cat"])
+        (gradient,) = torch.autograd.grad(scores.sum(), given)
+        found[dtype] = scores.detach()
+    assert not torch.equal(found[None], found[torch.bfloat16])
+    assert float((found[None] - found[torch.bfloat16]).abs()) < 0.1 * float(found[None].abs())
+    assert bool(gradient.isfinite().all())
+    assert bool(gradient.any())
+
+
 def test_a_judge_grades_and_is_not_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
     judge = Judge.__new__(Judge)
     torch.nn.Module.__init__(judge)
