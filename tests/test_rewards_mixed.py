@@ -10,6 +10,7 @@ from tests.tolerances import EXACT, STOCK
 from trajsurgery import RewardError
 from trajsurgery.rewards.contract import Reward
 from trajsurgery.rewards.mixed import Relative, Weighted
+from trajsurgery.scorers import parts
 
 
 class Wave(Reward):
@@ -96,3 +97,9 @@ def test_what_is_refused() -> None:
         Relative(Wave(3), "Real", "Real")
     with pytest.raises(RewardError, match=r"2 wave 3 received images with NaN"):
         Weighted([(Wave(3), 2.0)])(images() * float("nan"), TEXTS)
+
+
+def test_parts_of_one_name_are_both_seen() -> None:
+    """A mixture of two weights files of one reward."""
+    a, b = Wave(1.0), Wave(1.0)
+    assert parts(Weighted([(a, 0.5), (b, 0.5)])) == {"0.5*wave 1": a, "0.5*wave 1 (2)": b}

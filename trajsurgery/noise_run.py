@@ -27,6 +27,7 @@ from trajsurgery.filmstrip import filmstrip
 from trajsurgery.noise_recipe import NoiseRecipe
 from trajsurgery.recipe import EMBEDDED
 from trajsurgery.scorers import Reward, ask, scorer
+from trajsurgery.train import interruptions
 
 STATE, INTERRUPTED, THUMBNAIL = "noise_state.pt", 130, 256
 FREE = ("iterations", "save_every", "pictures", "threads", "output", "overwrite")
@@ -75,21 +76,23 @@ def main(
     film = _Film.of(ascent, state)
     if state:
         console.print(f"goes on from iteration {ascent.iteration} in {recipe.output}", highlight=False)
-    whole = False
+    asked: list[int] = []
     try:
-        with _progress(recipe, film, console) as watch:
-            while ascent.iteration < recipe.iterations:
+        with interruptions() as asked, _progress(recipe, film, console) as watch:
+            while ascent.iteration < recipe.iterations and not asked:
                 film.add(ascent.step(way))
                 watch()
                 if ascent.iteration % recipe.save_every == 0:
                     _save(recipe, ascent, film)
-        whole = True
-    except KeyboardInterrupt:
-        console.print(f"interrupted at iteration {ascent.iteration}, saved: the same command goes on from there")
+    except KeyboardInterrupt:  # a second one does not wait for the iteration under way
+        asked = [1]
     finally:
         if ascent.best is not None:
             _save(recipe, ascent, film)
             _show(recipe, ascent, film)
+    whole = not asked or ascent.iteration >= recipe.iterations
+    if not whole:
+        console.print(f"interrupted at iteration {ascent.iteration}, saved: the same command goes on from there")
     return _said(recipe, film, console) if whole else None
 
 

@@ -63,8 +63,12 @@ def parts(reward: Reward) -> dict[str, Reward]:
     """The rewards that a mixture is made of, {"0.7*hpsv2.1": ...}: each is to be seen beside their sum."""
     if not isinstance(reward, Weighted):
         return {}
-    found: list[Any] = list(reward.parts)
-    return {f"{weight:g}*{part.name}": part for part, weight in zip(found, reward.weights, strict=True)}
+    made: list[Any] = list(reward.parts)
+    found: dict[str, Reward] = {}
+    for part, weight in zip(made, reward.weights, strict=True):
+        name = f"{weight:g}*{part.name}"
+        found[name if name not in found else f"{name} ({len(found) + 1})"] = part  # one reward with other weights
+    return found
 
 
 def further(recipe: Recipe) -> tuple[str, ...]:

@@ -79,7 +79,7 @@ def train(
     embeddings = Embeddings(world.pipe, ())  # made ahead (world.encode), or when they are asked for
     lambda_, log = threshold(recipe, world), Log(recipe.output / METRICS)
     look = guards.looking(recipe, world, training, told)
-    with _interruptions() as asked:
+    with interruptions() as asked:
         while not asked and look() and training.iteration < recipe.iterations:
             began = time.monotonic()
             record = iterate(recipe, world, embeddings, training, lambda_)
@@ -175,7 +175,7 @@ def _give_up(recipe: Recipe, training: Training) -> None:
 
 
 @contextmanager
-def _interruptions() -> Generator[list[int]]:
+def interruptions() -> Generator[list[int]]:
     """Ctrl-C and SIGTERM are noted, so that the iteration under way is finished and saved; a second one interrupts."""
     asked: list[int] = []
 

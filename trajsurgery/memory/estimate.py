@@ -234,9 +234,8 @@ def _notes(recipe: Recipe, known: Spec, counted: Counted) -> tuple[str, ...]:
     found = list[str]()
     if known.text_encoders:
         size = TEXT_WORD * sum(known.text_encoders.values()) / 2**30
-        found.append(
-            f"before the first iteration the text encoders encode all prompts ({size:.1f} GiB); they are let go."
-        )
+        then = "stay on the device, which is not counted" if recipe.train.keep_encoders else "are let go"
+        found.append(f"before the first iteration the text encoders encode all prompts ({size:.1f} GiB); they {then}.")
     if counted.reward is None:
         found.append(f"the reward {recipe.reward} is not counted: of rewards, hpsv2.1 is known.")
     if recipe.hardware.gpus > 1:
