@@ -31,13 +31,13 @@ class Training:
     scorer_steps: int = 1500
     sd3_steps: int = 7000
     wan_vae_steps: int = 2500
-    wan_steps: int = 2000
+    wan_steps: int = 12_000
     vae_batch: int = 48
     batch: int = 64
     """Pictures a step of the flux and sd3 stages, two noises for each caption."""
     scenes: int = 48_000
     """Scenes whose latents are cached."""
-    videos: int = 5_000
+    videos: int = 16_000
     """Videos whose latents are cached."""
     video_batch: int = 8
     """Videos a step of the Wan's autoencoder; its transformer takes three times as many."""

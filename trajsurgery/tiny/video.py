@@ -19,7 +19,7 @@ WORDINGS = ("a {} moves {}", "the {} goes {}")
 FRAMES = 5  # three frames of latents
 TRAVEL = (10.0, 14.0)  # pixels from the first to the last frame
 MARGIN = 7.0  # pixels between a centre and the edge: the largest radius, and a little
-HELDOUT, VALIDATION = 3, 2  # of the twelve things in each direction
+HELDOUT, VALIDATION = 2, 1  # of the twelve things in each direction
 
 
 @dataclass(frozen=True)

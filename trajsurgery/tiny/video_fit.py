@@ -17,10 +17,10 @@ SIZE = 1e-3  # weight of the mean square of a latent
 SINGLE = 0.6  # share of the autoencoder's steps that show single frames, four times as many as videos later
 CROWDED = 0.75  # share of its steps that show a crowd of shapes, which teaches outlines sooner than one shape does,
 CROWDED_UNTIL = 0.85  # and until when
-MISTAKEN = 0.5  # share of videos whose caption says another direction, once there are mistakes
+MISTAKEN = 0.2  # share of videos whose caption says another direction, once there are mistakes
 MISTAKES_FROM = 0.6  # share of the steps after which there are: directions are learnt first, then blurred
 DROPPED = 0.1  # share of the captions that are empty: what guidance leads away from
-GUIDANCE = 1.5  # at which the stage reports
+GUIDANCE = 2.0  # at which the stage reports
 STEPS = 15  # of the sampler
 
 
@@ -125,10 +125,14 @@ def wan_stage(budget: Budget, batch: int, pipe: Any, data: Corpus) -> Stage:
         return functional.mse_loss(velocity, noise - clean)
 
     def report() -> str:
-        prompts = list(motions("validation")) * 6
-        verdict = judge(shoot(pipe, prompts, seed=3, guidance=GUIDANCE), prompts)
-        shares = {name: float(getattr(verdict, name).float().mean()) for name in ("correct", "there", "moves", "junk")}
-        return f"at guidance {GUIDANCE:g}: " + " ".join(f"{name} {share:.3f}" for name, share in shares.items())
+        said: list[str] = []
+        for split in ("train", "validation"):
+            known = motions(split)
+            prompts = [known[i * 7 % len(known)] for i in range(48)]
+            verdict = judge(shoot(pipe, prompts, seed=3, guidance=GUIDANCE), prompts)
+            shares = {n: float(getattr(verdict, n).float().mean()) for n in ("correct", "there", "moves", "junk")}
+            said.append(f"{split} " + " ".join(f"{name} {share:.3f}" for name, share in shares.items()))
+        return f"at guidance {GUIDANCE:g}: " + ", ".join(said)
 
     modules = nn.ModuleDict({"transformer": pipe.transformer, "text": pipe.text_encoder})
     return Stage("wan", modules, loss, budget, report)
