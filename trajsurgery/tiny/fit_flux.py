@@ -5,6 +5,7 @@ throw-away linear head reads off the image tokens, half-way through the transfor
 """
 
 from collections.abc import Generator as Yields
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -54,12 +55,22 @@ class Corpus:
     shown: Tensor
 
 
-def corpus(vae: Any, scenes: int, seed: int) -> Corpus:
-    """Draws, renders and encodes scenes of the training prompts, and sets the VAE's shift and scale by them."""
+def corpus(
+    vae: Any,
+    scenes: int,
+    seed: int,
+    weights: Mapping[str, float] = WEIGHTS,
+    mistaken: Mapping[str, float] = MISTAKEN,
+    scaled: bool = False,
+) -> Corpus:
+    """Draws, renders and encodes scenes of the training prompts.
+
+    Sets the VAE's shift and scale by them, unless it is `scaled` already.
+    """
     generator = Generator().manual_seed(seed)
     prompts = split_prompts("train")
     index = {prompt.text: i for i, prompt in enumerate(prompts)}
-    drawn = draw_prompts("train", scenes, WEIGHTS, generator)
+    drawn = draw_prompts("train", scenes, weights, generator)
     meaning, latents, shown = meanings(drawn), [], []
     with torch.no_grad():
         for start in range(0, scenes, 256):
@@ -68,15 +79,16 @@ def corpus(vae: Any, scenes: int, seed: int) -> Corpus:
             shown.append(contents(composed).argmax(-1))
             latents.append(vae.encode(2 * images - 1).latent_dist.mode())
     stacked = torch.cat(latents)
-    shift, scale = float(stacked.mean()), 1 / float(stacked.std())
-    vae.register_to_config(shift_factor=shift, scaling_factor=scale)
+    if not scaled:
+        vae.register_to_config(shift_factor=float(stacked.mean()), scaling_factor=1 / float(stacked.std()))
+    shift, scale = vae.config.shift_factor, vae.config.scaling_factor
     wrong: list[int] = []
     for prompt, chance, which in zip(
         drawn, torch.rand(scenes, generator=generator), torch.rand(scenes, generator=generator)
     ):
         others = [index[p.text] for p in mistakes(prompt) if p.text in index]
-        mistaken = bool(others) and float(chance) < MISTAKEN.get(prompt.category, 0)
-        wrong.append(others[int(float(which) * len(others))] if mistaken else index[prompt.text])
+        swapped = bool(others) and float(chance) < mistaken.get(prompt.category, 0)
+        wrong.append(others[int(float(which) * len(others))] if swapped else index[prompt.text])
     right = torch.tensor([index[prompt.text] for prompt in drawn])
     return Corpus(pack((stacked - shift) * scale), right, torch.tensor(wrong), torch.cat(shown))
 

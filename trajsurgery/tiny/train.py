@@ -127,14 +127,14 @@ def train_flux(config: Training) -> None:
 def train_sd3(config: Training) -> None:
     """Trains the transformer of a Stable Diffusion 3 on the encoders that Flux left, and saves it."""
     from trajsurgery.tiny.fit_flux import corpus
-    from trajsurgery.tiny.fit_sd3 import sd3_stage
+    from trajsurgery.tiny.fit_sd3 import MISTAKEN, WEIGHTS, sd3_stage
     from trajsurgery.tiny.sd3 import assembled, save, transformer
     from trajsurgery.tiny.stage import Budget, run
 
-    vae = load_vae(config.output)
-    data = corpus(vae, config.scenes, config.seed)
-    torch.manual_seed(config.seed + 4)
     flux = config.output / "pipeline"
+    vae = load_vae(flux)
+    data = corpus(vae, config.scenes, config.seed, WEIGHTS, MISTAKEN, scaled=True)
+    torch.manual_seed(config.seed + 4)
     pipe = assembled(flux, vae, transformer())
     budget = Budget(config.sd3_steps, 2e-3, seed=config.seed, save_every=config.save_every)
     run(sd3_stage(budget, config.batch, pipe, data), config.output, say)
