@@ -111,7 +111,7 @@ def terms(options: Options, rate: float) -> dict[str, list[dict[str, Any]]]:
     recipe = runs[CENTRE].recipe
     found: dict[str, list[dict[str, Any]]] = {}
     for model, place in places.items():
-        kept = options.runs / "terms" / f"{model.replace(', ', '_').replace(' ', '_')}_{options.draws}.json"
+        kept = options.runs / "terms" / f"{model.replace(', ', '_').replace(' ', '_')}_{rate:g}_{options.draws}.json"
         if not kept.exists():
             kept.parent.mkdir(parents=True, exist_ok=True)
             kept.write_text(json.dumps(ablation_terms.measured(recipe, options.draws, place)))

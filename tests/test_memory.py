@@ -235,6 +235,16 @@ def test_sharding_and_hardware() -> None:
     assert (tight.fits, tight.gpus_needed) == (False, None)
 
 
+def test_encodings_that_would_fill_the_host_are_told() -> None:
+    known = small("flux")
+    assert known.text_width == known.transformer["joint_attention_dim"]
+    some = plan_memory(recipe("flux"), PLAN, found=known)
+    one, settings = 2 * known.tokens * known.text_width, recipe("flux")
+    iterations = 3 * 2**30 // (one * settings.rollout.batch)
+    many = plan_memory(replace(settings, iterations=iterations), PLAN, found=known)
+    assert set(many.notes) - set(some.notes) == {note for note in many.notes if "up to 3 GiB" in note} != set()
+
+
 def test_a_model_without_config_is_told() -> None:
     with pytest.raises(RecipeError, match=r"nobody/nothing.*FLUX\.1-dev"):
         spec("nobody/nothing")

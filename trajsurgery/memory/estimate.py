@@ -21,7 +21,7 @@ from trajsurgery.settings import Hardware
 Kernels = Literal["cuda", "cpu"]
 WORD = {"float32": 4, "bfloat16": 2}
 TEXT_WORD = 2
-"""Bytes a parameter of the text encoders, which are loaded in bfloat16."""
+"""Bytes a parameter of the text encoders, which are loaded in bfloat16, and a number of what they make."""
 
 
 @dataclass(frozen=True)
@@ -236,6 +236,13 @@ def _notes(recipe: Recipe, known: Spec, counted: Counted) -> tuple[str, ...]:
         size = TEXT_WORD * sum(known.text_encoders.values()) / 2**30
         then = "stay on the device, which is not counted" if recipe.train.keep_encoders else "are let go"
         found.append(f"before the first iteration the text encoders encode all prompts ({size:.1f} GiB); they {then}.")
+    prompts = recipe.iterations * recipe.rollout.batch // recipe.rollout.per_prompt
+    one = TEXT_WORD * known.tokens * known.text_width
+    if prompts * one >= 2**30:
+        found.append(
+            f"encodings stay in the host's memory, {one / 2**20:.1f} MiB a prompt: up to {prompts * one / 2**30:.0f} "
+            f"GiB if no prompt is drawn twice in {recipe.iterations} iterations."
+        )
     if counted.reward is None:
         found.append(f"the reward {recipe.reward} is not counted: of rewards, hpsv2.1 is known.")
     if recipe.hardware.gpus > 1:

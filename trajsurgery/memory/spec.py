@@ -42,6 +42,20 @@ class Spec:
     published: int | None = None
     """The parameters of the transformer, as others state them."""
 
+    @property
+    def text_width(self) -> int:
+        """Of each token of an encoded prompt.
+
+        Raises:
+            RecipeError: the transformer's config does not say.
+        """
+        width = next((int(self.transformer[name]) for name in TEXT_WIDTHS if name in self.transformer), None)
+        if width is None:
+            raise RecipeError(
+                f"the config of {self.name} names no width of a prompt's encoding: {', '.join(TEXT_WIDTHS)}."
+            )
+        return width
+
 
 def spec(model: str) -> Spec:
     """The configs of a hub id that ships with the package, of an embedded model, or of a local diffusers folder.
@@ -150,12 +164,7 @@ def made(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
 def _prompt(found: Spec, pipe: Any, batch: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """Encodings of the shapes that the pipe's call takes, by the names of its arguments."""
     config = found.transformer
-    width = next((int(config[name]) for name in TEXT_WIDTHS if name in config), None)
-    if width is None:
-        raise RecipeError(
-            f"the config of {found.name} names no width of a prompt's encoding: {', '.join(TEXT_WIDTHS)}."
-        )
-    shapes: dict[str, tuple[int, ...]] = {"prompt_embeds": (batch, found.tokens, width)}
+    shapes: dict[str, tuple[int, ...]] = {"prompt_embeds": (batch, found.tokens, found.text_width)}
     if "pooled_projection_dim" in config:
         shapes["pooled_prompt_embeds"] = (batch, int(config["pooled_projection_dim"]))
     shapes |= {f"negative_{name}": shape for name, shape in shapes.items()}
