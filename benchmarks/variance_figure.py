@@ -15,7 +15,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     """A row a method: variance, variance times time, reward in equal time."""
     figure = Figure(figsize=(11, 6.4), layout="constrained")
     for parts, method in zip(figure.subplots(2, 3), NAMES):
-        plans, runs = found["gradients"][method]["plans"], found["rewards"][method]
+        plans, runs = found["gradients"][method]["plans"], found["rewards"][method]["plans"]
         _bars(parts[0], {n: (p["variance"], p["interval"]) for n, p in plans.items()})
         parts[0].set(title=f"{NAMES[method]}: variance of the gradient", ylabel="tr Cov / |mean|²")
         _bars(parts[1], {n: (p["variance_by_time"], p["variance_by_time_interval"]) for n, p in plans.items()})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,11 @@ CONFIGURATIONS = {
     "leapalign": ("shared 1", "shared 2", "shared 4", "shared 8", "per-sample 1"),
     "drtune": ("shared 1", "shared 2", "shared 4", "shared 8"),
 }
-COSTS = {"leapalign": {"shared 2": 1.2, "shared 4": 1.4, "shared 8": 2.0, "per-sample 1": 1.05}, "drtune": {
-    "shared 2": 1.1, "shared 4": 1.3, "shared 8": 1.7}}  # fmt: skip
-"""Of an iteration, relative to one shared plan, roughly: rates are scaled by them."""
+COSTS = {
+    "leapalign": {"shared 2": 1.16, "shared 4": 1.47, "shared 8": 2.1, "per-sample 1": 1.05},
+    "drtune": {"shared 2": 1.13, "shared 4": 1.4, "shared 8": 1.95},
+}
+"""Of an iteration, relative to one shared plan, by the seconds of CPU of a gradient: rates are scaled by them."""
 
 
 @dataclass(frozen=True)
@@ -36,36 +38,35 @@ class Trainings:
     seeds: tuple[int, ...] = (0, 1, 2)
     budget: float = 40.0
     """Seconds of CPU in iterations; evaluations are not counted."""
-    rate: float = 1e-4
-    """With one shared plan. With more it is multiplied by an iteration's cost, so that all go as far in equal time:
-    AdamW's steps have one length, and there are fewer of them. Chosen on validation prompts, which choose nothing
-    else."""
+    rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
+    """Tried with one shared plan on validation prompts; each method takes the one with the highest reward there. With
+    more plans it is multiplied by an iteration's cost, so that all go as far in equal time: AdamW's steps have one
+    length, and there are fewer of them."""
+    validation: int = 100
+    """The seed on which rates are tried."""
     images: int = 320
     """Held out, from the same noise for every configuration of a seed."""
-    split: str = "heldout"
-    configurations: tuple[str, ...] | None = None
-    """All if left out."""
 
 
-def recipe(options: Trainings, method: str, configuration: str, seed: int) -> Recipe:
+def recipe(options: Trainings, method: str, configuration: str, seed: int, rate: float) -> Recipe:
     """The method's recipe on the embedded Flux, without averaging: 40 seconds are too short for it."""
     kind, plans = configuration.rsplit(" ", 1)
     chosen = presets(METHODS[method], "")["tiny"]
-    rate = options.rate * COSTS[method].get(configuration, 1.0)
+    split = "validation" if seed == options.validation else "heldout"
     memory = "retain" if configuration == "shared 1" else "recompute"
     return replace(
         chosen,
         seed=seed,
         rollout=replace(chosen.rollout, plans=int(plans), times=kind, memory=memory),
-        optimiser=replace(chosen.optimiser, rate=rate),
-        evaluation=replace(chosen.evaluation, images=options.images, pictures=1, split=options.split, metrics=()),
+        optimiser=replace(chosen.optimiser, rate=rate * COSTS[method].get(configuration, 1.0)),
+        evaluation=replace(chosen.evaluation, images=options.images, pictures=1, split=split, metrics=()),
     )
 
 
-def trained(options: Trainings, method: str, configuration: str, seed: int) -> dict[str, Any]:
-    """One run: the rewards of its images, before and after where it is the seed's first."""
+def trained(options: Trainings, method: str, configuration: str, seed: int, rate: float) -> dict[str, Any]:
+    """One run: its curve, and what its images are given afterwards."""
     torch.set_num_threads(1)
-    chosen = recipe(options, method, configuration, seed)
+    chosen = recipe(options, method, configuration, seed, rate)
     world = load(chosen)
     embeddings = Embeddings(world.pipe, world.texts, call_of(chosen))
     training, lambda_ = Training.start(chosen, world.module), threshold(chosen, world)
@@ -89,40 +90,46 @@ def trained(options: Trainings, method: str, configuration: str, seed: int) -> d
 def untuned(options: Trainings, seed: int) -> dict[str, Any]:
     """The rewards of a seed's images before any training."""
     torch.set_num_threads(1)
-    chosen = recipe(options, "leapalign", "shared 1", seed)
+    chosen = recipe(options, "leapalign", "shared 1", seed, options.rates[0])
     found = evaluate(chosen, load(chosen))
     return {"reward": found.reward.tolist(), "rule": None if found.correct is None else found.correct.float().tolist()}
 
 
+def made(path: Path, make: bool, run: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+    """What a file holds, made now if it is not there; None if it is not to be made."""
+    if not path.exists():
+        if not make:
+            return None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(run(), path)
+        print(path.name, flush=True)
+    return torch.load(path)
+
+
 def rewards(options: Trainings, methods: Sequence[str], runs: Path, make: bool) -> dict[str, Any] | None:
-    """Runs what is missing, if it is to be made; the table, or None where parts of it are missing still."""
-    folder = runs / f"{options.split}_{options.rate:g}_{options.budget:g}"
-    for seed in options.seeds:
-        todo = {folder / f"untuned_{seed}.pt": lambda seed=seed: untuned(options, seed)}
-        for method in methods:
-            for name in options.configurations or CONFIGURATIONS[method]:
-                path = folder / f"{method}_{name.replace(' ', '_')}_{seed}.pt"
-                todo[path] = lambda method=method, name=name, seed=seed: trained(options, method, name, seed)
-        for path, run in todo.items():
-            if make and not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                torch.save(run(), path)
-                print(path.name, flush=True)
-    if not all((folder / f"untuned_{seed}.pt").exists() for seed in options.seeds):
-        return None
-    before = [torch.load(folder / f"untuned_{seed}.pt") for seed in options.seeds]
+    """Runs what is missing of these methods, if it is to be made; the table, or None where parts are missing still."""
+    folder = runs / f"rewards_{options.budget:g}_{options.images}"
+    before = [
+        made(folder / f"untuned_{seed}.pt", make, lambda seed=seed: untuned(options, seed)) for seed in options.seeds
+    ]
     found: dict[str, Any] = {"budget": options.budget, "seeds": list(options.seeds), "images": options.images}
     for method in METHODS:
-        lines, first = dict[str, Any](), None
-        for name in options.configurations or CONFIGURATIONS[method]:
-            paths = [folder / f"{method}_{name.replace(' ', '_')}_{seed}.pt" for seed in options.seeds]
-            if not all(path.exists() for path in paths):
-                return None
-            after = [torch.load(path) for path in paths]
-            first = first or after
-            lines[name] = line(before, after, first)
-        found[method] = lines
-    return found
+
+        def run(name: str, seed: int, rate: float, method: str = method) -> dict[str, Any] | None:
+            path = folder / f"{method}_{name.replace(' ', '_')}_{rate:g}_{seed}.pt"
+            return made(path, make and method in methods, lambda: trained(options, method, name, seed, rate))
+
+        tried = {rate: run("shared 1", options.validation, rate) for rate in options.rates}
+        means = {rate: sum(t["reward"]) / len(t["reward"]) for rate, t in tried.items() if t is not None}
+        if len(means) < len(options.rates):
+            continue
+        rate = max(means, key=means.__getitem__)
+        after = {name: [run(name, seed, rate) for seed in options.seeds] for name in CONFIGURATIONS[method]}
+        if None in before or any(None in runs for runs in after.values()):
+            continue
+        lines = {name: line(before, runs, after["shared 1"]) for name, runs in after.items()}
+        found[method] = {"rates": {f"{r:g}": round(mean, 5) for r, mean in means.items()}, "rate": rate, "plans": lines}
+    return found if set(METHODS) <= set(found) else None
 
 
 def line(before: list[dict[str, Any]], after: list[dict[str, Any]], first: list[dict[str, Any]]) -> dict[str, Any]:
