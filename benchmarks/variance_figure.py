@@ -24,7 +24,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
                  for n, r in runs.items()}  # fmt: skip
         _bars(parts[2], gains)
         budget, seeds = found["rewards"]["budget"], len(found["rewards"]["seeds"])
-        parts[2].set(title=f"held-out gain after {budget:g} s of CPU, {seeds} seeds")
+        parts[2].set(title=f"gain, {budget:g} s of CPU, {seeds} seeds")
     figure.supxlabel("plans a rollout; blue: shared by the batch, red: each sample its own. Bars: 95%", fontsize=9)
     figure.savefig(path, dpi=150)
 

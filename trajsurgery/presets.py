@@ -14,7 +14,7 @@ def sd3(method: Method, output: str) -> dict[str, Recipe]:
     """A method on the embedded SD3, and on SD3.5-Medium with the paper's numbers (appendix B: 512 px, 200 iterations).
 
     Guidance is two passes of the transformer here, and both carry gradient. The embedded recipe's numbers are those of
-    the embedded Flux, in fewer iterations, and guidance is the most that leaves head-room on validation prompts.
+    the embedded Flux, in fewer iterations, and guidance is one that leaves the base model head-room.
     """
     large = paper(method, f"{output}_paper")
     return {
@@ -23,7 +23,7 @@ def sd3(method: Method, output: str) -> dict[str, Recipe]:
             model="tiny:sd3",
             prompts="tiny:even",
             objective=Objective(threshold=0.45, tau=0.02),
-            rollout=Rollout(guidance=1.25),
+            rollout=Rollout(guidance=1.5),
             optimiser=Optimiser(rate=3e-5),
             iterations=150,
             evaluation=Evaluation(pictures=480),

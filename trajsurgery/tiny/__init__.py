@@ -42,7 +42,7 @@ def pipeline(name: "PipelineName" = "flux") -> Any:
     """A shipped pipeline, in float32, with the world's defaults: `pipe("a red circle left of a blue square")`.
 
     "flux" is a FluxPipeline without guidance; "sd3" a StableDiffusion3Pipeline with real classifier-free guidance, to
-    be called with `guidance_scale=1.25`; "wan" a WanPipeline of the video world, to be called with its size,
+    be called with `guidance_scale=1.5`; "wan" a WanPipeline of the video world, to be called with its size,
     `pipe("a red circle moves right", height=32, width=32, num_frames=5, guidance_scale=1.5)`.
 
     Raises ValueError for another name.

@@ -14,7 +14,7 @@ from trajsurgery.errors import RecipeError
 from trajsurgery.tiny.architecture import LATENT_CHANNELS, LATENT_SIDE, TEXT_WIDTH, WIDTH, scheduler
 from trajsurgery.tiny.pipe import FOLDERS, WEIGHTS, shortened
 
-GUIDANCE = 1.25  # of the pipeline's calls: of 1 to 2 the most that leaves bindings head-room on validation prompts
+GUIDANCE = 1.5  # of the pipeline's calls: leaves bindings head-room on validation and on training prompts
 
 
 def transformer() -> Any:
