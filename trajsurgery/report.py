@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 from torch import Tensor
+from torch.nn import functional
 
 from trajsurgery import watching
 from trajsurgery.calibration import interval
@@ -126,7 +127,8 @@ def _verdict(scores: Scores, place: int) -> tuple[str, str]:
 def _pixels(picture: Tensor) -> Any:
     """[3 h w] or, of a video, [frames 3 h w]."""
     frames = picture if picture.dim() == 4 else picture[None]
-    return frames.permute(2, 0, 3, 1).flatten(1, 2).numpy()
+    apart = functional.pad(frames, (0, 1), value=255)  # a white pixel between frames
+    return apart.permute(2, 0, 3, 1).flatten(1, 2)[:, :-1].numpy()
 
 
 def heldout(path: Path, title: str, evaluation: Mapping[str, Any]) -> Path:
