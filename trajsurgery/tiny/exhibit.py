@@ -30,12 +30,12 @@ class Exhibit:
     """Noises, if no other number is asked for: videos are wide."""
 
     def evenly(self, each: int) -> list[Any]:
-        """Up to `each` held-out prompts of every category, as many of one as of another."""
+        """Up to `each` held-out prompts of every category, as many of one as of another, far apart in its list."""
         groups: dict[str, list[Any]] = {}
         for prompt in self.heldout:
             groups.setdefault(prompt.category, []).append(prompt)
         least = min(each, *map(len, groups.values()))
-        return [prompt for group in groups.values() for prompt in group[:least]]
+        return [group[i * len(group) // least] for group in groups.values() for i in range(least)]
 
 
 def exhibit(name: PipelineName) -> Exhibit:
