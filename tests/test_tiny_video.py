@@ -110,14 +110,32 @@ def blob(x: float, fade: float = 1.0) -> Tensor:
     return (0.5 + inside * (torch.tensor(PALETTE[0]).view(3, 1, 1) - 0.5))[None, None]
 
 
-def test_what_can_be_hacked_is_as_stated() -> None:
-    """A blob that fades out here and in there moves for the reward, and does not for the rules."""
+def test_no_frame_can_be_given_up() -> None:
+    """A blob that fades out here and in there does not move, for the reward as for the rules."""
     gliding = torch.cat([blob(8 + 3 * i) for i in range(5)], 1)
     fading = torch.cat([blob(8, 1 - i / 4) + blob(20, i / 4) - 0.5 for i in range(5)], 1)
+    spoilt = gliding.clone()
+    spoilt[:, 2] = 0.5
     reward, asked = MotionReward(), ["a red circle moves right"]
-    assert float(reward(fading, asked)) > 0.5 * float(reward(gliding, asked))
+    whole = float(reward(gliding, asked))
     assert bool(judge(gliding, asked).correct)
-    assert not bool(judge(fading, asked).correct)
+    for worse in (fading, spoilt):
+        assert float(reward(worse, asked)) < 0.6 * whole
+        assert not bool(judge(worse, asked).correct)
+
+
+def test_what_can_be_hacked_is_as_stated(true: Tensor) -> None:
+    """A circle for a square keeps most of the reward, and is wrong for the rules; so for a triangle it does not."""
+    reward = MotionReward()
+    round_ones = [p.shape == 0 for p in ALL]
+    asked = {
+        name: [replace(p, shape=s) for p in ALL if p.shape == 0]
+        for s, name in ((0, "own"), (1, "square"), (2, "triangle"))
+    }
+    own, square, triangle = (float(reward(true[round_ones], prompts).mean()) for prompts in asked.values())
+    assert 0.8 < square / own < 0.95
+    assert triangle / own < 0.75
+    assert not bool(judge(true[round_ones], asked["square"]).correct.any())
 
 
 def test_errors_say_what_came(true: Tensor) -> None:

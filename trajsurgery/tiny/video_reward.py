@@ -1,4 +1,4 @@
-"""The motion reward: does the coloured blob go where the prompt says? Differentiable, and nothing is learnt."""
+"""The motion reward: does the shape asked for go where the prompt says? Differentiable, and nothing is learnt."""
 
 from collections.abc import Sequence
 
@@ -6,12 +6,15 @@ import torch
 from torch import Tensor
 
 from trajsurgery.errors import RewardError
+from trajsurgery.tiny.render import AREAS, distances, offsets
 from trajsurgery.tiny.scene import GROUND, PALETTE, SIDE
 from trajsurgery.tiny.video import UNITS, Motion, understand
 
 PURE = 0.15  # colour distance from the line between ground and the asked colour at which a pixel counts for less
 AREA = (34.0, 130.0)  # pixels: the world's smallest and largest shapes
-SPREAD = 24.0  # squared pixels: mean squared distance from its centre of a shape as large as they come
+EDGE = 1.5  # pixels over which the outline fades that a blob is compared with
+STRICT = 4  # power of a blob's overlap with that outline
+FLOOR = 0.05  # added to each frame's score: a blank frame leaves something to climb from
 STRANGE = 20.0  # pixels of another colour that halve the score
 PACE = 8.0  # pixels of displacement along which the score rises most
 
@@ -20,17 +23,18 @@ class MotionReward:
     """reward(frames, prompts) -> scores in [0, 1], Float[batch]: `there` x `moves`.
 
     frames: Float[batch frames 3 32 32] in [0, 1], frames >= 2. Each pixel weighs as much as it has of the colour asked
-    for; a frame's blob has an area, a centre and a spread. `there` is the frames' mean of: the area is that of a shape,
-    the blob is compact, nothing of another colour is in the frame. `moves` is (1 + tanh((along - across) / PACE)) / 2
+    for; a frame's blob has an area and a centre. `there` is the frames' geometric mean (none can be given up) of: the
+    area is that of a shape, the blob overlaps (Dice, to the power of STRICT) with the shape asked for at its centre, as
+    large as it is, and nothing of another colour is in the frame. `moves` is (1 + tanh((along - across) / PACE)) / 2
     of the line fitted to the centres.
 
-    What can be hacked: it does not see which shape the blob is, nor whether its outline is sharp; a blob that fades out
-    here and in there moves as well as one that glides. The rules (`judge`) see all three.
+    What can be hacked: a shape is a matter of degree. A circle in place of a square keeps about nine tenths of the
+    score, where the rules (`judge`) say no; and a shape may jump, which the rules do not see either.
     """
 
     name = "tiny-motion"
     scale = "share, in [0, 1]"
-    threshold = 0.88
+    threshold = 0.86
 
     def __call__(self, frames: Tensor, prompts: Sequence[Motion | str]) -> Tensor:
         """The scores. Raises RewardError for frames of another shape or range, or another number of prompts."""
@@ -41,13 +45,12 @@ class MotionReward:
         area = weight.sum((-1, -2))
         mass = area.clamp(min=1.0)
         centre = torch.stack([(weight.sum(-2) * axis).sum(-1), (weight.sum(-1) * axis).sum(-1)], -1) / mass[..., None]
-        apart = (axis - centre[..., 0, None]).square()[..., None, :] + (axis - centre[..., 1, None]).square()[..., None]
-        spread = (weight * apart).sum((-1, -2)) / mass
         least, most = AREA
         whole = (area / least).clamp(max=1) * (most / area.clamp(min=least)).clamp(max=1)
-        compact = (SPREAD / spread.clamp(min=1)).clamp(max=1)
+        shaped = _overlap(weight, centre, mass, asked) ** STRICT
         alone = 1 / (1 + (strange / STRANGE).square())
-        return (whole * compact * alone).mean(1) * _moves(centre, asked)
+        there = (whole * shaped * alone + FLOOR).log().mean(1).exp() - FLOOR
+        return there * _moves(centre, asked)
 
 
 def _colour(frames: Tensor, asked: Sequence[Motion]) -> tuple[Tensor, Tensor]:
@@ -62,6 +65,16 @@ def _colour(frames: Tensor, asked: Sequence[Motion]) -> tuple[Tensor, Tensor]:
     weight = share.clamp(0, 1).square() * (-off / (2 * PURE**2)).exp()
     strange = ((1 - weight) * difference.square().sum(2) / length).sum((-1, -2))
     return weight, strange
+
+
+def _overlap(weight: Tensor, centre: Tensor, area: Tensor, asked: Sequence[Motion]) -> Tensor:
+    """Dice's coefficient of each blob and the shape asked for, at its centre and of its area, Float[batch frames]."""
+    shape = torch.tensor([p.shape for p in asked], device=weight.device)
+    radius = (area[..., None] / weight.new_tensor(AREAS)).sqrt()
+    signed = distances(offsets(centre), radius)[torch.arange(len(asked), device=weight.device), :, shape]
+    template = (0.5 - signed / EDGE).clamp(0, 1)
+    both, each = (weight * template).sum((-1, -2)), (weight.square() + template.square()).sum((-1, -2))
+    return 2 * both / each
 
 
 def _moves(centre: Tensor, asked: Sequence[Motion]) -> Tensor:
