@@ -52,7 +52,7 @@ def wan(method: Method, output: str) -> dict[str, Recipe]:
             heldout="tiny:wan",
             objective=Objective(tau=0.02),
             rollout=Rollout(steps=15, batch=16, size=32, frames=5, guidance=2.0),
-            optimiser=Optimiser(rate=3e-5),
+            optimiser=Optimiser(rate=1e-4),
             iterations=150,
             evaluation=Evaluation(images=240, steps=15, pictures=240),
             output=Path(output),
