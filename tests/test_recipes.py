@@ -15,12 +15,10 @@ import pytest
 from tests import toy_world
 from trajsurgery.recipe import Method
 from trajsurgery.run import cli, main
-from trajsurgery.tiny.pipe import FOLDERS
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for path in (ROOT / "recipes").glob("*.py") if path.stem != "reno_flux")
 """Those that train; tests/test_reno.py has the one that searches for a noise."""
-WEIGHTS = ROOT / "trajsurgery/tiny/weights"
 MODELS = {"flux": "black-forest-labs/FLUX.1-dev", "sd3": "stabilityai/stable-diffusion-3.5-medium"}
 
 
@@ -84,12 +82,8 @@ def test_a_local_folder_a_prompt_file_and_a_reward_of_ones_own(tmp_path: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not WEIGHTS.exists(), reason="the embedded world has no weights yet")
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_recipe_runs_on_the_embedded_world(path: Path, tmp_path: Path) -> None:
-    name = path.stem.rpartition("_")[2]
-    if name in FOLDERS and not FOLDERS[name].is_dir():
-        pytest.skip(f"the tiny {name} has no weights yet")
     flags = ["--iterations", "2", "--rollout.batch", "4", "--evaluation.images", "12", "--threads", "1"]
     done = subprocess.run(
         [sys.executable, str(path), *flags], capture_output=True, text=True, check=False, cwd=tmp_path

@@ -148,15 +148,11 @@ def test_errors_say_what_came(true: Tensor) -> None:
         reward(true * float("nan"), ALL)
 
 
-needs_weights = pytest.mark.skipif(not FOLDERS["wan"].is_dir(), reason="the tiny Wan has no weights yet")
-
-
 @pytest.fixture(scope="module")
 def shipped():
     return tiny.pipeline("wan")
 
 
-@needs_weights
 def test_shipped_videos_are_as_good_as_measured(shipped) -> None:
     known = motions("heldout")
     asked = [known[i % len(known)] for i in range(48)]
@@ -172,7 +168,6 @@ def test_shipped_videos_are_as_good_as_measured(shipped) -> None:
     assert float(judge(again, asked).correct.float().mean()) >= 0.9
 
 
-@needs_weights
 def test_shipped_figures_hold_the_targets() -> None:
     measured = json.loads((FOLDERS["wan"] / "measured.json").read_text())
     assert measured["evaluator"]["overall"] == 1
