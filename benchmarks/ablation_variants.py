@@ -47,8 +47,8 @@ VARIANTS: dict[str, Variant] = {
 }
 """The centre has alpha 0.3, two leaps, the image as the reward's input, weights at both, all times, lambda 0.45.
 
-Of the untuned model's images 75% score above 0.35, half above 0.45, 4% above 0.55 and none above 0.65: the paper's
-0.35 lies between its base and its tuned model, 0.55 and more above both.
+Of the untuned model's images on validation prompts 75% score above 0.35, half above 0.45, 4% above 0.55 and none above
+0.65: the paper's 0.35 lies between its base and its tuned model, 0.55 and more above both.
 """
 
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -85,7 +85,7 @@ def findings(runs: Runs, seeds: Sequence[int]) -> list[Finding]:
             strict=False,
         ),
         Finding("And its norm rises with alpha (Fig. 6).", rising(*nested)),
-        Finding("Two leaps are at or above one, and above three (Fig. 4b).", over(CENTRE, "1 leap", "3 leaps"), False),
+        Finding("Two leaps are at or above one and three (Fig. 4b).", over(CENTRE, "1 leap", "3 leaps"), False),
         Finding(
             "The image as the reward's input is above the prediction (Fig. 4c).",
             over(CENTRE, "prediction, d_j", "prediction, d_j + d_0"),

@@ -7,9 +7,10 @@ prompts and a seed of their own, from the grid that all share (and extended by a
 Then it runs on every seed, with the prompts and noise that all methods of a seed share, and its held-out images are
 graded by the reward, two further scorers and the rules, paired with the untuned model's image by image. Writes
 study.json, study.md, study.png and study_samples.png beside this file, from as many whole seeds as there are, and
-study_rates.json, what every rate that was tried came to on the validation prompts. Runs that are finished are read, not
-repeated, and one that was interrupted goes on: after any interruption the same command continues. Time and memory are
-measured by study_cost.py.
+study_rates.json, what every rate that was tried came to on the validation prompts. A high rate may buy reward that the
+rules do not see: --by rules chooses by them, and writes study_by_rules.json and so on. Runs that are finished are read,
+not repeated, and one that was interrupted goes on: after any interruption the same command continues. Time and memory
+are measured by study_cost.py.
 """
 
 from __future__ import annotations
@@ -47,8 +48,7 @@ class Options:
     validation: int = 100
     """The seed on which the rate is chosen."""
     by: Literal["reward", "rules"] = "reward"
-    """What chooses among the rates that were tried. With rules the files are study_by_rules.json, ...: a high rate may
-    buy reward that the rules do not see."""
+    """What chooses the rate on the validation prompts; with rules the files are study_by_rules.json, ..."""
     chosen: Path | None = None
     """A study_rates.json whose rates are taken instead of choosing them."""
     stages: tuple[int, ...] = (75, 150, 225)
@@ -73,8 +73,8 @@ def tried(options: Options, name: str) -> dict[float, dict[str, float]]:
     """{rate: figures of the validation images}, of the runs that are finished; the rates in the order of `wanted`."""
     found: dict[float, dict[str, float]] = {}
     while True:
-        rewards = {rate: line["reward"] for rate, line in found.items()}
-        tasks = {rate: options.budget.trial(name, rate, options.validation) for rate in wanted(rewards, options.rates)}
+        seen = {rate: line[options.by] for rate, line in found.items()}
+        tasks = {rate: options.budget.trial(name, rate, options.validation) for rate in wanted(seen, options.rates)}
         new = {rate: task for rate, task in tasks.items() if rate not in found and finished(task)}
         if not new:
             return found
@@ -87,14 +87,14 @@ def best(found: dict[float, dict[str, float]], figure: str = "reward") -> float:
 
 
 def choices(options: Options) -> dict[str, dict[str, Any]]:
-    """How each method's rate was chosen, and which one the rules would have; `chosen` is None while it is not done."""
+    """How each method's rate was chosen, and the one with the best rules among those tried; None while not done."""
     if options.chosen is not None:
         there = json.loads(options.chosen.read_text())["rates"]
         return {name: {"chosen": there[name]["chosen"]} for name in options.methods}
     found: dict[str, dict[str, Any]] = {}
     for name in options.methods:
         at = tried(options, name)
-        left = set(wanted({rate: line["reward"] for rate, line in at.items()}, options.rates)) - at.keys()
+        left = set(wanted({rate: line[options.by] for rate, line in at.items()}, options.rates)) - at.keys()
         found[name] = {
             "tried": {f"{rate:g}": line for rate, line in sorted(at.items())},
             "left": sorted(left),
@@ -139,10 +139,11 @@ def main(options: Options) -> int:
     complete = options.report or do(lambda: list(plan(options)), options.runs, options.workers, said)
     tasks = table(options)
     options.output.mkdir(parents=True, exist_ok=True)
-    rates = {**provenance(), "validation seed": options.validation, "rates": rounded(choices(options))}
-    (options.output / "study_rates.json").write_text(json.dumps(rates, indent=1) + "\n")
-    stem = "study" if options.by == "reward" else "study_by_rules"
-    found = write(tasks, choices(options), options.output, stem)
+    stem, rates = "study" if options.by == "reward" else "study_by_rules", choices(options)
+    if options.chosen is None:
+        told = {**provenance(), "validation seed": options.validation, "rates": rounded(rates)}
+        (options.output / f"{stem}_rates.json").write_text(json.dumps(told, indent=1) + "\n")
+    found = write(tasks, rates, options.output, stem)
     if found is not None:
         draw(found, options.output / f"{stem}.png")
         samples(tasks, found["seeds"][0], options.output / f"{stem}_samples.png")

@@ -28,8 +28,9 @@ class Finding:
         if all(one == "above 0" for one in seen):
             return "reappears"
         if "below 0" in seen:
-            against = [what for what, one in zip(self.differences, seen) if one == "below 0"]
-            return f"does not reappear: the opposite for {', '.join(against)}"
+            against, for_it = ([w for w, s in zip(self.differences, seen) if s == v] for v in ("below 0", "above 0"))
+            said = f"does not reappear: the opposite for {', '.join(against)}"
+            return said + (f"; above 0 for {', '.join(for_it)}" if for_it else "")
         if not self.strict:
             return "not contradicted: no interval lies below 0"
         for_it = [what for what, one in zip(self.differences, seen) if one == "above 0"]
@@ -76,7 +77,7 @@ def of_table_2(runs: Runs, seeds: Sequence[int], names: Sequence[str]) -> list[F
         found.append(
             Finding(
                 "Methods that reach early steps (LeapAlign, DRTune) are ahead of those that do not (ReFL, DRaFT-LV), "
-                "above all on position and attribute binding (section 6.2, Fig. 5).",
+                "also on position and attribute binding (section 6.2, Fig. 5).",
                 {figure: contrast(runs, seeds, EARLY, LATE, figure) for figure in asked},
             )
         )

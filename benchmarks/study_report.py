@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from study_figures import figures, rank, summary, whole
 from study_findings import of_table_2
 from study_runs import Task, curve, described, finished, scores
 from study_table import document
+
+from trajsurgery.errors import SurgeryError
 
 BIN = 15
 """Iterations whose training rewards and gradient norms are averaged."""
@@ -39,10 +42,30 @@ def training(task: Task) -> dict[str, list[float]]:
     """The rollouts' reward and the gradient's norm before clipping, averaged over bins of iterations."""
     lines = curve(task.folder)
     bins = [lines[i : i + BIN] for i in range(0, len(lines), BIN)]
-    return {key: [round(statistics.fmean(line[key] for line in part), 5) for part in bins] for key in WATCHED}
+    return {key: [_mean([line[key] for line in part]) for part in bins] for key in WATCHED}
+
+
+def _mean(values: list[float | None]) -> float:
+    """Of the iterations that were not skipped; those have None."""
+    there = [value for value in values if value is not None]
+    return round(statistics.fmean(there), 5) if there else math.nan
 
 
 WATCHED = ("reward", "grad_norm", "closed", "weight")
+
+
+def one_world(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The fingerprint of the weights that all runs were made with.
+
+    Raises:
+        SurgeryError: there are several.
+    """
+    worlds = sorted({record["world"] for record in records})
+    if len(worlds) > 1:
+        raise SurgeryError(
+            f"runs of the worlds {', '.join(worlds)} are not to be compared: pass --runs another folder."
+        )
+    return worlds
 
 
 def gathered(tasks: Mapping[str, Mapping[int, Task]], rates: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,11 +81,12 @@ def gathered(tasks: Mapping[str, Mapping[int, Task]], rates: Mapping[str, Any]) 
     asked = sorted(next(iter(tasks.values())))
     done = [task for of in tasks.values() for task in of.values() if finished(task)]
     records = [described(task) for task in done]
+    worlds = one_world(records)
     recipe = {name: value for name, value in records[-1]["recipe"].items() if name not in ("output", "method", "seed")}
     return {
         **provenance(),
         "commits": sorted({record["commit"] for record in records}),
-        "worlds": sorted({record["world"] for record in records}),
+        "worlds": worlds,
         "complete": seeds == asked,
         "seeds": seeds,
         "recipe": recipe,
@@ -77,7 +101,9 @@ def gathered(tasks: Mapping[str, Mapping[int, Task]], rates: Mapping[str, Any]) 
             if name != "base"
         },
         "skipped": {
-            str(task.folder.name): record["skipped"] for task, record in zip(done, records) if record["skipped"]
+            "/".join(task.folder.parts[-3:]): record["skipped"]
+            for task, record in zip(done, records)
+            if record["skipped"]
         },
     }
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from study_figures import CATEGORIES, NAMED
 from study_findings import Finding
+from study_methods import GRID
 
 
 def table(found: Mapping[str, Any], costs: Mapping[str, Any]) -> str:
@@ -63,8 +64,13 @@ def choices(rates: Mapping[str, Any]) -> str:
     for name, of in rates.items():
         seen = [of["tried"].get(f"{rate:g}") for rate in tried]
         cells = ["" if one is None else f"{one['reward']:.4f} ({one['rules']:.3f})" for one in seen]
-        lines.append(row([name, *cells, f"{of['chosen'] or 0:g}", f"{of['by_rules']:g}"]))
+        lines.append(row([name, *cells, *map(_rate, (of["chosen"], of["by_rules"]))]))
     return "\n".join(lines)
+
+
+def _rate(rate: float | None) -> str:
+    """A chosen rate; one at the grid's end may not be the best that there is."""
+    return "" if rate is None else f"{rate:g}{', the end of the grid' if rate in (GRID[0], GRID[-1]) else ''}"
 
 
 def document(found: Mapping[str, Any], findings: Sequence[Finding], costs: Mapping[str, Any]) -> str:
@@ -79,14 +85,16 @@ def document(found: Mapping[str, Any], findings: Sequence[Finding], costs: Mappi
         f"{', '.join(found['commits'])}; world {', '.join(found['worlds'])}.",
         f"Seeds {seeds} ({state}). {recipe['iterations']} iterations of {recipe['rollout']['batch']} images, "
         f"{recipe['rollout']['steps']} steps, {images} held-out images a run, the noise of a seed the same for all. "
-        "± is half of the 95% interval over seeds (Student's t): it speaks of other seeds, not of other prompts.",
+        "± is half of the 95% interval over seeds (Student's t): it speaks of other seeds, not of other prompts. The "
+        "intervals are not corrected for their number.",
         table(found, costs),
         "Gains over the base, paired image by image:",
         gains(found),
         "## What the paper found",
         *(finding.markdown() for finding in findings),
         "## Learning rates",
-        "Reward (rules) on the validation prompts, seed of its own; the rate chosen, and the one with the best rules.",
+        "Reward (rules) on the validation prompts, seed of its own; the rate chosen, and the one with the best rules "
+        "among those tried. All that is said above holds for the rates chosen.",
         choices(found["rates"]),
     ]
     return "\n\n".join(parts) + "\n"

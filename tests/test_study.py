@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -49,9 +50,12 @@ def invented(task: Any, gain: float, rules: float, seed: int) -> None:
         )
         torch.save(held.to_dict(), task.folder / f"scores_{stage}.pt")
     log = Log(task.folder / METRICS)
-    for i in range(30):
+    log.append(
+        {"kind": "iteration", "reward": math.nan, "grad_norm": math.nan, "closed": 0.5, "weight": 1.0}
+    )  # skipped
+    for i in range(29):
         log.append({"kind": "iteration", "reward": i + gain, "grad_norm": 1.0, "closed": 0.5, "weight": 1.0})
-    record = {"recipe": task.recipe.to_dict(), "skipped": 0, "commit": "abc", "world": "def"}
+    record = {"recipe": task.recipe.to_dict(), "skipped": 1, "commit": "abc", "world": "def"}
     (task.folder / "done.json").write_text(json.dumps(record))
 
 
@@ -162,7 +166,8 @@ def test_what_a_finding_says(script: Callable[[str], ModuleType]) -> None:
     finding, interval = script("study_findings").Finding, script("study_figures").interval
     up, down, open_ = interval([1.0, 1.1]), interval([-1.0, -1.1]), interval([1.0, -1.0])
     assert finding("", {"x": up}).verdict == "reappears"
-    assert finding("", {"x": up, "y": down}).verdict == "does not reappear: the opposite for y"
+    assert finding("", {"x": up, "y": down}).verdict == "does not reappear: the opposite for y; above 0 for x"
+    assert finding("", {"y": down}).verdict == "does not reappear: the opposite for y"
     assert finding("", {"x": up, "y": open_}).verdict == "in part: x; the rest is not decided"
     assert finding("", {"x": open_}).verdict == "not decided by these seeds"
     assert finding("", {"x": open_}, strict=False).verdict.startswith("not contradicted")
@@ -195,7 +200,11 @@ def test_the_order_of_the_runs_and_what_is_written(script: Callable[[str], Modul
             invented(options.budget.trial(name, rate, 100), rise + (rate == 3e-5), 0.5 + (rate == 1e-5) / 2, 7)
     found = study.choices(options)
     assert [(line["chosen"], line["by_rules"]) for line in found.values()] == [(3e-5, 1e-5)] * 2
-    assert {line["chosen"] for line in study.choices(replace(options, by="rules")).values()} == {1e-5}
+    by_rules = replace(options, by="rules")
+    assert [line["left"] for line in study.choices(by_rules).values()] == [[3e-6]] * 2, "the grid goes on by the rules"
+    for name in options.methods:
+        invented(options.budget.trial(name, 3e-6, 100), 0, 0.5, 7)
+    assert {line["chosen"] for line in study.choices(by_rules).values()} == {1e-5}
     order = [str(task.folder.relative_to(options.runs)) for task in study.plan(options)]
     assert order[7:] == [
         f"{name}{seed}"
@@ -218,6 +227,15 @@ def test_the_order_of_the_runs_and_what_is_written(script: Callable[[str], Modul
     text = (options.output / "study.md").read_text()
     assert "INCOMPLETE" in text
     assert "- leapalign - refl: +0.1000 [+0.1000, +0.1000]" in text
+    assert told["skipped"]["refl/3e-05/0"] == told["skipped"]["leapalign/3e-05/0"] == 1
+    assert told["training"]["refl"]["0"]["reward"] == [pytest.approx(6.6), pytest.approx(21.1)]
+    assert (options.output / "study_rates.json").exists()
+    assert study.main(replace(by_rules, output=tmp_path / "rules")) == 0
+    assert [path.name for path in (tmp_path / "rules").iterdir()] == ["study_by_rules_rates.json"]
+    done = json.loads((options.budget.base(2).folder / "done.json").read_text())
+    (options.budget.base(2).folder / "done.json").write_text(json.dumps({**done, "world": "another"}))
+    with pytest.raises(SurgeryError, match="worlds another, def"):
+        study.main(options)
     for picture in ("study.png", "study_samples.png"):
         assert (options.output / picture).stat().st_size > 10_000
 
