@@ -5,10 +5,10 @@
 Gradients: for each of 64 independent draws of prompts and noise, a rollout of the untuned embedded Flux, eight plans
 that all samples share and two sets of plans of their own, the recipe's loss pulled along each. Written: the trace of
 the covariance of the whole gradient over the squared norm of its mean, for M plans a rollout, with 95% intervals
-(jackknife over 16 groups of draws); what prompts, noise and times contribute; seconds a gradient, of CPU and of the
-clock; and the product of variance and time, which says how fast a mean is known. Rewards: trainings of equal CPU time
-(variance_runs.py). What is finished in the folder of runs is read, not repeated, so that parts can be made side by side
-(--methods, --seeds, --part). Writes variance.json and variance.png beside this file.
+(jackknife over 16 groups of draws); what the times contribute, and what prompts and noise; seconds a gradient, of CPU
+and of the clock; and the product of variance and time, which says how fast a mean is known. Rewards: trainings of equal
+CPU time (variance_runs.py). What is finished in the folder of runs is read, not repeated, so that parts can be made
+side by side (--methods, --part). Writes variance.json and variance.png beside this file.
 """
 
 from __future__ import annotations
@@ -48,8 +48,6 @@ class Options:
     """gradients, rewards, or all."""
     draws: int = 64
     """Of prompts and noise, in 16 groups."""
-    pairs: int = 16
-    """Of them, the ones whose prompts get a second noise."""
     seed: int = 1000
     trainings: Trainings = field(default_factory=Trainings)
     output: Path = HERE
@@ -77,7 +75,7 @@ class Bench:
         self.seconds[name] = [a + b for a, b in zip(self.seconds[name], spent)]
         return found
 
-    def rolled(self, number: int, noise: str) -> tuple[Any, Tensor]:
+    def rolled(self, number: int) -> tuple[Any, Tensor]:
         """A rollout and d(loss)/d(x_0), before the weights."""
         recipe, texts = self.recipe, self.world.draw(self.recipe.rollout.batch, generator(self.seed, number, "prompts"))
         with operate(self.world.pipe) as surgery:
@@ -85,7 +83,7 @@ class Bench:
                 **self.embeddings(texts),
                 **call_of(recipe),
                 num_inference_steps=recipe.rollout.steps,
-                generator=generator(self.seed, number, noise),
+                generator=generator(self.seed, number, "noise"),
                 output_type="latent",
             )
         x_0 = surgery.trajectory[0].detach().requires_grad_()
@@ -107,41 +105,36 @@ class Bench:
         backward(plan, *tail, cotangent * w.to(cotangent).view(-1, *[1] * (cotangent.dim() - 1)), check=False)
         return torch.cat([p.grad.flatten() for p in self.params if p.grad is not None])
 
-    def means(self, number: int, noise: str, alone: bool) -> dict[str, Tensor]:
+    def means(self, number: int) -> dict[str, Tensor]:
         """{M plans: the mean of their gradients} on one rollout; "all" is the mean of every one."""
-        surgery, cotangent = self.timed("rollout", self.rolled, number, noise)
+        surgery, cotangent = self.timed("rollout", self.rolled, number)
         draws, found, total = generator(self.seed, number, "plan"), dict[str, Tensor](), list[Tensor]()
-        for kind, most, chosen in (("shared", max(SHARED), SHARED), ("per-sample", max(ALONE) * alone, ALONE)):
+        for kind, chosen in (("shared", SHARED), ("per-sample", ALONE)):
             added = torch.zeros(())
-            for m in range(1, most + 1):
+            for m in range(1, max(chosen) + 1):
                 added = added + self.timed(kind, self.pulled, surgery, cotangent, draws, kind == "per-sample")
                 if m in chosen:
                     found[f"{kind} {m}"] = added / m
-            total += [added] * (most > 0)
-        return found | {"all": sum(total) / (max(SHARED) + max(ALONE) * alone)}
+            total.append(added)
+        return found | {"all": sum(total) / (max(SHARED) + max(ALONE))}
 
 
 def gradients(method: str, options: Options) -> dict[str, Any]:
     """The sums by group of draws that everything is made of, and seconds."""
     bench, sums, squares = Bench(method, options.seed), dict[str, Tensor](), dict[str, Tensor]()
-    pairs = list[float]()
     for number in range(options.draws):
-        found = bench.means(number, "noise", alone=True)
+        found = bench.means(number)
         for name, g in found.items():
             group = number * GROUPS // options.draws
             sums.setdefault(name, torch.zeros(GROUPS, len(g)))[group] += g
             squares.setdefault(name, torch.zeros(GROUPS, dtype=torch.float64))[group] += float(
                 g.double().square().sum()
             )
-        if number < options.pairs:
-            other = bench.means(number, "renoise", alone=False)["shared 8"]
-            pairs.append(float((found["shared 8"].double() * other.double()).sum()))
         print(method, number, flush=True)
     inner = {name: (s.double() @ s.double().T).tolist() for name, s in sums.items()}
     return {
         "inner": inner,
         "squares": {name: s.tolist() for name, s in squares.items()},
-        "pairs": pairs,
         "draws": options.draws,
         "seconds": {k: {"cpu": a / n, "clock": b / n} for k, (a, b, n) in bench.seconds.items()},
     }
@@ -159,9 +152,7 @@ def statistics(raw: dict[str, Any], left_out: int | None = None) -> dict[str, fl
     norm = mean["all"]  # all configurations have one mean: its best estimate serves them all
     found = {name: value / norm for name, value in trace.items()}
     times = (found["shared 1"] - found["shared 8"]) / (1 - 1 / 8)
-    found |= {"of the times": times, "of prompts and noise": found["shared 1"] - times}
-    of_prompts = [p for i, p in enumerate(raw["pairs"]) if i * GROUPS // raw["draws"] != left_out]
-    return found | {"of the prompts": (sum(of_prompts) / len(of_prompts) - norm) / norm}
+    return found | {"of the times": times, "of prompts and noise": found["shared 1"] - times}
 
 
 def told(raw: dict[str, Any]) -> dict[str, Any]:

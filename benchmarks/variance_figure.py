@@ -20,7 +20,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
         parts[0].set(title=f"{NAMES[method]}: variance of the gradient", ylabel="tr Cov / |mean|²")
         _bars(parts[1], {n: (p["variance_by_time"], p["variance_by_time_interval"]) for n, p in plans.items()})
         parts[1].set(title="variance x CPU time, one plan = 1")
-        gains = {n: (r["reward_gain"], [r["reward_gain"] + s * 2 * r["reward_gain_se"] for s in (-1, 1)])
+        gains = {n: (r["reward_gain"]["mean"], [r["reward_gain"][end] for end in ("low", "high")])
                  for n, r in runs.items()}  # fmt: skip
         _bars(parts[2], gains)
         budget, seeds = found["rewards"]["budget"], len(found["rewards"]["seeds"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -10,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from study_figures import interval
 
-from trajsurgery.checkpoint import Training
+from trajsurgery.checkpoint import Training, write_whole
 from trajsurgery.heldout import evaluate
 from trajsurgery.methods import DRTune, LeapAlign
 from trajsurgery.recipe import Recipe, presets
@@ -101,7 +100,8 @@ def made(path: Path, make: bool, run: Callable[[], dict[str, Any]]) -> dict[str,
         if not make:
             return None
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(run(), path)
+        held = run()
+        write_whole(path, lambda partial: torch.save(held, partial))
         print(path.name, flush=True)
     return torch.load(path)
 
@@ -133,21 +133,18 @@ def rewards(options: Trainings, methods: Sequence[str], runs: Path, make: bool) 
 
 
 def line(before: list[dict[str, Any]], after: list[dict[str, Any]], first: list[dict[str, Any]]) -> dict[str, Any]:
-    """Gains over the untuned model and over one shared plan: mean over images and seeds, paired standard errors."""
+    """Gains over the untuned model and over one shared plan, paired: means and 95% intervals over seeds."""
     found: dict[str, Any] = {
         "rate": after[0]["rate"],
         "iterations": [len(run["curve"]) for run in after],
         "clock": [round(run["clock"], 1) for run in after],
     }
     for what in ("reward", "rule"):
-        found[f"{what}_gain"], found[f"{what}_gain_se"] = paired(after, before, what)
-        found[f"{what}_over_one"], found[f"{what}_over_one_se"] = paired(after, first, what)
-        found[f"{what}_gain_by_seed"] = [paired([a], [b], what)[0] for a, b in zip(after, before)]
-    found["curve"] = [[*point] for point in zip(*map(list, zip(*after[0]["curve"])))]
+        for name, other in (("gain", before), ("over_one", first)):
+            apart = [_mean(a[what]) - _mean(b[what]) for a, b in zip(after, other)]
+            found[f"{what}_{name}"] = {**interval(apart).to_dict(), "by seed": apart}
     return found
 
 
-def paired(a: list[dict[str, Any]], b: list[dict[str, Any]], what: str) -> tuple[float, float]:
-    """The mean difference and its standard error over images and seeds."""
-    apart: Tensor = torch.cat([torch.tensor(x[what]) - torch.tensor(y[what]) for x, y in zip(a, b)])
-    return round(float(apart.mean()), 5), round(float(apart.std()) / math.sqrt(len(apart)), 5)
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
