@@ -236,13 +236,11 @@ def test_sharding_and_hardware() -> None:
 
 
 def test_encodings_that_would_fill_the_host_are_told() -> None:
-    known = small("flux")
-    assert known.text_width == known.transformer["joint_attention_dim"]
-    some = plan_memory(recipe("flux"), PLAN, found=known)
-    one, settings = 2 * known.tokens * known.text_width, recipe("flux")
-    iterations = 3 * 2**30 // (one * settings.rollout.batch)
-    many = plan_memory(replace(settings, iterations=iterations), PLAN, found=known)
-    assert set(many.notes) - set(some.notes) == {note for note in many.notes if "up to 3 GiB" in note} != set()
+    known, settings = small("flux"), recipe("flux")
+    one = 2 * known.tokens * known.transformer["joint_attention_dim"] * settings.rollout.batch
+    many = replace(settings, iterations=3 * 2**30 // one)
+    (note,) = set(plan_memory(many, PLAN, found=known).notes) - set(plan_memory(settings, PLAN, found=known).notes)
+    assert "up to 3 GiB" in note
 
 
 def test_a_model_without_config_is_told() -> None:
@@ -262,12 +260,6 @@ def test_a_dry_run_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixtu
     data = json.loads((tmp_path / "run/memory.json").read_text())
     assert data["parameters"] == sum(p.numel() for p in real.pipe.transformer.parameters())
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["memory.json"]
-
-
-def real(model: str, **changes: Any) -> Counted:
-    rollout = replace(Rollout(steps=25, precision="bfloat16"), **changes)
-    with KERNELS["cpu"]():
-        return count(Recipe(rollout=rollout, model=model), spec(model), 1, sharded=True)
 
 
 @pytest.mark.parametrize(
@@ -296,7 +288,9 @@ def test_shipped_configs_have_the_published_size(model: str, parameters: int) ->
 )
 def test_real_models(model: str, size: int, parameters: int, kept: float, forward: float, backward: float) -> None:
     """One velocity call in bfloat16, one image, without guidance, all norms as a CPU keeps them."""
-    found = real(model, size=size, guidance=1.0)
+    rollout = Rollout(steps=25, precision="bfloat16", size=size, guidance=1.0)
+    with KERNELS["cpu"]():
+        found = count(Recipe(rollout=rollout, model=model), spec(model), 1, sharded=True)
     assert found.model.count("transformer") == parameters == spec(model).published
     assert found.call.kept / GIB == pytest.approx(kept, abs=0.01)
     assert found.call.forward / 1e12 == pytest.approx(forward, abs=0.01)

@@ -208,6 +208,9 @@ def test_pictures_are_drawn(tmp_path: Path) -> None:
     before, after = scores([0.1, 0.2, 0.3], [True, False, True]), scores([0.2, 0.4, 0.3], [True, True, False])
     picture = imread(report.samples(tmp_path / "samples.png", "title", before, after))
     assert picture.shape[1] > picture.shape[0] > 200
+    film = report._pixels(torch.zeros(5, 3, 4, 4, dtype=torch.uint8))  # pyright: ignore[reportPrivateUsage]
+    assert film.shape == (4, 5 * 4 + 4, 3)
+    assert [i for i in range(24) if film[0, i, 0]] == [4, 9, 14, 19], "white between frames"
     lines = [{"kind": "iteration", "iteration": i, "reward": None if i == 3 else i / 10} for i in range(1, 9)]
     for records in (lines, [*lines, compare(before, after)], lines[:1]):
         assert imread(report.curve(tmp_path / "reward.png", "title", records)).std() > 0.02

@@ -43,7 +43,7 @@ def pipeline(name: "PipelineName" = "flux") -> Any:
 
     "flux" is a FluxPipeline without guidance; "sd3" a StableDiffusion3Pipeline with real classifier-free guidance, to
     be called with `guidance_scale=1.5`; "wan" a WanPipeline of the video world, to be called with its size,
-    `pipe("a red circle moves right", height=32, width=32, num_frames=5, guidance_scale=1.5)`.
+    `pipe("a red circle moves right", height=32, width=32, num_frames=5, guidance_scale=2)`.
 
     Raises ValueError for another name.
     """

@@ -14,7 +14,7 @@ PURE = 0.15  # colour distance from the line between ground and the asked colour
 AREA = (34.0, 130.0)  # pixels: the world's smallest and largest shapes
 EDGE = 1.5  # pixels over which the outline fades that a blob is compared with
 STRICT = 4  # power of a blob's overlap with that outline
-FLOOR = 0.05  # added to each frame's score: a blank frame leaves something to climb from
+FLOOR = 0.05  # added to each frame's score: one blank frame does not silence the others
 STRANGE = 20.0  # pixels of another colour that halve the score
 PACE = 8.0  # pixels of displacement along which the score rises most
 
