@@ -1,6 +1,6 @@
 # make demo   makes the environment, fine-tunes the embedded tiny Flux with LeapAlign, says where its pictures are
 # make test   makes the environment, runs the linters, the type checker and all tests
-# make study        the paper's Table 2 on the embedded world, eight rows and five seeds: hours; goes on if interrupted
+# make study        the paper's Table 2 on the embedded world, eight rows and five seeds: about two hours; goes on if interrupted
 # make study-quick  its core, four methods and two seeds with the rates that the study chose, in under 20 minutes
 # make ablations    Fig. 4, Fig. 6 and Table 5, three seeds: hours, after `make study`
 

@@ -141,8 +141,10 @@ def main(options: Options) -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     stem, rates = "study" if options.by == "reward" else "study_by_rules", choices(options)
     if options.chosen is None:
-        told = {**provenance(), "validation seed": options.validation, "rates": rounded(rates)}
-        (options.output / f"{stem}_rates.json").write_text(json.dumps(told, indent=1) + "\n")
+        base = options.budget.base(options.validation, "validation")
+        untuned = figures(scores(base.folder, 0)) if finished(base) else {}
+        told = {**provenance(), "validation seed": options.validation, "untuned": untuned, "rates": rates}
+        (options.output / f"{stem}_rates.json").write_text(json.dumps(rounded(told), indent=1) + "\n")
     found = write(tasks, rates, options.output, stem)
     if found is not None:
         draw(found, options.output / f"{stem}.png")

@@ -100,6 +100,14 @@ def test_what_a_folder_lacks_is_said_before_anything_is_loaded(part: str, said: 
             ask()
 
 
+def test_a_folder_that_is_not_there_is_no_hub_id(tmp_path: Path) -> None:
+    for model in (str(tmp_path / "nowhere"), "./nowhere"):
+        said = folder.incomplete(model)
+        assert said is not None
+        assert f"there is no folder {model}" in said
+        assert "hf download" not in said
+
+
 def test_a_hub_id_that_is_not_cached_says_how_to_fetch_it(tmp_path: Path) -> None:
     for name in ("nobody/nothing", "/no/such/folder"):
         with pytest.raises(RecipeError, match=rf"nothing is fetched here.*hf download {name}"):

@@ -44,3 +44,7 @@ def _run(asked: Score | Evaluate, console: Console) -> int:
     from trajsurgery import contest
 
     return contest.run(asked, console)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

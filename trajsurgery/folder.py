@@ -19,6 +19,8 @@ def incomplete(model: str) -> str | None:
             return f"{model} is a folder without {INDEX}: --model takes what diffusers' save_pretrained wrote."
         mend = f"Write it again with diffusers' save_pretrained, or `hf download HUB-ID --local-dir {model}`"
     else:
+        if folder.is_absolute() or model.startswith("."):
+            return f"there is no folder {model}: --model takes what diffusers' save_pretrained wrote, or a hub id."
         cached = snapshot(model)
         if cached is None:
             return (
