@@ -155,7 +155,6 @@ HEADS = {
 
 def tell(figures: dict[str, Any], made: dict[str, str], measured: dict[str, str], part: str = "flux") -> str:
     """The README of the weights."""
-    command = "python -m trajsurgery.tiny.measure" + (f" --part {part}" if part != "flux" else "")
     return "\n".join(
         [
             *HEADS[part],
@@ -163,7 +162,7 @@ def tell(figures: dict[str, Any], made: dict[str, str], measured: dict[str, str]
             f"({made['versions']}; {made['machine']}).",
             made.get("note", ""),
             "",
-            f"Measured on {measured['date']} at commit `{measured['commit']}` by `{command}`",
+            f"Measured on {measured['date']} at commit `{measured['commit']}` by `{measured['command']}`",
             f"({measured['versions']}; {measured['machine']}). Shares unless the name says otherwise; n is the number",
             "of pictures judged, one for each prompt and noise. This file is written by that script.",
             "",
@@ -185,7 +184,12 @@ def main(config: Measuring) -> None:
     else:
         found = measure_more.sd3(config.each, config.steps) if config.part == "sd3" else measure_more.wan(config.each)
         figures, folder = {**found, "megabytes": size(WEIGHTS / config.part)}, WEIGHTS / config.part
-    measured = origin()
+    flags = [
+        f"--{name} {getattr(config, name)}"
+        for name in ("part", "each")
+        if getattr(config, name) != getattr(Measuring, name)
+    ]
+    measured = {**origin(), "command": " ".join(["python -m trajsurgery.tiny.measure", *flags])}
     made = json.loads((folder / "made.json").read_text())
     (folder / "measured.json").write_text(json.dumps({**figures, "origin": measured}, indent=1) + "\n")
     (folder / "README.md").write_text(tell(figures, made, measured, config.part))
