@@ -2,7 +2,7 @@
 # make test   makes the environment, runs the linters, the type checker and all tests
 # make study        the paper's Table 2 on the embedded world, eight rows and five seeds: about two hours; goes on if interrupted
 # make study-quick  its core, four methods and two seeds with the rates that the study chose, in under 20 minutes
-# make ablations    Fig. 4, Fig. 6 and Table 5, three seeds: hours, after `make study`
+# make ablations    Fig. 4, Fig. 6 and Table 5, three seeds: under two hours; goes on if interrupted
 
 PYTHON ?= python3
 WORKERS ?= 2

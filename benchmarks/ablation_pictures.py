@@ -28,6 +28,8 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
                 bar(axes, interval(values), values, place, "#0b6e99" if name == CENTRE else "#8a6d3b")
             axes.set(yticks=range(len(names)), ylim=(-0.7, len(names) - 0.4))
             labels = [f"{name} (the method)" if name == CENTRE else name for name in reversed(names)]
+            if set(names) <= set(found["MiB"]):
+                labels = [f"{label}, {found['MiB'][name]:.0f} MiB" for label, name in zip(labels, reversed(names))]
             axes.set_yticklabels(labels if key == "reward" else [])
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(alpha=0.2, axis="x")

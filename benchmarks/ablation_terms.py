@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from study_table import row
 from torch import Tensor
 
 from trajsurgery import leapalign, objective, operate, world
@@ -117,11 +118,11 @@ def markdown(found: dict[str, dict[str, Any]]) -> Iterator[str]:
     """A table: a line a model."""
     names = ["single-step at j", "single-step at k", "nested"]
     head = ["weights", *names, *(f"whole, alpha {a:g}" for a in ALPHAS), "cosine"]
-    yield f"| {' | '.join(head)} |"
-    yield f"| {' | '.join(['---'] * len(head))} |"
+    yield row(head)
+    yield row(["---"] * len(head))
     for model, line in found.items():
         cells = [*(line["norms"][name] for name in names), *line["whole"].values(), line["cosine"]]
-        yield f"| {model} | {' | '.join(f'{cell:.3g}' for cell in cells)} |"
+        yield row([model, *(f"{cell:.3g}" for cell in cells)])
 
 
 def draw(lines: dict[str, list[dict[str, Any]]], path: Path) -> None:

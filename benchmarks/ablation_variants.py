@@ -63,6 +63,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 """Part of the paper: its variants, in the picture's order."""
 
+LEAPS = {"1 leap": "leaps 1", CENTRE: CENTRE, "3 leaps": "leaps 3"}
+"""The variants whose memory Fig. 4b asks for, and what study_cost.json calls them."""
+
 
 def findings(runs: Runs, seeds: Sequence[int]) -> list[Finding]:
     """The paper's findings of section 6.3 and appendix C."""

@@ -2,9 +2,11 @@
 
     python benchmarks/ablations.py
 
-One thing is varied at a time around LeapAlign as study.py runs it: the same rate, prompts and noise; the centre's runs
-are the study's own and are not repeated. Writes ablations.json, ablations.md and pictures beside this file, from the
-seeds that are whole. Finished runs are read, interrupted ones go on: the same command continues after any interruption.
+One thing is varied at a time around LeapAlign as study.py runs it, with the same prompts and noise, at the demo's rate:
+at the one that the study chose for LeapAlign, the grid's next, rules fall on two of its five seeds, and a variant would
+be told from the centre by which seeds break down. Writes ablations.json, ablations.md and pictures beside this file,
+from the seeds that are whole. Finished runs are read, interrupted ones go on: the same command continues after any
+interruption.
 """
 
 from __future__ import annotations
@@ -23,16 +25,14 @@ import ablation_terms
 import study
 import tyro
 from ablation_pictures import draw
-from ablation_variants import CENTRE, GROUPS, NORM, VARIANTS, findings
+from ablation_variants import CENTRE, GROUPS, LEAPS, NORM, VARIANTS, findings
 from provenance import provenance
 from study_figures import NAMED, interval, whole
 from study_methods import Budget
 from study_pool import do
-from study_report import last, one_world, rounded, stages, training
+from study_report import costs, last, one_world, rounded, stages, training
 from study_runs import Task, described, finished
 from study_table import cell, half, row
-
-from trajsurgery.errors import SurgeryError
 
 HERE = Path(__file__).parent
 
@@ -43,8 +43,8 @@ class Options:
 
     variants: tuple[str, ...] = tuple(VARIANTS)
     seeds: tuple[int, ...] = (0, 1, 2)
-    rate: float | None = None
-    """The learning rate; LeapAlign's in the study if left out."""
+    rate: float = 3e-5
+    """The learning rate of all variants."""
     stages: tuple[int, ...] = (75, 150, 225)
     """The study's; variants are graded after the last alone."""
     images: int = 480
@@ -64,49 +64,36 @@ class Options:
         return Budget(self.stages, self.images, self.runs)
 
 
-def chosen(options: Options) -> float:
-    """The rate of all variants.
-
-    Raises:
-        SurgeryError: the study has not chosen it yet.
-    """
-    settings = study.Options(methods=(CENTRE,), stages=options.stages, images=options.images, runs=options.runs)
-    rate = options.rate or study.choices(settings)[CENTRE]["chosen"]
-    if rate is None:
-        raise SurgeryError(f"{options.runs} holds no choice of LeapAlign's rate: run study.py first, or pass --rate.")
-    return rate
-
-
-def variant(options: Options, name: str, rate: float, seed: int) -> Task:
+def variant(options: Options, name: str, seed: int) -> Task:
     """A run of a variant; the centre's is the study's."""
     if name == CENTRE:
-        return options.budget.run(CENTRE, rate, seed)
+        return options.budget.run(CENTRE, options.rate, seed)
     changed = VARIANTS[name]
     folder = Path("ablations") / name.replace(" ", "_").replace(",", "").replace("/", "_") / str(seed)
-    recipe = options.budget.recipe(changed.method, rate, seed, "heldout", folder)
+    recipe = options.budget.recipe(changed.method, options.rate, seed, "heldout", folder)
     recipe = replace(recipe, objective=replace(recipe.objective, **changed.objective))
     return Task(recipe, options.stages[-1:])
 
 
-def table(options: Options, rate: float) -> dict[str, dict[int, Task]]:
+def table(options: Options) -> dict[str, dict[int, Task]]:
     """{variant: {seed: its run}}, base and centre first."""
     tasks = {"base": {seed: options.budget.base(seed) for seed in options.seeds}}
     for name in (CENTRE, *options.variants):
-        tasks[name] = {seed: variant(options, name, rate, seed) for seed in options.seeds}
+        tasks[name] = {seed: variant(options, name, seed) for seed in options.seeds}
     return tasks
 
 
-def plan(options: Options, rate: float) -> Iterator[Task]:
+def plan(options: Options) -> Iterator[Task]:
     """One seed after the other with all variants."""
-    tasks = table(options, rate)
+    tasks = table(options)
     for seed in options.seeds:
         yield from (of[seed] for of in tasks.values())
 
 
-def terms(options: Options, rate: float) -> dict[str, list[dict[str, Any]]]:
+def terms(options: Options) -> dict[str, list[dict[str, Any]]]:
     """The terms' norms at the untuned model, and where the first seed's runs with alpha 0.3 and 1 ended."""
     seed = options.seeds[0]
-    runs = {name: variant(options, name, rate, seed) for name in (CENTRE, "alpha 1")}
+    runs = {name: variant(options, name, seed) for name in (CENTRE, "alpha 1")}
     places = {"untuned": None, **{f"tuned, {name}": run.folder for name, run in runs.items() if finished(run)}}
     recipe = runs[CENTRE].recipe
     found: dict[str, list[dict[str, Any]]] = {}
@@ -114,7 +101,7 @@ def terms(options: Options, rate: float) -> dict[str, list[dict[str, Any]]]:
         kept = (
             options.runs
             / "terms"
-            / f"{model.replace(', ', '_').replace(' ', '_')}_{rate:g}_{options.draws}_{seed}.json"
+            / f"{model.replace(', ', '_').replace(' ', '_')}_{options.rate:g}_{options.draws}_{seed}.json"
         )
         if not kept.exists():
             if options.report:
@@ -125,9 +112,9 @@ def terms(options: Options, rate: float) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def gathered(options: Options, rate: float) -> dict[str, Any] | None:
+def gathered(options: Options) -> dict[str, Any] | None:
     """What ablations.json holds; None if no seed is whole."""
-    tasks = table(options, rate)
+    tasks = table(options)
     runs, names = last(stages(tasks)), [name for name in tasks if name != "base"]
     for name in names:
         for seed, line in runs[name].items():
@@ -139,18 +126,19 @@ def gathered(options: Options, rate: float) -> dict[str, Any] | None:
     records = [described(task) for of in tasks.values() for task in of.values() if finished(task)]
     worlds = one_world(records)
     complete = seeds == sorted(options.seeds)
-    asked = tuple(options.variants) == tuple(VARIANTS)
+    asked, spent = tuple(options.variants) == tuple(VARIANTS), costs()
     return {
         **provenance(),
         "commits": sorted({record["commit"] for record in records}),
         "worlds": worlds,
         "complete": complete,
         "seeds": seeds,
-        "rate": rate,
+        "rate": options.rate,
         "groups": {
             group: [n for n in of if n in names] for group, of in GROUPS.items() if set(of) & set(options.variants)
         },
         "runs": {name: {seed: runs[name][seed] for seed in seeds} for name in tasks},
+        "MiB": {name: spent[key]["peak_bytes"] / 2**20 for name, key in LEAPS.items() if key in spent},
         "findings": [finding.to_dict() for finding in findings(runs, seeds)] if asked else [],
     }
 
@@ -164,35 +152,36 @@ def document(found: Mapping[str, Any], said: list[str]) -> str:
         "# The ablations on the embedded world",
         f"`{found['command']}`; {versions}; {found['machine']['processor']}, {found['machine']['cores']} cores; "
         f"commits {', '.join(found['commits'])}; world {', '.join(found['worlds'])}.",
-        f"Seeds {seeds} ({state}), rate {found['rate']:g}: it was chosen for the study's LeapAlign alone, which "
-        "favours it. Gains over the base, paired; ± is half of the 95% interval over seeds, wide with so few of them, "
-        "and not corrected for their number. The averaged weights are graded (Fig. 6 of the paper grades those that "
-        "train).",
+        f"Seeds {seeds} ({state}), rate {found['rate']:g} for all. Gains over the base, paired; ± is half of the 95% "
+        "interval over seeds, wide with so few of them, and not corrected for their number. The averaged weights are "
+        "graded (Fig. 6 of the paper grades those that train). MiB: what an iteration keeps beside weights and moments "
+        "(`study_cost.json`).",
     ]
     columns = [*NAMED, "position", "attribute binding"]
     for group, names in found["groups"].items():
-        head = [group, *(NAMED.get(column, column) for column in columns), NORM]
+        measured = found["MiB"] if set(names) <= set(found["MiB"]) else {}
+        head = [group, *(NAMED.get(column, column) for column in columns), NORM, *(["MiB"] if measured else [])]
         lines = [row(head), row(["---"] * len(head))]
         for name in names:
             gains = [interval([runs[name][s][c] - runs["base"][s][c] for s in seeds]).to_dict() for c in columns]
             norm = interval([runs[name][s][NORM] for s in seeds]).to_dict()
             cells = [cell(g["mean"], half(g), c, "+") for g, c in zip(gains, columns)]
-            lines.append(row([name, *cells, cell(norm["mean"], half(norm), "rules")]))
+            spent = [f"{measured[name]:.0f}"] if measured else []
+            lines.append(row([name, *cells, cell(norm["mean"], half(norm), "rules"), *spent]))
         parts.append("\n".join(lines))
     return "\n\n".join([*parts, *said]) + "\n"
 
 
 def main(options: Options) -> int:
     """Runs what is left, then writes what there is."""
-    rate = chosen(options)
-    complete = options.report or do(lambda: list(plan(options, rate)), options.runs, options.workers, study.said)
-    found = gathered(options, rate)
+    complete = options.report or do(lambda: list(plan(options)), options.runs, options.workers, study.said)
+    found = gathered(options)
     if found is None:
         return 0 if complete else 130
     told = findings(found["runs"], found["seeds"]) if found["findings"] else []
     said = ["## What the paper found", *(finding.markdown() for finding in told)] if told else []
     options.output.mkdir(parents=True, exist_ok=True)
-    lines = terms(options, rate) if options.draws and complete else {}
+    lines = terms(options) if options.draws and complete else {}
     if lines:
         found["terms"] = {model: ablation_terms.told(of) for model, of in lines.items()}
         said += ["## The gradient's terms (medians)", "\n".join(ablation_terms.markdown(found["terms"]))]

@@ -118,13 +118,17 @@ def write(
         return None
     names = [name for name in tasks if name != "base"]
     runs = last(found["runs"])
-    costs_file = Path(__file__).parent / "study_cost.json"
-    costs = json.loads(costs_file.read_text())["methods"] if costs_file.exists() else {}
     output.mkdir(parents=True, exist_ok=True)
     (output / f"{stem}.json").write_text(json.dumps(rounded(found), indent=1) + "\n")
-    text = document(found, of_table_2(runs, found["seeds"], names), costs)
+    text = document(found, of_table_2(runs, found["seeds"], names), costs())
     (output / f"{stem}.md").write_text(text)
     return found
+
+
+def costs() -> dict[str, Any]:
+    """{method: seconds and peak bytes of an iteration}, as study_cost.py last measured them."""
+    path = Path(__file__).parent / "study_cost.json"
+    return json.loads(path.read_text())["methods"] if path.exists() else {}
 
 
 def rounded(value: Any) -> Any:
