@@ -31,7 +31,7 @@ from study_figures import NAMED, interval, whole
 from study_methods import Budget
 from study_pool import do
 from study_report import costs, last, one_world, rounded, stages, training
-from study_runs import Task, described, finished
+from study_runs import Task, described, finished, graded
 from study_table import cell, half, row
 
 HERE = Path(__file__).parent
@@ -94,7 +94,7 @@ def terms(options: Options) -> dict[str, list[dict[str, Any]]]:
     """The terms' norms at the untuned model, and where the first seed's runs with alpha 0.3 and 1 ended."""
     seed = options.seeds[0]
     runs = {name: variant(options, name, seed) for name in (CENTRE, "alpha 1")}
-    places = {"untuned": None, **{f"tuned, {name}": run.folder for name, run in runs.items() if finished(run)}}
+    places = {"untuned": None, **{f"tuned, {name}": run.folder for name, run in runs.items() if graded(run)}}
     recipe = runs[CENTRE].recipe
     found: dict[str, list[dict[str, Any]]] = {}
     for model, place in places.items():

@@ -16,6 +16,7 @@ are measured by study_cost.py.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from study_methods import METHODS, Budget, wanted
 from study_pictures import draw, samples
 from study_pool import do
 from study_report import rounded, write
-from study_runs import Task, finished, scores
+from study_runs import Task, described, finished, graded, scores
 
 HERE = Path(__file__).parent
 
@@ -70,20 +71,26 @@ class Options:
 
 
 def tried(options: Options, name: str) -> dict[float, dict[str, float]]:
-    """{rate: figures of the validation images}, of the runs that are finished; the rates in the order of `wanted`."""
+    """{rate: figures of the validation images}, of the runs that are finished; none of a run that diverged."""
     found: dict[float, dict[str, float]] = {}
     while True:
-        seen = {rate: line[options.by] for rate, line in found.items()}
+        seen = {rate: worth(line, options.by) for rate, line in found.items()}
         tasks = {rate: options.budget.trial(name, rate, options.validation) for rate in wanted(seen, options.rates)}
         new = {rate: task for rate, task in tasks.items() if rate not in found and finished(task)}
         if not new:
             return found
-        found |= {rate: figures(scores(task.folder, options.stages[-1])) for rate, task in new.items()}
+        for rate, task in new.items():
+            found[rate] = figures(scores(task.folder, options.stages[-1])) if graded(task) else {}
+
+
+def worth(line: dict[str, float], figure: str) -> float:
+    """A trial's figure; below all others if it diverged."""
+    return line.get(figure, -math.inf)
 
 
 def best(found: dict[float, dict[str, float]], figure: str = "reward") -> float:
     """The rate with the highest figure."""
-    return max(found, key=lambda rate: found[rate][figure])
+    return max(found, key=lambda rate: worth(found[rate], figure))
 
 
 def choices(options: Options) -> dict[str, dict[str, Any]]:
@@ -94,7 +101,7 @@ def choices(options: Options) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for name in options.methods:
         at = tried(options, name)
-        left = set(wanted({rate: line[options.by] for rate, line in at.items()}, options.rates)) - at.keys()
+        left = set(wanted({rate: worth(line, options.by) for rate, line in at.items()}, options.rates)) - at.keys()
         found[name] = {
             "tried": {f"{rate:g}": line for rate, line in sorted(at.items())},
             "left": sorted(left),
@@ -121,6 +128,8 @@ def plan(options: Options) -> Iterator[Task]:
 
 def said(done: Task) -> str:
     """A line about a finished run."""
+    if not graded(done):
+        return described(done)["diverged"]
     line = figures(scores(done.folder, done.stages[-1]))
     return f"reward {line['reward']:.4f} rules {line['rules']:.3f}"
 

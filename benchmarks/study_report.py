@@ -12,7 +12,7 @@ from typing import Any
 from provenance import provenance
 from study_figures import figures, rank, summary, whole
 from study_findings import of_table_2
-from study_runs import Task, curve, described, finished, scores
+from study_runs import Task, curve, described, finished, graded, scores
 from study_table import document
 
 from trajsurgery.errors import SurgeryError
@@ -22,12 +22,12 @@ BIN = 15
 
 
 def stages(tasks: Mapping[str, Mapping[int, Task]]) -> dict[str, dict[int, dict[int, dict[str, float]]]]:
-    """{name: {seed: {iteration: figures}}} of finished tasks."""
+    """{name: {seed: {iteration: figures}}} of finished tasks that did not diverge."""
     return {
         name: {
             seed: {stage: figures(scores(task.folder, stage)) for stage in task.stages}
             for seed, task in of.items()
-            if finished(task)
+            if graded(task)
         }
         for name, of in tasks.items()
     }

@@ -14,7 +14,7 @@ from provenance import commit
 
 from trajsurgery import tiny, world
 from trajsurgery.checkpoint import METRICS, Log, Training, resume, write_whole
-from trajsurgery.errors import RecipeError
+from trajsurgery.errors import DivergedError, RecipeError
 from trajsurgery.heldout import Scores, evaluate
 from trajsurgery.recipe import Recipe, differences
 from trajsurgery.train import train
@@ -44,7 +44,7 @@ class Task:
 
 
 def finished(task: Task) -> bool:
-    """Whether the folder holds all of it.
+    """Whether the folder holds all of it, or the run diverged.
 
     Raises:
         RecipeError: the folder holds a finished run of another recipe.
@@ -59,7 +59,12 @@ def finished(task: Task) -> bool:
             f"{task.folder} holds a finished run of another recipe; it differs in {'; '.join(changed)}. "
             "Pass --runs with another folder, or delete that one."
         )
-    return all((task.folder / name(stage)).exists() for stage in task.stages)
+    return "diverged" in there or all((task.folder / name(stage)).exists() for stage in task.stages)
+
+
+def graded(task: Task) -> bool:
+    """Whether it is finished and did not diverge: whether there are scores."""
+    return finished(task) and "diverged" not in described(task)
 
 
 def name(stage: int) -> str:
@@ -88,16 +93,21 @@ def work(task: Task) -> bool:
     """Does a task, or what is left of it; False if it was interrupted (it is saved).
 
     Raises:
-        RecipeError: the run diverged, or its folder holds another recipe's.
+        RecipeError: the folder holds another recipe's run.
     """
     torch.set_num_threads(task.recipe.threads)
     found = world.load(task.recipe)
     training = Training.start(task.recipe, found.module)
     resume(task.recipe, training)
     world.Embeddings(found.pipe, found.texts)  # all at once, so that they do not depend on where a run was interrupted
+    diverged: dict[str, str] = {}
     for stage in task.stages:
-        if stage and not train(replace(task.recipe, iterations=stage), found, training, lambda _: None):
-            return False
+        try:
+            if stage and not train(replace(task.recipe, iterations=stage), found, training, lambda _: None):
+                return False
+        except DivergedError as error:  # ends this run, not the study
+            diverged["diverged"] = str(error)
+            break
         path = task.folder / name(stage)
         if not path.exists():
             held = evaluated(task.recipe, found, training, averaged=stage > 0)
@@ -109,6 +119,7 @@ def work(task: Task) -> bool:
         "seconds": round(training.seconds, 1),
         "commit": commit(),
         "world": fingerprint(),
+        **diverged,
     }
     write_whole(task.folder / DONE, lambda partial: partial.write_text(json.dumps(record, indent=1) + "\n"))
     return True

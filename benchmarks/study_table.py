@@ -63,9 +63,13 @@ def choices(rates: Mapping[str, Any]) -> str:
     ]
     for name, of in rates.items():
         seen = [of["tried"].get(f"{rate:g}") for rate in tried]
-        cells = ["" if one is None else f"{one['reward']:.4f} ({one['rules']:.3f})" for one in seen]
-        lines.append(row([name, *cells, *map(_rate, (of["chosen"], of["by_rules"]))]))
+        lines.append(row([name, *map(_tried, seen), *map(_rate, (of["chosen"], of["by_rules"]))]))
     return "\n".join(lines)
+
+
+def _tried(one: Mapping[str, float] | None) -> str:
+    """Reward (rules) of a trial; nothing if it was not made."""
+    return "" if one is None else f"{one['reward']:.4f} ({one['rules']:.3f})" if one else "diverged"
 
 
 def _rate(rate: float | None) -> str:

@@ -76,6 +76,7 @@ ILLEGAL: tuple[tuple[Callable[[], Any], str, str], ...] = (
     (lambda: Plan(X.advance(0, [V, recorded(0)])), "model-time", "recorded at t = 0, in"),
     (lambda: Plan(X.leap(3)), "falling", "a leap from t = 3 to t = 3, in"),
     (lambda: Plan(latent("T").leap(6), steps=6), "falling", "a leap from t = 6 to t = 6, in"),
+    (lambda: Plan(latent("k").leap("k")), "falling", "a leap from t = k to itself, in"),
     (lambda: Plan(X.leap(4)), "falling", "a leap from t = 3 to t = 4, in"),
     (lambda: Plan(X.advance(3, [V])), "falling", "a advance from t = 3 to t = 3"),
     (lambda: Plan(X.leap(0, velocity=at(2))), "velocity-time", "a latent at t = 3 with a velocity at t = 2, in"),

@@ -110,6 +110,31 @@ def test_the_averaged_weights_are_graded_and_training_goes_on_with_its_own(
     assert rewards[0] == rewards[1]
 
 
+def test_a_run_that_diverges_ends_alone(
+    script: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, study, report = script("study_runs"), script("study"), script("study_report")
+    monkeypatch.setattr(world, "load", toy_world.world)
+    task = replace(toy_task(script, tmp_path / "run"), stages=(6,))
+    task = replace(task, recipe=replace(task.recipe, optimiser=replace(task.recipe.optimiser, rate=1e30), iterations=6))
+    assert runs.work(task), "it is done with"
+    assert runs.finished(task)
+    assert not runs.graded(task)
+    assert "not finite" in study.said(task)
+    assert report.stages({"refl": {0: task}}) == {"refl": {}}
+    options = study.Options(methods=("refl",), runs=tmp_path / "runs")
+    for rate in options.rates:
+        invented(options.budget.trial("refl", rate, 100), 0.1 - rate, 0.5, 7)
+    assert study.choices(options)["refl"]["left"] == [3e-6]
+    smaller = options.budget.trial("refl", 3e-6, 100)
+    invented(smaller, 5, 0.5, 7)
+    done = json.loads((smaller.folder / "done.json").read_text())
+    (smaller.folder / "done.json").write_text(json.dumps({**done, "diverged": "iteration 9"}))
+    found = study.choices(options)
+    assert found["refl"]["chosen"] == 1e-5
+    assert "| refl | diverged | 0." in script("study_table").choices(found)
+
+
 def test_a_folder_of_another_recipe_is_refused(script: Callable[[str], ModuleType], tmp_path: Path) -> None:
     runs = script("study_runs")
     task = toy_task(script, tmp_path / "run")

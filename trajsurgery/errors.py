@@ -26,3 +26,7 @@ class RewardError(SurgeryError, ValueError):
 
 class RecipeError(SurgeryError, ValueError):
     """A recipe whose run can't start, or can't go on."""
+
+
+class DivergedError(RecipeError):
+    """A run whose loss or gradient is not finite any more; its last good weights are saved."""

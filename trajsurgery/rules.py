@@ -72,6 +72,8 @@ def _falling(node: Leap | Advance, steps: int | None) -> Iterator[str]:
     rises = isinstance(node, Leap) and isinstance(node.x, Renoise)  # no latent of the rollout: SRPO's inversion
     if start is not None and to is not None and start >= 0 and (to == start or (to > start and not rises)):
         yield f"a {node.op} from t = {start} to t = {to}"
+    elif start is None and node.to == node.x.t:  # a name that is not bound yet
+        yield f"a {node.op} from t = {node.x.t} to itself"
 
 
 def _velocity_time(node: Leap, steps: int | None) -> Iterator[str]:

@@ -14,7 +14,7 @@ import torch
 
 from trajsurgery import alarm, guards
 from trajsurgery.checkpoint import METRICS, Log, Training, save
-from trajsurgery.errors import RecipeError
+from trajsurgery.errors import DivergedError, RecipeError
 from trajsurgery.node import Velocity
 from trajsurgery.pull import draw_plans, part_of, pull, pull_several
 from trajsurgery.recipe import Recipe
@@ -74,7 +74,7 @@ def train(
         told: the same for looks at held-out rewards, if the recipe asks for them.
 
     Raises:
-        RecipeError: three iterations in a row had no finite loss and gradient.
+        DivergedError: three iterations in a row had no finite loss and gradient.
     """
     embeddings = Embeddings(world.pipe, ())  # made ahead (world.encode), or when they are asked for
     lambda_, log = threshold(recipe, world), Log(recipe.output / METRICS)
@@ -167,7 +167,7 @@ def _give_up(recipe: Recipe, training: Training) -> None:
     if good:
         save(recipe, training)
     kept = "its weights are good and saved" if good else "its weights are spoilt; the last good ones are saved"
-    raise RecipeError(
+    raise DivergedError(
         f"the run stopped at iteration {training.iteration}: {training.in_a_row} in a row had a loss or gradient that "
         f"is not finite ({training.skipped} in all), and {kept} in {recipe.output}. Lower --optimiser.rate, or raise "
         "--rollout.precision to float32, and start anew with --overwrite or another --output."
