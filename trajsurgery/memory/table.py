@@ -42,20 +42,23 @@ def table(found: MemoryPlan) -> Group:
         head.add_row(name, Text(value))
     size = Table(title="memory of one GPU")
     size.add_column("part")
-    size.add_column("GiB", justify="right")
+    word, bytes_ = ("GiB", 2**30) if found.peak >= 2**30 else ("MiB", 2**20)
+    size.add_column(word, justify="right")
     for name, value in (*found.held.items(), *found.passing.items()):
         size.add_row(
             LABELS.get(name, name),
-            f"{value / 2**30:.2f}",
+            f"{value / bytes_:,.2f}",
             end_section=name in (list(found.held)[-1], list(found.passing)[-1]),
         )
-    size.add_row("peak", f"{found.peak / 2**30:.2f}", style="bold")
+    size.add_row("peak", f"{found.peak / bytes_:,.2f}", style="bold")
     work = Table(title="work of one iteration, all GPUs")
     work.add_column("part")
-    work.add_column("TFLOP", justify="right")
+    whole = sum(found.flops.values())
+    unit, scale = ("TFLOP", 1e12) if whole >= 1e12 else ("GFLOP", 1e9)
+    work.add_column(unit, justify="right")
     for name, value in found.flops.items():
-        work.add_row(name, f"{value / 1e12:,.1f}")
-    work.add_row("all", f"{sum(found.flops.values()) / 1e12:,.1f}", style="bold")
+        work.add_row(name, f"{value / scale:,.1f}")
+    work.add_row("all", f"{whole / scale:,.1f}", style="bold")
     return Group(head, size, work, *map(Text, _closing(found)))
 
 
@@ -63,9 +66,8 @@ def _closing(found: MemoryPlan) -> list[str]:
     setting, needed = found.setting, found.gpus_needed
     card = f"{setting['memory bytes'] / 1e9:.0f} GB"
     fits = "it fits" if found.fits else "it does NOT fit"
-    least = (
-        f"{needed} GPU{'s' if needed != 1 else ''} of {card} hold it" if needed else f"no number of {card} GPUs does"
-    )
+    hold = "GPU holds" if needed == 1 else "GPUs hold"
+    least = f"{needed} {hold} it, of {card} each" if needed else f"no number of {card} GPUs does"
     speed = f"{setting['utilisation']:.0%} of {setting['flops'] / 1e12:.0f} TFLOP/s on each of {setting['gpus']}"
     return [
         f"{fits}; {least}.",
