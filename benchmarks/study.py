@@ -8,9 +8,9 @@ Then it runs on every seed, with the prompts and noise that all methods of a see
 graded by the reward, two further scorers and the rules, paired with the untuned model's image by image. Writes
 study.json, study.md, study.png and study_samples.png beside this file, from as many whole seeds as there are, and
 study_rates.json, what every rate that was tried came to on the validation prompts. A high rate may buy reward that the
-rules do not see: --by rules chooses by them, and writes study_by_rules.json and so on. Runs that are finished are read,
-not repeated, and one that was interrupted goes on: after any interruption the same command continues. Time and memory
-are measured by study_cost.py.
+rules do not see: --by rules chooses by them, and writes study_by_rules.json and so on; --rate 3e-5 gives one to all
+methods, and writes study_one_rate.json and so on. Runs that are finished are read, not repeated, and one that was
+interrupted goes on: after any interruption the same command continues. Time and memory are measured by study_cost.py.
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ class Options:
     """What chooses the rate on the validation prompts; with rules the files are study_by_rules.json, ..."""
     chosen: Path | None = None
     """A study_rates.json whose rates are taken instead of choosing them."""
+    rate: float | None = None
+    """One rate for all methods instead of choosing them; the files are study_one_rate.json, ..."""
     stages: tuple[int, ...] = (75, 150, 225)
     """Iterations after which held-out images are made (Fig. 5); the last is the budget."""
     images: int = 480
@@ -95,6 +97,8 @@ def best(found: dict[float, dict[str, float]], figure: str = "reward") -> float:
 
 def choices(options: Options) -> dict[str, dict[str, Any]]:
     """How each method's rate was chosen, and the one with the best rules among those tried; None while not done."""
+    if options.rate is not None:
+        return {name: {"chosen": options.rate} for name in options.methods}
     if options.chosen is not None:
         there = json.loads(options.chosen.read_text())["rates"]
         return {name: {"chosen": there[name]["chosen"]} for name in options.methods}
@@ -111,10 +115,20 @@ def choices(options: Options) -> dict[str, dict[str, Any]]:
     return found
 
 
+def chooses(options: Options) -> bool:
+    """Whether rates are chosen by this study."""
+    return options.chosen is None and options.rate is None
+
+
+def stem(options: Options) -> str:
+    """What its files are called."""
+    return "study_one_rate" if options.rate is not None else "study" if options.by == "reward" else "study_by_rules"
+
+
 def plan(options: Options) -> Iterator[Task]:
     """Rates first, then one seed after the other with all methods, so that what is there is balanced at any time."""
     found, budget = choices(options), options.budget
-    if options.chosen is None:
+    if chooses(options):
         yield budget.base(options.validation, "validation")
         trials = [(rate, name) for name, line in found.items() for rate in (*map(float, line["tried"]), *line["left"])]
         for rate, name in sorted(trials, key=lambda one: one[0]):
@@ -148,16 +162,16 @@ def main(options: Options) -> int:
     complete = options.report or do(lambda: list(plan(options)), options.runs, options.workers, said)
     tasks = table(options)
     options.output.mkdir(parents=True, exist_ok=True)
-    stem, rates = "study" if options.by == "reward" else "study_by_rules", choices(options)
-    if options.chosen is None:
+    name, rates = stem(options), choices(options)
+    if chooses(options):
         base = options.budget.base(options.validation, "validation")
         untuned = figures(scores(base.folder, 0)) if finished(base) else {}
         told = {**provenance(), "validation seed": options.validation, "untuned": untuned, "rates": rates}
-        (options.output / f"{stem}_rates.json").write_text(json.dumps(rounded(told), indent=1) + "\n")
-    found = write(tasks, rates, options.output, stem)
+        (options.output / f"{name}_rates.json").write_text(json.dumps(rounded(told), indent=1) + "\n")
+    found = write(tasks, rates, options.output, name)
     if found is not None:
-        draw(found, options.output / f"{stem}.png")
-        samples(tasks, found["seeds"][0], options.output / f"{stem}_samples.png")
+        draw(found, options.output / f"{name}.png")
+        samples(tasks, found["seeds"][0], options.output / f"{name}_samples.png")
     return 0 if complete else 130
 
 

@@ -56,7 +56,7 @@ def choices(rates: Mapping[str, Any]) -> str:
     """How the rates were chosen: the validation reward of each that was tried, and what the rules would have chosen."""
     tried = sorted({float(rate) for of in rates.values() for rate in of.get("tried", {})})
     if not tried:
-        return "The rates were taken from an earlier study."
+        return "The rates were given, not chosen here."
     lines = [
         row(["method", *(f"{rate:g}" for rate in tried), "chosen", "by the rules"]),
         row(["---"] * (len(tried) + 3)),

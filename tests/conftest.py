@@ -1,6 +1,10 @@
 """Profiles of Hypothesis, one thread for torch, and the problems that many tests share."""
 
+import importlib
 import os
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -35,3 +39,10 @@ def mlp() -> MLP:
 def rolled(mlp: MLP) -> Problem:
     """Eight steps of that field on a batch of three."""
     return problem(mlp, steps=8)
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """A file of benchmarks/, imported as it is when it is run."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    return importlib.import_module

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,49 +13,9 @@ import pytest
 import torch
 
 from tests import toy_world
+from tests.studies import invented
 from trajsurgery import world
-from trajsurgery.checkpoint import METRICS, Log
 from trajsurgery.errors import RecipeError, SurgeryError
-from trajsurgery.heldout import Scores
-
-HERE = Path(__file__).parents[1] / "benchmarks"
-CATEGORIES = ("single object", "two objects", "counting", "colours", "position", "attribute binding")
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """A file of benchmarks/, imported as it is when it is run."""
-    monkeypatch.syspath_prepend(str(HERE))
-    return importlib.import_module
-
-
-def invented(task: Any, gain: float, rules: float, seed: int) -> None:
-    """A finished run that was never run: its rewards are the seed's, and higher by the gain."""
-    g = torch.Generator().manual_seed(seed)
-    reward, luck, pictures = torch.rand(12, generator=g), torch.rand(12, generator=g), torch.rand(4, generator=g)
-    task.folder.mkdir(parents=True)
-    for stage in task.stages:
-        risen = reward + gain * stage / 225
-        held = Scores(
-            tuple(f"prompt {i}" for i in range(12)),
-            CATEGORIES * 2,
-            risen,
-            luck < rules,
-            torch.zeros(12),
-            (pictures.view(4, 1, 1, 1).expand(4, 3, 4, 4) * 255).to(torch.uint8),
-            {"tiny:scorer_b": risen / 2, "tiny:scorer_c": risen * 2},
-            {"pixels": torch.ones(12)},
-        )
-        torch.save(held.to_dict(), task.folder / f"scores_{stage}.pt")
-    log = Log(task.folder / METRICS)
-    log.append(
-        {"kind": "iteration", "reward": math.nan, "grad_norm": math.nan, "closed": 0.5, "weight": 1.0}
-    )  # skipped
-    for i in range(29):
-        log.append({"kind": "iteration", "reward": i + gain, "grad_norm": 1.0, "closed": 0.5, "weight": 1.0})
-    record = {"recipe": task.recipe.to_dict(), "skipped": 1, "commit": "abc", "world": "def"}
-    (task.folder / "done.json").write_text(json.dumps(record))
-
 
 # -- one run ----------------------------------------------------------------------------------------------------------
 
@@ -230,6 +188,10 @@ def test_the_order_of_the_runs_and_what_is_written(script: Callable[[str], Modul
     for name in options.methods:
         invented(options.budget.trial(name, 3e-6, 100), 0, 0.5, 7)
     assert {line["chosen"] for line in study.choices(by_rules).values()} == {1e-5}
+    one = replace(options, rate=1e-6, methods=("refl",), seeds=(0,))
+    assert study.choices(one) == {"refl": {"chosen": 1e-6}}
+    assert [task.folder.name for task in study.plan(one)] == ["heldout_0", "0"], "nothing is tried"
+    assert [study.stem(of) for of in (options, by_rules, one)] == ["study", "study_by_rules", "study_one_rate"]
     order = [str(task.folder.relative_to(options.runs)) for task in study.plan(options)]
     assert order[7:] == [
         f"{name}{seed}"
@@ -263,36 +225,3 @@ def test_the_order_of_the_runs_and_what_is_written(script: Callable[[str], Modul
         study.main(options)
     for picture in ("study.png", "study_samples.png"):
         assert (options.output / picture).stat().st_size > 10_000
-
-
-def test_the_ablations_are_the_study_s_centre_with_one_thing_changed(
-    script: Callable[[str], ModuleType], tmp_path: Path
-) -> None:
-    ablations, variants = script("ablations"), script("ablation_variants")
-    options = ablations.Options(seeds=(0, 1), draws=0, output=tmp_path / "out", runs=tmp_path / "runs", report=True)
-    tasks = ablations.table(options)
-    centre = tasks[variants.CENTRE][0].recipe.to_dict()
-    assert set(variants.VARIANTS) == {name for of in variants.GROUPS.values() for name in of} - {variants.CENTRE}
-    folders = {task.folder for of in tasks.values() for task in of.values()}
-    assert len(folders) == 2 * len(tasks), "two variants share a folder"
-    for name in variants.VARIANTS:
-        changed = tasks[name][0].recipe
-        assert changed.method.draw(25, torch.Generator().manual_seed(0)).outputs
-        apart = {key for key, value in changed.to_dict().items() if value != centre[key]}
-        assert apart <= {"method", "objective", "output"}, (name, apart)
-        assert apart > {"output"}, f"{name} is the centre"
-    for place, of in enumerate(tasks.values()):
-        for seed, task in of.items():
-            invented(task, place / 100 + seed / 1000, 0.5, seed)
-    told = variants.findings(ablations.gathered(options)["runs"], [0, 1])
-    assert (
-        told[0].verdict
-        == "does not reappear: the opposite for leapalign - alpha 0, reward, leapalign - alpha 1, reward"
-    )
-    assert told[1].verdict == "not decided by these seeds", "all norms are equal"
-    assert ablations.main(replace(options, variants=("alpha 1", "no weights"))) == 0
-    told = json.loads((options.output / "ablations.json").read_text())
-    assert told["complete"]
-    assert list(told["groups"].values()) == [["leapalign", "alpha 1"], ["no weights", "leapalign"]]
-    assert (options.output / "ablations.png").stat().st_size > 10_000
-    assert "INCOMPLETE" not in (options.output / "ablations.md").read_text()

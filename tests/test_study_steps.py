@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -12,8 +13,6 @@ from tests import toy_world
 from trajsurgery import world
 from trajsurgery.heldout import Scores, evaluate
 from trajsurgery.recipe import Recipe
-
-HERE = Path(__file__).parents[1] / "benchmarks"
 
 
 def tuned(recipe: Recipe, at: range) -> tuple[Scores, list[torch.Tensor]]:
@@ -27,9 +26,10 @@ def tuned(recipe: Recipe, at: range) -> tuple[Scores, list[torch.Tensor]]:
     return evaluate(recipe, found), own
 
 
-def test_weights_go_by_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(HERE))
-    mixed = importlib.import_module("study_steps").mixed
+def test_weights_go_by_the_step(
+    script: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixed = script("study_steps").mixed
     monkeypatch.setattr(world, "load", toy_world.world)
     recipe = toy_world.recipe(tmp_path)
     for at in (range(1, 6), range(0)):
