@@ -26,7 +26,13 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
                 start = {seed: 0 if key == NORM else runs["base"][seed][key] for seed in seeds}
                 values = [runs[name][seed][key] - start[seed] for seed in seeds]
                 bar(axes, interval(values), values, place, "#0b6e99" if name == CENTRE else "#8a6d3b")
+                if name == CENTRE:
+                    axes.axvline(interval(values).mean, color="#0b6e99", linewidth=0.8, linestyle=":")
             axes.set(yticks=range(len(names)), ylim=(-0.7, len(names) - 0.4))
+            if key == NORM:
+                axes.set_xscale("log")
+            else:
+                axes.locator_params(axis="x", nbins=5)
             labels = [f"{name} (the method)" if name == CENTRE else name for name in reversed(names)]
             if set(names) <= set(found["MiB"]):
                 labels = [f"{label}, {found['MiB'][name]:.0f} MiB" for label, name in zip(labels, reversed(names))]

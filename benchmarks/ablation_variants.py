@@ -12,7 +12,7 @@ from study_findings import Finding
 from trajsurgery.methods import LeapAlign
 
 CENTRE = "leapalign"
-NORM = "gradient norm"
+NORM = "gradient norm (median)"
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ from provenance import provenance
 from study_figures import NAMED, interval, whole
 from study_methods import Budget
 from study_pool import do
-from study_report import costs, last, one_world, rounded, stages, training
-from study_runs import Task, described, finished, graded
+from study_report import costs, last, one_world, rounded, stages
+from study_runs import Task, curve, described, finished, graded
 from study_table import cell, half, row
 
 HERE = Path(__file__).parent
@@ -118,7 +118,8 @@ def gathered(options: Options) -> dict[str, Any] | None:
     runs, names = last(stages(tasks)), [name for name in tasks if name != "base"]
     for name in names:
         for seed, line in runs[name].items():
-            line[NORM] = statistics.fmean(training(tasks[name][seed])["grad_norm"])
+            norms = [one["grad_norm"] for one in curve(tasks[name][seed].folder) if one["grad_norm"] is not None]
+            line[NORM], line[f"{NORM}, mean"] = statistics.median(norms), statistics.fmean(norms)
     seeds = whole(runs, names)
     if not seeds:
         print("no seed is finished for all variants yet: there is nothing to write")
@@ -154,8 +155,9 @@ def document(found: Mapping[str, Any], said: list[str]) -> str:
         f"commits {', '.join(found['commits'])}; world {', '.join(found['worlds'])}.",
         f"Seeds {seeds} ({state}), rate {found['rate']:g} for all. Gains over the base, paired; ± is half of the 95% "
         "interval over seeds, wide with so few of them, and not corrected for their number. The averaged weights are "
-        "graded (Fig. 6 of the paper grades those that train). MiB: what an iteration keeps beside weights and moments "
-        "(`study_cost.json`).",
+        "graded (Fig. 6 of the paper grades those that train). Gradient norm: before clipping, the median over "
+        "iterations: a few are thirty times as large, and carry the mean. MiB: what an iteration keeps beside weights "
+        "and moments (`study_cost.json`).",
     ]
     columns = [*NAMED, "position", "attribute binding"]
     for group, names in found["groups"].items():
