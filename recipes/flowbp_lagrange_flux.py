@@ -1,12 +1,14 @@
 """FlowBP-Lagrange on Flux. Without an argument: the embedded tiny Flux, on a CPU, in minutes."""
 
 import sys
+from dataclasses import replace
 
 from trajsurgery import FlowBPLagrange
 from trajsurgery.recipe import presets
 from trajsurgery.run import cli
 
 RECIPES = presets(FlowBPLagrange(alpha=0.1, scale=0.25), "outputs/flowbp_lagrange_flux")
+RECIPES["paper"] = replace(RECIPES["paper"], objective=replace(RECIPES["paper"].objective, tau=0.2))
 
 if __name__ == "__main__":
     sys.exit(cli(RECIPES, __doc__))

@@ -37,6 +37,10 @@ DRAWN = (
     LeapAlign(pairs="dirichlet"),
     LeapAlign(reward_at="prediction"),
     LeapAlign(straight=False),
+    LeapAlign(leaps=1),
+    LeapAlign(alpha=0.0),
+    LeapAlign(window=(0.0, 0.5)),
+    LeapAlign(distance=0.5),
     DRaFT1(),
     WholeTrajectory(),
     ReNO(),
@@ -49,6 +53,7 @@ DRAWN = (
     FlowBPLagrange(),
     SRPO(),
     SRPO(("real",), ("flat", "oil")),
+    SRPO(rollout_guidance=1.0),
     SRPO(("real",), (), inversion=False, step=2, window=(0.0, 1.0)),
 )
 

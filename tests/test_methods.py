@@ -140,6 +140,8 @@ CASES = {
     "srpo, a noise of its own": (srpo(4, 2, draw=0), lambda: known_noise(4, 2, drawn())),
     "srpo, inversion": (srpo(2, 5), lambda: known_noise(2, 5)),
     "reward at the prediction": (leaps((5, 2), 0.3, "prediction"), lambda: leaping((5, 2), 0.3, False, True)),
+    "one leap": (leaps((4,)), lambda: leaping((4,), 1.0, True, True)),
+    "three leaps": (leaps((5, 3, 2), 0.3), lambda: leaping((5, 3, 2), 0.3, True, True)),
     "nested only": (leaps((5, 2), 0.3, straight=False), lambda: leaping((5, 2), 0.3, True, False)),
     "nested only, three": (leaps((5, 3, 2), 0.3, straight=False), lambda: leaping((5, 3, 2), 0.3, True, False)),
 }

@@ -49,6 +49,7 @@ def test_a_recipe_is_a_few_lines_and_runs(path: Path, tmp_path: Path) -> None:
     assert "paper" in recipes or path.stem.endswith("_wan"), "the paper has no videos"
     for large in (recipes[name] for name in recipes if name == "paper"):
         assert large.model == MODELS.get(path.stem.rpartition("_")[2], MODELS["flux"])
+        assert large.objective.tau == (0.2 if path.stem == "flowbp_lagrange_flux" else 0.1), "its authors'"
         assert large.method == recipes["tiny"].method or path.stem == "srpo_flux", "its words are the model's"
     short = toy_world.recipe(tmp_path)
     settings = {"rollout": replace(short.rollout, steps=12), "evaluation": short.evaluation, "threads": 1}

@@ -111,7 +111,10 @@ class DRaFTK:
 
 @dataclass(frozen=True)
 class AlignProp:
-    """AlignProp: DRaFT-K with K drawn uniformly from 1..`most` in each iteration; None is T."""
+    """AlignProp: DRaFT-K with K drawn uniformly from 1..`most` in each iteration; None is T.
+
+    Gradient: as `draft_k`'s. Deviation: the original keeps activations by checkpointing, here `memory` says how.
+    """
 
     most: int | None = None
 

@@ -2,7 +2,8 @@
 
 Defaults are those of the authors' published configurations. What gradients are scaled by hangs on the lengths of the
 sampler's steps; where `sigmas` (the sampler's T + 1 times, noise first) are left out the steps count as evenly long,
-which is the one deviation that all three share.
+which is the one deviation that all three share: exact on the embedded Flux, whose sigmas fall evenly, and not on
+FLUX.1-dev, whose sigmas are shifted.
 """
 
 from __future__ import annotations
@@ -88,8 +89,9 @@ def flowbp_lagrange(
     """LeapAlign with each leap replaced by Lagrange quadrature over up to three velocities of the trajectory.
 
     They are evenly spread over the leap's steps, from its start s to the last one before it lands, and m in the middle.
-    The first is fresh, the second fresh with its gradient scaled, the third recorded. Gradient, with w the quadrature's
-    weights over sigma and g = 1 + rescale (sum |w| / sum over fresh ones of |w| - 1) of each leap (g_1 of k -> j, g_2):
+    The first is fresh, the second fresh with its gradient scaled, the third recorded: it has a weight and no gradient.
+    Gradient, with w the quadrature's weights over sigma, m and n the second times of k -> j and of j -> 0, and g =
+    1 + rescale (sum |w| / sum over fresh ones of |w| - 1) of each leap (g_1 of k -> j, g_2 of j -> 0):
 
         g_2 (w_j dv(x_j)/dtheta + scale w_n dv(x_n)/dtheta) + g_1 (w_k dv(x_k)/dtheta + scale w_m dv(x_m)/dtheta)
         + alpha g_2 w_j dv/dx_j g_1 (w_k dv(x_k)/dtheta + scale w_m dv(x_m)/dtheta)
@@ -157,7 +159,8 @@ def _nested(j: int, active: Collection[int]) -> None:
 class FlowBPSparse:
     """Draws FlowBP-Sparse's `active` times, late ones more often: the odds of t are (T + 1 - t)^bias.
 
-    `sigmas` and `rescale` as in `flowbp_sparse`.
+    `sigmas` and `rescale` as in `flowbp_sparse`. Without `sigmas` the steps count as evenly long: give a sampler's that
+    are not, `tuple(pipe.scheduler.sigmas.tolist())` after a call.
     """
 
     active: int = 3
@@ -228,7 +231,7 @@ class FlowBPLagrange:
     sigmas: tuple[float, ...] | None = None
 
     weights_at = "all"
-    """As LeapAlign: at every connected prediction."""
+    """As LeapAlign's."""
 
     def draw(self, steps: int, generator: torch.Generator | None = None) -> Plan:
         """A plan for a sampler of `steps` steps.

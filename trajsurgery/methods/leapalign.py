@@ -23,7 +23,7 @@ def leapalign(k: Time, j: Time, alpha: Factor = 0.3) -> Plan:
 
         - j dv(x_j)/dtheta - (k - j) dv(x_k)/dtheta + alpha j (k - j) dv/dx_j dv(x_k)/dtheta
 
-    No deviation from the paper.
+    No deviation from the paper here; of the similarity weight, `objective.weights` tells one.
 
     Args:
         k, j: times, T >= k > j >= 1, or names.
@@ -35,7 +35,12 @@ def leapalign(k: Time, j: Time, alpha: Factor = 0.3) -> Plan:
 def leaps(times: Sequence[Time], alpha: Factor = 0.3, reward_at: RewardAt = "image", straight: bool = True) -> Plan:
     """Any number of leaps, from times[0] over times[1], ... to 0, each connected, each input but the first discounted.
 
-    Two are LeapAlign; one and three are the ablation of Fig. 4b.
+    Two are LeapAlign; one and three are the ablation of Fig. 4b. Gradient, with a_i the length of leap i in sigma and
+    D_i = dv/dx where it starts, summed over all choices i_1 < ... < i_n of n >= 1 leaps, in the order they are taken:
+
+        (-1)^n alpha^(n - 1) a_(i_n) D_(i_n) ... a_(i_2) D_(i_2) a_(i_1) dv_(i_1)/dtheta
+
+    Straight parts carry it over the leaps left out; without them (Eq. 14) only neighbours up to the last leap remain.
 
     Args:
         reward_at: "image" connects the last prediction to x_0, "prediction" leaves it as it is (Fig. 4c).
@@ -82,7 +87,7 @@ class LeapAlign:
     straight: bool = True
 
     weights_at = "all"
-    """Trajectory-similarity weights at every connected prediction (Eq. 12)."""
+    """Trajectory-similarity weights at every connected prediction (Eq. 12) that is not the sampler's own step."""
 
     def draw(self, steps: int, generator: torch.Generator | None = None) -> Plan:
         """A plan for a sampler of `steps` steps.
