@@ -6,7 +6,8 @@ A process of its own for each method (and for LeapAlign with one and three leaps
 take turns, one iteration at a time, in an order that is reversed every round, so that whatever else happens on the
 machine happens to all. Seconds are the median of an iteration's wall clock, with the quartiles, and of its processor
 time; peaks are the bytes of tensors alive at once in an iteration, counted storage by storage, above weights, gradients
-and moments. Writes study_cost.json beside this file. About six minutes.
+and moments, in those iterations of a run whose plans call the model most often. Writes study_cost.json beside this
+file. About six minutes.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ from study_methods import METHODS
 from trajsurgery import world
 from trajsurgery.checkpoint import Training
 from trajsurgery.methods import LeapAlign
+from trajsurgery.node import Velocity
 from trajsurgery.recipe import Method, Recipe, presets
-from trajsurgery.train import iterate
+from trajsurgery.train import generator, iterate
 
 MEASURED: dict[str, Method] = {**METHODS, "leaps 1": LeapAlign(leaps=1), "leaps 3": LeapAlign(leaps=3)}
 
@@ -47,8 +49,16 @@ class Options:
     rounds: int = 16
     """Iterations of each method; the draws of a round are the same for all."""
     peaks: int = 4
-    """Iterations whose tensors are counted: what a method keeps depends on the times that it drew."""
+    """Iterations whose tensors are counted."""
     output: Path = Path(__file__).parent
+
+
+def heaviest(recipe: Recipe, count: int) -> list[int]:
+    """The iterations of a run whose plans call the model most often: what is kept depends on the times drawn."""
+    numbers = range(1, recipe.iterations + 1)
+    plans = {n: recipe.method.draw(recipe.rollout.steps, generator(recipe.seed, n, "plan")) for n in numbers}
+    calls = {n: sum(isinstance(node, Velocity) for node in plan.nodes) for n, plan in plans.items()}
+    return sorted(calls, key=lambda n: -calls[n])[:count]
 
 
 def serve(recipe: Recipe, peaks: int, line: Connection) -> None:
@@ -59,10 +69,12 @@ def serve(recipe: Recipe, peaks: int, line: Connection) -> None:
     limit = world.threshold(recipe, found)
     iterate(recipe, found, embeddings, training, limit)  # the optimiser's moments are made in the first
     most = 0
-    for _ in range(peaks):
+    for number in heaviest(recipe, peaks):
+        training.iteration = number - 1
         with Peak() as mode:
             iterate(recipe, found, embeddings, training, limit)
         most = max(most, mode.most)
+    training.iteration = 1
     line.send(most)
     while line.recv():
         began, worked = time.perf_counter(), time.process_time()
