@@ -27,7 +27,7 @@ import tyro
 from ablation_pictures import draw
 from ablation_variants import CENTRE, GROUPS, LEAPS, NORM, VARIANTS, findings
 from provenance import provenance
-from study_figures import NAMED, interval, whole
+from study_figures import NAMED, interval, resolution, whole
 from study_methods import Budget
 from study_pool import do
 from study_report import costs, last, one_world, rounded, stages
@@ -139,6 +139,7 @@ def gathered(options: Options) -> dict[str, Any] | None:
             group: [n for n in of if n in names] for group, of in GROUPS.items() if set(of) & set(options.variants)
         },
         "runs": {name: {seed: runs[name][seed] for seed in seeds} for name in tasks},
+        "resolution": {f: resolution(runs, seeds, names, f) for f in ("reward", "rules")} if len(seeds) > 1 else {},
         "MiB": {name: spent[key]["peak_bytes"] / 2**20 for name, key in LEAPS.items() if key in spent},
         "findings": [finding.to_dict() for finding in findings(runs, seeds)] if asked else [],
     }
@@ -159,6 +160,11 @@ def document(found: Mapping[str, Any], said: list[str]) -> str:
         "iterations: a few are thirty times as large, and carry the mean. MiB: what an iteration keeps beside weights "
         "and moments (`study_cost.json`).",
     ]
+    if apart := found["resolution"]:
+        parts.append(
+            "If all variants spread alike over seeds, the difference of any two has a 95% interval of "
+            f"± {apart['reward']:.4f} in reward and ± {apart['rules']:.3f} in rules (pooled over variants)."
+        )
     columns = [*NAMED, "position", "attribute binding"]
     for group, names in found["groups"].items():
         measured = found["MiB"] if set(names) <= set(found["MiB"]) else {}

@@ -94,6 +94,19 @@ def gain(runs: Runs, seeds: Sequence[int], name: str, figure: str, against: str 
     return interval([runs[name][seed][figure] - runs[against][seed][figure] for seed in seeds])
 
 
+def resolution(runs: Runs, seeds: Sequence[int], names: Sequence[str], figure: str) -> float:
+    """Half of the 95% interval of the difference of any two of these, if all spread alike over seeds.
+
+    From what is left of the table of names and seeds without the means of its rows and columns: more degrees of freedom
+    than a pair of names has. NaN for a single seed.
+    """
+    table = [[runs[name][seed][figure] for seed in seeds] for name in names]
+    rows, columns = [statistics.fmean(row) for row in table], [statistics.fmean(column) for column in zip(*table)]
+    whole, freedom = statistics.fmean(rows), (len(names) - 1) * (len(seeds) - 1)
+    left = sum((x - r - c + whole) ** 2 for row, r in zip(table, rows) for x, c in zip(row, columns))
+    return quantile(freedom) * math.sqrt(2 * left / freedom / len(seeds)) if freedom else math.nan
+
+
 def contrast(runs: Runs, seeds: Sequence[int], these: Sequence[str], those: Sequence[str], figure: str) -> Interval:
     """The mean of some methods less the mean of others, seed by seed."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -143,6 +144,20 @@ def test_differences_are_paired_seed_by_seed(script: Callable[[str], ModuleType]
     assert figures.gain(runs, [0, 1], "a", "reward").low > 0  # the seeds' own spread has fallen out
     assert figures.contrast(runs, [0, 1], ["a", "b"], ["base"], "reward").mean == pytest.approx(0.775)
     assert figures.rank(runs, [0, 1], ["b", "a"], "reward") == ["a", "b"]
+
+
+def test_two_names_can_be_told_apart_by_what_all_names_spread(script: Callable[[str], ModuleType]) -> None:
+    figures = script("study_figures")
+    runs = {
+        "a": {0: {"r": 1.0}, 1: {"r": 5.0}},
+        "b": {0: {"r": 2.0}, 1: {"r": 8.0}},
+        "c": {0: {"r": 3.0}, 1: {"r": 8.0}},
+    }
+    # differences of the seeds: 4, 6, 5, hence a variance of 1 / 2 of one run, with 2 degrees of freedom
+    assert figures.resolution(runs, [0, 1], ["a", "b", "c"], "r") == pytest.approx(4.30265 * 0.5**0.5, rel=1e-5)
+    alone = [figures.gain(runs, [0, 1], name, "r", "a") for name in "bc"]
+    assert figures.resolution(runs, [0, 1], ["a", "b"], "r") == pytest.approx(alone[0].high - alone[0].mean)
+    assert math.isnan(figures.resolution(runs, [0], ["a", "b"], "r"))
 
 
 def test_what_a_finding_says(script: Callable[[str], ModuleType]) -> None:
