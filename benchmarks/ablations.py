@@ -157,8 +157,9 @@ def document(found: Mapping[str, Any], said: list[str]) -> str:
         f"Seeds {seeds} ({state}), rate {found['rate']:g} for all. Gains over the base, paired; ± is half of the 95% "
         "interval over seeds, wide with so few of them, and not corrected for their number. The averaged weights are "
         "graded (Fig. 6 of the paper grades those that train). Gradient norm: before clipping, the median over "
-        "iterations: a few are thirty times as large, and carry the mean. MiB: what an iteration keeps beside weights "
-        "and moments (`study_cost.json`).",
+        "iterations: a few are thirty times as large, and carry the mean. A leap that is the sampler's own step is not "
+        "weighed, where Eq. 12 gives it 1 / tau: with weights at one place that is 8% of the draws. MiB: what an "
+        "iteration keeps beside weights and moments (`study_cost.json`).",
     ]
     if apart := found["resolution"]:
         parts.append(
