@@ -25,6 +25,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
         _bars(parts[2], gains)
         budget, seeds = found["rewards"]["budget"], len(found["rewards"]["seeds"])
         parts[2].set(title=f"gain, {budget:g} s of CPU, {seeds} seeds")
+    for axes in figure.axes:
+        axes.title.set_size(10)
     figure.supxlabel("plans a rollout; blue: shared by the batch, red: each sample its own. Bars: 95%", fontsize=9)
     figure.savefig(path, dpi=150)
 

@@ -256,7 +256,7 @@ def test_a_dry_run_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixtu
     said = capsys.readouterr().out
     assert "memory of one GPU" in said
     assert "as flash attention keeps it" in said
-    assert "it fits; 1 GPU holds it, of 80 GB each" in said
+    assert "it fits; 1 GPU of 80 GB holds it" in said
     assert {"MiB", "GFLOP"} <= set(said.split()), "a small model is not told as 0.00 GiB"
     data = json.loads((tmp_path / "run/memory.json").read_text())
     assert data["parameters"] == sum(p.numel() for p in real.pipe.transformer.parameters())

@@ -66,8 +66,8 @@ def _closing(found: MemoryPlan) -> list[str]:
     setting, needed = found.setting, found.gpus_needed
     card = f"{setting['memory bytes'] / 1e9:.0f} GB"
     fits = "it fits" if found.fits else "it does NOT fit"
-    hold = "GPU holds" if needed == 1 else "GPUs hold"
-    least = f"{needed} {hold} it, of {card} each" if needed else f"no number of {card} GPUs does"
+    hold = f"GPU of {card} holds" if needed == 1 else f"GPUs of {card} hold"
+    least = f"{needed} {hold} it" if needed else f"no number of {card} GPUs does"
     speed = f"{setting['utilisation']:.0%} of {setting['flops'] / 1e12:.0f} TFLOP/s on each of {setting['gpus']}"
     return [
         f"{fits}; {least}.",

@@ -88,7 +88,7 @@ def flowbp_lagrange(
 ) -> Plan:
     """LeapAlign with each leap replaced by Lagrange quadrature over up to three velocities of the trajectory.
 
-    They are evenly spread over the leap's steps, from its start s to the last one before it lands, and m in the middle.
+    They are evenly spread over the leap's steps, from its start to the last one before it lands, and m in the middle.
     The first is fresh, the second fresh with its gradient scaled, the third recorded: it has a weight and no gradient.
     Gradient, with w the quadrature's weights over sigma, m and n the second times of k -> j and of j -> 0, and g =
     1 + rescale (sum |w| / sum over fresh ones of |w| - 1) of each leap (g_1 of k -> j, g_2 of j -> 0):

@@ -40,7 +40,7 @@ def leaps(times: Sequence[Time], alpha: Factor = 0.3, reward_at: RewardAt = "ima
 
         (-1)^n alpha^(n - 1) a_(i_n) D_(i_n) ... a_(i_2) D_(i_2) a_(i_1) dv_(i_1)/dtheta
 
-    Straight parts carry it over the leaps left out; without them (Eq. 14) only neighbours up to the last leap remain.
+    Straight parts carry it over the leaps left out; without them (Eq. 14) only unbroken runs to the last leap remain.
 
     Args:
         reward_at: "image" connects the last prediction to x_0, "prediction" leaves it as it is (Fig. 4c).
