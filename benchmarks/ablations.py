@@ -31,8 +31,10 @@ from study_figures import NAMED, interval, resolution, whole
 from study_methods import Budget
 from study_pool import do
 from study_report import costs, last, one_world, rounded, stages
-from study_runs import Task, curve, described, finished, graded
+from study_runs import Task, curve, described, diverged, finished, graded
 from study_table import cell, half, row
+
+from trajsurgery.checkpoint import write_whole
 
 HERE = Path(__file__).parent
 
@@ -107,7 +109,8 @@ def terms(options: Options) -> dict[str, list[dict[str, Any]]]:
             if options.report:
                 continue
             kept.parent.mkdir(parents=True, exist_ok=True)
-            kept.write_text(json.dumps(ablation_terms.measured(recipe, options.draws, place)))
+            lines = json.dumps(ablation_terms.measured(recipe, options.draws, place))
+            write_whole(kept, lambda partial, lines=lines: partial.write_text(lines))
         found[model] = json.loads(kept.read_text())
     return found
 
@@ -134,6 +137,7 @@ def gathered(options: Options) -> dict[str, Any] | None:
         "worlds": worlds,
         "complete": complete,
         "seeds": seeds,
+        "diverged": diverged(records),
         "rate": options.rate,
         "groups": {
             group: [n for n in of if n in names] for group, of in GROUPS.items() if set(of) & set(options.variants)
@@ -149,6 +153,7 @@ def document(found: Mapping[str, Any], said: list[str]) -> str:
     """ablations.md: a table for every part of the paper, and its findings."""
     runs, seeds = found["runs"], found["seeds"]
     state = "all seeds asked for" if found["complete"] else "INCOMPLETE: only the seeds finished for all variants"
+    state += "".join(f"; {run} diverged, and its seed is left out for all" for run in found["diverged"])
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     parts = [
         "# The ablations on the embedded world",

@@ -9,7 +9,7 @@ graded by the reward, two further scorers and the rules, paired with the untuned
 study.json, study.md, study.png and study_samples.png beside this file, from as many whole seeds as there are, and
 study_rates.json, what every rate that was tried came to on the validation prompts. A high rate may buy reward that the
 rules do not see: --by rules chooses by them, and writes study_by_rules.json and so on; --rate 3e-5 gives one to all
-methods, and writes study_one_rate.json and so on. Runs that are finished are read, not repeated, and one that was
+methods, and writes study_rate_3e-05.json and so on. Runs that are finished are read, not repeated, and one that was
 interrupted goes on: after any interruption the same command continues. Time and memory are measured by study_cost.py.
 """
 
@@ -34,6 +34,8 @@ from study_pool import do
 from study_report import rounded, write
 from study_runs import Task, described, finished, graded, scores
 
+from trajsurgery.errors import SurgeryError
+
 HERE = Path(__file__).parent
 
 
@@ -53,7 +55,7 @@ class Options:
     chosen: Path | None = None
     """A study_rates.json whose rates are taken instead of choosing them."""
     rate: float | None = None
-    """One rate for all methods instead of choosing them; the files are study_one_rate.json, ..."""
+    """One rate for all methods instead of choosing them; the files are study_rate_3e-05.json, ..."""
     stages: tuple[int, ...] = (75, 150, 225)
     """Iterations after which held-out images are made (Fig. 5); the last is the budget."""
     images: int = 480
@@ -91,7 +93,15 @@ def worth(line: dict[str, float], figure: str) -> float:
 
 
 def best(found: dict[float, dict[str, float]], figure: str = "reward") -> float:
-    """The rate with the highest figure."""
+    """The rate with the highest figure.
+
+    Raises:
+        SurgeryError: all diverged.
+    """
+    if not any(found.values()):
+        raise SurgeryError(
+            f"all rates that were tried diverged, {sorted(found)}: pass smaller ones, --rates 1e-6 3e-6."
+        )
     return max(found, key=lambda rate: worth(found[rate], figure))
 
 
@@ -122,7 +132,9 @@ def chooses(options: Options) -> bool:
 
 def stem(options: Options) -> str:
     """What its files are called."""
-    return "study_one_rate" if options.rate is not None else "study" if options.by == "reward" else "study_by_rules"
+    if options.rate is not None:
+        return f"study_rate_{options.rate:g}"
+    return "study" if options.by == "reward" else "study_by_rules"
 
 
 def plan(options: Options) -> Iterator[Task]:
@@ -159,6 +171,8 @@ def table(options: Options) -> dict[str, dict[int, Task]]:
 
 def main(options: Options) -> int:
     """Runs what is left, then writes what there is."""
+    if options.rate is not None and (options.chosen is not None or options.by != "reward"):
+        raise SurgeryError("--rate gives all methods one rate: drop --chosen and --by, which choose one for each.")
     complete = options.report or do(lambda: list(plan(options)), options.runs, options.workers, said)
     tasks = table(options)
     options.output.mkdir(parents=True, exist_ok=True)

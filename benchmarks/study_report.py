@@ -12,7 +12,7 @@ from typing import Any
 from provenance import provenance
 from study_figures import figures, rank, summary, whole
 from study_findings import of_table_2
-from study_runs import Task, curve, described, finished, graded, scores
+from study_runs import Task, curve, described, diverged, finished, graded, scores
 from study_table import document
 
 from trajsurgery.errors import SurgeryError
@@ -96,10 +96,11 @@ def gathered(tasks: Mapping[str, Mapping[int, Task]], rates: Mapping[str, Any]) 
         "findings": [one.to_dict() for one in of_table_2(runs, seeds, names)] if seeds else [],
         "runs": at,
         "training": {
-            name: {seed: training(task) for seed, task in of.items() if finished(task)}
+            name: {seed: training(task) for seed, task in of.items() if graded(task)}
             for name, of in tasks.items()
             if name != "base"
         },
+        "diverged": diverged(records),
         "skipped": {
             "/".join(task.folder.parts[-3:]): record["skipped"]
             for task, record in zip(done, records)

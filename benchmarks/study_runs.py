@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -100,13 +101,13 @@ def work(task: Task) -> bool:
     training = Training.start(task.recipe, found.module)
     resume(task.recipe, training)
     world.Embeddings(found.pipe, found.texts)  # all at once, so that they do not depend on where a run was interrupted
-    diverged: dict[str, str] = {}
+    ended: dict[str, str] = {}
     for stage in task.stages:
         try:
             if stage and not train(replace(task.recipe, iterations=stage), found, training, lambda _: None):
                 return False
         except DivergedError as error:  # ends this run, not the study
-            diverged["diverged"] = str(error)
+            ended["diverged"] = str(error)
             break
         path = task.folder / name(stage)
         if not path.exists():
@@ -119,7 +120,7 @@ def work(task: Task) -> bool:
         "seconds": round(training.seconds, 1),
         "commit": commit(),
         "world": fingerprint(),
-        **diverged,
+        **ended,
     }
     write_whole(task.folder / DONE, lambda partial: partial.write_text(json.dumps(record, indent=1) + "\n"))
     return True
@@ -146,6 +147,11 @@ def fingerprint() -> str:
         for path in sorted((folder / part).rglob("*.safetensors")):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def diverged(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """{run: what was said}, of finished runs that diverged."""
+    return {"/".join(Path(r["recipe"]["output"]).parts[-3:]): r["diverged"] for r in records if "diverged" in r}
 
 
 def described(task: Task) -> dict[str, Any]:

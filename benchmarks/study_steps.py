@@ -31,8 +31,8 @@ from rich.progress import track
 from study_figures import figures, interval
 from study_methods import Budget
 from study_pictures import COLOURS, bar
-from study_report import rounded
-from study_runs import Task, graded, scores
+from study_report import one_world, rounded
+from study_runs import Task, described, graded, scores
 
 from trajsurgery import world
 from trajsurgery.checkpoint import CHECKPOINT, write_whole
@@ -93,16 +93,18 @@ def table(options: Options) -> dict[str, dict[int, Task]]:
     """{method: {seed: its run}}.
 
     Raises:
-        SurgeryError: one is not there.
+        SurgeryError: one is not there, or they are of several worlds.
     """
     budget, rates = Budget(options.stages, options.images, options.runs), json.loads(options.rates.read_text())["rates"]
     tasks = {
         name: {seed: budget.run(name, rates[name]["chosen"], seed) for seed in options.seeds}
         for name in options.methods
     }
-    missing = [str(task.folder) for of in tasks.values() for task in of.values() if not graded(task)]
+    whole = [*(budget.base(seed) for seed in options.seeds), *(task for of in tasks.values() for task in of.values())]
+    missing = [str(task.folder) for task in whole if not graded(task)]
     if missing:
         raise SurgeryError(f"not trained yet: {', '.join(missing)}. Run study.py --by rules first, or pass --runs.")
+    one_world([described(task) for task in whole])
     return tasks
 
 

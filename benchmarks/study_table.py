@@ -81,6 +81,7 @@ def document(found: Mapping[str, Any], findings: Sequence[Finding], costs: Mappi
     """study.md."""
     recipe, made = found["recipe"], found["machine"]
     state = "all seeds asked for" if found["complete"] else "INCOMPLETE: only the seeds finished for all methods"
+    state += "".join(f"; {run} diverged, and its seed is left out for all" for run in found["diverged"])
     images, seeds = recipe["evaluation"]["images"], found["seeds"]
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     parts = [

@@ -37,6 +37,7 @@ def invented(task: Any, gain: float, rules: float, seed: int) -> None:
         {"kind": "iteration", "reward": math.nan, "grad_norm": math.nan, "closed": 0.5, "weight": 1.0}
     )  # skipped
     for i in range(29):
-        log.append({"kind": "iteration", "reward": i + gain, "grad_norm": 1.0, "closed": 0.5, "weight": 1.0})
+        norm = 99.0 if i == 7 else 1.0
+        log.append({"kind": "iteration", "reward": i + gain, "grad_norm": norm, "closed": 0.5, "weight": 1.0})
     record = {"recipe": task.recipe.to_dict(), "skipped": 1, "commit": "abc", "world": "def"}
     (task.folder / "done.json").write_text(json.dumps(record))

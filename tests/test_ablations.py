@@ -41,6 +41,7 @@ def test_the_ablations_are_the_study_s_centre_with_one_thing_changed(
     assert ablations.main(replace(options, variants=("alpha 1", "no weights"))) == 0
     told = json.loads((options.output / "ablations.json").read_text())
     assert told["complete"]
+    assert told["runs"]["alpha 1"]["0"][variants.NORM] == 1, "the median"
     assert list(told["groups"].values()) == [["leapalign", "alpha 1"], ["no weights", "leapalign"]]
     assert (options.output / "ablations.png").stat().st_size > 10_000
     assert "INCOMPLETE" not in (options.output / "ablations.md").read_text()

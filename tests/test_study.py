@@ -81,6 +81,7 @@ def test_a_run_that_diverges_ends_alone(
     assert not runs.graded(task)
     assert "not finite" in study.said(task)
     assert report.stages({"refl": {0: task}}) == {"refl": {}}
+    assert list(runs.diverged([runs.described(task)])) == ["/".join(task.folder.parts[-3:])]
     options = study.Options(methods=("refl",), runs=tmp_path / "runs")
     for rate in options.rates:
         invented(options.budget.trial("refl", rate, 100), 0.1 - rate, 0.5, 7)
@@ -89,6 +90,8 @@ def test_a_run_that_diverges_ends_alone(
     invented(smaller, 5, 0.5, 7)
     done = json.loads((smaller.folder / "done.json").read_text())
     (smaller.folder / "done.json").write_text(json.dumps({**done, "diverged": "iteration 9"}))
+    with pytest.raises(SurgeryError, match="smaller"):
+        study.best({1e-5: {}})
     found = study.choices(options)
     assert found["refl"]["chosen"] == 1e-5
     assert "| refl | diverged | 0." in script("study_table").choices(found)
@@ -206,7 +209,7 @@ def test_the_order_of_the_runs_and_what_is_written(script: Callable[[str], Modul
     one = replace(options, rate=1e-6, methods=("refl",), seeds=(0,))
     assert study.choices(one) == {"refl": {"chosen": 1e-6}}
     assert [task.folder.name for task in study.plan(one)] == ["heldout_0", "0"], "nothing is tried"
-    assert [study.stem(of) for of in (options, by_rules, one)] == ["study", "study_by_rules", "study_one_rate"]
+    assert [study.stem(of) for of in (options, by_rules, one)] == ["study", "study_by_rules", "study_rate_1e-06"]
     order = [str(task.folder.relative_to(options.runs)) for task in study.plan(options)]
     assert order[7:] == [
         f"{name}{seed}"
