@@ -17,6 +17,9 @@ from tests import toy_world
 from tests.studies import invented
 from trajsurgery import world
 from trajsurgery.errors import RecipeError, SurgeryError
+from trajsurgery.methods import DRTune
+from trajsurgery.recipe import presets
+from trajsurgery.train import generator
 
 # -- one run ----------------------------------------------------------------------------------------------------------
 
@@ -243,3 +246,10 @@ def test_the_order_of_the_runs_and_what_is_written(script: Callable[[str], Modul
         study.main(options)
     for picture in ("study.png", "study_samples.png"):
         assert (options.output / picture).stat().st_size > 10_000
+
+
+def test_memory_is_counted_where_a_plan_calls_the_model_most_often(script: Callable[[str], ModuleType]) -> None:
+    recipe = presets(DRTune(), "")["tiny"]
+    (heaviest,) = script("study_cost").heaviest(recipe, 1)
+    first, most = (recipe.method.draw(25, generator(recipe.seed, n, "plan")).gradient().count for n in (1, heaviest))
+    assert (first, most) == (1, 2), "DRTune's first draws train one velocity"
