@@ -5,8 +5,8 @@
 ReFL's gradient reaches the last 11 of 25 steps, DRaFT-LV's the last one, LeapAlign's and DRTune's all. If what a step
 teaches stayed with its time, the tuned weights of the first two would gain nothing at the 14 steps before; if it
 spreads, methods that reach early steps have no head start. Takes the runs that study.py made with rates chosen by the
-rules, 480 held-out images each, from the noise that they were graded with. What is
-finished in the folder of runs is read. Writes study_steps.json and study_steps.png beside this file; about six minutes.
+rules, 480 held-out images each, from the noise that they were graded with. What is finished in the folder of runs is
+read. Writes study_steps.json and study_steps.png beside this file; about four minutes.
 """
 
 from __future__ import annotations
