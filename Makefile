@@ -28,15 +28,15 @@ demo: $(STAMP)
 	@echo "Pictures: $(DEMO)/samples.png (before | after), $(DEMO)/reward.png, $(DEMO)/plan.svg"
 
 study: $(STAMP)
-	$(BIN)/python benchmarks/study.py
+	$(BIN)/python -m benchmarks.study.study
 
 study-quick: $(STAMP)
-	$(BIN)/python benchmarks/study.py --methods refl draft_lv drtune leapalign --seeds 0 1 --stages 225 \
-		--chosen benchmarks/study_rates.json --runs outputs/study_quick --output outputs/study_quick
+	$(BIN)/python -m benchmarks.study.study --methods refl draft_lv drtune leapalign --seeds 0 1 --stages 225 \
+		--chosen benchmarks/study/results/study_rates.json --runs outputs/study_quick --output outputs/study_quick
 	@echo "Table and pictures: outputs/study_quick/study.md, study.png, study_samples.png"
 
 ablations: $(STAMP)
-	$(BIN)/python benchmarks/ablations.py
+	$(BIN)/python -m benchmarks.study.ablations
 
 environment: $(STAMP)
 

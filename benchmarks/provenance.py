@@ -18,14 +18,18 @@ PACKAGES = ("torch", "diffusers", "transformers", "trajsurgery")
 def provenance() -> dict[str, Any]:
     """A plain dict (JSON)."""
     return {
-        "command": " ".join(
-            ["python", *(str(part) for part in (f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]))]
-        ),
+        "command": " ".join(["python", "-m", _module(), *sys.argv[1:]]),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "machine": {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "load": round(os.getloadavg()[0], 2),
         "commit": commit(),
     }
+
+
+def _module() -> str:
+    """The dotted name of the script that runs, as in `python -m benchmarks.engine.overhead`."""
+    path = Path(sys.argv[0]).with_suffix("")
+    return ".".join(("benchmarks", path.parent.name, path.name))
 
 
 def processor() -> str:

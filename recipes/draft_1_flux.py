@@ -3,8 +3,8 @@
 import sys
 
 from trajsurgery import DRaFT1
-from trajsurgery.recipe import presets
-from trajsurgery.run import cli
+from trajsurgery.cli.train_command import cli
+from trajsurgery.training.recipe import presets
 
 RECIPES = presets(DRaFT1(), "outputs/draft_1_flux")
 

@@ -3,8 +3,8 @@
 import sys
 
 from trajsurgery import DRaFTLV
-from trajsurgery.recipe import presets
-from trajsurgery.run import cli
+from trajsurgery.cli.train_command import cli
+from trajsurgery.training.recipe import presets
 
 RECIPES = presets(DRaFTLV(n=2), "outputs/draft_lv_flux")
 

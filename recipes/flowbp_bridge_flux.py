@@ -3,8 +3,8 @@
 import sys
 
 from trajsurgery import FlowBPBridge
-from trajsurgery.recipe import presets
-from trajsurgery.run import cli
+from trajsurgery.cli.train_command import cli
+from trajsurgery.training.recipe import presets
 
 RECIPES = presets(FlowBPBridge(active=5, alpha=0.1), "outputs/flowbp_bridge_flux")
 

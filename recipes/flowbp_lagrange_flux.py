@@ -4,8 +4,8 @@ import sys
 from dataclasses import replace
 
 from trajsurgery import FlowBPLagrange
-from trajsurgery.recipe import presets
-from trajsurgery.run import cli
+from trajsurgery.cli.train_command import cli
+from trajsurgery.training.recipe import presets
 
 RECIPES = presets(FlowBPLagrange(alpha=0.1, scale=0.25), "outputs/flowbp_lagrange_flux")
 RECIPES["paper"] = replace(RECIPES["paper"], objective=replace(RECIPES["paper"].objective, tau=0.2))

@@ -3,8 +3,8 @@
 import sys
 
 from trajsurgery import FlowBPSparse
-from trajsurgery.recipe import presets
-from trajsurgery.run import cli
+from trajsurgery.cli.train_command import cli
+from trajsurgery.training.recipe import presets
 
 RECIPES = presets(FlowBPSparse(active=3), "outputs/flowbp_sparse_flux")
 

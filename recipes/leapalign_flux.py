@@ -6,8 +6,8 @@ import sys
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait are slow on a busy machine
 
 from trajsurgery import LeapAlign
-from trajsurgery.recipe import presets
-from trajsurgery.run import cli
+from trajsurgery.cli.train_command import cli
+from trajsurgery.training.recipe import presets
 
 RECIPES = presets(LeapAlign(alpha=0.3), "outputs/leapalign_flux")
 

@@ -3,8 +3,8 @@
 import sys
 
 from trajsurgery import ReFL
-from trajsurgery.recipe import presets
-from trajsurgery.run import cli
+from trajsurgery.cli.train_command import cli
+from trajsurgery.training.recipe import presets
 
 RECIPES = presets(ReFL(last=11), "outputs/refl_flux")
 

@@ -4,8 +4,8 @@ import sys
 from dataclasses import replace
 
 from trajsurgery import SRPO
-from trajsurgery.recipe import presets
-from trajsurgery.run import cli
+from trajsurgery.cli.train_command import cli
+from trajsurgery.training.recipe import presets
 
 WORDS = ("Natural-lighting", "Detail", "Detailed", "Real"), ("Concept art", "Painting", "Anime", "Flat", "Oil")
 METHODS = {  # the words are for HPSv2.1: the embedded scorer reads its own prompts alone, and its Flux has no guidance

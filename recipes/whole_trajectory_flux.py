@@ -4,8 +4,8 @@ import sys
 from dataclasses import replace
 
 from trajsurgery import WholeTrajectory
-from trajsurgery.recipe import presets
-from trajsurgery.run import cli
+from trajsurgery.cli.train_command import cli
+from trajsurgery.training.recipe import presets
 
 RECIPES = {
     name: replace(recipe, rollout=replace(recipe.rollout, memory="staged"))

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from trajsurgery import Plan, latent
-from trajsurgery.recipe import presets
-from trajsurgery.run import cli
+from trajsurgery.cli.train_command import cli
 from trajsurgery.testing import check_gradient
+from trajsurgery.training.recipe import presets
 
 
 @dataclass(frozen=True)

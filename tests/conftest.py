@@ -3,14 +3,13 @@
 import importlib
 import os
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
-from tests.problems import Problem, problem
+from tests.builders.problems import Problem, problem
 from trajsurgery.testing import MLP
 
 torch.set_num_threads(1)
@@ -42,7 +41,6 @@ def rolled(mlp: MLP) -> Problem:
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """A file of benchmarks/, imported as it is when it is run."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    return importlib.import_module
+def script() -> Callable[[str], ModuleType]:
+    """Import a module of benchmarks/ by its name there, such as "study.runs"."""
+    return lambda name: importlib.import_module(f"benchmarks.{name}")

@@ -7,17 +7,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trajsurgery.dry_run import MemoryPlan as MemoryPlan
+    from trajsurgery.dry_run import plan_memory as plan_memory
     from trajsurgery.errors import PlanError as PlanError
     from trajsurgery.errors import RecipeError as RecipeError
     from trajsurgery.errors import RewardError as RewardError
     from trajsurgery.errors import SamplerError as SamplerError
     from trajsurgery.errors import SurgeryError as SurgeryError
-    from trajsurgery.interpolant import Interpolant as Interpolant
-    from trajsurgery.interpolant import Polynomial as Polynomial
-    from trajsurgery.interpolant import RectifiedFlow as RectifiedFlow
-    from trajsurgery.interpolant import Trigonometric as Trigonometric
-    from trajsurgery.memory import MemoryPlan as MemoryPlan
-    from trajsurgery.memory import plan_memory as plan_memory
     from trajsurgery.methods import SRPO as SRPO
     from trajsurgery.methods import AlignProp as AlignProp
     from trajsurgery.methods import DRaFT1 as DRaFT1
@@ -43,26 +39,30 @@ if TYPE_CHECKING:
     from trajsurgery.methods import reno as reno
     from trajsurgery.methods import srpo as srpo
     from trajsurgery.methods import whole_trajectory as whole_trajectory
-    from trajsurgery.persample import PerSample as PerSample
-    from trajsurgery.pipelines import Surgery as Surgery
-    from trajsurgery.pipelines import operate as operate
-    from trajsurgery.plan import Plan as Plan
-    from trajsurgery.plan import latent as latent
-    from trajsurgery.plan import noise as noise
-    from trajsurgery.plan import recorded as recorded
-    from trajsurgery.reentry import PipelineField as PipelineField
-    from trajsurgery.surgery import apply as apply
-    from trajsurgery.surgery import backward as backward
-    from trajsurgery.surgery import distances as distances
-    from trajsurgery.surgery import rollout as rollout
-    from trajsurgery.surgery import sample as sample
-    from trajsurgery.surgery import values as values
-    from trajsurgery.trajectory import Trajectory as Trajectory
+    from trajsurgery.pipelines.operate import Surgery as Surgery
+    from trajsurgery.pipelines.operate import operate as operate
+    from trajsurgery.pipelines.pipeline_field import PipelineField as PipelineField
+    from trajsurgery.plans.interpolants import Interpolant as Interpolant
+    from trajsurgery.plans.interpolants import Polynomial as Polynomial
+    from trajsurgery.plans.interpolants import RectifiedFlow as RectifiedFlow
+    from trajsurgery.plans.interpolants import Trigonometric as Trigonometric
+    from trajsurgery.plans.per_sample import PerSample as PerSample
+    from trajsurgery.plans.plan import Plan as Plan
+    from trajsurgery.plans.plan import latent as latent
+    from trajsurgery.plans.plan import noise as noise
+    from trajsurgery.plans.plan import recorded as recorded
+    from trajsurgery.surgery.api import apply as apply
+    from trajsurgery.surgery.api import backward as backward
+    from trajsurgery.surgery.api import distances as distances
+    from trajsurgery.surgery.api import rollout as rollout
+    from trajsurgery.surgery.api import sample as sample
+    from trajsurgery.surgery.api import values as values
+    from trajsurgery.surgery.trajectory import Trajectory as Trajectory
 
 _HOME = {
     "errors": ("PlanError", "RecipeError", "RewardError", "SamplerError", "SurgeryError"),
-    "interpolant": ("Interpolant", "Polynomial", "RectifiedFlow", "Trigonometric"),
-    "memory": ("MemoryPlan", "plan_memory"),
+    "plans.interpolants": ("Interpolant", "Polynomial", "RectifiedFlow", "Trigonometric"),
+    "dry_run": ("MemoryPlan", "plan_memory"),
     "methods": (
         "AlignProp",
         "DRTune",
@@ -90,20 +90,24 @@ _HOME = {
         "srpo",
         "whole_trajectory",
     ),
-    "persample": ("PerSample",),
-    "pipelines": ("Surgery", "operate"),
-    "plan": ("Plan", "latent", "noise", "recorded"),
-    "reentry": ("PipelineField",),
-    "surgery": ("apply", "backward", "distances", "rollout", "sample", "values"),
-    "trajectory": ("Trajectory",),
+    "plans.per_sample": ("PerSample",),
+    "pipelines.operate": ("Surgery", "operate"),
+    "plans.plan": ("Plan", "latent", "noise", "recorded"),
+    "pipelines.pipeline_field": ("PipelineField",),
+    "surgery.api": ("apply", "backward", "distances", "rollout", "sample", "values"),
+    "surgery.trajectory": ("Trajectory",),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
+
+_PACKAGES = ("testing", "tiny")
 
 __version__ = "0.1.0"
 __all__ = [*_MODULE]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return import_module(f"trajsurgery.{name}")
     if name not in _MODULE:
         raise AttributeError(f"module 'trajsurgery' has no attribute {name!r}")
     value = getattr(import_module(f"trajsurgery.{_MODULE[name]}"), name)
@@ -112,4 +116,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_MODULE]
+    return [*globals(), *_MODULE, *_PACKAGES]

@@ -2,6 +2,6 @@
 
 import sys
 
-from trajsurgery.command import main
+from trajsurgery.cli import main
 
 sys.exit(main())

@@ -8,7 +8,7 @@ class SurgeryError(Exception):
 class PlanError(SurgeryError, ValueError):
     """A plan that breaks a rule of the language, or that does not fit the trajectory it is run on.
 
-    `rules` holds the ids of the broken rules (`trajsurgery.rules.RULES`).
+    `rules` holds the ids of the broken rules (`trajsurgery.plans.rules.RULES`).
     """
 
     def __init__(self, message: str, rules: tuple[str, ...] = ()) -> None:

@@ -10,9 +10,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
 
-from tests.pipelines.builders import BUILDERS
-from tests.pipelines.checks import flat, gap, gradient, transformers
-from tests.pipelines.parts import Small, small
+from tests.builders.pipelines.checks import flat, gap, gradient, transformers
+from tests.builders.pipelines.every import BUILDERS
+from tests.builders.pipelines.parts import Small, small
 from tests.tolerances import STOCK, VALUE
 from trajsurgery import backward, leapalign, operate, refl, tiny
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.pipelines.builders import BUILDERS
-from tests.pipelines.checks import flat, gradient, transformers
-from tests.pipelines.parts import STEPS
+from tests.builders.pipelines.checks import flat, gradient, transformers
+from tests.builders.pipelines.every import BUILDERS
+from tests.builders.pipelines.parts import STEPS
 from trajsurgery import SamplerError, backward, draft_lv, drtune, latent, leapalign, operate, refl
-from trajsurgery.plan import Plan
+from trajsurgery.plans.plan import Plan
 
 ENDS: dict[str, tuple[Plan, int]] = {
     "refl": (refl(3), 3),

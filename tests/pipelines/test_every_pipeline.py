@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.pipelines.builders import BUILDERS
-from tests.pipelines.checks import measured
+from tests.builders.pipelines.checks import measured
+from tests.builders.pipelines.every import BUILDERS
 from tests.tolerances import STOCK, VALUE
 from trajsurgery import apply, backward, leapalign, operate
-from trajsurgery.plan import Plan
+from trajsurgery.plans.plan import Plan
 
 
 @pytest.mark.parametrize("name", BUILDERS)

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.pipelines.builders import BUILDERS
-from tests.pipelines.checks import flat, gap, gradient, transformers
+from tests.builders.pipelines.checks import flat, gap, gradient, transformers
+from tests.builders.pipelines.every import BUILDERS
 from tests.tolerances import STOCK, VALUE
 from trajsurgery import SurgeryError, backward, leapalign, operate
-from trajsurgery.guidance import Sides
-from trajsurgery.plan import Plan, latent
+from trajsurgery.pipelines.guidance import Sides
+from trajsurgery.plans.plan import Plan, latent
 
 GUIDED: dict[str, tuple[float, dict[str, float]]] = {
     "SD3": (7.0, {"guidance_scale": 1.0}),  # one batched call, the unconditional half first

@@ -22,11 +22,11 @@ from diffusers import (
 )
 from torch.utils._pytree import tree_flatten
 
-from tests.pipelines.builders import BUILDERS
-from tests.pipelines.parts import Small
+from tests.builders.pipelines.every import BUILDERS
+from tests.builders.pipelines.parts import Small
 from trajsurgery import SamplerError, leapalign, operate
-from trajsurgery.plan import Plan
-from trajsurgery.record import Record
+from trajsurgery.pipelines.call_record import Record
+from trajsurgery.plans.plan import Plan
 
 
 @pytest.mark.parametrize(

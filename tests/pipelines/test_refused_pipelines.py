@@ -17,11 +17,11 @@ from diffusers import (
 )
 from PIL import Image
 
-from tests.pipelines.builders import BUILDERS
-from tests.pipelines.flux import flux2_parts
-from tests.pipelines.newer import ONE, WAN
-from tests.pipelines.parts import Small, lively, prompts, small, wan_vae
-from tests.pipelines.video import unipc
+from tests.builders.pipelines.every import BUILDERS
+from tests.builders.pipelines.flux import flux2_parts
+from tests.builders.pipelines.newer import ONE, WAN
+from tests.builders.pipelines.parts import Small, lively, prompts, small, wan_vae
+from tests.builders.pipelines.video import unipc
 from trajsurgery import SamplerError, leapalign, operate
 
 

@@ -15,9 +15,9 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from tests.pipelines.checks import by_hand, flat, gap, gradient, transformers
-from tests.pipelines.images import sd3
-from tests.pipelines.parts import STEPS, Small
+from tests.builders.pipelines.checks import by_hand, flat, gap, gradient, transformers
+from tests.builders.pipelines.images import sd3
+from tests.builders.pipelines.parts import STEPS, Small
 from tests.tolerances import STOCK
 from trajsurgery import PlanError, backward, draft_lv, drtune, leapalign, leaps, operate, refl
 

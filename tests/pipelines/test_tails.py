@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.pipelines.builders import BUILDERS
-from tests.pipelines.parts import STEPS
+from tests.builders.pipelines.every import BUILDERS
+from tests.builders.pipelines.parts import STEPS
 from trajsurgery import PlanError, SamplerError, drtune, leapalign, operate
 
 TAILS = {"Flux img2img": 2, "Flux inpaint": 3, "SD3 inpaint": 3, "Qwen-Image img2img": 2, "Wan video-to-video": 2}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.pipelines.builders import BUILDERS
+from tests.builders.pipelines.every import BUILDERS
 from trajsurgery import Plan, backward, latent, leapalign, operate, rollout
 
 READS = ("item", "tolist", "__bool__", "__float__", "__int__", "__index__")

@@ -8,7 +8,7 @@ import torch
 
 from trajsurgery.errors import PlanError
 from trajsurgery.methods.draws import counted, uniform
-from trajsurgery.plan import Plan, latent
+from trajsurgery.plans.plan import Plan, latent
 
 
 def draft_k(k: int) -> Plan:

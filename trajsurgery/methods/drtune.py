@@ -9,7 +9,7 @@ import torch
 
 from trajsurgery.errors import PlanError
 from trajsurgery.methods.draws import counted, late, uniform
-from trajsurgery.plan import Plan, latent, recorded
+from trajsurgery.plans.plan import Plan, latent, recorded
 
 
 def drtune(steps: int, stop: int, train: Collection[int]) -> Plan:

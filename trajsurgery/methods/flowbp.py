@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 
 from trajsurgery.errors import PlanError
-from trajsurgery.interpolant import weights
 from trajsurgery.methods.draws import biased, counted, split
-from trajsurgery.node import Factor, LatentNode, VelocityNode
-from trajsurgery.plan import Plan, latent, recorded
+from trajsurgery.plans.interpolants import weights
+from trajsurgery.plans.nodes import Factor, LatentNode, VelocityNode
+from trajsurgery.plans.plan import Plan, latent, recorded
 
 
 def flowbp_sparse(

@@ -10,8 +10,8 @@ import torch
 
 from trajsurgery.errors import PlanError
 from trajsurgery.methods.draws import choose, counted, midpoint, split, uniform
-from trajsurgery.node import Factor, Time
-from trajsurgery.plan import Plan, latent
+from trajsurgery.plans.nodes import Factor, Time
+from trajsurgery.plans.plan import Plan, latent
 
 RewardAt = Literal["image", "prediction"]
 

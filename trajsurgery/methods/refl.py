@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from trajsurgery.methods.draws import counted, late
-from trajsurgery.node import Time
-from trajsurgery.plan import Plan, latent
+from trajsurgery.plans.nodes import Time
+from trajsurgery.plans.plan import Plan, latent
 
 
 def refl(t: Time) -> Plan:

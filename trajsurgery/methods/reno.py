@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from trajsurgery.methods.draws import counted
-from trajsurgery.node import Time
-from trajsurgery.plan import Plan, noise
+from trajsurgery.plans.nodes import Time
+from trajsurgery.plans.plan import Plan, noise
 
 
 def reno(*through: Time) -> Plan:

@@ -10,8 +10,8 @@ import torch
 
 from trajsurgery.errors import PlanError
 from trajsurgery.methods.draws import counted, uniform
-from trajsurgery.node import Draw, Leap, Recover, Time
-from trajsurgery.plan import Plan, latent
+from trajsurgery.plans.nodes import Draw, Leap, Recover, Time
+from trajsurgery.plans.plan import Plan, latent
 
 GUIDED = "guided"
 """The name of the field that takes SRPO's step, if its rollout has another guidance."""

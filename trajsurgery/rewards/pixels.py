@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from trajsurgery.errors import RewardError
-from trajsurgery.ops import connect
 from trajsurgery.rewards.levels import resized_levels
+from trajsurgery.surgery.autograd_functions import connect
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """CLIP's; the other rewards here have inherited them."""

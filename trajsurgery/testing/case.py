@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from trajsurgery.errors import PlanError
-from trajsurgery.graph import trained
-from trajsurgery.node import START, Discount, Node, Noise, Scale, Velocity
-from trajsurgery.params import Fields, leaves, named
-from trajsurgery.plan import Plan
-from trajsurgery.surgery import rollout
+from trajsurgery.plans.graph import trained
+from trajsurgery.plans.nodes import START, Discount, Node, Noise, Scale, Velocity
+from trajsurgery.plans.plan import Plan
+from trajsurgery.surgery.api import rollout
+from trajsurgery.surgery.parameters import Fields, leaves, named
+from trajsurgery.surgery.trajectory import Trajectory
 from trajsurgery.testing.velocity import MLP, Gaussian
-from trajsurgery.trajectory import Trajectory
 
 STEPS, SHAPE = 8, (6, 4)
 TRIES = 200

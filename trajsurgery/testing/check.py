@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trajsurgery.params import Fields
-from trajsurgery.plan import Plan
+from trajsurgery.plans.plan import Plan
+from trajsurgery.surgery.parameters import Fields
+from trajsurgery.surgery.trajectory import Trajectory
 from trajsurgery.testing import ways
 from trajsurgery.testing.case import Case, Drawable, cases, norm
 from trajsurgery.testing.diagnosis import Measure, explain
 from trajsurgery.testing.reference import Frozen
-from trajsurgery.trajectory import Trajectory
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-3}
 """Of a gradient, relative to its norm, by the dtype of the latents."""

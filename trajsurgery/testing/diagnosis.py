@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from trajsurgery.errors import PlanError
-from trajsurgery.node import Discount, LatentNode, Node, Noise, Scale
-from trajsurgery.plan import Plan
+from trajsurgery.plans.nodes import Discount, LatentNode, Node, Noise, Scale
+from trajsurgery.plans.plan import Plan
 from trajsurgery.testing.case import Case, is_stop
 
 Measure = Callable[[Sequence[tuple[Tensor, ...]], Sequence[tuple[Tensor, ...]]], Tensor]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trajsurgery.node import (
+from trajsurgery.plans.nodes import (
     Advance,
     Connect,
     Detach,
@@ -32,7 +32,7 @@ from trajsurgery.node import (
     Velocity,
     walk,
 )
-from trajsurgery.params import named
+from trajsurgery.surgery.parameters import named
 from trajsurgery.testing.case import Case, time_of
 
 STENCIL = ((1, 4 / 5), (2, -1 / 5), (3, 4 / 105), (4, -1 / 280))

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 
-from trajsurgery.graph import passes, trained
-from trajsurgery.interpolant import Interpolant, Polynomial, RectifiedFlow, Trigonometric
 from trajsurgery.methods import (
     SRPO,
     AlignProp,
@@ -26,13 +24,15 @@ from trajsurgery.methods import (
     LeapAlign,
     ReFL,
 )
-from trajsurgery.node import START, LatentNode, Node, Noise, Recover, Velocity, VelocityNode, walk
-from trajsurgery.params import Field
-from trajsurgery.plan import Plan, latent, noise, recorded
-from trajsurgery.rules import QUADRATURES, renoised
-from trajsurgery.surgery import rollout
+from trajsurgery.plans.graph import passes, trained
+from trajsurgery.plans.interpolants import Interpolant, Polynomial, RectifiedFlow, Trigonometric
+from trajsurgery.plans.nodes import START, LatentNode, Node, Noise, Recover, Velocity, VelocityNode, walk
+from trajsurgery.plans.plan import Plan, latent, noise, recorded
+from trajsurgery.plans.rules import QUADRATURES, renoised
+from trajsurgery.surgery.api import rollout
+from trajsurgery.surgery.parameters import Field
+from trajsurgery.surgery.trajectory import Trajectory
 from trajsurgery.testing.velocity import MLP, Gaussian
-from trajsurgery.trajectory import Trajectory
 
 INTERPOLANTS: tuple[Interpolant, ...] = (RectifiedFlow(), Trigonometric(), Polynomial())
 

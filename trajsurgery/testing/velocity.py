@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trajsurgery.interpolant import Interpolant, RectifiedFlow
+from trajsurgery.plans.interpolants import Interpolant, RectifiedFlow
 
 
 class MLP(nn.Module):

@@ -13,11 +13,11 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from trajsurgery.graph import exact, faithful, trained
-from trajsurgery.node import Velocity
-from trajsurgery.params import Field, Fields, named
-from trajsurgery.surgery import apply, backward
-from trajsurgery.surgery import values as plain
+from trajsurgery.plans.graph import exact, faithful, trained
+from trajsurgery.plans.nodes import Velocity
+from trajsurgery.surgery.api import apply, backward
+from trajsurgery.surgery.api import values as plain
+from trajsurgery.surgery.parameters import Field, Fields, named
 from trajsurgery.testing.case import Case, norm
 from trajsurgery.testing.reference import Frozen
 

@@ -63,9 +63,9 @@ def pictures(name: PipelineName, pipe: Any) -> Exhibit:
 
 def videos(pipe: Any) -> Exhibit:
     """A Wan in the world of moving shapes."""
+    from benchmarks.world.fit_wan import GUIDANCE
     from trajsurgery.tiny.scene import SIDE
     from trajsurgery.tiny.video import FRAMES, motions, understand
-    from trajsurgery.tiny.video_fit import GUIDANCE
     from trajsurgery.tiny.video_reward import MotionReward
     from trajsurgery.tiny.video_rules import judge
     from trajsurgery.tiny.video_wan import LATENT

@@ -128,7 +128,7 @@ def _folder(weights: str | Path) -> Path:
         raise RewardError(f"the embedded world has no scorer {weights!r}: it is one of {', '.join(VARIANTS)}")
     if not (folder / "model.safetensors").is_file():
         raise RewardError(
-            f"{folder.name}: there are no weights in {folder}; `python -m trajsurgery.tiny.train --stage "
+            f"{folder.name}: there are no weights in {folder}; `python -m benchmarks.world.train --stage "
             "scorer_b` makes those of scorer_b, `--stage ship` puts them there"
         )
     return folder

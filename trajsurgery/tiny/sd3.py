@@ -116,7 +116,7 @@ def pipeline(folder: Path = FOLDERS["sd3"], flux: Path = WEIGHTS) -> Any:
     if json.loads((folder / "trained_on.json").read_text()) != trained_on(flux):
         raise RecipeError(
             f"the tiny SD3 in {folder} was trained with other text encoders than those in {flux}: train it again with "
-            "`python -m trajsurgery.tiny.train --stage sd3`."
+            "`python -m benchmarks.world.train --stage sd3`."
         )
     file = folder / "transformer" / SAFETENSORS_WEIGHTS_NAME
     config: Any = SD3Transformer2DModel.load_config(file.parent)

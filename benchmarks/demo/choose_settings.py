@@ -1,0 +1,133 @@
+"""How the demo's settings are chosen, on validation prompts and seeds of their own; flags say what is varied.
+
+    python -m benchmarks.demo.choose_settings
+
+Measures the distances of LeapAlign's leaps (tau is a length in latent space), then varies one setting at a time around
+a centre, each on every seed, and writes choose.json: reward, rules and junk, before and after. Finished runs are read,
+not repeated. The shipped choose.json varies the rate; lambda, tau and the length are those chosen in the first world,
+whose reward is the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+import tyro
+
+from benchmarks.provenance import provenance
+from trajsurgery import LeapAlign, distances, operate
+from trajsurgery.cli.train_command import main as run
+from trajsurgery.training.components import Embeddings, load
+from trajsurgery.training.objective import Objective, landings
+from trajsurgery.training.recipe import Recipe, presets
+from trajsurgery.training.training_loop import generator
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Options:
+    """The centre, and what is varied around it."""
+
+    rate: float = 3e-5
+    tau: float = 0.02
+    """About the lower quartile of the distances."""
+    threshold: float | None = 0.45
+    """lambda; the reward's own threshold if None."""
+    rates: tuple[float, ...] = (6e-5,)
+    """Beside the centre's."""
+    lambdas: tuple[float, ...] = ()
+    """Beside the centre's."""
+    taus: tuple[float, ...] = ()
+    """Beside the centre's."""
+    longer: tuple[int, ...] = ()
+    """Beside the centre's iterations."""
+    seeds: tuple[int, ...] = (100, 101)
+    iterations: int = 225
+    images: int = 480
+    threads: int = 1
+    """Seeds may run side by side, each with `--seeds`; a last call with all of them reads what is finished."""
+    plans: int = 40
+    """Rollouts for the distances."""
+    output: Path = RESULTS
+    runs: Path = Path("outputs/choose")
+
+
+def centre(options: Options) -> Recipe:
+    """The demo's recipe on validation prompts, before anything was chosen."""
+    objective = Objective(threshold=options.threshold, tau=options.tau)
+    chosen = replace(presets(LeapAlign(), "")["tiny"], objective=objective)
+    chosen = replace(chosen, optimiser=replace(chosen.optimiser, rate=options.rate))
+    evaluation = replace(chosen.evaluation, images=options.images, split="validation")
+    return replace(chosen, evaluation=evaluation, iterations=options.iterations, threads=options.threads)
+
+
+def variants(options: Options) -> Iterator[tuple[str, Recipe]]:
+    """(name, recipe): one setting at a time."""
+    base = centre(options)
+    for rate in dict.fromkeys((base.optimiser.rate, *options.rates)):
+        yield f"rate {rate:g}", replace(base, optimiser=replace(base.optimiser, rate=rate))
+    for threshold in options.lambdas:
+        yield f"lambda {threshold:g}", replace(base, objective=replace(base.objective, threshold=threshold))
+    for tau in options.taus:
+        yield f"tau {tau:g}", replace(base, objective=replace(base.objective, tau=tau))
+    for iterations in options.longer:
+        yield f"iterations {iterations}", replace(base, iterations=iterations)
+
+
+def measured(options: Options) -> dict[str, Any]:
+    """Quantiles of the untuned model's leap distances, over random plans."""
+    recipe = centre(options)
+    torch.set_num_threads(recipe.threads)
+    world = load(recipe)
+    embeddings, found = Embeddings(world.pipe, world.texts), list[torch.Tensor]()
+    rollout = recipe.rollout
+    for number in range(options.plans):
+        texts = world.draw(16, generator(options.seeds[0], number, "prompts"))
+        with operate(world.pipe) as surgery:
+            world.pipe(
+                **embeddings(texts),
+                num_inference_steps=rollout.steps,
+                guidance_scale=rollout.guidance,
+                height=rollout.size,
+                width=rollout.size,
+                generator=generator(options.seeds[0], number, "noise"),
+                output_type="latent",
+            )
+        plan = recipe.method.draw(rollout.steps, generator(options.seeds[0], number, "plan"))
+        apart = distances(plan, surgery.trajectory, surgery.field)
+        found += [apart[t] for t in landings(plan, surgery.trajectory)]
+    shares = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
+    values = torch.cat(found).quantile(torch.tensor(shares)).tolist()
+    return {f"{share:g}": round(value, 4) for share, value in zip(shares, values)}
+
+
+def main(options: Options) -> int:
+    """Runs all variants and writes what came of them, the file as far as it goes after each."""
+    found: dict[str, Any] = {**provenance(), "distances": measured(options), "variants": {}}
+    print("quantiles of the distances:", found["distances"])
+    options.output.mkdir(parents=True, exist_ok=True)
+    for name, recipe in variants(options):
+        for seed in options.seeds:
+            folder = options.runs / name.replace(" ", "_") / str(seed)
+            evaluation = run(replace(recipe, seed=seed, output=folder))
+            if evaluation is None:
+                return 130
+            found["variants"].setdefault(name, {})[str(seed)] = evaluation
+            (options.output / "choose.json").write_text(json.dumps(found, indent=1) + "\n")
+    for name, lines in found["variants"].items():
+        gains = {key: [round(line[f"{key}_gain"], 4) for line in lines.values()] for key in ("reward", "rule", "junk")}
+        print(f"{name:16}", gains)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(tyro.cli(Options, description=__doc__)))

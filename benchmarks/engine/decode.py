@@ -1,0 +1,170 @@
+"""What decoding an image with gradient takes in memory: plain, recomputed, and recomputed in tiles.
+
+    python -m benchmarks.engine.decode
+
+A small AutoencoderKL (random weights, real class) decodes a latent of 720 pixels a side and is differentiated to it,
+with the settings of `--decoder` as a run makes them; then a whole iteration of a small Flux pipeline under
+`operate(..., memory="recompute")` with and without them. Each figure is peak resident memory above the idle process's,
+of a process of its own, the ways taken in turn, the median of three. Writes decode.json and decode.png. Linux.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import tyro
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+from benchmarks.engine.memory import COLOURS, MIB, alone, resident
+from benchmarks.provenance import provenance
+from trajsurgery import leapalign, operate
+from trajsurgery.training import vae_decoding
+from trajsurgery.training.settings import Decoder
+
+TILED = Decoder(tiling=256, checkpointing=True)
+WAYS = {
+    "no gradient": None,
+    "gradient": Decoder(),
+    "gradient, checkpointing": Decoder(checkpointing=True),
+    "gradient, tiling and checkpointing": TILED,
+}
+ITERATIONS = {"iteration": Decoder(), "iteration, tiling and checkpointing": TILED}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure."""
+
+    size: int = 720
+    repeats: int = 3
+    threads: int = 1
+    output: Path = Path(__file__).parent / "results"
+
+
+def autoencoder() -> Any:
+    """Frozen; the image is 8 times as wide as its latent, as Flux's is."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32, 64, 64),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=16,
+        norm_num_groups=8,
+        layers_per_block=2,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    return vae.requires_grad_(False).eval()
+
+
+def pipeline() -> Any:
+    """A Flux with that autoencoder."""
+    transformer = FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+    )
+    pipe: Any = FluxPipeline(FlowMatchEulerDiscreteScheduler(), autoencoder(), None, None, None, None, transformer)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def decoding(size: int, name: str) -> dict[str, Any]:
+    """One decode, differentiated to the latent unless the way is without gradient."""
+    vae, settings = autoencoder(), WAYS[name]
+    vae_decoding.prepare(vae, settings or Decoder())
+    x = torch.randn(1, 16, size // 8, size // 8).requires_grad_(settings is not None)
+    with torch.no_grad():
+        vae.decode(x[..., :8, :8])  # the first call pays for what is allocated once
+    before = resident("VmRSS")
+    with torch.set_grad_enabled(settings is not None):
+        image = vae.decode(x, return_dict=False)[0]
+    if settings is not None:
+        image.square().sum().backward()
+    return {"peak_bytes": resident("VmHWM") - before, "gradient_norm": 0.0 if x.grad is None else float(x.grad.norm())}
+
+
+def iteration(size: int, name: str) -> dict[str, Any]:
+    """A rollout with two leaps of gradient, its image, and the backward pass into the transformer."""
+    pipe = pipeline()
+    vae_decoding.prepare(pipe.vae, ITERATIONS[name])
+    given = {
+        "prompt_embeds": torch.randn(1, 8, 32),
+        "pooled_prompt_embeds": torch.randn(1, 32),
+        "output_type": "latent",
+    }
+    with torch.no_grad():
+        pipe.vae.decode(torch.randn(1, 16, 8, 8))
+    noise = torch.Generator().manual_seed(1)
+    before = resident("VmRSS")
+    with operate(pipe, leapalign(4, 2, 0.3), memory="recompute") as surgery:
+        pipe(**given, height=size, width=size, num_inference_steps=4, generator=noise)
+    surgery.decode(surgery.outputs[0]).square().sum().backward()
+    gradients = [p.grad for p in pipe.transformer.parameters() if p.grad is not None]
+    return {
+        "peak_bytes": resident("VmHWM") - before,
+        "gradient_norm": float(torch.nn.utils.get_total_norm(gradients)),
+    }
+
+
+def measure(options: Options) -> dict[str, Any]:
+    """All figures, by way."""
+    works = {**dict.fromkeys(WAYS, decoding), **dict.fromkeys(ITERATIONS, iteration)}
+    rounds = [{name: alone(work, options.size, name) for name, work in works.items()} for _ in range(options.repeats)]
+    plain, again = (rounds[0][name]["gradient_norm"] for name in ("gradient", "gradient, checkpointing"))
+    assert abs(plain - again) <= 1e-4 * plain, f"these are different gradients: {plain}, {again}"
+    peaks = {name: [found[name]["peak_bytes"] for found in rounds] for name in works}
+    middle = {name: median(values) for name, values in peaks.items()}
+    ratios = {name: round(middle[name] / middle["no gradient"], 3) for name in WAYS}
+    return {"peak_bytes": peaks, "median_bytes": middle, "to_no_gradient": ratios}
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """A bar for each way, its peak beside it; a line at twice the decode without gradient."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots()
+    values = {name: value / MIB for name, value in found["median_bytes"].items()}
+    colours = [COLOURS[1] if name in WAYS else COLOURS[2] for name in values]
+    axes.barh(list(values), list(values.values()), color=colours, height=0.6)
+    for place, value in enumerate(values.values()):
+        axes.text(value, place, f" {value:.0f}", va="center")
+    twice = 2 * values["no gradient"]
+    axes.axvline(twice, color="0.4", linestyle="--", linewidth=1, label="twice the decode without gradient")
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.set(xlabel="MiB", title=f"peak resident memory above the idle process, {found['settings']['size']} px")
+    figure.legend(frameon=False, loc="outside lower center", fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def main(options: Options) -> int:
+    """Measures and writes; says whether tiles and checkpointing stay within twice the decode without gradient."""
+    torch.set_num_threads(options.threads)
+    settings = {name: value for name, value in asdict(options).items() if name != "output"}
+    found = {**provenance(), "settings": settings, **measure(options)}
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "decode.json").write_text(json.dumps(found, indent=1) + "\n")
+    draw(found, options.output / "decode.png")
+    ratio = found["to_no_gradient"]["gradient, tiling and checkpointing"]
+    print(f"tiling and checkpointing: {ratio} times the decode without gradient")
+    return 0 if ratio <= 2 else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(tyro.cli(Options, description=__doc__)))

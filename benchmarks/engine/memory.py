@@ -1,0 +1,293 @@
+"""What full backpropagation keeps in memory, against the number of steps, in five ways of running it.
+
+    python -m benchmarks.engine.memory
+
+A Flux transformer (18 M parameters, random weights) samples in n steps and is differentiated through all of them, each
+point in a process of its own: bytes that autograd keeps for the backward pass (saved tensors, storage by storage, the
+parameters left out), peak resident memory above what model and `.grad` take, processor time of the whole iteration.
+Then the bytes of weight gradients that are alive at once beside `.grad` in the backward pass of two calls: one graph
+through both against the staged sweep. Writes memory.json and memory.png beside this file; minutes on one core. Linux.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.provenance import provenance
+from trajsurgery import Plan, apply, backward, latent, leapalign, rollout, sample
+
+WAYS = {
+    "retain": ("retain", False),
+    "recompute": ("recompute", False),
+    "retain + checkpointing": ("retain", True),
+    "recompute + checkpointing": ("recompute", True),
+    "staged": ("staged", False),
+}
+"""Name: memory= or the staged sweep, and whether the transformer's own gradient checkpointing is on."""
+
+COLOURS = ("#b3442e", "#0b6e99", "#e0a458", "#5aa9c7", "#2e7d32")
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure."""
+
+    counts: tuple[int, ...] = (1, 2, 4, 8, 16, 25)
+    """Numbers of steps, one leap each."""
+    side: int = 15
+    """The latent is side x side tokens."""
+    batch: int = 1
+    threads: int = 1
+    output: Path = Path(__file__).parent / "results"
+
+
+class Field(nn.Module):
+    """A Flux transformer as a velocity field on packed latents [batch, tokens, 16]."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=3,
+            attention_head_dim=64,
+            num_attention_heads=6,
+            joint_attention_dim=128,
+            pooled_projection_dim=128,
+            guidance_embeds=False,
+            axes_dims_rope=(8, 28, 28),
+        )
+        self.text, self.pooled = torch.randn(1, 32, 128), torch.randn(1, 128)
+        self.places = torch.tensor([[0.0, i, j] for i in range(side) for j in range(side)])
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """The velocity, as FluxPipeline asks for it."""
+        return self.model(
+            hidden_states=x,
+            encoder_hidden_states=self.text.expand(len(x), -1, -1),
+            pooled_projections=self.pooled.expand(len(x), -1),
+            timestep=sigma.expand(len(x)),
+            img_ids=self.places,
+            txt_ids=torch.zeros(32, 3),
+            return_dict=False,
+        )[0]
+
+
+def full(steps: int) -> Plan:
+    """The whole trajectory: the gradient passes through every step of the sampler."""
+    x = latent(steps)
+    for t in range(steps, 0, -1):
+        x = x.leap(t - 1)
+    return Plan(x)
+
+
+def kept(run: Callable[[], Any], parameters: list[nn.Parameter]) -> tuple[int, Any]:
+    """Bytes of the storages that autograd saves in `run` and still holds at its end, and what `run` returned."""
+    own = {p.untyped_storage()._cdata for p in parameters}
+    held: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own and storage._cdata not in held:
+            held[storage._cdata] = storage.nbytes()
+            weakref.finalize(storage, held.pop, storage._cdata)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        found = run()
+    return sum(held.values()), found
+
+
+def resident(what: str) -> int:
+    """Bytes of this process in memory: VmRSS now, VmHWM at most so far (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(what))
+
+
+def measured(options: Options, way: str, steps: int) -> dict[str, Any]:
+    """One point: the iteration is run as it is, then its forward pass once more with saved tensors counted."""
+    memory, checkpointing = WAYS[way]
+    field = Field(options.side)
+    if checkpointing:
+        field.model.enable_gradient_checkpointing()
+    noise = torch.randn(options.batch, options.side**2, 16, generator=torch.Generator().manual_seed(1))
+    sigmas, parameters = torch.linspace(1, 0, steps + 1), list(field.parameters())
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+
+    def forward() -> Any:
+        if memory == "staged":
+            return rollout(field, noise, sigmas)
+        return sample(full(steps), field, noise, sigmas, memory=memory)[0]
+
+    def iteration() -> None:
+        found = forward()
+        if memory == "staged":
+            backward(full(steps), found, field, found[0] * (2 / found[0].numel()))
+        else:
+            found.square().mean().backward()
+
+    with torch.no_grad():
+        field(noise, sigmas[0])  # the first call pays for what is allocated once
+    before, began, work = resident("VmRSS"), time.perf_counter(), time.process_time()
+    iteration()
+    seconds, worked, peak = time.perf_counter() - began, time.process_time() - work, resident("VmHWM")
+    norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
+    return {
+        "steps": steps,
+        "kept_bytes": kept(forward, parameters)[0],
+        "peak_bytes": peak - before,
+        "seconds": seconds,
+        "processor_seconds": worked,
+        "gradient_norm": norm,
+    }
+
+
+class Gradients(TorchDispatchMode):
+    """The most bytes of tensors shaped like a weight matrix that were alive at once, of those made under this mode."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__()
+        self.shapes = {tuple(p.shape) for p in parameters} | {tuple(p.t().shape) for p in parameters}
+        self.alive: dict[int, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        given = {v.untyped_storage()._cdata for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)}
+        for value in tree_leaves(found):
+            if isinstance(value, Tensor) and tuple(value.shape) in self.shapes:
+                storage = value.untyped_storage()
+                if storage._cdata not in self.alive and storage._cdata not in given:
+                    self.alive[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self.alive.pop, storage._cdata)
+        self.most = max(self.most, sum(self.alive.values()))
+        return found
+
+
+def second_gradients(options: Options) -> dict[str, Any]:
+    """Bytes of weight gradients alive at once beside `.grad`, in the backward pass of LeapAlign's two calls."""
+    field = Field(options.side)
+    noise = torch.randn(options.batch, options.side**2, 16, generator=torch.Generator().manual_seed(1))
+    plan, trajectory = leapalign(3, 1, 0.3), rollout(field, noise, torch.linspace(1, 0, 5))
+    weights = [p for p in field.parameters() if p.dim() == 2]
+    for p in field.parameters():
+        p.grad = torch.zeros_like(p)
+    found: dict[str, Any] = {
+        "parameters": sum(p.numel() for p in field.parameters()),
+        "weight_bytes": sum(p.numel() * p.element_size() for p in weights),
+    }
+    reference: list[Tensor] = []
+    for way in ("retain", "recompute", "staged"):
+        field.zero_grad(set_to_none=False)
+        made = Gradients(weights)
+        if way == "staged":
+            ones = torch.ones_like(noise)
+            with made:
+                backward(plan, trajectory, field, ones)
+        else:
+            with made:
+                out = apply(plan, trajectory, field, way).sum()
+            assert made.most == 0, "an activation has the shape of a weight: choose another --side"
+            with made:
+                out.backward()
+        got = [p.grad.clone() for p in weights]
+        reference = reference or got
+        apart = torch.stack([(a - b).norm() for a, b in zip(got, reference)]).norm()
+        assert apart <= 1e-4 * torch.stack([g.norm() for g in reference]).norm(), "this compares different gradients"
+        found[way] = made.most
+    return found
+
+
+def alone(work: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    """The result of a process of its own, forked before torch has computed anything: its peak is its own."""
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    process = context.Process(target=lambda: results.put(work(*args)))
+    process.start()
+    process.join()
+    if process.exitcode != 0:
+        raise RuntimeError(f"{work.__name__}{args[1:]} ended with code {process.exitcode}")
+    found = results.get()
+    print(work.__name__, *args[1:], {name: round(value, 3) for name, value in found.items()}, flush=True)
+    return found
+
+
+def measure(options: Options) -> dict[str, Any]:
+    """All figures."""
+    beside = alone(second_gradients, options)
+    points = {way: [alone(measured, options, way, count) for count in options.counts] for way in WAYS}
+    for i in range(len(options.counts)):
+        norms = [found[i]["gradient_norm"] for found in points.values()]
+        assert max(norms) - min(norms) <= 1e-4 * max(norms), f"these are different gradients: {norms}"
+    return {"points": points, "gradients_beside_grad": beside}
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Kept bytes, peak and time against the number of steps; the second parameter gradient."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7.6), layout="constrained")
+    (kept_axes, peak_axes), (time_axes, gradient_axes) = figure.subplots(2, 2)
+    panels = {
+        "kept_bytes": (kept_axes, MIB, "MiB", "kept by autograd for the backward pass"),
+        "peak_bytes": (peak_axes, MIB, "MiB", "peak resident memory above the idle model's"),
+        "processor_seconds": (time_axes, 1, "s", "processor time of an iteration, its sampling included"),
+    }
+    for name, (axes, unit, label, title) in panels.items():
+        for colour, (way, points) in zip(COLOURS, found["points"].items()):
+            counts, values = [p["steps"] for p in points], [p[name] / unit for p in points]
+            axes.plot(counts, values, "o-", color=colour, label=way, markersize=4, alpha=0.8)
+        axes.set(xlabel="steps backpropagated through", ylabel=label, title=title, xticks=counts)
+        if name == "kept_bytes":
+            axes.set_yscale("symlog", linthresh=0.01)
+            axes.set_ylim(bottom=-0.004)
+        else:
+            axes.set_ylim(bottom=0)
+    time_axes.legend(frameon=False, fontsize=8, loc="upper left")
+    bars = {"retain": "retain", "recompute": "recompute", "staged": "staged sweep\n(trajsurgery.backward)"}
+    gradients = found["gradients_beside_grad"]
+    for place, (name, colour) in enumerate(zip(bars, (COLOURS[0], COLOURS[1], COLOURS[4]))):
+        ratio = gradients[name] / gradients["weight_bytes"]
+        gradient_axes.bar(place, ratio, color=colour, width=0.6)
+        gradient_axes.text(place, ratio, f"{ratio:.2f}", ha="center", va="bottom")
+    gradient_axes.set_xticks(range(len(bars)), bars.values())
+    gradient_axes.set(
+        ylabel="parameter gradients", title="weight gradients alive at once beside .grad,\nbackward of two calls"
+    )
+    for axes in (kept_axes, peak_axes, time_axes, gradient_axes):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def main(options: Options) -> int:
+    """Measures and writes; says whether 25 recomputed steps keep no more than one retained step."""
+    torch.set_num_threads(options.threads)
+    settings = {name: value for name, value in asdict(options).items() if name != "output"}
+    found = {**provenance(), "settings": settings, **measure(options)}
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "memory.json").write_text(json.dumps(found, indent=1) + "\n")
+    draw(found, options.output / "memory.png")
+    one, last = found["points"]["retain"][0]["kept_bytes"], found["points"]["recompute"][-1]["kept_bytes"]
+    print(f"{options.counts[-1]} recomputed steps keep {last} bytes, one retained step {one}")
+    return 0 if last <= one else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(tyro.cli(Options, description=__doc__)))

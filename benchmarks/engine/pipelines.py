@@ -1,0 +1,100 @@
+"""What `operate` does on diffusers' pipelines: pipeline x (images bit for bit, gradient, recompute, staged).
+
+    python -m benchmarks.engine.pipelines
+
+Each is built small from its own classes (tests/pipelines), unmodified, and measured on one thread. Images, and
+velocities that are entered again, are compared with the plain call's (`torch.equal`); the tensors that get a gradient
+with those that plain backpropagation through the undecorated loop reaches; LeapAlign's gradient with Algorithm 1 as a
+loop, and with its other two ways of running. Writes pipelines.json beside this file and docs/pipelines.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+from benchmarks.provenance import provenance
+from tests.builders.pipelines.checks import measured
+from tests.builders.pipelines.every import BUILDERS
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where to, and which."""
+
+    output: Path = RESULTS
+    """The folder of pipelines.json."""
+    page: Path = Path(__file__).parents[2] / "docs" / "pipelines.md"
+    only: tuple[str, ...] = ()
+    """Names of pipelines; all if left out."""
+
+
+def row(name: str) -> dict[str, Any]:
+    """The measurements on one pipeline, or the error that says why there are none."""
+    small = BUILDERS[name]()
+    kind, sampler = type(small.pipe).__name__, type(small.pipe.scheduler).__name__
+    about = {"pipeline": name, "class": kind, "scheduler": sampler, "dtype": str(small.pipe.transformer.dtype)}
+    return about | dataclasses.asdict(measured(small))
+
+
+def page(found: dict[str, Any]) -> str:
+    """The matrix as Markdown."""
+    versions = found["versions"]
+    lines = [
+        "# Pipelines",
+        "",
+        f"Unmodified pipelines of diffusers {versions['diffusers']} (torch {versions['torch']}), built small from "
+        "their own classes with random weights, under `operate(pipe, leapalign(T, 1, 0.3))`. Written by "
+        f"`{found['command']}` at commit {found['commit']}; the tests in `tests/pipelines` assert the same.",
+        "",
+        "- **bit-exact**: images inside the block, without a plan, with one, and under recompute, equal the plain "
+        "call's (`torch.equal`), and so does every velocity that is entered again.",
+        "- **gradient**: the transformer's tensors that get one are those that plain backpropagation through the "
+        "undecorated loop reaches (their number); the relative difference of the whole gradient from Algorithm 1 "
+        "written out.",
+        "- **recompute**, **staged**: the relative difference of the gradient from the retained one. Transformers cast "
+        "to float32 inside; the rows marked \\* run in float32 throughout.",
+        "",
+        "| pipeline | sampler | T | bit-exact | gradient | recompute | staged |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in found["rows"]:
+        mark = r["pipeline"] + ("" if r["dtype"] == "torch.float64" else " \\*")
+        sampler = r["scheduler"].removesuffix("Scheduler").removesuffix("Discrete")
+        exact = "yes" if r["exact"] and r["restored"] else "**no**"
+        reached = f"{r['parameters']} tensors" if r["reached"] else "**other tensors**"
+        numbers = [f"{r[name]:.0e}" if r[name] else "0" for name in ("by_hand", "recompute", "staged")]
+        lines.append(
+            f"| {mark} | {sampler} | {r['steps']} | {exact} | {reached}, {numbers[0]} | {numbers[1]} | {numbers[2]} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(options: Options) -> int:
+    """Measures, writes, prints; 1 if a promise is broken."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning)
+    rows: list[dict[str, Any]] = []
+    for name in options.only or BUILDERS:
+        rows.append(row(name))
+        print(" ".join(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
+    found = {**provenance(), "rows": rows}
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "pipelines.json").write_text(json.dumps(found, indent=1) + "\n")
+    options.page.write_text(page(found))
+    kept = all(r["exact"] and r["reached"] and r["restored"] for r in rows)
+    print(f"{len(rows)} pipelines: {'all promises kept' if kept else 'NOT all promises kept'}")
+    return 0 if kept else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(tyro.cli(Options, description=__doc__)))

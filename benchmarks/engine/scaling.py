@@ -1,0 +1,171 @@
+"""What planning itself costs against the size of the plan: draw, check, compile, count.
+
+    python -m benchmarks.engine.scaling
+
+draw: a method's `draw(steps)`. check: the plan built from its nodes and held against every rule. compile: bound to a
+trajectory and made ready to run (`Execution`). count: the closed form at the sampler's times, its terms counted, 100 of
+them listed. LeapAlign's plans keep their size whatever T is; the whole trajectory's grow with it. Times are of the
+processor, which other processes do not lengthen, and of nodes made anew. Writes scaling.json and scaling.png.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from matplotlib.figure import Figure
+
+from benchmarks.provenance import provenance
+from trajsurgery import LeapAlign, Plan, latent
+from trajsurgery.plans.plan import _prepared as prepared
+from trajsurgery.surgery.execution import Execution
+from trajsurgery.surgery.trajectory import Trajectory
+
+PROMISE = 0.005
+"""Seconds for LeapAlign, all of planning."""
+LINEAR = 1.3
+"""The largest exponent that is still called near-linear."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured."""
+
+    nodes: tuple[int, ...] = (31, 61, 121, 241, 481, 1000)
+    """Sizes of whole-trajectory plans, about: three nodes a step."""
+    repeats: int = 30
+    output: Path = Path(__file__).parent / "results"
+
+
+def whole(steps: int) -> Plan:
+    """A leap and a discount a step, all the way: three nodes each."""
+    x = latent(steps)
+    for t in range(steps, 0, -1):
+        x = x.leap(t - 1, discount=0.5)
+    return Plan(x, steps=steps)
+
+
+def trajectory(steps: int) -> Trajectory:
+    """Every latent and velocity recorded, of one element each."""
+    sigmas = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    latents = {t: torch.zeros(1, 1) for t in range(steps + 1)}
+    velocities = {t: torch.zeros(1, 1) for t in range(1, steps + 1)}
+    return Trajectory(sigmas, latents, velocities)
+
+
+def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
+    """Of the processor."""
+    began = time.process_time()
+    found = run()
+    return time.process_time() - began, found
+
+
+def once(draw: Callable[[int], Plan], steps: int, rolled: Trajectory) -> tuple[dict[str, float], Plan]:
+    """One pass through planning. `draw` checks as it builds, so check is part of it and shown beside it."""
+    found: dict[str, float] = {}
+    found["draw"], plan = seconds(lambda: draw(steps))
+    found["check"], _ = seconds(lambda: Plan(*plan.outputs, steps=steps))
+    found["compile"], _ = seconds(lambda: Execution(plan, rolled))
+    sigmas = rolled.sigmas.tolist()
+    found["count"], _ = seconds(lambda: plan.gradient(sigmas, limit=100))
+    found["all"] = found["draw"] + found["compile"] + found["count"]
+    return found, plan
+
+
+def measured(draw: Callable[[int], Plan], steps: int, repeats: int) -> dict[str, Any]:
+    """Medians and quartiles of each part."""
+    rolled = trajectory(steps)
+    once(draw, steps, rolled)
+    kept: dict[str, list[float]] = {}
+    size = 0
+    for _ in range(repeats):
+        prepared.cache_clear()  # it would keep the last plan, and with it all nodes
+        gc.collect()
+        found, plan = once(draw, steps, rolled)
+        size = len(plan.nodes)
+        for name, value in found.items():
+            kept.setdefault(name, []).append(value)
+        del plan
+    parts = {
+        name: {"median": statistics.median(values), "quartiles": statistics.quantiles(values, n=4)[::2]}
+        for name, values in kept.items()
+    }
+    return {"steps": steps, "nodes": size, "seconds": parts}
+
+
+def exponent(points: list[dict[str, Any]], part: str) -> float:
+    """The slope of log seconds on log nodes over the larger half of the sizes."""
+    last = points[len(points) // 2 - 1 :]
+    x = [math.log(point["nodes"]) for point in last]
+    y = [math.log(point["seconds"][part]["median"]) for point in last]
+    return statistics.linear_regression(x, y).slope
+
+
+def measure(options: Options) -> dict[str, Any]:
+    """All figures."""
+    generator = torch.Generator().manual_seed(0)
+    leapalign = [measured(lambda t: LeapAlign().draw(t, generator), t, options.repeats) for t in (25, 50, 100)]
+    sizes = [measured(whole, round((n - 1) / 3), options.repeats) for n in options.nodes]
+    return {
+        "repeats": options.repeats,
+        "leapalign": leapalign,
+        "whole_trajectory": sizes,
+        "exponents": {part: exponent(sizes, part) for part in sizes[0]["seconds"]},
+    }
+
+
+def picture(found: dict[str, Any], path: Path) -> None:
+    """Milliseconds against nodes, both logarithmic, a line a part."""
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    colours = {"draw": "#0b6e99", "check": "#3c9a5f", "compile": "#b9770e", "count": "#8e44ad", "all": "#20262d"}
+    points = found["whole_trajectory"]
+    nodes = [point["nodes"] for point in points]
+    for part, colour in colours.items():
+        of = [point["seconds"][part] for point in points]
+        label = {"draw": "draw (with check)", "all": "draw + compile + count"}.get(part, part)
+        middle = [1e3 * value["median"] for value in of]
+        low, high = ([1e3 * value["quartiles"][i] for value in of] for i in (0, 1))
+        axes.plot(nodes, middle, "o-", color=colour, ms=4, label=f"{label}: nodes^{found['exponents'][part]:.2f}")
+        axes.fill_between(nodes, low, high, color=colour, alpha=0.2, linewidth=0)
+    ours = found["leapalign"]
+    total = [1e3 * point["seconds"]["all"]["median"] for point in ours]
+    axes.plot([point["nodes"] for point in ours], total, "*", color="#c8321f", ms=13, label="LeapAlign, all of it")
+    axes.axhline(1e3 * PROMISE, color="#c8321f", lw=0.8, ls="--")
+    axes.text(nodes[-1], 1e3 * PROMISE * 1.06, "5 ms, promised for LeapAlign", color="#c8321f", ha="right", fontsize=8)
+    axes.set(xscale="log", yscale="log", xlabel="nodes of the plan", ylabel="milliseconds of the processor")
+    axes.set_title("Planning: whole-trajectory plans, medians and quartiles", fontsize=11)
+    axes.legend(frameon=False, fontsize=8.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def main(options: Options) -> int:
+    """Measures, writes, and says whether the promises hold."""
+    torch.set_num_threads(1)
+    found = {**provenance(), **measure(options)}
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "scaling.json").write_text(json.dumps(found, indent=1) + "\n")
+    picture(found, options.output / "scaling.png")
+    for point in [*found["leapalign"], *found["whole_trajectory"]]:
+        parts = {name: f"{1e3 * value['median']:.2f}" for name, value in point["seconds"].items()}
+        print(f"T = {point['steps']}, {point['nodes']} nodes, milliseconds: {parts}")
+    exponents = {part: round(value, 2) for part, value in found["exponents"].items()}
+    print(f"exponents: {exponents}")
+    slowest = max(point["seconds"]["all"]["median"] for point in found["leapalign"])
+    kept = slowest < PROMISE and found["exponents"]["all"] <= LINEAR
+    print(f"LeapAlign below {PROMISE} s, exponent at most {LINEAR}: {'kept' if kept else 'NOT kept'}")
+    return 0 if kept else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(tyro.cli(Options, description=__doc__)))

@@ -1,0 +1,136 @@
+"""Time and peak memory of an iteration of every method of the study, measured side by side on quiet cores.
+
+    python -m benchmarks.study.cost
+
+A process of its own for each method (and for LeapAlign with one and three leaps, Fig. 4b), one thread each; they
+take turns, one iteration at a time, in an order that is reversed every round, so that whatever else happens on the
+machine happens to all. Seconds are the median of an iteration's wall clock, with the quartiles, and of its processor
+time; peaks are the bytes of tensors alive at once in an iteration, counted storage by storage, above weights, gradients
+and moments, in those iterations of a run whose plans call the model most often. Writes study_cost.json beside this
+file. About six minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+import tyro
+
+from benchmarks.engine.overhead import Peak
+from benchmarks.provenance import provenance
+from benchmarks.study.methods import METHODS
+from trajsurgery.methods import LeapAlign
+from trajsurgery.plans.nodes import Velocity
+from trajsurgery.training import components
+from trajsurgery.training.checkpoint import Training
+from trajsurgery.training.recipe import Method, Recipe, presets
+from trajsurgery.training.training_loop import generator, iterate
+
+MEASURED: dict[str, Method] = {**METHODS, "leaps 1": LeapAlign(leaps=1), "leaps 3": LeapAlign(leaps=3)}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How long to measure."""
+
+    methods: tuple[str, ...] = tuple(MEASURED)
+    rounds: int = 16
+    """Iterations of each method; the draws of a round are the same for all."""
+    peaks: int = 4
+    """Iterations whose tensors are counted."""
+    output: Path = Path(__file__).parent / "results"
+
+
+def heaviest(recipe: Recipe, count: int) -> list[int]:
+    """The iterations of a run whose plans call the model most often: what is kept depends on the times drawn."""
+    numbers = range(1, recipe.iterations + 1)
+    plans = {n: recipe.method.draw(recipe.rollout.steps, generator(recipe.seed, n, "plan")) for n in numbers}
+    calls = {n: sum(isinstance(node, Velocity) for node in plan.nodes) for n, plan in plans.items()}
+    return sorted(calls, key=lambda n: -calls[n])[:count]
+
+
+def serve(recipe: Recipe, peaks: int, line: Connection) -> None:
+    """A method's process: says its peak, then the times of an iteration whenever it is asked, until it is told off."""
+    torch.set_num_threads(1)
+    found = components.load(recipe)
+    training, embeddings = Training.start(recipe, found.module), components.Embeddings(found.pipe, found.texts)
+    limit = components.threshold(recipe, found)
+    iterate(recipe, found, embeddings, training, limit)  # the optimiser's moments are made in the first
+    most = 0
+    for number in heaviest(recipe, peaks):
+        training.iteration = number - 1
+        with Peak() as mode:
+            iterate(recipe, found, embeddings, training, limit)
+        most = max(most, mode.most)
+    training.iteration = 1
+    line.send(most)
+    while line.recv():
+        began, worked = time.perf_counter(), time.process_time()
+        iterate(recipe, found, embeddings, training, limit)
+        line.send((time.perf_counter() - began, time.process_time() - worked))
+
+
+def measure(recipes: Mapping[str, Recipe], rounds: int, peaks: int) -> dict[str, Any]:
+    """{name: seconds, processor seconds and peak bytes of an iteration}."""
+    context, lines = multiprocessing.get_context("spawn"), dict[str, Any]()
+    bytes_: dict[str, int] = {}
+    for name, recipe in recipes.items():
+        here, there = context.Pipe()
+        context.Process(target=serve, args=(recipe, peaks, there), daemon=True).start()
+        there.close()
+        lines[name], bytes_[name] = here, here.recv()
+        print(f"{name}: {bytes_[name] / 2**20:.1f} MiB", flush=True)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in recipes}
+    for turn in range(rounds):
+        for name in list(recipes) if turn % 2 else list(reversed(recipes)):
+            lines[name].send(True)
+            times[name].append(lines[name].recv())
+        print(f"round {turn + 1} of {rounds}", flush=True)
+    for line in lines.values():
+        line.send(False)
+    return {
+        name: {
+            "peak_bytes": bytes_[name],
+            "seconds": quartiles([wall for wall, _ in pairs]),
+            "processor_seconds": quartiles([work for _, work in pairs]),
+        }
+        for name, pairs in times.items()
+    }
+
+
+def quartiles(values: Sequence[float]) -> dict[str, float]:
+    """Median and the quartiles beside it."""
+    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
+    return {"low": round(low, 4), "median": round(middle, 4), "high": round(high, 4)}
+
+
+def main(options: Options) -> int:
+    """Measures and writes."""
+    found = provenance()
+    if found["load"] > 0.3:
+        print(f"the machine is busy (load {found['load']}): seconds say little, processor seconds and bytes hold")
+    recipes = {name: presets(MEASURED[name], "")["tiny"] for name in options.methods}
+    found["rounds"] = options.rounds
+    found["methods"] = measure(recipes, options.rounds, options.peaks)
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "study_cost.json").write_text(json.dumps(found, indent=1) + "\n")
+    for name, line in found["methods"].items():
+        said = " ".join(f"{key} {line[key]['median']:.3f}" for key in ("seconds", "processor_seconds"))
+        print(f"{name:16} {said} peak {line['peak_bytes'] / 2**20:.1f} MiB")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(tyro.cli(Options, description=__doc__)))

@@ -1,0 +1,136 @@
+"""The study's numbers: figures of a run, means over seeds with t intervals, paired differences of methods."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mpmath import betainc
+
+from trajsurgery.evaluation.held_out import Scores
+
+Figures = Mapping[str, float]
+"""{name of a figure: its mean over a run's held-out images}."""
+
+NAMED = {"reward": "reward", "tiny:scorer_b": "scorer b", "tiny:scorer_c": "scorer c", "rules": "rules"}
+CATEGORIES = ("single object", "two objects", "counting", "colours", "position", "attribute binding")
+
+
+def figures(scores: Scores) -> dict[str, float]:
+    """Means over the images: reward, further scorers, rules overall and by category, junk, diversity."""
+    assert scores.correct is not None, "the embedded world has rules"
+    assert scores.junk is not None, "and says what is junk"
+    right = scores.correct.double()
+    found = {"reward": float(scores.reward.double().mean())}
+    found |= {name: float(values.double().mean()) for name, values in scores.metrics.items()}
+    found["rules"] = float(right.mean())
+    for category in dict.fromkeys(scores.categories):
+        found[category] = float(right[[own == category for own in scores.categories]].mean())
+    return found | {"junk": float(scores.junk.double().mean()), "diversity": float(scores.apart["pixels"].nanmean())}
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds and its 95% interval (Student's t); NaN ends for a single seed."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+
+    def __str__(self) -> str:
+        ends = f"[{self.low:+.4f}, {self.high:+.4f}]" if self.seeds > 1 else "(one seed: no interval)"
+        return f"{self.mean:+.4f} {ends}"
+
+    @property
+    def verdict(self) -> str:
+        """Above 0, below 0, or not decided."""
+        if math.isnan(self.low) or self.low <= 0 <= self.high:
+            return "not decided"
+        return "above 0" if self.low > 0 else "below 0"
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dict (JSON); the ends of a single seed are null."""
+        return {name: None if math.isnan(value) else value for name, value in asdict(self).items()}
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Of the mean of draws that are alike and independent: one for each seed.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not values:
+        raise ValueError("an interval of no values: no seed is finished for all methods.")
+    n, mean = len(values), statistics.fmean(values)
+    half = quantile(n - 1) * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
+    return Interval(mean, mean - half, mean + half, n)
+
+
+def quantile(freedom: int, outside: float = 0.05) -> float:
+    """The t below and above which, together, lies the share `outside` of Student's distribution."""
+    low, high = 0.0, 1e4
+    while high - low > 1e-9 * high:
+        middle = (low + high) / 2
+        tails = betainc(freedom / 2, 0.5, 0, freedom / (freedom + middle**2), regularized=True)
+        low, high = (middle, high) if tails > outside else (low, middle)
+    return high
+
+
+Runs = Mapping[str, Mapping[int, Figures]]
+"""{method: {seed: figures}}; `base` is the untuned model."""
+
+
+def whole(runs: Runs, names: Iterable[str]) -> list[int]:
+    """The seeds that are finished for all of these methods and the base."""
+    return sorted(set.intersection(*(set(runs.get(name, {})) for name in (*names, "base"))))
+
+
+def gain(runs: Runs, seeds: Sequence[int], name: str, figure: str, against: str = "base") -> Interval:
+    """A method's figure less another's, seed by seed: the same prompts and noise on both sides."""
+    return interval([runs[name][seed][figure] - runs[against][seed][figure] for seed in seeds])
+
+
+def resolution(runs: Runs, seeds: Sequence[int], names: Sequence[str], figure: str) -> float:
+    """Half of the 95% interval of the difference of any two of these, if all spread alike over seeds.
+
+    From what is left of the table of names and seeds without the means of its rows and columns: more degrees of freedom
+    than a pair of names has. NaN for a single seed.
+    """
+    table = [[runs[name][seed][figure] for seed in seeds] for name in names]
+    rows, columns = [statistics.fmean(row) for row in table], [statistics.fmean(column) for column in zip(*table)]
+    whole, freedom = statistics.fmean(rows), (len(names) - 1) * (len(seeds) - 1)
+    left = sum((x - r - c + whole) ** 2 for row, r in zip(table, rows) for x, c in zip(row, columns))
+    return quantile(freedom) * math.sqrt(2 * left / freedom / len(seeds)) if freedom else math.nan
+
+
+def contrast(runs: Runs, seeds: Sequence[int], these: Sequence[str], those: Sequence[str], figure: str) -> Interval:
+    """The mean of some methods less the mean of others, seed by seed."""
+
+    def mean(names: Sequence[str], seed: int) -> float:
+        return statistics.fmean(runs[name][seed][figure] for name in names)
+
+    return interval([mean(these, seed) - mean(those, seed) for seed in seeds])
+
+
+def summary(runs: Runs, seeds: Sequence[int], names: Sequence[str]) -> dict[str, Any]:
+    """{method: {figure: its interval, and the interval of its gain over the base}}, as plain dicts."""
+    kept = list(next(iter(runs["base"].values())))
+    return {
+        name: {
+            figure: {
+                **interval([runs[name][seed][figure] for seed in seeds]).to_dict(),
+                **({} if name == "base" else {"gain": gain(runs, seeds, name, figure).to_dict()}),
+            }
+            for figure in kept
+        }
+        for name in names
+    }
+
+
+def rank(runs: Runs, seeds: Sequence[int], names: Sequence[str], figure: str) -> list[str]:
+    """Methods by their mean of a figure, the best first."""
+    return sorted(names, key=lambda name: -statistics.fmean(runs[name][seed][figure] for seed in seeds))

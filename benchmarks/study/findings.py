@@ -1,0 +1,84 @@
+"""What the paper found, asked of the study's runs: each finding with its intervals and a plain verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.study.figures import NAMED, Interval, Runs, contrast, gain
+
+EARLY, LATE = ("leapalign", "drtune"), ("refl", "draft_lv")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A claim that differences are above 0, and the differences."""
+
+    claim: str
+    differences: Mapping[str, Interval]
+    """What is compared: its interval over seeds."""
+    strict: bool = True
+    """Whether the claim is "above"; else "at or above", which only an interval below 0 speaks against."""
+
+    @property
+    def verdict(self) -> str:
+        """What the intervals say of the claim as a whole."""
+        seen = [difference.verdict for difference in self.differences.values()]
+        if all(one == "above 0" for one in seen):
+            return "reappears"
+        if "below 0" in seen:
+            against, for_it = ([w for w, s in zip(self.differences, seen) if s == v] for v in ("below 0", "above 0"))
+            said = f"does not reappear: the opposite for {', '.join(against)}"
+            return said + (f"; above 0 for {', '.join(for_it)}" if for_it else "")
+        if not self.strict:
+            return "not contradicted: no interval lies below 0"
+        for_it = [what for what, one in zip(self.differences, seen) if one == "above 0"]
+        return f"in part: {', '.join(for_it)}; the rest is not decided" if for_it else "not decided by these seeds"
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dict (JSON)."""
+        differences = {what: difference.to_dict() for what, difference in self.differences.items()}
+        return {"claim": self.claim, "verdict": self.verdict, "differences": differences}
+
+    def markdown(self) -> str:
+        """A line, and one for each difference."""
+        lines = [f"- {self.claim} **{self.verdict[0].upper()}{self.verdict[1:]}.**"]
+        lines += [f"    - {what}: {difference}" for what, difference in self.differences.items()]
+        return "\n".join(lines)
+
+
+def of_table_2(runs: Runs, seeds: Sequence[int], names: Sequence[str]) -> list[Finding]:
+    """The paper's findings of Table 2 and Fig. 5, for those whose methods were run."""
+    tuned, found = [name for name in names if name != "base"], list[Finding]()
+    found.append(
+        Finding(
+            "Every method raises the reward that it climbs (Table 2).",
+            {name: gain(runs, seeds, name, "reward") for name in tuned},
+        )
+    )
+    if "leapalign" in tuned:
+        others = [name for name in tuned if name != "leapalign"]
+        found.append(
+            Finding(
+                "LeapAlign is first in reward at equal iterations (Table 2).",
+                {f"leapalign - {name}": gain(runs, seeds, "leapalign", "reward", name) for name in others},
+            )
+        )
+        held = [figure for figure in NAMED if figure != "reward"]
+        found.append(
+            Finding(
+                "What LeapAlign gains is seen by scorers and rules that it does not climb (Table 2).",
+                {NAMED[figure]: gain(runs, seeds, "leapalign", figure) for figure in held},
+            )
+        )
+    if {*EARLY, *LATE} <= set(tuned):
+        asked = ("reward", "rules", "position", "attribute binding")
+        found.append(
+            Finding(
+                "Methods that reach early steps (LeapAlign, DRTune) are ahead of those that do not (ReFL, DRaFT-LV), "
+                "also on position and attribute binding (section 6.2, Fig. 5).",
+                {figure: contrast(runs, seeds, EARLY, LATE, figure) for figure in asked},
+            )
+        )
+    return found

@@ -1,0 +1,159 @@
+"""Which of the sampler's steps carry what a method learned: its weights at some steps, the untuned model's at the rest.
+
+    python -m benchmarks.study.steps
+
+ReFL's gradient reaches the last 11 of 25 steps, DRaFT-LV's the last one, LeapAlign's and DRTune's all. If what a step
+teaches stayed with its time, the tuned weights of the first two would gain nothing at the 14 steps before; if it
+spreads, methods that reach early steps have no head start. Takes the runs that study.py made with rates chosen by the
+rules, 480 held-out images each, from the noise that they were graded with. What is finished in the folder of runs is
+read. Writes study_steps.json and study_steps.png beside this file; about four minutes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+import tyro
+from matplotlib.figure import Figure
+from rich.progress import track
+
+from benchmarks.provenance import provenance
+from benchmarks.study.figures import figures, interval
+from benchmarks.study.methods import Budget
+from benchmarks.study.pictures import COLOURS, bar
+from benchmarks.study.report import one_world, rounded
+from benchmarks.study.runs import Task, described, graded, scores
+from trajsurgery.errors import SurgeryError
+from trajsurgery.evaluation.held_out import Scores, evaluate
+from trajsurgery.methods import ReFL
+from trajsurgery.training import components
+from trajsurgery.training.checkpoint import CHECKPOINT, write_whole
+from trajsurgery.training.recipe import Recipe
+
+RESULTS = Path(__file__).parent / "results"
+PARTS = {"early": range(ReFL().last + 1, 26), "late": range(1, ReFL().last + 1)}
+"""Steps before those that ReFL trains, and those."""
+PANELS = ("reward", "rules", "position", "attribute binding")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which runs of the study."""
+
+    methods: tuple[str, ...] = ("refl", "draft_lv", "drtune", "leapalign")
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    rates: Path = RESULTS / "study_by_rules_rates.json"
+    """Where the rates are."""
+    stages: tuple[int, ...] = (75, 150, 225)
+    images: int = 480
+    workers: int = 2
+    output: Path = RESULTS
+    runs: Path = Path("outputs/study")
+
+
+def mixed(recipe: Recipe, tuned: Sequence[torch.Tensor], at: range) -> Scores:
+    """The evaluation of a model that has the tuned weights when it is called at these t, and its own at others."""
+    torch.set_num_threads(recipe.threads)
+    found = components.load(recipe)
+    parameters = [p for p in found.module.parameters() if p.requires_grad]
+    untuned = [p.detach() for p in parameters]
+
+    def choose(module: torch.nn.Module, _: Any, passed: Mapping[str, torch.Tensor]) -> None:
+        sigma = float(passed["timestep"][0])
+        t = sum(float(one) < sigma + 1e-6 for one in found.pipe.scheduler.sigmas[:-1])
+        for parameter, value in zip(parameters, tuned if t in at else untuned, strict=True):
+            parameter.data = value
+
+    with found.module.register_forward_pre_hook(choose, with_kwargs=True):
+        return evaluate(recipe, found)
+
+
+def part(task: Task, name: str) -> Scores:
+    """A finished run's averaged weights, at a part of the steps."""
+    kept = task.folder / f"steps_{name}.pt"
+    if not kept.exists():
+        state = torch.load(task.folder / CHECKPOINT, weights_only=True)
+        found = mixed(task.recipe, state["ema"]["shadow_params"], PARTS[name])
+        write_whole(kept, lambda partial: torch.save(found.to_dict(), partial))
+    return Scores.from_dict(torch.load(kept, weights_only=True))
+
+
+def table(options: Options) -> dict[str, dict[int, Task]]:
+    """{method: {seed: its run}}.
+
+    Raises:
+        SurgeryError: one is not there, or they are of several worlds.
+    """
+    budget, rates = Budget(options.stages, options.images, options.runs), json.loads(options.rates.read_text())["rates"]
+    tasks = {
+        name: {seed: budget.run(name, rates[name]["chosen"], seed) for seed in options.seeds}
+        for name in options.methods
+    }
+    whole = [*(budget.base(seed) for seed in options.seeds), *(task for of in tasks.values() for task in of.values())]
+    missing = [str(task.folder) for task in whole if not graded(task)]
+    if missing:
+        raise SurgeryError(f"not trained yet: {', '.join(missing)}. Run study.py --by rules first, or pass --runs.")
+    one_world([described(task) for task in whole])
+    return tasks
+
+
+def gains(options: Options, tasks: Mapping[str, Mapping[int, Task]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """{method: {part, or all: {figure: its gain over the base by seed, and the interval}}}."""
+    budget = Budget(options.stages, options.images, options.runs)
+    base = {seed: figures(scores(budget.base(seed).folder, 0)) for seed in options.seeds}
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, of in tasks.items():
+        ends = {p: {seed: figures(part(task, p)) for seed, task in of.items()} for p in PARTS}
+        ends["all"] = {seed: figures(scores(task.folder, options.stages[-1])) for seed, task in of.items()}
+        found[name] = {p: {} for p in ends}
+        for p, figure in itertools.product(ends, next(iter(base.values()))):
+            values = [ends[p][seed][figure] - base[seed][figure] for seed in options.seeds]
+            found[name][p][figure] = {**interval(values).to_dict(), "by seed": values}
+    return found
+
+
+def draw(found: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path) -> None:
+    """A panel a figure; of each method, tuned at all steps, at the early and at the late ones."""
+    figure = Figure(figsize=(15, 1.1 * len(found) + 1.6), layout="constrained")
+    words = {"all": "all steps", "early": "steps 25 to 12", "late": "steps 11 to 1"}
+    rows = [(name, p) for name in reversed(found) for p in ("late", "early", "all")]
+    for axes, key in zip(figure.subplots(1, len(PANELS)), PANELS):
+        for place, (name, p) in enumerate(rows):
+            values = found[name][p][key]["by seed"]
+            bar(axes, interval(values), values, place, COLOURS[name])
+        axes.axvline(0, color="#444444", linewidth=0.8)
+        axes.set(title=key, yticks=range(len(rows)))
+        axes.set_yticklabels([f"{name}, {words[p]}" for name, p in rows] if key == PANELS[0] else [])
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.2, axis="x")
+    figure.suptitle("gain over the untuned model of tuned weights at some of the steps; dots: seeds; bar: 95% interval")
+    figure.savefig(path, dpi=120)
+
+
+def main(options: Options) -> int:
+    """Makes what is missing, then writes."""
+    tasks = table(options)
+    pairs = [(task, p) for of in tasks.values() for task in of.values() for p in PARTS]
+    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
+        for _ in track(pool.map(part, *zip(*pairs)), "images", len(pairs)):
+            pass
+    told = {**provenance(), "seeds": options.seeds, "gains": gains(options, tasks)}
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "study_steps.json").write_text(json.dumps(rounded(told), indent=1) + "\n")
+    draw(told["gains"], options.output / "study_steps.png")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(tyro.cli(Options, description=__doc__)))

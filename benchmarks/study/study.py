@@ -1,0 +1,193 @@
+"""Table 2 on the embedded world: every direct-gradient method under one budget, on five seeds.
+
+    python -m benchmarks.study.study
+
+Each method gets the same iterations, batch and optimiser; its learning rate is chosen once, by the reward on validation
+prompts and a seed of their own, from the grid that all share (and extended by a step where the best lies at its edge).
+Then it runs on every seed, with the prompts and noise that all methods of a seed share, and its held-out images are
+graded by the reward, two further scorers and the rules, paired with the untuned model's image by image. Writes
+study.json, study.md, study.png and study_samples.png beside this file, from as many whole seeds as there are, and
+study_rates.json, what every rate that was tried came to on the validation prompts. A high rate may buy reward that the
+rules do not see: --by rules chooses by them, and writes study_by_rules.json and so on; --rate 3e-5 gives one to all
+methods, and writes study_rate_3e-05.json and so on. Runs that are finished are read, not repeated, and one that was
+interrupted goes on: after any interruption the same command continues. Time and memory are measured by study_cost.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import tyro
+
+from benchmarks.provenance import provenance
+from benchmarks.study.figures import figures
+from benchmarks.study.methods import METHODS, Budget, wanted
+from benchmarks.study.pictures import draw, samples
+from benchmarks.study.report import rounded, write
+from benchmarks.study.runs import Task, described, finished, graded, scores
+from benchmarks.study.worker_pool import do
+from trajsurgery.errors import SurgeryError
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which methods, on which seeds, under which budget."""
+
+    methods: tuple[str, ...] = tuple(METHODS)
+    """In the table's order."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    rates: tuple[float, ...] = (1e-5, 3e-5, 1e-4)
+    """The learning rates that are tried with every method; the grid goes on in both directions."""
+    validation: int = 100
+    """The seed on which the rate is chosen."""
+    by: Literal["reward", "rules"] = "reward"
+    """What chooses the rate on the validation prompts; with rules the files are study_by_rules.json, ..."""
+    chosen: Path | None = None
+    """A study_rates.json whose rates are taken instead of choosing them."""
+    rate: float | None = None
+    """One rate for all methods instead of choosing them; the files are study_rate_3e-05.json, ..."""
+    stages: tuple[int, ...] = (75, 150, 225)
+    """Iterations after which held-out images are made (Fig. 5); the last is the budget."""
+    images: int = 480
+    """Held-out images of a run, spread evenly over the six categories."""
+    workers: int = 2
+    """Processes side by side, one thread each; 1 on a busy machine."""
+    report: bool = False
+    """Only write the table and pictures of what is finished."""
+    output: Path = RESULTS
+    runs: Path = Path("outputs/study")
+    """Where the runs themselves are; keep it to go on."""
+
+    @property
+    def budget(self) -> Budget:
+        """What all runs have in common."""
+        return Budget(self.stages, self.images, self.runs)
+
+
+def tried(options: Options, name: str) -> dict[float, dict[str, float]]:
+    """{rate: figures of the validation images}, of the runs that are finished; none of a run that diverged."""
+    found: dict[float, dict[str, float]] = {}
+    while True:
+        seen = {rate: worth(line, options.by) for rate, line in found.items()}
+        tasks = {rate: options.budget.trial(name, rate, options.validation) for rate in wanted(seen, options.rates)}
+        new = {rate: task for rate, task in tasks.items() if rate not in found and finished(task)}
+        if not new:
+            return found
+        for rate, task in new.items():
+            found[rate] = figures(scores(task.folder, options.stages[-1])) if graded(task) else {}
+
+
+def worth(line: dict[str, float], figure: str) -> float:
+    """A trial's figure; below all others if it diverged."""
+    return line.get(figure, -math.inf)
+
+
+def best(found: dict[float, dict[str, float]], figure: str = "reward") -> float:
+    """The rate with the highest figure.
+
+    Raises:
+        SurgeryError: all diverged.
+    """
+    if not any(found.values()):
+        raise SurgeryError(
+            f"all rates that were tried diverged, {sorted(found)}: pass smaller ones, --rates 1e-6 3e-6."
+        )
+    return max(found, key=lambda rate: worth(found[rate], figure))
+
+
+def choices(options: Options) -> dict[str, dict[str, Any]]:
+    """How each method's rate was chosen, and the one with the best rules among those tried; None while not done."""
+    if options.rate is not None:
+        return {name: {"chosen": options.rate} for name in options.methods}
+    if options.chosen is not None:
+        there = json.loads(options.chosen.read_text())["rates"]
+        return {name: {"chosen": there[name]["chosen"]} for name in options.methods}
+    found: dict[str, dict[str, Any]] = {}
+    for name in options.methods:
+        at = tried(options, name)
+        left = set(wanted({rate: worth(line, options.by) for rate, line in at.items()}, options.rates)) - at.keys()
+        found[name] = {
+            "tried": {f"{rate:g}": line for rate, line in sorted(at.items())},
+            "left": sorted(left),
+            "chosen": None if left else best(at, options.by),
+            "by_rules": None if left else best(at, "rules"),
+        }
+    return found
+
+
+def chooses(options: Options) -> bool:
+    """Whether rates are chosen by this study."""
+    return options.chosen is None and options.rate is None
+
+
+def stem(options: Options) -> str:
+    """What its files are called."""
+    if options.rate is not None:
+        return f"study_rate_{options.rate:g}"
+    return "study" if options.by == "reward" else "study_by_rules"
+
+
+def plan(options: Options) -> Iterator[Task]:
+    """Rates first, then one seed after the other with all methods, so that what is there is balanced at any time."""
+    found, budget = choices(options), options.budget
+    if chooses(options):
+        yield budget.base(options.validation, "validation")
+        trials = [(rate, name) for name, line in found.items() for rate in (*map(float, line["tried"]), *line["left"])]
+        for rate, name in sorted(trials, key=lambda one: one[0]):
+            yield budget.trial(name, rate, options.validation)
+    for seed in options.seeds:
+        yield budget.base(seed)
+        for name, line in found.items():
+            if line["chosen"] is not None:
+                yield budget.run(name, line["chosen"], seed)
+
+
+def said(done: Task) -> str:
+    """A line about a finished run."""
+    if not graded(done):
+        return described(done)["diverged"]
+    line = figures(scores(done.folder, done.stages[-1]))
+    return f"reward {line['reward']:.4f} rules {line['rules']:.3f}"
+
+
+def table(options: Options) -> dict[str, dict[int, Task]]:
+    """{method: {seed: its run}} of the methods whose rates are chosen, the base first."""
+    tasks = {"base": {seed: options.budget.base(seed) for seed in options.seeds}}
+    for name, line in choices(options).items():
+        rate = line["chosen"]
+        tasks[name] = {} if rate is None else {seed: options.budget.run(name, rate, seed) for seed in options.seeds}
+    return tasks
+
+
+def main(options: Options) -> int:
+    """Runs what is left, then writes what there is."""
+    if options.rate is not None and (options.chosen is not None or options.by != "reward"):
+        raise SurgeryError("--rate gives all methods one rate: drop --chosen and --by, which choose one for each.")
+    complete = options.report or do(lambda: list(plan(options)), options.runs, options.workers, said)
+    tasks = table(options)
+    options.output.mkdir(parents=True, exist_ok=True)
+    name, rates = stem(options), choices(options)
+    if chooses(options):
+        base = options.budget.base(options.validation, "validation")
+        untuned = figures(scores(base.folder, 0)) if finished(base) else {}
+        told = {**provenance(), "validation seed": options.validation, "untuned": untuned, "rates": rates}
+        (options.output / f"{name}_rates.json").write_text(json.dumps(rounded(told), indent=1) + "\n")
+    found = write(tasks, rates, options.output, name)
+    if found is not None:
+        draw(found, options.output / f"{name}.png")
+        samples(tasks, found["seeds"][0], options.output / f"{name}_samples.png")
+    return 0 if complete else 130
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(tyro.cli(Options, description=__doc__)))

@@ -1,0 +1,126 @@
+"""Worker processes for the study's runs: whatever is left is read off the disk, so that any interruption is mended."""
+
+from __future__ import annotations
+
+import fcntl
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from benchmarks.study.runs import Task, finished, progress, work
+from trajsurgery.errors import SurgeryError
+
+Plan = Callable[[], Sequence[Task]]
+"""All tasks that are known by now, in the order in which they are to be done; asked again after each."""
+
+
+def do(plan: Plan, folder: Path, workers: int, said: Callable[[Task], str]) -> bool:
+    """Does what is not done yet, several runs side by side; says whether all of it is done (False: interrupted).
+
+    Args:
+        folder: where the runs are; no two studies work there at a time.
+        said: a line about a finished task.
+
+    Raises:
+        SurgeryError: another study works there.
+    """
+    console = Console(soft_wrap=True)
+    context, running = multiprocessing.get_context("spawn"), dict[Future[bool], Task]()
+    with alone(folder), _terminated(), _bar(console) as show, ProcessPoolExecutor(workers, mp_context=context) as pool:
+        try:
+            while True:
+                known = plan()
+                free = [task for task in known if task not in running.values() and not finished(task)]
+                for task in free[: workers - len(running)]:
+                    console.print(f"{_now()} begins {task.folder}", highlight=False)
+                    running[pool.submit(work, task)] = task
+                if not running:
+                    return True
+                done = _watched(running, known, show)
+                if not _told([(running.pop(future), future) for future in done], console, said):
+                    raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            console.print("interrupted: runs are saved, the same command goes on")
+            for process in multiprocessing.active_children():
+                process.terminate()
+            pool.shutdown(cancel_futures=True)
+            return False
+
+
+def _watched(running: dict[Future[bool], Task], known: Sequence[Task], show: Callable[[int, int], None]) -> set[Any]:
+    """Waits for a run to end, the bar moving."""
+    done: set[Any] = set()
+    while not done:
+        done, _ = wait(running, timeout=5, return_when=FIRST_COMPLETED)
+        show(sum(map(progress, known)), sum(task.cost for task in known))
+    return done
+
+
+def _told(ended: list[tuple[Task, Future[bool]]], console: Console, said: Callable[[Task], str]) -> bool:
+    """Says what came of runs; whether all of them were done to their end."""
+    for task, future in ended:
+        if not future.result():
+            return False
+        console.print(f"{_now()} done   {task.folder}: {said(task)}", highlight=False)
+    return True
+
+
+def _now() -> str:
+    return time.strftime("%H:%M:%S")
+
+
+@contextmanager
+def alone(folder: Path) -> Generator[None]:
+    """Holds the folder's lock, which the system takes back from a process that ends in whatever way."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise SurgeryError(
+                f"another study works in {folder}: wait for it, stop it, or pass --runs with another folder."
+            ) from error
+        yield
+
+
+@contextmanager
+def _bar(console: Console) -> Generator[Callable[[int, int], None]]:
+    """A bar of everything; without a terminal a line every ten minutes."""
+    columns = (TextColumn("study"), BarColumn(None), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    began, last, first = time.monotonic(), time.monotonic(), -1
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        whole = bar.add_task("study", total=None)
+
+        def show(spent: int, total: int) -> None:
+            nonlocal last, first
+            first = spent if first < 0 else first
+            bar.update(whole, completed=spent, total=total)
+            if not console.is_terminal and time.monotonic() - last > 600 and spent > first:
+                last = time.monotonic()
+                left = (last - began) * (total - spent) / (spent - first) / 60
+                console.print(f"{_now()} {spent / total:.0%}, about {left:.0f} minutes left", highlight=False)
+
+        yield show
+
+
+@contextmanager
+def _terminated() -> Generator[None]:
+    """SIGTERM is as Ctrl-C."""
+
+    def interrupt(_: int, __: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,184 @@
+"""Stage four: the reward. Every step it sees fresh scenes, spoilt and attacked, and half of the training prompts.
+
+Each picture is judged by each prompt, and the scene itself says which are true of it; so hard negatives of every kind
+(colours or order swapped, one object more, fewer or other) are in every batch. The rule-based evaluator has no part.
+
+A contrastive loss alone learns bags of words, and for long no relation at all. So a throw-away linear head,
+one for both embeddings, says what each quadrant holds: first on its own, then beside the contrast. Which colour belongs
+to which shape and where it is are then in both embeddings, in the same directions.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional
+
+from benchmarks.world.compose import compose
+from benchmarks.world.fit_text import blurred
+from benchmarks.world.layout import KINDS, contents, divergence, layouts
+from benchmarks.world.spoil import decoded, degrade, nonsense
+from benchmarks.world.stage import Budget, Stage
+from trajsurgery.tiny.prompt import draw_prompts, meanings, split_prompts
+from trajsurgery.tiny.render import render
+from trajsurgery.tiny.scorer import Reward, new_clip, normalised
+from trajsurgery.tiny.truth import holds
+from trajsurgery.tiny.variant import REWARD, Variant
+
+WEIGHTS = {
+    "single object": 0.08,
+    "two objects": 0.12,
+    "counting": 0.2,
+    "colours": 0.1,
+    "position": 0.28,
+    "attribute binding": 0.22,
+}
+BATCH, SPOILT = 96, 20  # pictures that prompts are true of, and pictures that none is
+POOL = 6144  # scenes decoded from noisy latents, a quarter of every batch
+RADII = (0.5, 2.5)  # of the attacks, in the L2 norm of a picture, drawn for each; a circle is about 3 from a square
+PUSHES = 3
+LESSON = 0.5  # weight of the divergence of the guessed layouts
+CONTRAST_FROM = 0.3  # share of the steps that are lessons in layout only
+ATTACKS_FROM = 0.5  # share of the steps after which every other picture is attacked
+
+
+def fit_loss(logits: Tensor, truth: Tensor) -> Tensor:
+    """Softmax of each true prompt against all false ones, plus a logistic loss that also judges pictures of nothing.
+
+    logits: Float[batch prompts], truth: Bool[batch prompts].
+    """
+    false = logits.masked_fill(truth, float("-inf")).logsumexp(1, keepdim=True)
+    positives = truth.sum(1, keepdim=True).clamp(min=1)  # a picture may have none
+    ranked = (functional.softplus(false - logits) * truth / positives).sum(1)
+    hit = (functional.softplus(-logits) * truth / positives).sum(1)
+    missed = (functional.softplus(logits) * ~truth).sum(1) / 8
+    return (ranked + hit + missed).mean()
+
+
+def attack(images: Tensor, loss_of: Any, generator: Generator) -> Tensor:
+    """PUSHES steps of gradient ascent on the loss, in an L2 ball of random radius around each picture and in [0, 1]."""
+    radius = RADII[0] + (RADII[1] - RADII[0]) * torch.rand(images.shape[0], 1, 1, 1, generator=generator)
+    start = torch.randn(images.shape, generator=generator)
+    offset = 0.3 * radius * start / start.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    for _ in range(PUSHES):
+        offset.requires_grad_(True)
+        (gradient,) = torch.autograd.grad(loss_of(images + offset), offset)
+        size = gradient.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)
+        offset = offset.detach() + 0.6 * radius * gradient / size
+        length = offset.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)
+        offset = (images + offset * (radius / length).clamp(max=1)).clamp(0, 1) - images
+    return (images + offset).detach()
+
+
+class Course:
+    """What the reward is taught: the model, the prompts as tokens and meanings, and the pool of rough pictures.
+
+    Its parameters are those of `modules`: CLIP, the shift of its logits, and the head that reads layouts.
+    """
+
+    def __init__(self, budget: Budget, folder: Path, vae: Any, variant: Variant) -> None:
+        torch.manual_seed(budget.seed + variant.seed + 4)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.budget = replace(budget, seed=budget.seed + variant.data_seed)
+        self.clip, tokenizer = new_clip(folder, variant)
+        self.clip.logit_scale.data.fill_(2.5)  # e^2.5 = 12: cosines that a softmax can tell apart
+        self.shift = nn.Parameter(torch.tensor(-6.0))
+        self.head = nn.Linear(self.clip.visual.output_dim, 4 * (KINDS + 1))
+        self.prompts = {split: split_prompts(split) for split in ("train", "validation")}
+        self.tokens = {split: tokenizer([p.text for p in prompts]) for split, prompts in self.prompts.items()}
+        self.meaning = meanings(self.prompts["train"])
+        generator = Generator().manual_seed(self.budget.seed + 5)
+        self.pool = compose(meanings(draw_prompts("train", POOL, WEIGHTS, generator)), generator)
+        parts = [decoded(vae, render(self.pool[slice(i, i + 256)]), generator) for i in range(0, POOL, 256)]
+        self.pictures = torch.cat(parts)
+        self.pool_truth = holds(self.pool, self.meaning, every_pair=True)
+        self.layouts = layouts(self.prompts["train"], generator)
+
+    @property
+    def modules(self) -> nn.ModuleDict:
+        return nn.ModuleDict({"clip": self.clip, "shift": nn.ParameterList([self.shift]), "head": self.head})
+
+    def see(self, images: Tensor) -> Tensor:
+        """Unit embeddings of images in [0, 1]."""
+        return self.clip.encode_image(normalised(images), normalize=True)
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """Unit embeddings of texts."""
+        return self.clip.encode_text(tokens, normalize=True)
+
+    def logits(self, found: Tensor, texts: Tensor) -> Tensor:
+        """Float[images texts]."""
+        return self.clip.logit_scale.exp() * found @ texts.T + self.shift
+
+    def lesson(self, found: Tensor, texts: Tensor, shown: Tensor, layout: Tensor) -> Tensor:
+        """How far the layouts that the head reads off the embeddings are from the true ones."""
+        guesses = self.head(10 * found), self.head(10 * texts)  # unit vectors are too short for confident guesses
+        return divergence(guesses[0], shown).mean() + divergence(guesses[1], layout).mean()
+
+    def batch(self, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Pictures, Bool[pictures prompts] which training prompts are true of them, and the contents of the true ones.
+
+        The last SPOILT pictures are nonsense, of which no prompt is true.
+        """
+        fresh = compose(meanings(draw_prompts("train", 3 * BATCH // 4, WEIGHTS, generator)), generator)
+        rows = torch.randint(POOL, (BATCH // 4,), generator=generator)
+        clean = torch.cat([render(fresh), self.pictures[rows]])
+        truth = torch.cat([holds(fresh, self.meaning, every_pair=True), self.pool_truth[rows]])
+        images = torch.cat([degrade(clean, generator), nonsense(clean[:SPOILT], generator)])
+        shown = torch.cat([contents(fresh), contents(self.pool[rows])])
+        return images, torch.cat([truth, torch.zeros(SPOILT, len(self.meaning), dtype=torch.bool)]), shown
+
+    def loss(self, step: int, generator: Generator) -> Tensor:
+        """First the lesson alone, then the contrast beside it, then both on pictures half of which are attacked."""
+        images, truth, shown = self.batch(generator)
+        if step < CONTRAST_FROM * self.budget.steps:
+            with blurred([self.clip.token_embedding], generator):
+                texts = self.read(self.tokens["train"])
+            return self.lesson(self.see(images[:BATCH:2]), texts, shown[::2], self.layouts)
+        asked = torch.randperm(len(self.meaning), generator=generator)[: len(self.meaning) // 2]
+        truth, texts = truth[:, asked], self.read(self.tokens["train"][asked])
+        if step >= ATTACKS_FROM * self.budget.steps:
+            fixed, half = texts.detach(), truth[::2]
+            images[::2] = attack(images[::2], lambda x: fit_loss(self.logits(self.see(x), fixed), half), generator)
+        found = self.see(images)
+        taught = self.lesson(found[:BATCH], texts, shown, self.layouts[asked])
+        return fit_loss(self.logits(found, texts), truth) + LESSON * taught
+
+    def report(self) -> str:
+        """How often a validation prompt's render fits it better than all validation prompts that are false of it."""
+        prompts, copies = self.prompts["validation"], 6
+        scenes = compose(meanings([p for p in prompts for _ in range(copies)]), Generator().manual_seed(6))
+        truth = holds(scenes, meanings(prompts), every_pair=True)
+        logits = self.logits(self.see(render(scenes)), self.read(self.tokens["validation"]))
+        best = logits.masked_fill(truth, float("-inf")).amax(1)
+        own = logits.gather(1, torch.arange(len(prompts)).repeat_interleave(copies)[:, None])[:, 0]
+        return f"own prompt above all false ones of validation: {float((own > best).float().mean()):.3f}"
+
+
+def scorer_stage(budget: Budget, folder: Path, vae: Any, variant: Variant = REWARD) -> Stage:
+    """Trains the open_clip CLIP whose config and tokenizer it writes to `<folder>/<variant's name>`."""
+    course = Course(budget, folder / variant.name, vae, variant)
+    return Stage(variant.name, course.modules, course.loss, course.budget, course.report, report_every=200)
+
+
+def save_scorer(stage: Stage, folder: Path) -> None:
+    """Writes the weights, bfloat16, and the threshold that fits them: a fifth of correct renders score below it."""
+    from safetensors.torch import save_file
+
+    place, clip = folder / stage.name, stage.modules["clip"]
+    state = {name: _halved(value).contiguous() for name, value in clip.state_dict().items()}
+    save_file(state, place / "model.safetensors")
+    (place / "threshold.json").write_text(json.dumps({"threshold": 1.0}))
+    prompts = [prompt for prompt in split_prompts("validation") for _ in range(8)]
+    images = render(compose(meanings(prompts), Generator().manual_seed(8)))
+    with torch.no_grad():
+        scores = Reward(place)(images, prompts)
+    threshold = round(float(scores.quantile(0.2)), 3)
+    (place / "threshold.json").write_text(json.dumps({"threshold": threshold}) + "\n")
+
+
+def _halved(value: Tensor) -> Tensor:
+    return value.to(torch.bfloat16) if value.is_floating_point() else value  # a ResNet counts its batches

@@ -1,0 +1,78 @@
+"""What the shipped SD3 and Wan can do, measured: the base models' scores by the rules, at several guidances."""
+
+from typing import Any
+
+import torch
+from torch import Generator
+
+GUIDANCES = (1.0, 1.25, 1.5, 2.0)
+
+
+def sd3(each: int, steps: int) -> dict[str, Any]:
+    """The tiny SD3: `each` pictures a category; guidance is chosen on the validation prompts."""
+    from benchmarks.world import figures
+    from trajsurgery import tiny
+    from trajsurgery.tiny.rules import judge
+    from trajsurgery.tiny.sd3 import GUIDANCE
+
+    pipe, reward = tiny.pipeline("sd3"), tiny.Reward()
+    found: dict[str, Any] = {"steps": steps, "guidance": GUIDANCE}
+    for guidance in GUIDANCES:
+        prompts = figures.evenly("validation", each)
+        verdict = judge(figures.draw(pipe, prompts, steps, seed=16, guidance_scale=guidance), prompts)
+        found[f"base_validation_guidance_{guidance:g}"] = figures.base(verdict)
+    for split in ("train", "heldout"):
+        prompts = figures.evenly(split, each)
+        images = figures.draw(pipe, prompts, steps, seed=16, guidance_scale=GUIDANCE)
+        verdict = judge(images, prompts)
+        found[f"base_{split}"] = figures.base(verdict)
+        with torch.no_grad():
+            found[f"ranking_{split}"] = figures.ranking(reward(images, prompts), verdict)
+    prompts = figures.evenly("train", 10)
+    found["leap_distances"] = figures.leap_distances(pipe, prompts, steps, seed=17, guidance_scale=GUIDANCE)
+    return found
+
+
+def wan(each: int) -> dict[str, Any]:
+    """The tiny Wan: `each` videos a direction."""
+    from benchmarks.world.figures import area, leap_distances
+    from benchmarks.world.fit_wan import GUIDANCE, STEPS, reconstructions, shoot
+    from trajsurgery import tiny
+    from trajsurgery.tiny.video import FRAMES, Motion, film, motions
+    from trajsurgery.tiny.video_reward import MotionReward
+    from trajsurgery.tiny.video_rules import MotionVerdict, judge
+
+    def base(verdict: MotionVerdict) -> dict[str, float]:
+        shares = {name: float(getattr(verdict, name).float().mean()) for name in ("there", "moves", "junk")}
+        return {**{name: share for name, (share, _) in verdict.table().items()}, **shares, "n": len(verdict.prompts)}
+
+    def some(split: Any) -> list[Motion]:
+        known = motions(split)
+        return [known[i % len(known)] for i in range(4 * each)]
+
+    pipe, reward = tiny.pipeline("wan"), MotionReward()
+    prompts = some("heldout")
+    clean = film(prompts, Generator().manual_seed(13))
+    scores = reward(clean, prompts)
+    found: dict[str, Any] = {"steps": STEPS, "guidance": GUIDANCE, "threshold": reward.threshold}
+    found["evaluator"] = base(judge(clean, prompts))
+    with torch.no_grad():
+        found["autoencoder"] = base(judge(reconstructions(pipe.vae, clean), prompts))
+    found["reward_of_true_videos"] = {f"q{q:02d}": float(scores.quantile(q / 100)) for q in (5, 20, 50, 95)}
+    for guidance in GUIDANCES:
+        asked = some("validation")
+        found[f"base_validation_guidance_{guidance:g}"] = base(judge(shoot(pipe, asked, 16, guidance), asked))
+    for split in ("train", "heldout"):
+        asked = some(split)
+        videos = shoot(pipe, asked, 16, GUIDANCE)
+        verdict, scores = judge(videos, asked), reward(videos, asked)
+        found[f"base_{split}"] = base(verdict)
+        found[f"ranking_{split}"] = {
+            "area": area(scores, verdict.correct),
+            "area_of_moves": area(scores, verdict.moves),
+            "correct_mean": float(scores[verdict.correct].mean()),
+            "incorrect_mean": float(scores[~verdict.correct].mean()),
+        }
+    options: dict[str, Any] = {"height": 32, "width": 32, "num_frames": FRAMES, "guidance_scale": GUIDANCE}
+    found["leap_distances"] = leap_distances(pipe, some("train")[:48], STEPS, seed=17, **options)
+    return found

@@ -1,0 +1,200 @@
+"""Rewards by name, and the command that scores pictures with them."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tests.builders.toy_world import LikesRed
+from trajsurgery import RewardError
+from trajsurgery.cli import main
+from trajsurgery.errors import RecipeError
+from trajsurgery.evaluation import model_comparison
+from trajsurgery.evaluation.picture_scores import pictures, read, scores, summary
+from trajsurgery.rewards import contract, named
+from trajsurgery.rewards.by_name import scorer
+from trajsurgery.rewards.mixed import Relative, Weighted
+from trajsurgery.training.recipe import Recipe
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three pictures of different sizes and kinds, and a file that is none."""
+    for name, size, colour in (("b.png", (8, 5), "red"), ("a.jpg", (9, 9), "lime"), ("c.PNG", (1, 3), "blue")):
+        Image.new("RGB", size, colour).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("green\nred\na blue one\n")
+    return tmp_path
+
+
+def test_every_name_makes_a_reward_or_says_what_to_fetch(tmp_path: Path) -> None:
+    for name, found in named.NAMES.items():
+        assert named.known(name)
+        with pytest.raises(RewardError, match=f"hf download {found.repository}"):
+            named.named(name)
+        assert f"hf download {found.repository}" in str(named.lacking(name))
+        assert named.lacking(f"{name}:{tmp_path}") is None
+        assert "there is no" in str(named.lacking(f"{name}:{tmp_path}/gone"))
+    assert named.named("nothing") is None
+    assert not named.known("nothing")
+    assert not named.known("remote")
+    assert named.known("remote:here:1")
+    with pytest.raises(RewardError, match="HOST:PORT"):
+        named.named("remote:here")
+    assert named.known("hpsv2")
+    with pytest.raises(RewardError, match=r"HPS_v2.1_compressed"):
+        scorer("hpsv2", CPU)
+    with pytest.raises(RecipeError, match=r"pickscore.*remote:HOST:PORT"):
+        scorer("pikscore", CPU)
+
+
+def test_names_are_those_that_rewards_have() -> None:
+    from trajsurgery.rewards.clip import Aesthetic, CLIPScore, PickScore
+    from trajsurgery.rewards.imagereward import ImageReward
+
+    for kind in (PickScore, CLIPScore, Aesthetic, ImageReward):
+        assert named.NAMES[kind.name].kind == kind.__name__
+    assert Recipe().reward == "tiny"
+
+
+def test_pictures_and_prompts_are_paired_by_name(folder: Path) -> None:
+    found = pictures([folder], folder / "notes.txt")
+    assert [(p.path.name, p.prompt) for p in found] == [("a.jpg", "green"), ("b.png", "red"), ("c.PNG", "a blue one")]
+    lines = [{"image": "c.PNG", "prompt": "third"}, {"image": "b.png", "prompt": "first"}]
+    (folder / "p.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    found = pictures([folder / "b.png", folder / "c.PNG"], folder / "p.jsonl")
+    assert [(p.path.name, p.prompt) for p in found] == [("b.png", "first"), ("c.PNG", "third")]
+
+
+def test_a_picture_is_read_as_it_is(folder: Path) -> None:
+    found = read(folder / "b.png", CPU)
+    assert found.shape == (1, 3, 5, 8)
+    assert torch.equal(found.amax((2, 3)), torch.tensor([[1.0, 0.0, 0.0]]))
+    Image.new("RGBA", (4, 4), (255, 255, 255, 0)).save(folder / "clear.png")
+    assert read(folder / "clear.png", CPU).shape == (1, 3, 4, 4)
+    assert float(read(folder / "clear.png", CPU).min()) == 1
+
+
+def test_the_command_prints_and_saves(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "tests.builders.toy_world:LikesRed"
+    assert main([str(folder), "--prompts", str(folder / "notes.txt"), "--reward", name]) == 0
+    said = capsys.readouterr().out
+    found = json.loads((folder / "scores.json").read_text())
+    rows = {Path(row["image"]).name: row for row in found["images"]}
+    assert rows["b.png"][name] == 1
+    assert rows["b.png"]["prompt"] == "red"
+    assert rows["c.PNG"][name] == 1  # "blue" is asked for, and is there
+    assert rows["a.jpg"][name] < -0.9
+    values = [row[name] for row in found["images"]]
+    mean = sum(values) / 3
+    error = math.sqrt(sum((v - mean) ** 2 for v in values) / 2 / 3)
+    assert found["rewards"][name]["mean"] == pytest.approx(mean)
+    assert found["rewards"][name]["standard_error"] == pytest.approx(error)
+    assert f"{mean:.4f}" in said
+    assert "standard error" in said
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda f: ["--prompts", f / "gone.txt"], "there is no file"),
+        (lambda f: ["--reward", "hpsv2"], "hf download xswu/HPSv2"),
+        (lambda f: ["--batch", "0"], "at least one picture"),
+        (lambda f: [f / "gone.png"], r"there is no .*gone.png"),
+        (lambda f: [f / "b.png"], "3 prompts for 4 images"),
+        (lambda f: ["--prompts", f / "bad.jsonl"], "a line is not"),
+        (lambda f: ["--prompts", f / "few.jsonl"], r"no prompt for a.jpg and 1 further"),
+    ],
+)
+def test_what_does_not_fit_is_said(folder: Path, capsys: pytest.CaptureFixture[str], change: object, said: str) -> None:
+    (folder / "bad.jsonl").write_text('{"image": 3}\n')
+    (folder / "few.jsonl").write_text('{"image": "b.png", "prompt": "x"}\n')
+    further = change(folder)  # type: ignore[operator]
+    given = {"--prompts": folder / "notes.txt", "--reward": "tests.builders.toy_world:LikesRed"}
+    images = [folder, *(further if isinstance(further[0], Path) else [])]
+    given |= {} if isinstance(further[0], Path) else {further[0]: further[1]}
+    assert main([str(word) for word in (*images, *(w for pair in given.items() for w in pair))]) == 1
+    assert re.search(said, " ".join(capsys.readouterr().out.split()))
+    assert not (folder / "scores.json").exists()
+
+
+def test_pictures_on_disk_have_the_originals_numbers(folder: Path) -> None:
+    """Every reward is told that pixels are bytes, those in a mixture too; `evaluate` scores by the same function."""
+    seen = list[bool]()
+
+    class Tells(contract.Reward):
+        name = scale = source = licence = "tells"
+
+        def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+            seen.append(self.rounded)
+            return images.mean((1, 2, 3))
+
+    asked = pictures([folder], folder / "notes.txt")
+    scores(Weighted([(Tells(), 1.0), (Relative(Tells(), "good", "bad", 0.5), 1.0)]), asked, CPU)
+    assert seen == [True] * 9
+    assert model_comparison.scores is scores
+
+
+def test_pictures_of_one_size_are_graded_together_and_each_once(folder: Path) -> None:
+    for name, size in (("d.png", (8, 5)), ("e.png", (8, 5)), ("f.png", (8, 5))):
+        Image.new("RGB", size, "red").save(folder / name)
+    (folder / "six.txt").write_text("x\n" * 6)
+    seen, done = list[int](), list[int]()
+
+    class Counts(LikesRed):
+        def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+            seen.append(len(images))
+            return super().__call__(images, prompts)
+
+    asked = pictures([folder], folder / "six.txt")
+    assert scores(Counts(), asked, CPU, 2, done.append) == scores(LikesRed(), asked, CPU)
+    assert seen == done == [1, 1, 1, 2, 1]
+
+
+def test_a_file_that_is_no_picture(folder: Path) -> None:
+    (folder / "z.png").write_text("not a picture")
+    with pytest.raises(RewardError, match="no picture that PIL can read"):
+        read(folder / "z.png", CPU)
+
+
+def test_one_value_has_no_error() -> None:
+    mean, error = summary([2.0])
+    assert mean == 2
+    assert math.isnan(error)
+    scores: Tensor = LikesRed()(torch.ones(1, 3, 2, 2), ["x"])
+    assert float(scores) == 0
+
+
+QUICK = """
+import sys
+from trajsurgery.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as stop:
+    print(stop.code, [m for m in ("torch", "diffusers", "transformers") if m in sys.modules])
+"""
+
+
+@pytest.mark.parametrize("words", [["--help"], ["score", "--help"], ["evaluate", "--help"]], ids=len)
+def test_help_imports_no_torch(words: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-c", QUICK, *words], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0 []"
+    assert words[0] in done.stdout
+
+
+@pytest.mark.parametrize("module", ["trajsurgery"])
+def test_the_modules_are_the_command(module: str) -> None:
+    words = [sys.executable, "-m", module, "--help"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert "grades pictures" in done.stdout or "Scores pictures" in done.stdout

@@ -1,0 +1,118 @@
+"""On the embedded world, a reward made to be hacked: unguarded it rises while the held-out scorer falls."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from trajsurgery import LeapAlign, tiny
+from trajsurgery.evaluation import validation_rounds
+from trajsurgery.rewards import by_name
+from trajsurgery.training import components
+from trajsurgery.training.checkpoint import METRICS, Log, Training
+from trajsurgery.training.objective import Objective
+from trajsurgery.training.recipe import Recipe
+from trajsurgery.training.settings import Evaluation, Guards, Optimiser, Rollout
+from trajsurgery.training.training_loop import train
+
+HACKED, HELD = "tests.evaluation.test_validation_on_tiny:Brightness", "tiny:scorer_b"
+
+
+class Brightness:
+    """reward(images, prompts): the mean of all pixels, whatever is asked for."""
+
+    threshold = 1.0
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return images.mean((1, 2, 3))
+
+
+def ran(output: Path, reward: str = HACKED, **given: Any) -> tuple[Recipe, Training, list[Mapping[str, Any]]]:
+    """A short run; looks every four iterations."""
+    recipe = Recipe(
+        method=LeapAlign(),
+        reward=reward,
+        prompts="tiny:even",
+        objective=Objective(threshold=1.0 if reward == HACKED else 1.5, tau=0.02),
+        rollout=Rollout(steps=8, batch=8),
+        optimiser=Optimiser(rate=3e-4),
+        evaluation=Evaluation(images=12, steps=8, batch=24, metrics=(HELD,)),
+        guards=Guards(**{"every": 4, "images": 24, **given}),
+        iterations=16,
+        ema=0.5,
+        save_every=100,
+        output=output,
+    )
+    found = components.load(recipe)
+    validation_rounds.check(recipe, found)
+    training = Training.start(recipe, found.module)
+    assert train(recipe, found, training, lambda _: None)
+    return recipe, training, [line for line in Log(output / METRICS).read() if line["kind"] == "look"]
+
+
+def test_a_file_s_categories_are_kept_and_validation_prompts_are_the_world_s_own(tmp_path: Path) -> None:
+    rows = [{"tag": "colors", "include": [], "prompt": "a red circle"}, {"tag": "counting", "prompt": "two squares"}]
+    (tmp_path / "heldout.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "looks.txt").write_text("a triangle\n")
+    recipe = Recipe(heldout=str(tmp_path / "heldout.jsonl"), evaluation=Evaluation(metrics=()))
+    found = components.load(recipe)
+    assert [(prompt.text, prompt.category) for prompt in found.heldout] == [
+        ("a red circle", "colors"),
+        ("two squares", "counting"),
+    ]
+    assert found.validation == ()
+    watched = replace(recipe, guards=Guards(every=1, prompts=str(tmp_path / "looks.txt")))
+    assert [prompt.text for prompt in components.load(watched).validation] == ["a triangle"]
+    own = components.load(replace(recipe, heldout="tiny", guards=Guards(every=1))).validation
+    assert len({prompt.category for prompt in own}) == 6
+    assert not {prompt.text for prompt in own} & {p.text for s in ("train", "heldout") for p in tiny.prompts(s)}
+
+
+@pytest.fixture(scope="module")
+def unguarded(tmp_path_factory: pytest.TempPathFactory) -> list[Mapping[str, Any]]:
+    return ran(tmp_path_factory.mktemp("none"))[2]
+
+
+def held(look: Mapping[str, Any]) -> float:
+    return look["metrics"][HELD]
+
+
+@pytest.mark.slow
+def test_the_hacked_reward_rises_and_the_held_out_scorer_falls(unguarded: list[Mapping[str, Any]]) -> None:
+    assert unguarded[-1]["reward"] > unguarded[0]["reward"] + 0.005
+    assert held(unguarded[-1]) < held(unguarded[0]) - 0.05
+    assert unguarded[-1]["rule"] < unguarded[0]["rule"]
+
+
+@pytest.mark.slow
+def test_early_stop_fires_on_the_same_run(unguarded: list[Mapping[str, Any]], tmp_path: Path) -> None:
+    recipe, training, looks = ran(tmp_path, patience=2)
+    assert training.iteration < recipe.iterations
+    assert validation_rounds.stopped(recipe, training)
+    for look, same in zip(looks, unguarded):
+        assert {**look, "seconds": 0} == {**same, "seconds": 0}
+    assert training.watch.best == max(looks, key=held)["iteration"] == looks[-3]["iteration"]
+
+
+@pytest.mark.slow
+def test_the_anchor_lessens_the_fall(unguarded: list[Mapping[str, Any]], tmp_path: Path) -> None:
+    _, _, looks = ran(tmp_path, anchor=3.0)
+    fall, before = held(looks[0]) - held(looks[-1]), held(unguarded[0]) - held(unguarded[-1])
+    assert fall < 0.5 * before
+
+
+@pytest.mark.slow
+def test_a_mixture_lessens_the_fall_and_shows_its_parts(unguarded: list[Mapping[str, Any]], tmp_path: Path) -> None:
+    recipe, _, looks = ran(tmp_path, f"1*{HACKED}+2*tiny")
+    fall, before = held(looks[0]) - held(looks[-1]), held(unguarded[0]) - held(unguarded[-1])
+    assert fall < 0.75 * before
+    for look in looks:
+        parts = look["metrics"][f"1*{HACKED}"] + 2 * look["metrics"]["2*tiny"]
+        assert look["reward"] == pytest.approx(parts, abs=1e-5)
+    assert "tiny" not in by_name.further(replace(recipe, evaluation=Evaluation()))

@@ -1,0 +1,289 @@
+"""Looks at held-out rewards: what they see, when they stop a run, what is kept, and that a kill changes none of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from matplotlib.image import imread
+from torch import Tensor
+
+from tests.builders import toy_world
+from tests.training.test_checkpoint import Killed, killed_at, same
+from trajsurgery import RecipeError
+from trajsurgery.cli import train_command
+from trajsurgery.cli.train_command import main
+from trajsurgery.evaluation import validation_rounds
+from trajsurgery.evaluation.held_out import evaluate
+from trajsurgery.reports import run_report, validation_report
+from trajsurgery.rewards.by_name import terms
+from trajsurgery.training.checkpoint import CHECKPOINT, METRICS, Log, Training, Watch, resume
+from trajsurgery.training.components import World
+from trajsurgery.training.prompts import Asked
+from trajsurgery.training.recipe import Recipe, differences
+from trajsurgery.training.settings import Guards
+from trajsurgery.training.training_loop import train
+
+PROMPTS = tuple(Asked(text, "any") for text in ("a blue circle", "a square near a circle", "three circles"))
+
+
+class Dislikes(toy_world.LikesRed):
+    """The opposite of the reward: it falls while the reward is climbed. `until`: it rises until the reward is there."""
+
+    def __init__(self, until: float = -9.0) -> None:
+        self.until = until
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return -(super().__call__(images, prompts) - self.until).abs()
+
+
+def recipe(output: Path, **changes: Any) -> Recipe:
+    """Ten iterations, a look at every other one."""
+    settings = {"every": 2, "images": 6, "patience": 2, **changes}
+    return toy_world.recipe(output, guards=Guards(**settings), iterations=10, save_every=3)
+
+
+def world(settings: Recipe, until: float = -9.0) -> World:
+    return replace(toy_world.world(settings), metrics={"held": Dislikes(until)}, validation=PROMPTS)
+
+
+def trained(
+    settings: Recipe, until: float = 0.12, told: Callable[[validation_rounds.Look], None] = lambda _: None
+) -> Training:
+    """The loop alone, from where it was left."""
+    here = world(settings, until)
+    training = Training.start(settings, here.module)
+    resume(settings, training)
+    training.before = training.before or evaluate(settings, here)
+    assert train(settings, here, training, lambda _: None, told)
+    return training
+
+
+def looks(output: Path) -> list[dict[str, Any]]:
+    return [line for line in Log(output / METRICS).read() if line["kind"] == "look"]
+
+
+def test_looks_are_those_of_the_averaged_weights_and_change_no_draw(tmp_path: Path) -> None:
+    settings = recipe(tmp_path / "looked", patience=None)
+    here, seen = world(settings), list[validation_rounds.Look]()
+    training = Training.start(settings, here.module)
+    assert train(settings, here, training, lambda _: None, seen.append)
+    assert [look.iteration for look in seen] == [0, 2, 4, 6, 8, 10]
+    assert [line["iteration"] for line in looks(settings.output)] == [0, 2, 4, 6, 8, 10]
+    training.ema.copy_to(training.parameters)
+    shown = replace(settings, evaluation=replace(settings.evaluation, images=6))
+    again = evaluate(shown, replace(here, heldout=PROMPTS))
+    last = seen[-1]
+    assert last.reward == float(again.reward.double().mean())
+    assert last.metrics == {"held": float(again.metrics["held"].double().mean())}
+    assert again.correct is not None
+    assert last.rule == float(again.correct.double().mean())
+    assert last.spread["held"] == pytest.approx(float(again.metrics["held"].std()), rel=1e-5)
+    plain = toy_world.recipe(tmp_path / "plain", iterations=10, save_every=3)
+    trained(plain)
+    there, found = (torch.load(r.output / CHECKPOINT, weights_only=True) for r in (plain, settings))
+    for name in ("weights", "ema"):
+        pairs = zip(_tensors(there[name]), _tensors(found[name]), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs), name
+    logs = [[r for r in Log(f / METRICS).read() if r["kind"] == "iteration"] for f in (plain.output, settings.output)]
+    first, second = ([{**r, "seconds": 0} for r in log] for log in logs)
+    assert first == second
+    assert not list(settings.output.glob("best-*"))
+
+
+def _tensors(found: Any) -> list[Tensor]:
+    return list(found) if isinstance(found, list) else list(found["shadow_params"])
+
+
+def test_a_falling_reward_stops_the_run_and_the_best_weights_are_kept(tmp_path: Path) -> None:
+    settings = recipe(tmp_path)
+    here = world(settings, until=0.12)
+    first, averaged = [p.detach().clone() for p in here.module.parameters()], dict[int, list[Tensor]]()
+    start = Training.start
+
+    def starting(*given: Any) -> Training:
+        training = start(*given)
+        step = training.ema.step
+
+        def noting(parameters: Any) -> None:
+            step(parameters)
+            averaged[training.iteration + 1] = [p.clone() for p in training.ema.shadow_params]
+
+        training.ema.step = noting
+        return training
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "start", starting)
+        found = main(settings, here)
+    assert found is not None
+    held = {look["iteration"]: look["metrics"]["held"] for look in looks(tmp_path)}
+    best = max(held, key=lambda i: held[i])
+    assert 0 < best < found["iterations"] < 10, f"the hump is not where the test wants it: {held}"
+    assert found["iterations"] == best + 4
+    assert found["guards"] == {"by": "held", "best": best, "kept": best, "stopped": True}
+    kept = FluxTransformer2DModel.from_pretrained(tmp_path / "transformer")
+    assert all(map(torch.equal, kept.parameters(), averaged[best]))
+    assert not all(map(torch.equal, kept.parameters(), first))
+    assert [path.name for path in tmp_path.glob("best-*")] == [f"best-{best:06d}.pt"]
+    said = " ".join(run_report.remarks(found))
+    assert f"stopped early at iteration {best + 4}: scorer held" in said
+    assert f"the averaged ones of iteration {best}" in said
+    assert main(settings, world(settings, 0.12)) is not None
+    assert len(looks(tmp_path)) == len(held), "a run that was stopped is finished"
+
+
+def test_a_reward_that_only_harms_leaves_the_untuned_model(tmp_path: Path) -> None:
+    settings = recipe(tmp_path)
+    untuned = [p.detach().clone() for p in toy_world.world(settings).module.parameters()]
+    training = trained(settings, until=-9.0)
+    assert (training.iteration, training.watch.best) == (4, 0)
+    assert not all(map(torch.equal, training.ema.shadow_params, untuned))
+    validation_rounds.restore_best(settings, training)
+    assert all(map(torch.equal, training.ema.shadow_params, untuned))
+    (tmp_path / "best-000000.pt").unlink()
+    with pytest.raises(RecipeError, match=r"best-000000\.pt.*can't be read.*--overwrite"):
+        validation_rounds.restore_best(settings, training)
+
+
+def test_a_killed_run_with_guards_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = toy_world.world
+    held = {"metrics": {"held": Dislikes(0.12)}, "validation": PROMPTS}
+    monkeypatch.setattr(toy_world, "world", lambda settings: replace(plain(settings), **held))
+    whole, torn = (recipe(tmp_path / name, anchor=5.0) for name in ("whole", "torn"))
+    training = trained(whole)
+    for number in (3, 6):
+        killed_at(torn, number)
+    again = trained(torn)
+    same(whole.output, torn.output)
+    files = [[(path.name, path.read_bytes()) for path in r.output.glob("best-*")] for r in (whole, torn)]
+    assert files[0] == files[1] != []
+    for recipe_, run_ in ((whole, training), (torn, again)):
+        validation_rounds.restore_best(recipe_, run_)
+    assert all(map(torch.equal, training.ema.shadow_params, again.ema.shadow_params))
+
+
+@pytest.mark.parametrize(
+    "moment, number, until",
+    [
+        ("after the weights of the best look", 4, 0.12),
+        ("after a look, before the next checkpoint", 4, 0.12),
+        ("after a look at the iteration of the last checkpoint", 6, -9.0),
+    ],
+)
+def test_a_kill_between_two_files_loses_nothing(
+    tmp_path: Path, moment: str, number: int, until: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, torn = (recipe(tmp_path / name, patience=4) for name in ("whole", "torn"))
+    trained(whole, until)
+    written = validation_rounds.save
+
+    def killed(settings: Recipe, training: Training) -> None:
+        if training.iteration == number and "best" in moment:
+            raise Killed
+        written(settings, training)
+
+    def told(look: validation_rounds.Look) -> None:
+        if look.iteration == number:
+            raise Killed
+
+    monkeypatch.setattr(validation_rounds, "save", killed)
+    with pytest.raises(Killed):
+        trained(torn, until, told)
+    monkeypatch.undo()
+    trained(torn, until)
+    same(whole.output, torn.output)
+    assert [p.name for p in torn.output.glob("best-*")] == [p.name for p in whole.output.glob("best-*")] != []
+
+
+def test_a_watch_counts_from_the_best() -> None:
+    watch = Watch()
+    seen = [watch.see(i, value) for i, value in enumerate([float("nan"), 0.1, 0.1, 0.3, 0.2, float("nan")])]
+    assert seen == [True, False, False, False, False, False]
+    watch = Watch()
+    assert [watch.see(i, value) for i, value in enumerate([0.1, 0.1, 0.3, 0.2])] == [True, False, True, False]
+    assert (watch.last, watch.best, watch.waited, watch.value) == (3, 2, 1, 0.3)
+
+
+@pytest.mark.parametrize(
+    "changes, given, said",
+    [
+        ({}, {"metrics": {}}, r"There is none; name some with --evaluation\.metrics"),
+        ({"by": "gone"}, {}, r"guards\.by = gone: .* There are held"),
+        ({}, {"validation": ()}, r"Pass --guards\.prompts FILE"),
+    ],
+)
+def test_what_the_guards_lack_is_told_before_images_are_sampled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: Any, given: Any, said: str
+) -> None:
+    monkeypatch.setattr(train_command, "evaluate", lambda *_: pytest.fail("images were sampled"))
+    settings = recipe(tmp_path, **changes)
+    with pytest.raises(RecipeError, match=said):
+        main(settings, replace(world(settings), **given))
+
+
+def test_a_part_of_the_reward_is_no_judge(tmp_path: Path) -> None:
+    settings = replace(recipe(tmp_path, by="held"), reward="0.5*tiny+0.5*held")
+    with pytest.raises(RecipeError, match="held is a part of the reward"):
+        validation_rounds.check(settings, world(settings))
+
+
+def test_numbers_out_of_range_are_refused() -> None:
+    for wrong in (Guards(every=0), Guards(patience=3), Guards(every=1, patience=0), Guards(anchor=-1.0)):
+        with pytest.raises(RecipeError, match=r"guards\."):
+            Recipe(guards=wrong)
+    with pytest.raises(RecipeError, match=r"guards\.anchor = nan"):
+        Recipe(guards=Guards(anchor=float("nan")))
+
+
+def test_a_run_without_guards_of_an_earlier_version_goes_on() -> None:
+    there = {name: value for name, value in Recipe().to_dict().items() if name != "guards"}
+    assert differences(there, Recipe().to_dict()) == []
+    assert differences(there, Recipe(guards=Guards(anchor=1.0)).to_dict()) == ["guards.anchor: 0.0 there, 1.0 here"]
+
+
+def test_the_picture_has_looks_and_anchor_below_the_curve(tmp_path: Path) -> None:
+    lines: list[dict[str, Any]] = []
+    for i in range(1, 9):
+        lines.append({"kind": "iteration", "iteration": i, "reward": i / 10, "anchor": None})
+    plain = imread(run_report.curve(tmp_path / "plain.png", "title", lines)).shape
+    spread = {"reward": 0.1, "held": 0.2, "rule": 0.0}
+    for i in (0, 4, 8):
+        look = validation_rounds.Look(
+            i, i / 10, {"held": -i / 10}, 0.5 if i else 1.0, spread, best=0, waited=i // 4, seconds=0.1
+        )
+        lines.append(json.loads(json.dumps(vars(look))))
+        assert ("without a new best (iteration 0)" in validation_report.line(look)) == bool(i)
+    watched = imread(run_report.curve(tmp_path / "watched.png", "title", lines)).shape
+    held = [{**line, "anchor": 0.1} if line["kind"] == "iteration" else line for line in lines]
+    both = imread(run_report.curve(tmp_path / "both.png", "title", held)).shape
+    assert plain[0] < watched[0] < both[0]
+
+
+@pytest.mark.parametrize(
+    "asked, found",
+    [
+        ("hpsv2.1", {}),
+        ("a.b:C", {}),
+        ("hpsv2.1:weights/2*3.pt", {}),
+        ("0.7*hpsv2.1+0.3*pickscore", {"hpsv2.1": 0.7, "pickscore": 0.3}),
+        (" 1e-1 * a.b:C - 2*tiny:scorer_b + .5*x ", {"a.b:C": 0.1, "tiny:scorer_b": -2.0, "x": 0.5}),
+        ("-1*tiny", {"tiny": -1.0}),
+        ("1*hpsv2.1:a+b.pt+2.*remote:here:1", {"hpsv2.1:a+b.pt": 1.0, "remote:here:1": 2.0}),
+    ],
+)
+def test_a_mixture_is_read(asked: str, found: dict[str, float]) -> None:
+    assert terms(asked) == found
+
+
+@pytest.mark.parametrize("asked", ["0.7*", "1*tiny+2*tiny", "1*tiny+2*"])
+def test_what_is_no_mixture_is_told(asked: str) -> None:
+    with pytest.raises(RecipeError, match="a mixture is a weight and a scorer"):
+        terms(asked)
+    with pytest.raises(RecipeError, match="a mixture is a weight and a scorer"):
+        train_command.preflight.check(Recipe(reward=asked))

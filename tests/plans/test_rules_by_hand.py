@@ -1,0 +1,200 @@
+"""The rules at their borders: for each a plan that it just allows, and one that it just refuses, with what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from trajsurgery import Plan, PlanError, latent, leapalign, noise, recorded
+from trajsurgery.plans.legality import PLAN_RULES, sampled, violations
+from trajsurgery.plans.nodes import Advance, Leap, Noise, Scale, Velocity
+from trajsurgery.plans.rules import RULES
+
+X: Any = latent(3)
+V: Any = X.velocity()
+
+
+def at(t: int) -> Any:
+    return latent(t).velocity()
+
+
+LEGAL: tuple[Callable[[], Plan], ...] = (
+    lambda: Plan(latent(6).leap(0), steps=6),
+    lambda: Plan(latent(1).leap(0), steps=1),
+    lambda: Plan(latent("T").leap(5), steps=6),
+    lambda: Plan(latent("a").leap("b")),
+    lambda: Plan(latent("T").leap(5)),
+    lambda: Plan(X.leap(2)),
+    lambda: Plan(X.leap(0, velocity=V.scale(0.5))),
+    lambda: Plan(X.discount(0).leap(0)),
+    lambda: Plan(X.discount(1).leap(0)),
+    lambda: Plan(X.discount("a").leap(0)),
+    lambda: Plan(X.leap(0, velocity=V.scale("a"))),
+    lambda: Plan(X.leap(0, velocity=V.scale(1e9))),
+    lambda: Plan(X.leap(0, velocity=X.velocity("name"))),
+    lambda: Plan(latent(0).renoise(1).leap(0)),
+    lambda: Plan(latent(0).renoise("T").leap(0), steps=4),
+    lambda: Plan(latent("t").renoise(3).leap(0)),
+    lambda: Plan(latent(0).renoise(3, 7).leap(1).recover(7)),
+    lambda: Plan(latent(0).renoise(3, "rollout").leap(1).recover("rollout")),
+    lambda: Plan(latent(0).renoise(3, 1).leap(0).renoise(2, 2).leap(1).recover(2)),
+    lambda: Plan(latent(0).renoise(3, 1).leap(0).renoise(3, 1).leap(1).recover(1)),
+    lambda: Plan(latent(0).renoise(3, "rollout").leap(0).renoise(2, "rollout").leap(1).recover("rollout")),
+    lambda: Plan(noise().leap(0), steps=4),
+    lambda: Plan(Noise(4).leap(0), steps=4),
+    lambda: Plan(X.advance(0, [V])),
+    lambda: Plan(X.advance(0, [at(5), at(1)])),
+    lambda: Plan(X.advance(0, [V, at(5), at(4)], "adams-bashforth")),
+    lambda: Plan(X.advance(1, [V, at(2)], "euler")),
+    lambda: Plan(latent("k").advance(0, [latent("k").velocity(), at(1)], "euler")),
+    lambda: Plan(X.advance("j", [V, at(1)], "euler")),
+    lambda: Plan(latent("T").advance(0, [latent("T").velocity(), at(6)], "adams-bashforth")),
+    lambda: Plan(X.leap(2, velocity=recorded(3)).leap(0)),
+)
+
+
+@pytest.mark.parametrize("make", LEGAL)
+def test_legal(make: Callable[[], Plan]) -> None:
+    assert violations(make().outputs, make().steps) == []
+
+
+ILLEGAL: tuple[tuple[Callable[[], Any], str, str], ...] = (
+    (lambda: Plan(Leap(X, X, 0)), "kinds", "leap of a latent, at"),
+    (lambda: Plan(Leap(V, V, 0)), "kinds", "leap of a velocity, at"),
+    (lambda: Plan(Advance(X, (V, latent(4)), 0)), "kinds", "advance of a latent, at"),
+    (lambda: Plan(X.leap(0, velocity=Velocity(V))), "kinds", "velocity of a velocity, at"),
+    (lambda: Plan(X.leap(0, velocity=Scale(X, 0.5))), "kinds", "scale of a latent, at"),
+    (lambda: Plan(latent(2.5).leap(0)), "time-type", "the time 2.5, in"),
+    (lambda: Plan(latent(True).leap(0)), "time-type", "the time True, in"),
+    (lambda: Plan(latent("a b").leap(0)), "time-type", "the time 'a b', in"),
+    (lambda: Plan(X.leap(None)), "time-type", "the time None, in"),
+    (lambda: Plan(latent(7).leap(0), steps=6), "time-range", "the time 7, of 6 steps, in"),
+    (lambda: Plan(X.leap(-1)), "time-range", "the time -1, of T steps, in"),
+    (lambda: Plan(X.advance(0, [V, at(0)])), "model-time", "velocity at t = 0, in"),
+    (lambda: Plan(X.advance(0, [V, recorded(0)])), "model-time", "recorded at t = 0, in"),
+    (lambda: Plan(X.leap(3)), "falling", "a leap from t = 3 to t = 3, in"),
+    (lambda: Plan(latent("T").leap(6), steps=6), "falling", "a leap from t = 6 to t = 6, in"),
+    (lambda: Plan(latent("k").leap("k")), "falling", "a leap from t = k to itself, in"),
+    (lambda: Plan(X.leap(4)), "falling", "a leap from t = 3 to t = 4, in"),
+    (lambda: Plan(X.advance(3, [V])), "falling", "a advance from t = 3 to t = 3"),
+    (lambda: Plan(X.leap(0, velocity=at(2))), "velocity-time", "a latent at t = 3 with a velocity at t = 2, in"),
+    (lambda: Plan(X.leap(0, velocity=at(4))), "velocity-time", "a latent at t = 3 with a velocity at t = 4, in"),
+    (lambda: Plan(X.discount("T").leap(0)), "factor-type", "the factor 'T', in"),
+    (lambda: Plan(X.discount("a b").leap(0)), "factor-type", "the factor 'a b', in"),
+    (lambda: Plan(X.discount(None).leap(0)), "factor-type", "the factor None, in"),
+    (lambda: Plan(X.leap(0, velocity=V.scale(True))), "factor-type", "the factor True, in"),
+    (lambda: Plan(X.discount(float("inf")).leap(0)), "finite", "the factor inf, in"),
+    (lambda: Plan(X.leap(0, velocity=V.scale(float("nan")))), "finite", "the factor nan, in"),
+    (lambda: Plan(X.discount(1.0001).leap(0)), "discount-range", "discount(1.0001), in"),
+    (lambda: Plan(X.discount(-0.0001).leap(0)), "discount-range", "discount(-0.0001), in"),
+    (lambda: Plan(X.discount(2).leap(0)), "discount-range", "discount(2.0), in"),
+    (lambda: Plan(X.leap(0, velocity=V.scale(-0.0001))), "scale-range", "scale(-0.0001), in"),
+    (lambda: Plan(X.leap(0, velocity=X.velocity(3))), "field-name", "the field 3, in"),
+    (lambda: Plan(latent(1).renoise(3).leap(0)), "renoise-start", "renoise from t = 1, in"),
+    (lambda: Plan(latent("T").renoise(3).leap(0), steps=4), "renoise-start", "renoise from t = 4, in"),
+    (lambda: Plan(X.leap(0).renoise(0)), "renoise-to", "renoise to t = 0, in"),
+    (lambda: Plan(X.leap(0).recover()), "recover-start", "recover from t = 0, in"),
+    (lambda: Plan(latent(0).renoise(3, -1).leap(0)), "draw", "draw=-1, in"),
+    (lambda: Plan(latent(0).renoise(3, True).leap(0)), "draw", "draw=True, in"),
+    (lambda: Plan(latent(0).renoise(3, "other").leap(0)), "draw", "draw='other', in"),
+    (lambda: Plan(X.leap(1).recover(1.5)), "draw", "draw=1.5, in"),
+    (
+        lambda: Plan(latent(0).renoise(3, 1).leap(0).renoise(2, 1).leap(1).recover(1)),
+        "recover-draw",
+        "recover(draw=1) below samples renoised to t = ['2', '3'], in",
+    ),
+    (lambda: Plan(Noise(3).leap(0), steps=4), "noise-time", "noise at t = 3 of T = 4, in"),
+    (lambda: Plan(X.advance(0, [V], "simpson")), "quadrature", "rule='simpson', in"),
+    (lambda: Plan(X.advance(0, [])), "supports", "no velocity, in"),
+    (lambda: Plan(X.advance(0, [V, recorded(3)])), "supports", "velocities at t = [3, 3]: one time twice, in"),
+    (
+        lambda: Plan(latent("T").advance(0, [latent("T").velocity(), at(4)], "lagrange"), steps=4),
+        "supports",
+        "velocities at t = [4, 4]: one time twice, in",
+    ),
+    (
+        lambda: Plan(X.advance(0, [at(4)], "adams-bashforth")),
+        "supports",
+        "velocities at t = [4], none at the latent's t = 3, in",
+    ),
+    (
+        lambda: Plan(X.advance(0, [V, at(2)], "adams-bashforth")),
+        "supports",
+        "velocities at t = [3, 2], some below the latent's t = 3, in",
+    ),
+    (
+        lambda: Plan(X.advance(0, [at(2)], "euler")),
+        "supports",
+        "velocities at t = [2], none at the latent's t = 3, in",
+    ),
+    (lambda: Plan(X.advance(1, [V, at(4)], "euler")), "supports", "velocities at t = [3, 4], some outside 3..2, in"),
+    (lambda: Plan(X.advance(1, [V, at(1)], "euler")), "supports", "velocities at t = [3, 1], some outside 3..2, in"),
+    (lambda: Plan(), "outputs", "Received []."),
+    (lambda: Plan(V), "outputs", "Received ['velocity']."),
+    (lambda: Plan(X.leap(0), None), "outputs", "Received ['leap', None]."),
+    (lambda: Plan(X), "trains", "Received x_3."),
+    (lambda: Plan(X.leap(0), X), "trains", "Received x_3."),
+    (lambda: Plan(X.leap(0), steps=0), "steps-type", "Received steps=0."),
+    (lambda: Plan(X.leap(0), steps=True), "steps-type", "Received steps=True."),
+    (lambda: Plan(X.leap(0), steps=2.0), "steps-type", "Received steps=2.0."),
+    (lambda: Plan(X.leap(0), steps=4).prepared(5), "steps", "Received a plan for 4 steps, a trajectory of 5."),
+    (lambda: Plan(X.leap(0), steps=4).prepared(3), "steps", "Received a plan for 4 steps, a trajectory of 3."),
+    (lambda: Plan(latent(-1).leap(0)), "time-range", "the time -1, of T steps, in"),
+    (lambda: leapalign("k", "j").prepared(5), "unbound", "Received k, j in x_k -> "),
+    (lambda: X.leap(0, discount=0.5, velocity=V), "one-velocity", "both discount=0.5 and velocity="),
+)
+
+
+@pytest.mark.parametrize("make, rule, received", ILLEGAL)
+def test_illegal(make: Callable[[], Any], rule: str, received: str) -> None:
+    with pytest.raises(PlanError) as err:
+        make()
+    assert err.value.rules == (rule,)
+    assert received in str(err.value)
+    if rule in RULES:
+        assert str(err.value).startswith(f"[{rule}] {RULES[rule].demand}. Received ")
+        assert str(err.value).endswith(RULES[rule].repair)
+    elif rule in PLAN_RULES and rule != "one-velocity":
+        demand, repair = PLAN_RULES[rule]
+        assert str(err.value).startswith(f"[{rule}] {demand}. Received ")
+        assert str(err.value).endswith(f". {repair}")
+
+
+@pytest.mark.parametrize(
+    "sigmas, legal",
+    [
+        ([1.0, 0.5, 0.25, 0.0], True),
+        ([0.0, 0.5, 0.75, 1.0], True),
+        ([1.0, 0.5, 0.5, 0.0], False),
+        ([0.0, 0.5, 0.5, 1.0], False),
+        ([1.0, 0.25, 0.5, 0.0], False),
+        ([1.001, 0.5, 0.25, 0.0], False),
+        ([1.0, 0.5, 0.25, -0.001], False),
+        ([1.0], False),
+        ([], False),
+        ([1.0, float("nan"), 0.5, 0.0], False),
+    ],
+)
+def test_sigmas(sigmas: list[float], legal: bool) -> None:
+    if legal:
+        sampled(sigmas)
+        return
+    with pytest.raises(PlanError, match=r"the sigmas received, \["):
+        sampled(sigmas)
+
+
+def test_every_rule_is_here() -> None:
+    assert {rule for _, rule, _ in ILLEGAL} == {*RULES, *PLAN_RULES}
+
+
+def test_several_at_once() -> None:
+    with pytest.raises(PlanError) as err:
+        Plan(latent(9).leap(9).discount(2), latent(8).leap(8), steps=6)
+    assert err.value.rules == ("time-range", "falling", "discount-range")
+    assert str(err.value).count("\n") == 6
+    # nodes that are mistaken for others are told alone: what else is wrong can't be known
+    with pytest.raises(PlanError) as err:
+        Plan(Leap(X, X, 0).leap(1).leap(9), steps=6)
+    assert err.value.rules == ("kinds",)

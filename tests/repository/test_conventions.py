@@ -1,0 +1,203 @@
+"""The conventions that a machine can read off the source: layers, owners, sizes, names, docstrings, cost of import."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LIBRARY = ROOT / "trajsurgery"
+FILES = sorted(LIBRARY.rglob("*.py"))
+
+LAYERS: dict[str, str] = {
+    "nodes": "errors interned node interpolant",
+    "graph": "notation graph rules check derivative formula tables gradient columns scene placing mermaid draw",
+    "language": "plan persample",
+    "surgery": "ops",
+    "execution": "alarm inputs params terms trajectory linear calls execute lockstep surgery",
+    "samplers": "scheduler guidance clock record entry reentry loop pipelines",
+    "methods": "methods",
+    "rewards": "rewards",
+    "tiny": "tiny",
+    "training": "objective settings recipe presets lora encoded decoder folder prompts scorers world diversity heldout"
+    " preflight checkpoint anchor guards grading pull train ascent noise_recipe",
+    "planning": "memory",
+    "report": "calibration evaluate watching report filmstrip",
+    "run": "options run noise_run grade sampling standing versions contest command score __main__",
+    "testing": "testing",
+}
+"""Layer: its files and packages. A file imports from its own layer and from those above it."""
+
+RANK = {name: i for i, names in enumerate(LAYERS.values()) for name in names.split()}
+
+OWNERS: dict[str, str] = {
+    "networkx": "graph columns",
+    "sympy": "derivative gradient formula",
+    "diffusers": "reentry pipelines tiny objective recipe world heldout preflight checkpoint pull train memory",
+    "matplotlib": "draw report filmstrip tiny",
+}
+"""Package: the files that may import it."""
+
+NO_TORCH = ("nodes", "graph", "language")
+MOST_LINES, MOST_METHOD_LINES = 300, 15
+NAMELESS = {"utils", "util", "common", "helpers", "helper", "misc"}
+
+
+def unit(path: Path) -> str:
+    """The file or package of the layer table that a path belongs to."""
+    return path.relative_to(LIBRARY).parts[0].removesuffix(".py")
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def imports(path: Path, typing: bool) -> Iterator[str]:
+    """The full names of the modules that a file imports, at any depth; `typing`: those for the type checker too."""
+    skipped: set[int] = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not typing:
+            skipped.update(id(inner) for part in node.body for inner in ast.walk(part))
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import; say `from trajsurgery.x import y`"
+            module = node.module or ""
+            yield from (f"{module}.{a.name}" for a in node.names) if module == "trajsurgery" else [module]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            yield from (str(given.value) for given in node.args if isinstance(given, ast.Constant))
+
+
+def own(path: Path) -> set[str]:
+    """The library's files and packages that a file imports."""
+    return {name.split(".")[1] for name in imports(path, typing=True) if name.startswith("trajsurgery.")}
+
+
+INNER = [path for path in FILES if path != LIBRARY / "__init__.py"]
+NAMED = {str(path.relative_to(LIBRARY)): path for path in INNER}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_file_imports_only_from_its_layer_and_those_above(name: str) -> None:
+    path = NAMED[name]
+    assert unit(path) in RANK, f"{unit(path)} has no place in the layer table of tests/test_conventions.py"
+    for other in own(path):
+        assert other in RANK, f"{name} imports trajsurgery.{other}: import names from the file they live in"
+        assert RANK[other] <= RANK[unit(path)], f"{name} imports {other}, which is of a later layer"
+
+
+def test_no_cycle() -> None:
+    edges: dict[str, set[str]] = {}
+    for path in INNER:
+        edges.setdefault(unit(path), set()).update(own(path) - {unit(path)})
+    left = dict(edges)
+    while free := [name for name, to in left.items() if not to & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left, f"these files import each other in a circle: {sorted(left)}"
+
+
+@pytest.mark.parametrize("package", OWNERS)
+def test_a_package_is_imported_by_its_owners_only(package: str) -> None:
+    for path in INNER:
+        found = {name.split(".")[0] for name in imports(path, typing=False)}
+        assert package not in found or unit(path) in OWNERS[package].split(), f"{path} imports {package}"
+
+
+def test_plans_know_no_tensors() -> None:
+    for layer in NO_TORCH:
+        for path in (p for p in INNER if unit(p) in LAYERS[layer].split()):
+            assert "torch" not in {name.split(".")[0] for name in imports(path, typing=True)}, path
+
+
+def test_importing_is_quick() -> None:
+    heavy = "('torch', 'sympy', 'matplotlib', 'diffusers', 'transformers', 'networkx')"
+    code = f"import sys, trajsurgery; dir(trajsurgery); print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_plan_is_made_without_torch() -> None:
+    code = (
+        "import sys; from trajsurgery import Plan, latent; print(Plan(latent(5).leap(0)));"
+        "print([m for m in ('torch', 'sympy', 'matplotlib') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.splitlines() == ["x_5 -> x^_0|5", "[]"]
+
+
+def test_every_exported_name_is_there() -> None:
+    import trajsurgery
+
+    for name in trajsurgery.__all__:
+        assert getattr(trajsurgery, name) is not None
+    known = {
+        a.asname for n in ast.walk(tree(LIBRARY / "__init__.py")) if isinstance(n, ast.ImportFrom) for a in n.names
+    }
+    assert set(trajsurgery.__all__) <= known, "the type checker does not see every exported name"
+
+
+def test_files_are_short_and_named_for_what_they_say() -> None:
+    for path in FILES:
+        lines = len(path.read_text().splitlines())
+        assert lines < MOST_LINES, f"{path} has {lines} lines: it says two things"
+        assert path.stem not in NAMELESS, f"{path}: name a file after what it says"
+
+
+def test_a_method_is_a_short_function_of_times() -> None:
+    for path in (p for p in INNER if unit(p) == "methods"):
+        for node in tree(path).body:
+            if isinstance(node, ast.FunctionDef):
+                first = node.body[1] if ast.get_docstring(node) and len(node.body) > 1 else node.body[0]
+                lines = (node.end_lineno or 0) - first.lineno + 1
+                assert lines <= MOST_METHOD_LINES, f"{path}: {node.name} has {lines} lines"
+
+
+def test_everything_public_has_a_docstring() -> None:
+    for path in FILES:
+        module = tree(path)
+        if module.body:
+            assert ast.get_docstring(module), f"{path} does not say what it is"
+        for node in module.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{path}: {node.name} has no docstring"
+
+
+def test_what_a_checker_is_told_to_ignore_is_named() -> None:
+    for path in (p for p in tracked() if p.suffix == ".py"):
+        for i, line in enumerate(path.read_text().splitlines(), 1):
+            blanket = re.search(r"#\s*(noqa(?!: ?[A-Z])|type: ignore(?!\[)|pyright: ignore(?!\[))", line)
+            assert not blanket, f"{path}:{i} ignores everything: name the rule"
+
+
+@cache
+def tracked() -> tuple[Path, ...]:
+    """The files that git tracks, or those of the library outside of a clone."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        return tuple(FILES)
+    done = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=True, cwd=ROOT)
+    return tuple(path for name in done.stdout.splitlines() if (path := ROOT / name).is_file())
+
+
+def test_no_file_names_a_machine_or_a_registry() -> None:
+    # taken apart here, so that this file does not break its own rule
+    hosts = [re.escape("".join(p)) for p in (("py", "pi.org"), ("python", "hosted.org"), ("npm", "js.org"))]
+    found = re.compile(
+        "|".join([r"(?<![\w.])/(?:work|root|home|Users)/\w", *hosts, re.escape("download.pytorch" + ".org")])
+    )
+    for path in tracked():
+        raw = path.read_bytes()
+        if b"\0" not in raw[:8000]:
+            hit = found.search(raw.decode("utf-8", "replace"))
+            assert not hit, f"{path} names {hit.group() if hit else ''}"

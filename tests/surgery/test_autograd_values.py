@@ -1,0 +1,65 @@
+"""The surgery's values are copies, bit for bit, in every dtype; the textbook formula's are not."""
+
+import pytest
+import torch
+
+from tests.tolerances import VALUE
+from trajsurgery.surgery import autograd_functions
+
+DTYPES = tuple(VALUE)
+
+
+def far_apart(dtype):
+    """A rollout's latent and a prediction that misses it by the order of the latents."""
+    generator = torch.Generator().manual_seed(0)
+    real, prediction = (torch.randn(64, 33, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    return real, (3 * prediction).requires_grad_()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_connect_is_the_rollout_s_value(dtype):
+    real, prediction = far_apart(dtype)
+    out = autograd_functions.connect(prediction, real)
+    assert out.dtype == dtype
+    assert torch.equal(out, real)
+    assert out.data_ptr() != real.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_textbook_formula_rounds_here(dtype):
+    """Else the test above would show nothing."""
+    real, prediction = far_apart(dtype)
+    assert not torch.equal(prediction + (real - prediction).detach(), real)
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.3, 1.0, 2.5])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scale_keeps_the_value(dtype, factor):
+    _, x = far_apart(dtype)
+    assert torch.equal(autograd_functions.scale(x, factor), x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_textbook_discount_rounds_here(dtype):
+    _, x = far_apart(dtype)
+    assert not torch.equal(0.3 * x + (1 - 0.3) * x.detach(), x)
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_recompute_is_the_call_s_value(dtype, known):
+    _, x = far_apart(dtype)
+    w = torch.tensor(0.7, dtype=dtype, requires_grad=True)
+    value = (w * x).detach()
+    out = autograd_functions.recompute(lambda x: w * x, x, (w,), value if known else None)
+    assert torch.equal(out, value)
+    assert out.data_ptr() != value.data_ptr()
+
+
+@pytest.mark.parametrize("run", [autograd_functions.connect, lambda p, r: autograd_functions.scale(p, 0.5)])
+def test_a_change_in_place_of_the_result_leaves_the_rollout_alone(run):
+    real, prediction = far_apart(torch.float64)
+    kept = real.clone(), prediction.detach().clone()
+    run(prediction, real).detach().add_(1)
+    assert torch.equal(real, kept[0])
+    assert torch.equal(prediction, kept[1])

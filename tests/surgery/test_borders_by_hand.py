@@ -1,0 +1,197 @@
+"""Border cases of the core that drawn plans seldom reach; each kills a mutant (benchmarks/mutants.py)."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError
+from typing import Any
+
+import pytest
+import sympy
+import torch
+
+from trajsurgery import Plan, PlanError, SamplerError, apply, latent, leapalign, noise, recorded, rollout, sample
+from trajsurgery.plans.closed_form import _product
+from trajsurgery.plans.interpolants import InvertedFlow, Polynomial, RectifiedFlow, Trigonometric
+from trajsurgery.plans.legality import Violation, sampled, violations
+from trajsurgery.plans.nodes import Leap
+from trajsurgery.surgery import autograd_functions
+from trajsurgery.surgery.execution import first_call
+from trajsurgery.testing import MLP
+
+S = sympy.Symbol("s")
+K, J = sympy.symbols("k j")
+FIELD = MLP(3)
+
+
+def test_inverted_flow() -> None:
+    flow = InvertedFlow()
+    assert (flow.alpha(0.25), flow.beta(0.25)) == (0.25, 0.75)
+    assert (flow.alpha_rate(0.25), flow.beta_rate(0.25)) == (1, -1)
+    assert isinstance(flow.beta_rate(0.25), int) and not isinstance(flow.beta_rate(0.25), bool)  # noqa: PT018
+    assert flow.leap(0.25, 0.75) == (1, 0.5)
+
+
+@pytest.mark.parametrize(
+    "a, b, found", [(1, S, S), (S, 1, S), (-1, S, -S), (0, S, 0), (S, 2, 2 * S), (S, -1, -S), (2, 3, 6)]
+)
+def test_a_product(a: Any, b: Any, found: Any) -> None:
+    assert _product(a, b) == found
+
+
+def test_a_number_times_a_difference_stays_a_product() -> None:
+    for made in (_product(sympy.Float(0.5), K - J), _product(K - J, sympy.Float(0.5))):
+        assert str(made) == "0.5*(-j + k)"
+
+
+@pytest.mark.parametrize("sigmas", [None, 3, [None], ["a", "b"], [torch.zeros(2), 0.0], torch.ones(3, device="meta")])
+def test_what_is_no_list_of_numbers_is_no_sampler(sigmas: Any) -> None:
+    with pytest.raises(PlanError, match="sigmas"):
+        sampled(sigmas)
+
+
+def test_a_violation_is_a_value() -> None:
+    broken = Violation("rule", "message")
+    assert len({broken, Violation("rule", "message")}) == 1
+    with pytest.raises(FrozenInstanceError):
+        broken.rule = "other"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_leap_from_the_image_does_not_fall() -> None:
+    stays = latent(0).leap(0, velocity=recorded(0))
+    assert "falling" in {violation.rule for violation in violations([stays])}
+
+
+def test_times_above_those_that_python_shares() -> None:
+    """Integers above 256 that are equal need not be one object."""
+    steps = int("300")
+    plan = Plan(noise().leap(int("150")).connect().leap(0)).prepared(steps)
+    assert not list(violations(plan.outputs, int("300")))
+    call = first_call(leapalign(int("300"), 2).prepared(steps), int("300"))
+    assert call is not None
+    assert call.t == steps
+    assert Plan(latent(7).leap(0), steps=int("300")).prepared(int("300")).steps == steps
+
+
+def test_recompute_under_forward_mode_is_retain() -> None:
+    trajectory = rollout(FIELD, torch.ones(2, 3, dtype=torch.float64), [1.0, 0.5, 0.0])
+    params = dict(FIELD.named_parameters())
+    tangents = {name: torch.ones_like(p) for name, p in params.items()}
+    found: list[torch.Tensor] = []
+    for memory in ("retain", "recompute"):
+        with torch.autograd.forward_ad.dual_level():
+            dual = {name: torch.autograd.forward_ad.make_dual(p.detach(), tangents[name]) for name, p in params.items()}
+            out = apply(
+                leapalign(2, 1, 0.3),
+                trajectory,
+                lambda x, sigma, dual=dual: torch.func.functional_call(FIELD, dual, (x, sigma)),
+                memory,
+                params=list(FIELD.parameters()),
+            )
+            found.append(torch.autograd.forward_ad.unpack_dual(out).tangent)
+    assert torch.equal(*found)
+    assert found[0].abs().max() > 0
+
+
+def test_a_gate_passes_the_rows_that_it_names() -> None:
+    x = torch.arange(6.0).reshape(3, 2).requires_grad_()
+    for rows, passed in ((None, [1, 1, 1]), (torch.tensor([True, False, True]), [1, 0, 1])):
+        gate = autograd_functions.Gate()
+        out = autograd_functions.gated(x, gate)
+        assert torch.equal(out, x)
+        assert out is not x
+        gate.rows = rows
+        (found,) = torch.autograd.grad(out.sum(), x)
+        assert torch.equal(found, torch.tensor(passed, dtype=x.dtype)[:, None].expand(3, 2))
+
+
+class Detaching(torch.nn.Module):
+    """A field with a parameter that trains, whose velocity forgets it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return (self.w * x).detach() if float(sigma) == 1.0 else self.w * x
+
+
+def test_one_velocity_that_carries_no_gradient_is_told() -> None:
+    trajectory = rollout(Detaching(), torch.ones(2, 3), [1.0, 0.5, 0.0])
+    with pytest.raises(SamplerError, match="the velocity at t = 2 carries no gradient"):
+        apply(leapalign(2, 1, 0.3), trajectory, Detaching())
+
+
+def test_a_call_on_two_ways_is_one_term() -> None:
+    v = latent(1).velocity()
+    plan = Plan(latent(3).advance(1, [latent(3).velocity(), v]).leap(0, velocity=v))
+    expansion = plan.gradient()
+    assert (expansion.count, len(expansion.terms)) == (2, 2)
+
+
+@pytest.mark.parametrize("kind", [RectifiedFlow, InvertedFlow, Trigonometric, Polynomial])
+def test_interpolants_are_values(kind: type) -> None:
+    assert kind() == kind()
+    assert len({kind(), kind(), RectifiedFlow()}) == (1 if kind is RectifiedFlow else 2)
+
+
+def test_a_factor_of_one_leaves_a_difference_as_it_is() -> None:
+    assert _product(K - J, 1) == K - J
+
+
+def test_supports_of_an_euler_advance_lie_above_its_end() -> None:
+    x = latent(3)
+    with pytest.raises(PlanError, match="euler"):
+        Plan(x.advance(2, [x.velocity(), latent(1).velocity()], rule="euler"))
+
+
+def test_a_rule_is_known_by_its_letters() -> None:
+    """A string made at run time is another object than the one in the library."""
+    start = latent("p")
+    velocities = [start.velocity(), *(latent(t).velocity() for t in ("q", "r", "u"))]
+    expansion = Plan(start.advance("z", velocities, rule="".join(("eu", "ler")))).gradient()
+    p, q, z, u = sympy.symbols("p q z u")
+    coefficients = {term.source: term.coefficient for term in expansion.terms}
+    assert sympy.simplify(coefficients["p"] - (q - p)) == 0
+    assert sympy.simplify(coefficients["u"] - (z - u)) == 0
+
+
+def test_a_long_rollout_lends_its_calls() -> None:
+    calls: list[float] = []
+
+    def field(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        calls.append(float(sigma))
+        return FIELD(x, sigma)
+
+    times = torch.linspace(1, 0, 301, dtype=torch.float64)
+    noise_ = torch.ones(1, 3, dtype=torch.float64)
+    sample(leapalign(int("300"), int("280"), 0.3), field, noise_, times, params=list(FIELD.parameters()))
+    assert len(calls) == 300
+
+
+def test_every_violation_before_a_wrong_kind_is_told() -> None:
+    spoilt = Leap(latent(7).discount(5.0), latent(7), 0)
+    assert [violation.rule for violation in violations([spoilt, spoilt.leap(9)])] == ["discount-range", "kinds"]
+
+
+def test_a_time_below_0_is_no_image() -> None:
+    assert {violation.rule for violation in violations([latent(-1).recover()])} == {"time-range"}
+
+
+def test_equal_times_of_two_objects_fit() -> None:
+    x = latent(int("300")).leap(0, velocity=recorded(int("300")))
+    assert "velocity-time" not in {violation.rule for violation in violations([x])}
+
+
+def test_noises_are_drawn_once_the_rollout_is_over() -> None:
+    """A field, or a sampler, may draw from the same generator."""
+    generator, again = (torch.Generator().manual_seed(0) for _ in range(2))
+
+    def field(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        torch.rand(1, generator=generator)
+        return FIELD(x, sigma)
+
+    plan, start = Plan(latent(3).leap(2).recover()), torch.ones(1, 3, dtype=torch.float64)
+    _, trajectory = sample(plan, field, start, [1, 0.7, 0.4, 0], generator=generator, params=list(FIELD.parameters()))
+    for _ in range(3):
+        torch.rand(1, generator=again)
+    assert torch.equal(trajectory.noise(0, 2), torch.randn(1, 3, dtype=torch.float64, generator=again))

@@ -1,0 +1,157 @@
+"""What trains: a module's parameters, the leaves behind a lambda, or what params= says."""
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+from tests.builders.problems import cotangents, distance, problem
+from tests.tolerances import EXACT
+from trajsurgery import SamplerError, apply, backward, leapalign
+from trajsurgery.surgery.parameters import leaves
+from trajsurgery.testing import MLP
+
+PLAN = leapalign(6, 3, 0.3)
+
+
+def weights(seed=0):
+    """A field's weights as a dict of tensors, and the field."""
+    generator = torch.Generator().manual_seed(seed)
+    w = {
+        "inner": torch.randn(4, 8, generator=generator, dtype=torch.float64).requires_grad_(),
+        "outer": torch.randn(8, 4, generator=generator, dtype=torch.float64).requires_grad_(),
+        "time": torch.randn(8, generator=generator, dtype=torch.float64).requires_grad_(),
+    }
+    return w, lambda x, sigma: torch.tanh(x @ w["inner"] + sigma * w["time"]) @ w["outer"]
+
+
+def test_a_lambda_over_a_dict_of_tensors():
+    w, field = weights()
+    p = problem(field)
+    c = cotangents([p.trajectory[0]])
+    wanted = torch.autograd.grad(apply(PLAN, p.trajectory, field), list(w.values()), c)
+    found = torch.autograd.grad(apply(PLAN, p.trajectory, field, memory="recompute"), list(w.values()), c)
+    assert distance(found, wanted) <= EXACT
+    named = apply(PLAN, p.trajectory, field, memory="recompute", params=w)
+    assert distance(torch.autograd.grad(named, list(w.values()), c), wanted) <= EXACT
+    backward(PLAN, p.trajectory, field, c)
+    assert distance([leaf.grad for leaf in w.values()], wanted) <= EXACT
+
+
+def test_a_lambda_over_a_module(rolled):
+    def field(x, sigma):
+        return 2 * rolled.field(x, sigma)
+
+    p = problem(field)
+    c = cotangents([p.trajectory[0]])
+    wanted = torch.autograd.grad(apply(PLAN, p.trajectory, field), rolled.params, c)
+    found = torch.autograd.grad(apply(PLAN, p.trajectory, field, "recompute"), rolled.params, c)
+    assert distance(found, wanted) <= EXACT
+
+
+def test_the_walk_is_made_once():
+    w, inner = weights()
+    calls = []
+
+    def field(x, sigma):
+        calls.append(1)
+        return inner(x, sigma)
+
+    p = problem(field)
+    calls.clear()
+    for _ in range(3):
+        apply(PLAN, p.trajectory, field, "recompute")
+    assert len(calls) == 1
+    assert {id(leaf) for leaf in leaves(field, p.trajectory[1], p.sigmas[0])} == {id(v) for v in w.values()}
+
+
+def test_a_field_of_one_leaf():
+    shift = torch.zeros(3, 4, dtype=torch.float64, requires_grad=True)
+    p = problem(lambda x, sigma: shift * 1.0)
+    assert leaves(lambda x, sigma: shift, p.noise, p.sigmas[0]) == (shift,)
+    with pytest.raises(SamplerError, match="requires a gradient"):
+        leaves(lambda x, sigma: x, p.noise, p.sigmas[0])
+
+
+@pytest.mark.parametrize("memory", ["retain", "recompute"])
+def test_a_leaf_that_was_swapped_is_not_forgotten(memory):
+    """The walk is cached: weights put in the place of others afterwards got no gradient, silently."""
+    w, field = weights()
+    p = problem(field)
+    apply(PLAN, p.trajectory, field, memory).sum().backward()
+    w["inner"] = w["inner"].detach().clone().requires_grad_()
+    try:
+        apply(PLAN, p.trajectory, field, memory).sum().backward()
+    except (SamplerError, RuntimeError) as err:
+        assert "params=" in str(err)  # noqa: PT017
+    else:
+        assert w["inner"].grad is not None
+
+
+@pytest.mark.parametrize("memory", ["retain", "recompute"])
+def test_a_leaf_that_thaws_is_not_forgotten(memory):
+    w, field = weights()
+    w["inner"].requires_grad_(False)
+    p = problem(field)
+    apply(PLAN, p.trajectory, field, memory).sum().backward()
+    w["inner"].requires_grad_(True)
+    try:
+        apply(PLAN, p.trajectory, field, memory).sum().backward()
+    except (SamplerError, RuntimeError) as err:
+        assert "params=" in str(err)  # noqa: PT017
+    else:
+        assert w["inner"].grad is not None
+
+
+def test_params_choose_what_trains(rolled):
+    first, *others = rolled.params
+    out = apply(PLAN, rolled.trajectory, rolled.field, "recompute", params=iter([first]))
+    out.sum().backward()
+    assert first.grad.abs().max() > 0
+    assert all(p.grad is None for p in others)
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    """One process, as a mesh."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_sharded_parameters_are_sent_to_backward(mesh):
+    """An autograd.Function drops their gradients silently (facts.md)."""
+    w, _ = weights()
+    sharded = {name: distribute_tensor(v.detach(), mesh, [Replicate()]).requires_grad_() for name, v in w.items()}
+    assert all(isinstance(v, DTensor) for v in sharded.values())
+
+    def field(x, sigma):
+        inner, outer = (sharded[name].full_tensor() for name in ("inner", "outer"))
+        return torch.tanh(x @ inner) @ outer
+
+    p = problem(field)
+    with pytest.raises(SamplerError, match=r"trajsurgery\.backward"):
+        apply(PLAN, p.trajectory, field, "recompute")
+    backward(PLAN, p.trajectory, field, torch.ones_like(p.trajectory[0]))
+    assert sharded["inner"].grad.full_tensor().abs().max() > 0
+
+
+def test_whatever_has_a_device_mesh_is_sharded(rolled):
+    rolled.params[0].device_mesh = "a mesh"
+    with pytest.raises(SamplerError, match=r"trajsurgery\.backward"):
+        apply(PLAN, rolled.trajectory, rolled.field, "recompute")
+
+
+def test_a_field_that_is_a_mapping_of_fields():
+    a, b = MLP(4, seed=1), MLP(4, seed=2)
+    p = problem(a)
+    from trajsurgery import Plan, latent
+
+    plan = Plan(latent(5).leap(3).connect().leap(0, velocity=latent(3).velocity("b")))
+    c = cotangents([p.trajectory[0]])
+    both = [*a.parameters(), *b.parameters()]
+    wanted = torch.autograd.grad(apply(plan, p.trajectory, {None: a, "b": b}), both, c)
+    found = torch.autograd.grad(apply(plan, p.trajectory, {None: a, "b": b}, "recompute"), both, c)
+    assert distance(found, wanted) <= EXACT
+    assert all(g.abs().max() > 0 for g in found)

@@ -1,0 +1,117 @@
+"""Models from disk: round trips of Flux and SD3.5 with their tokenizers, runs from their folders, what is missing."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+from tests.builders import toy_world
+from tests.builders.small_pipelines import _lively
+from trajsurgery import RecipeError, tiny
+from trajsurgery.cli.train_command import main
+from trajsurgery.tiny import sd3
+from trajsurgery.tiny.pipe import WEIGHTS
+from trajsurgery.training import components, model_folder, preflight
+
+LONG = {"height": 32, "width": 32, "max_sequence_length": 12, "num_inference_steps": 2, "output_type": "pt"}
+
+
+def medium() -> torch.nn.Module:
+    """The tiny SD3's transformer with SD3.5-Medium's second attention in its first blocks; queries and keys normed."""
+    config = {name: value for name, value in sd3.transformer().config.items() if not name.startswith("_")}
+    return SD3Transformer2DModel(**config | {"dual_attention_layers": (0, 1)})
+
+
+@pytest.fixture(scope="module", params=["flux", "sd3"])
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A pipeline with tokenizers, and the folder that it was saved in."""
+    torch.manual_seed(0)
+    flux = tiny.pipeline()
+    pipe = flux if request.param == "flux" else sd3.assembled(WEIGHTS, flux.vae, _lively(medium()))
+    path = tmp_path_factory.mktemp(request.param) / "model"
+    pipe.save_pretrained(path)
+    return pipe, path
+
+
+def test_a_pipeline_comes_back_from_its_folder(saved: tuple[Any, Path]) -> None:
+    pipe, path = saved
+    assert model_folder.lacking(path) == []
+    again = DiffusionPipeline.from_pretrained(path, local_files_only=True)
+    again.set_progress_bar_config(disable=True)
+    assert type(again) is type(pipe)
+    if isinstance(again.transformer, SD3Transformer2DModel):
+        assert again.transformer.config["qk_norm"] == "rms_norm"
+        assert [block.use_dual_attention for block in again.transformer.transformer_blocks] == [True, True, False]
+    for name in (n for n in pipe.components if "tokenizer" in n):
+        texts = ["a red circle", "two blue squares left of a triangle"]
+        assert getattr(again, name)(texts)["input_ids"] == getattr(pipe, name)(texts)["input_ids"]
+    images = [p("a red circle", **LONG, generator=torch.Generator().manual_seed(1))[0] for p in (pipe, again)]
+    # weights that were just loaded lie unaligned: the last bit may differ
+    torch.testing.assert_close(images[0], images[1], atol=1e-4, rtol=1e-4)
+
+
+def test_a_recipe_runs_from_a_folder(saved: tuple[Any, Path], tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na blue square\n")
+    short = toy_world.recipe(tmp_path / "run", iterations=2)
+    recipe = replace(
+        short,
+        model=str(saved[1]),
+        reward="tests.builders.toy_world:LikesRed",
+        prompts=str(prompts),
+        heldout=str(prompts),
+        rollout=replace(short.rollout, size=32, steps=3, batch=2),
+        evaluation=replace(short.evaluation, images=2, steps=2, metrics=()),
+    )
+    found = main(recipe)
+    assert found is not None
+    assert (recipe.output / "transformer" / "config.json").is_file()
+
+
+def spoilt(path: Path, part: str) -> None:
+    """Removes a part, or a file of one."""
+    shutil.rmtree(path / part) if (path / part).is_dir() else (path / part).unlink()
+
+
+@pytest.mark.parametrize(
+    "part, said",
+    [
+        ("tokenizer", r"tokenizer/ \(CLIPTokenizer\): no such folder"),
+        ("tokenizer_2/tokenizer.json", r"tokenizer_2/ .*no vocabulary"),
+        ("vae", r"vae/ \(AutoencoderKL\): no such folder"),
+        ("transformer/diffusion_pytorch_model.safetensors", r"transformer/ .*no weights"),
+        ("text_encoder/config.json", r"text_encoder/ .*no config\.json"),
+        ("scheduler/scheduler_config.json", r"scheduler/ .*no scheduler_config\.json"),
+        ("model_index.json", r"without model_index\.json"),
+    ],
+)
+def test_what_a_folder_lacks_is_said_before_anything_is_loaded(part: str, said: str, tmp_path: Path) -> None:
+    shutil.copytree(WEIGHTS, tmp_path / "model")
+    spoilt(tmp_path / "model", part)
+    name = str(tmp_path / "model")
+    for ask in (
+        lambda: preflight.check(replace(toy_world.recipe(tmp_path), model=name)),
+        lambda: components.pipeline(name),
+    ):
+        with pytest.raises(RecipeError, match=said):
+            ask()
+
+
+def test_a_folder_that_is_not_there_is_no_hub_id(tmp_path: Path) -> None:
+    for model in (str(tmp_path / "nowhere"), "./nowhere"):
+        said = model_folder.incomplete(model)
+        assert said is not None
+        assert f"there is no folder {model}" in said
+        assert "hf download" not in said
+
+
+def test_a_hub_id_that_is_not_cached_says_how_to_fetch_it(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"nothing is fetched here.*hf download nobody/nothing"):
+        components.pipeline("nobody/nothing")

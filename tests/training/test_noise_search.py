@@ -1,0 +1,224 @@
+"""ReNO: the gradient to the noise against autograd through the pipeline's own loop; the ascent against its formulas."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.builders import toy_world
+from tests.repository.test_recipes import module
+from tests.tolerances import EXACT, STOCK, VALUE
+from trajsurgery.cli.noise_command import cli, main
+from trajsurgery.errors import RecipeError
+from trajsurgery.reports.filmstrip import chosen
+from trajsurgery.tiny.tokenizers import TEXT_LENGTH
+from trajsurgery.training.components import quiet
+from trajsurgery.training.noise_search.ascent import Ascent, Climb, Way, improbability
+from trajsurgery.training.noise_search.noise_recipe import NoiseRecipe, presets
+
+RECIPE = Path(__file__).parents[2] / "recipes/reno_flux.py"
+PROMPT = "a red circle"
+CALL = {"prompt": [PROMPT], "height": 16, "width": 16, "guidance_scale": 3.5}
+
+
+def red(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Curved, so that a gradient at another image would show."""
+    assert len(images) == len(prompts) == 1
+    return (images[:, 0] - images[:, 1]).sin().mean((-1, -2))
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    found = toy_world.pipeline()
+    for part in found.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False).eval()
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+def way(pipe: Any, steps: int = 2, memory: Any = None) -> Way:
+    return Way(pipe, red, PROMPT, steps, CALL, memory)
+
+
+def plain(pipe: Any, x: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Image, score and gradient by autograd through the pipeline's own undecorated `__call__`."""
+    start = x.clone().requires_grad_()
+    loop = type(pipe).__call__.__wrapped__
+    image = loop(pipe, **CALL, latents=start, num_inference_steps=steps, output_type="pt")[0]
+    score = red(image, [PROMPT])
+    return image, score, torch.autograd.grad(score.sum(), start)[0]
+
+
+@pytest.mark.parametrize("memory", ["retain", "recompute"])
+@pytest.mark.parametrize("steps", [1, 2, 4, 6])
+def test_the_gradient_is_autograd_s_through_the_pipeline_s_own_loop(pipe: Any, steps: int, memory: str) -> None:
+    """In float64, where diffusers' scheduler and Flux's RoPE cast to float32 inside; in float32, to the last bit."""
+    for dtype, tolerance in ((torch.float64, STOCK), (torch.float32, 0.0)):
+        with quiet():
+            pipe.to(dtype)
+        here = way(pipe, steps, memory)
+        x = here.start(torch.Generator().manual_seed(3))
+        assert x.dtype == dtype
+        wanted = plain(pipe, x, steps)
+        found = here.pull(x)
+        assert torch.equal(found[0], wanted[0])
+        assert torch.equal(found[1], wanted[1])
+        assert wanted[2].norm() > 0
+        assert (found[2] - wanted[2]).norm() <= tolerance * wanted[2].norm()
+
+
+def test_it_starts_from_the_noise_that_the_pipe_draws(pipe: Any) -> None:
+    images = [pipe(**CALL, num_inference_steps=2, generator=torch.Generator().manual_seed(5), output_type="pt")[0]]
+    images.append(way(pipe).pull(way(pipe).start(torch.Generator().manual_seed(5)))[0])
+    assert torch.equal(*images)
+
+
+def test_the_improbability_is_that_of_a_gaussian_s_norm() -> None:
+    """|x| of d normal numbers has the density of chi: r^(d-1) exp(-r^2 / 2), up to a constant."""
+    d, radii = 7, (0.5, 2.0, 3.3)
+    x = torch.randn(d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    unit = x / x.norm()
+    logs = [float(improbability(r * unit)) for r in radii]
+    density = [math.log(r ** (d - 1) * math.exp(-r * r / 2)) for r in radii]
+    for a, b in zip(logs[1:], density[1:], strict=True):
+        assert abs((a - logs[0]) + (b - density[0])) < VALUE[torch.float64] * 10
+    least = (unit * math.sqrt(d - 1)).requires_grad_()
+    improbability(least).backward()
+    assert least.grad is not None
+    assert least.grad.norm() < EXACT * 10
+
+
+class Line:
+    """A way whose score is the inner product with a direction: its gradient is known."""
+
+    def __init__(self, direction: Tensor) -> None:
+        self.direction = direction
+
+    def pull(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.zeros(1, 3, 4, 4), (x.detach() * self.direction).sum()[None], self.direction.clone()
+
+
+def test_a_step_is_nesterov_s_on_the_clipped_loss() -> None:
+    """Sutskever's form: m = momentum m + g, x = x - rate (g + momentum m)."""
+    g = torch.Generator().manual_seed(1)
+    start, direction = (torch.randn(1, 9, generator=g, dtype=torch.float64) for _ in range(2))
+    climb = Climb(rate=0.7, momentum=0.8, clip=0.3, penalty=0.05, weight=2.0)
+    ascent, x, m = Ascent(start, climb), start.clone(), torch.zeros_like(start)
+    for i in range(4):
+        frame = ascent.step(Line(direction))  # pyright: ignore[reportArgumentType]
+        assert frame.iteration == i
+        assert abs(frame.reward - float((x * direction).sum())) < VALUE[torch.float64] * 10
+        gradient = 0.05 * (x - 8 * x / x.square().sum()) - 2 * direction
+        assert abs(frame.gradient - float(gradient.norm())) < VALUE[torch.float64] * 10
+        gradient = gradient * min(1.0, 0.3 / (float(gradient.norm()) + 1e-6))  # torch's clipping adds 1e-6
+        m = 0.8 * m + gradient
+        x = x - 0.7 * (gradient + 0.8 * m)
+        torch.testing.assert_close(ascent.x.detach(), x, rtol=EXACT * 10, atol=EXACT * 10)
+
+
+def recipe(folder: Path, **changes: Any) -> NoiseRecipe:
+    return replace(presets("")["tiny"], prompt=PROMPT, size=16, iterations=8, save_every=3, output=folder, **changes)
+
+
+def test_the_reward_rises_and_everything_is_there_to_look_at(tmp_path: Path, pipe: Any) -> None:
+    found = main(recipe(tmp_path), (pipe, red))
+    assert found is not None
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rewards = [line["reward"] for line in lines]
+    assert len(rewards) == 8
+    assert found["best"] == max(rewards) > rewards[0] == found["first"]
+    assert rewards[1] > rewards[0]
+    with Image.open(tmp_path / "filmstrip.png") as film:
+        assert film.width > 1000
+    latents = load_file(tmp_path / "noise.safetensors")["latents"]
+    image = pipe(**CALL, latents=latents, num_inference_steps=2, max_sequence_length=TEXT_LENGTH, output_type="pt")[0]
+    assert abs(float(red(image, [PROMPT])) - found["best"]) < VALUE[torch.float32]
+    with Image.open(tmp_path / "best.png") as best:
+        assert best.size == (16, 16)
+
+
+class Interrupts:
+    """Ctrl-C in the middle of an iteration."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after + 1  # the trial before the first iteration
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return red(images, prompts)
+
+
+def test_an_interrupted_search_goes_on_to_the_same_noise(tmp_path: Path, pipe: Any) -> None:
+    assert main(recipe(tmp_path / "whole"), (pipe, red)) is not None
+    assert main(recipe(tmp_path / "parts"), (pipe, Interrupts(5))) is None
+    assert (tmp_path / "parts/filmstrip.png").exists()
+    assert main(recipe(tmp_path / "parts"), (pipe, red)) is not None
+    for name in ("metrics.jsonl", "noise.safetensors", "best.png"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes(), name
+    with pytest.raises(RecipeError, match="seed: 0 there, 1 here"):
+        main(recipe(tmp_path / "parts", seed=1), (pipe, red))
+    with pytest.raises(RecipeError, match="8 iterations, more than the 4"):
+        main(replace(recipe(tmp_path / "parts"), iterations=4), (pipe, red))
+    assert main(replace(recipe(tmp_path / "parts", overwrite=True, seed=1), iterations=1), (pipe, red)) is not None
+
+
+def test_a_noise_that_runs_away_is_told(tmp_path: Path, pipe: Any) -> None:
+    def spoilt(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return red(images, prompts) / 0 if images.requires_grad else red(images, prompts)
+
+    with pytest.raises(RecipeError, match=r"--climb\.rate"):
+        main(recipe(tmp_path), (pipe, spoilt))
+
+
+def test_a_detached_reward_is_told(pipe: Any) -> None:
+    here = Way(pipe, lambda images, prompts: red(images, prompts).detach(), PROMPT, 1, CALL)
+    with pytest.raises(RecipeError, match="carry no gradient"):
+        here.pull(here.start(torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--model", "no/such"], "no weights: no/such"),
+        (["--reward", "nothing"], "no reward 'nothing'"),
+        (["--model", "tiny:wan"], "paints videos"),
+        (["--steps", "0"], "steps = 0"),
+        (["--climb.momentum", "1"], "momentum = 1.0"),
+        (["--prompt", " "], "the prompt is empty"),
+    ],
+)
+def test_what_can_t_run_is_told_before_anything_is_loaded(
+    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = cli(module(RECIPE).RECIPES, "words", [*words, "--output", str(tmp_path / "run")])
+    except SystemExit as left:  # tyro's own
+        code = left.code
+    assert code != 0
+    printed = capsys.readouterr()
+    assert said in printed.out + printed.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_frames_shown_are_dense_where_most_happens() -> None:
+    assert chosen(50, 8) == [0, 1, 2, 4, 8, 15, 28, 49]
+    for count in (1, 2, 5, 9, 33):
+        for pictures in (1, 2, 3, 8):
+            found = chosen(count, pictures)
+            assert found == sorted(set(found))
+            assert len(found) == min(count, pictures)
+            assert found[0] == 0
+            assert pictures == 1 or found[-1] == count - 1

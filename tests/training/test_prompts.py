@@ -1,0 +1,146 @@
+"""Prompt sets are read as they are written by whoever published them; what is none of them is named."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trajsurgery import LeapAlign, RecipeError
+from trajsurgery.training import preflight, prompts
+from trajsurgery.training.prompts import Asked, read_prompts
+from trajsurgery.training.recipe import Recipe
+
+GENEVAL = [
+    {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
+    {"tag": "counting", "include": [{"class": "cow", "count": 2}], "exclude": [], "prompt": "a photo of two cows"},
+]
+
+
+def written(path: Path, value: Any) -> Path:
+    """A JSON or JSONL file."""
+    text = "\n".join(map(json.dumps, value)) + "\n" if path.suffix == ".jsonl" else json.dumps(value)
+    path.write_text(text)
+    return path
+
+
+def pairs(path: Path) -> list[tuple[str, str]]:
+    return [(prompt.text, prompt.category) for prompt in read_prompts(path)]
+
+
+def test_text_is_a_prompt_a_line_and_stays_what_it_was(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("  a cat \n\n a dog\na cat\n")
+    assert pairs(tmp_path / "p.txt") == [("a cat", "all"), ("a dog", "all"), ("a cat", "all")]
+    (tmp_path / "prompts").write_text('{"prompt": "not read as JSON"}\n')
+    assert pairs(tmp_path / "prompts") == [('{"prompt": "not read as JSON"}', "all")]
+
+
+def test_jsonl_of_strings_and_objects(tmp_path: Path) -> None:
+    rows = ["a cat", {"text": " a dog "}, {"Caption": "a cow", "Category": "farm"}, {"prompt": "x\u2028y", "style": 3}]
+    assert pairs(written(tmp_path / "p.jsonl", rows)) == [
+        ("a cat", "all"),
+        ("a dog", "all"),
+        ("a cow", "farm"),
+        ("x\u2028y", "3"),
+    ]
+    (tmp_path / "q.jsonl").write_bytes(b'\xef\xbb\xbf"marked"\r\n\r\n{"prompt": "second", "category": null}')
+    assert pairs(tmp_path / "q.jsonl") == [("marked", "all"), ("second", "all")]
+
+
+def test_geneval_keeps_the_rows_that_its_evaluator_reads(tmp_path: Path) -> None:
+    found = read_prompts(written(tmp_path / "evaluation_metadata.jsonl", GENEVAL))
+    assert found == (Asked("a photo of a bench", "single_object"), Asked("a photo of two cows", "counting"))
+    assert [prompt.record for prompt in found] == GENEVAL
+
+
+def test_hpdv2(tmp_path: Path) -> None:
+    """The benchmark's styles: files, their folder, what hpsv2.benchmark_prompts('all') gives. The pairs."""
+    styles = {"anime": ["a knight", "a fox"], "photo": ["a street"]}
+    for style, rows in styles.items():
+        written(tmp_path / f"{style}.json", rows)
+    (tmp_path / "benchmark_imgs").mkdir()
+    wanted = [("a knight", "anime"), ("a fox", "anime"), ("a street", "photo")]
+    assert pairs(tmp_path / "anime.json") == wanted[:2]
+    assert pairs(tmp_path) == wanted
+    assert pairs(written(tmp_path / "all.json", styles)) == wanted
+    train = [
+        {"human_preference": [1, 0], "prompt": "a hat", "file_path": ["1.jpg", "2.jpg"]},
+        {"human_preference": [0, 1], "prompt": "a hat", "file_path": ["1.jpg", "3.jpg"]},
+        {"prompt": "a boat", "image_path": ["4.jpg"], "rank": [0], "raw_annotations": []},
+    ]
+    assert pairs(written(tmp_path / "train.json", train)) == [("a hat", "train"), ("a boat", "train")]
+
+
+def test_mjhq(tmp_path: Path) -> None:
+    rows = {"12ab": {"category": "plants", "prompt": "a garden "}, "9c": {"category": "food", "prompt": "a cake"}}
+    assert pairs(written(tmp_path / "meta_data.json", rows)) == [("a garden", "plants"), ("a cake", "food")]
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="the extra parquet is not installed")
+    from pyarrow import parquet
+
+    columns = {"Prompt": ["a cat", "a dog"], "Category": ["animals", None], "image": [b"\xff\xd8", b"\xff\xd8"]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "p.parquet")
+    found = read_prompts(tmp_path / "p.parquet")
+    assert found == (Asked("a cat", "animals"), Asked("a dog", "all"))
+    assert found[0].record == {"Prompt": "a cat", "Category": "animals"}, "pictures are not read"
+    parquet.write_table(pyarrow.table({"image": [b"x"], "label": [1]}), tmp_path / "q.parquet")
+    with pytest.raises(RecipeError, match="no column prompt, text, caption; it has image, label"):
+        read_prompts(tmp_path / "q.parquet")
+    (tmp_path / "r.parquet").write_text("nothing of that")
+    with pytest.raises(RecipeError, match="no parquet file"):
+        read_prompts(tmp_path / "r.parquet")
+
+
+def test_without_pyarrow_the_repair_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "p.parquet").write_bytes(b"PAR1")
+    found: Callable[[str], ModuleSpec | None] = lambda name: None if name == "pyarrow" else sys.modules[name].__spec__  # noqa: E731
+    monkeypatch.setattr(prompts, "find_spec", found)
+    with pytest.raises(RecipeError, match=r"pip install 'trajsurgery\[parquet\]'"):
+        read_prompts(tmp_path / "p.parquet")
+
+
+@pytest.mark.parametrize(
+    "name, text, said",
+    [
+        ("p.txt", "\n \n", "holds no prompt"),
+        ("p.txt", b"\xff\xfe\x00", "no text in UTF-8"),
+        ("p.jsonl", '"a"\n{"prompt": \n', "line 2 is not JSON"),
+        ("p.jsonl", '"a"\n\n{"image": 3}\n', r'line 3 is \{"image": 3\}, which has no prompt'),
+        ("p.jsonl", '{"prompt": " "}', "line 1 is .* has no prompt"),
+        ("p.json", '["a", 7]', "row 1 is 7, which has no prompt"),
+        ("p.json", '{"x": {"category": "y"}}', "'x' is .* no prompt"),
+        ("p.json", '{"x": ["a"], "y": 3}', "'x' is .* no prompt"),
+        ("p.json", '"a cat"', "holds str: JSON prompts are a list or an object"),
+        ("p.json", "[]", "holds no prompt"),
+    ],
+)
+def test_what_is_no_prompt_is_named_with_its_place(tmp_path: Path, name: str, text: str | bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(text.encode() if isinstance(text, str) else text)
+    with pytest.raises(RecipeError, match=said) as found:
+        read_prompts(tmp_path / name)
+    assert name in str(found.value)
+
+
+def test_what_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"there is no file .*gone\.txt.*\.parquet"):
+        read_prompts(tmp_path / "gone.txt")
+    with pytest.raises(RecipeError, match="a folder without prompts"):
+        read_prompts(tmp_path)
+
+
+def test_a_recipe_takes_them_all_and_says_what_is_wrong_at_once(tmp_path: Path) -> None:
+    rows = str(written(tmp_path / "evaluation_metadata.jsonl", GENEVAL))
+    preflight.check(Recipe(method=LeapAlign(), prompts=rows, heldout=rows))
+    bad = str(written(tmp_path / "bad.json", [7]))
+    with pytest.raises(RecipeError) as found:
+        preflight.check(Recipe(prompts=bad, heldout=str(tmp_path / "gone")))
+    assert "no training prompts" in str(found.value)
+    assert "row 0 is 7" in str(found.value)
+    assert "no held-out prompts" in str(found.value)

@@ -1,0 +1,50 @@
+"""The command `trajsurgery`: `score` grades pictures, `evaluate` makes them and compares models."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from trajsurgery.errors import SurgeryError
+from trajsurgery.evaluation.options import Evaluate, Score
+
+INTERRUPTED = 130
+
+Command = (
+    Annotated[Score, tyro.conf.subcommand("score", prefix_name=False)]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate", prefix_name=False)]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Reads the command line and runs it; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    asked = tyro.cli(Command, args=given, prog="trajsurgery", description=__doc__)
+    console = Console()
+    try:
+        return _run(asked, console)
+    except KeyboardInterrupt:
+        console.print("interrupted: the same command goes on from the images that are there")
+        return INTERRUPTED
+    except SurgeryError as error:
+        console.print(f"[bold red]{type(error).__name__}[/]: ", end="")
+        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        return 1
+
+
+def _run(asked: Score | Evaluate, console: Console) -> int:
+    if isinstance(asked, Score):
+        from trajsurgery.evaluation import picture_scores
+
+        return picture_scores.run(asked, console)
+    from trajsurgery.evaluation import model_comparison
+
+    return model_comparison.run(asked, console)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

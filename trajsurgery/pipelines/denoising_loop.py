@@ -1,0 +1,290 @@
+"""One recorded call of a pipe: its scheduler's steps followed, the grad mode of its model calls decided one by one."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from trajsurgery.errors import PlanError, SamplerError
+from trajsurgery.pipelines.call_record import Record, skipped_calls
+from trajsurgery.pipelines.guidance import GuidanceGradient, sides
+from trajsurgery.pipelines.pipeline_field import PipelineField
+from trajsurgery.pipelines.replay import Sample
+from trajsurgery.pipelines.scheduler import Schedule, first_entry, rerouted
+from trajsurgery.plans.nodes import (
+    Connect,
+    Latent,
+    Leap,
+    Node,
+    Noise,
+    Recorded,
+    Recover,
+    Renoise,
+    Time,
+    Velocity,
+)
+from trajsurgery.plans.plan import Plan
+from trajsurgery.surgery.execution import Execution, first_call, fitting
+from trajsurgery.surgery.trajectory import Trajectory
+from trajsurgery.surgery.velocity_calls import Memory, outputs
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What `operate` was asked for."""
+
+    plan: Plan | None
+    memory: Memory
+    generator: torch.Generator | None
+    guidance: GuidanceGradient
+    whole: bool
+
+
+class Loop:
+    """A context around the pipe's `__call__`; `results` holds what `Surgery` shows."""
+
+    def __init__(self, wish: Wish, record: Record) -> None:
+        self.wish, self.record = wish, record
+        self.results: dict[str, Any] = {}
+        self.scheduler = record.pipe.scheduler
+        self.stack: contextlib.ExitStack
+        self.stop_watching: Callable[[], None] = lambda: None
+        self.tell: Callable[[Tensor], None] = lambda _: None
+        self.ended = False
+        """No output of the plan needs the rest of the rollout: its model calls are left out."""
+        self.trajectory: Trajectory
+        self.execution: Execution | None = None
+        self.plan: Plan | None = None
+        """The plan, bound to the loop's number of steps."""
+        self.call: Velocity | None = None
+        """The plan's call that the model's next one is."""
+        self.given: Tensor | None = None
+        """The sample that the loop was handed last."""
+        self.version = 0
+        """How often that sample had been changed in place by then."""
+        self.count = -1
+        """The calls of `scheduler.step` so far; -1 before there is a schedule."""
+        self.t = -1
+
+    def __enter__(self) -> Loop:
+        pipe = self.record.pipe
+        with contextlib.ExitStack() as stack:
+            mode = torch.is_grad_enabled()
+            stack.callback(lambda: torch.set_grad_enabled(mode))
+            stack.enter_context(rerouted(self.scheduler, set_timesteps=self._set_timesteps, step=self._step))
+            stack.enter_context(self.record.encoding())
+            shown = pipe.progress_bar
+            pipe.__dict__["progress_bar"] = lambda *args, **kwargs: (self._begin(kwargs), shown(*args, **kwargs))[1]
+            stack.callback(lambda: pipe.__dict__.pop("progress_bar", None))
+            stack.callback(lambda: self.stop_watching())
+            self.tell, stop_telling = sides(pipe, self.wish.guidance)
+            stack.callback(stop_telling)
+            if self.wish.plan is not None and self.wish.memory == "retain":
+                for module in (m for m in pipe.components.values() if isinstance(m, nn.Module)):
+                    stack.callback(module.register_forward_pre_hook(_untied, with_kwargs=True).remove)
+            self.stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        self.stack.close()
+        name = self.record.base.__name__
+        if kind is None and self.count < 0:
+            raise SamplerError(f"{name} never called its scheduler's set_timesteps: nothing to follow.")
+        if kind is None and self.count == 0:
+            raise SamplerError(
+                f"{name} set its scheduler's timesteps and never called its step: its loop steps copies of the "
+                "scheduler, or by a rule of its own, which operate() can't follow."
+            )
+        if kind is None and self.t > 0:
+            steps = self.record.schedule.steps
+            raise SamplerError(
+                f"the loop ended after {steps - self.t} of its {steps} steps: it was interrupted, or leaves the rest "
+                "to another pipeline. operate() follows loops that run to the end of their schedule."
+            )
+
+    def _set_timesteps(self, set_timesteps: Any, *args: Any, **kwargs: Any) -> None:
+        if self.count > 0:
+            raise SamplerError(
+                f"{self.record.base.__name__} runs a schedule again within one call (in sections, or at a second "
+                "resolution): operate() follows one loop a call."
+            )
+        set_timesteps(*args, **kwargs)
+        self.count = 0
+        if self.wish.plan is not None and torch.is_inference_mode_enabled():
+            raise SamplerError("a plan's gradient can't be kept under torch.inference_mode(): leave that block.")
+        self.stop_watching()
+        self.record.begin()
+        self.stop_watching = self.record.watch()
+
+    def _begin(self, shown: dict[str, Any]) -> None:
+        """The pipeline asks for its progress bar: the loop is next. Is its first model call the plan's?"""
+        if self.count != 0:
+            return
+        self.record.announced = True
+        self.record.begin()
+        plan = self.wish.plan
+        if plan is None or self.wish.memory != "retain":
+            return
+        with contextlib.suppress(PlanError, SamplerError):  # told at the first step, when T is known for certain
+            steps = Schedule.of(self.scheduler, first_entry(self.scheduler)).steps
+            steps = min(steps, shown.get("total") or steps)
+            self.call = first_call(plan.prepared(steps), steps)
+        torch.set_grad_enabled(self.call is not None)
+
+    def _step(self, step: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        torch.set_grad_enabled(False)
+        if self.ended:
+            self.count += 1
+            last = self.count == self.record.schedule.calls
+            return Sample(self._show() if last else sample)
+        found = step(model_output.detach(), timestep, sample.detach(), *args, **kwargs)
+        real = found[0] if isinstance(found, tuple) else found.prev_sample
+        if self.count == 0:
+            self._start(sample)
+        schedule = self.record.schedule
+        self.record.timesteps.append(timestep)
+        if self.count == 0:
+            self.record.trim(4 * sample.numel())
+        if self.count in schedule.starts:
+            self._record_step(model_output, sample)
+            if not self.wish.whole and self.plan is not None and 1 < self.t == _last_needed(self.plan):
+                self._end(self.plan)
+                return found
+        landed, self.count = schedule.lands(self.count), self.count + 1
+        if not landed:  # the next call of the model is at no time of the rollout's
+            self.given = self.call = None
+            return found
+        self.t -= 1
+        self.trajectory.latents[self.t] = real
+        given = self._next(real)
+        self.given, self.version = given, given._version if self.execution is not None else 0
+        if isinstance(found, tuple):
+            return (given, *found[1:])
+        found.prev_sample = given
+        return found
+
+    def _start(self, sample: Tensor) -> None:
+        """The loop's first step is made: its place in the timetable is known, and with it T."""
+        schedule = self.record.schedule = Schedule.of(self.scheduler, first_entry(self.scheduler))
+        self.t = schedule.steps
+        start = self.record.start = sample.detach().clone()  # it may be a buffer that is written to again
+        if self.wish.plan is not None:
+            self.record.stateless()
+            try:
+                self.plan = fitting(self.wish.plan, self.t)
+            except PlanError as error:
+                if self.t == schedule.whole:
+                    raise
+                raise PlanError(
+                    f"{error} The loop runs the last {self.t} of its schedule's {schedule.whole} steps (strength < 1): "
+                    f"write the plan for T = {self.t}.",
+                    error.rules,
+                ) from error
+            if any(isinstance(node, Noise) for node in self.plan.nodes):
+                start = start.clone().requires_grad_()
+        self.trajectory = Trajectory(
+            schedule.sigmas, {self.t: self.record.start}, {}, schedule.interpolant(), euler=None, start=start
+        )
+        self.results["trajectory"], self.results["field"] = self.trajectory, PipelineField(self.record, self.trajectory)
+        if self.plan is not None:
+            self.execution = Execution(self.plan, self.trajectory, self.wish.generator)
+        if self.call is not None and self.call.t != self.t:
+            self.call = None
+
+    def _record_step(self, v: Tensor, sample: Tensor) -> None:
+        """x_t as the loop hands it over (masks and callbacks change it after the step before), v_t after guidance."""
+        if self.given is not None and (
+            sample is not self.given or (self.execution is not None and sample._version != self.version)
+        ):
+            self._change(self.given, sample)
+        self.trajectory.velocities[self.t] = v.detach()
+        if self.execution is not None:
+            self.execution.settle()
+            if self.call is not None:
+                self.tell(v)
+                self.execution.adopt(self.call, v)
+            else:
+                self.tell(v.detach())  # drops what a call left that is not the plan's after all
+
+    def _change(self, given: Tensor, sample: Tensor) -> None:
+        """The loop went on with another x_t than it was given: what was computed from that one is computed anew.
+
+        The model's call is the plan's only if its input still is: it depends on what was given through the change.
+        """
+        same = sample is not given and sample.dtype == given.dtype and torch.equal(sample, self.trajectory[self.t])
+        if same and sample.requires_grad == given.requires_grad:
+            return
+        self.trajectory.replace(self.t, sample.detach().clone())  # it may be a buffer that is written to again
+        if self.execution is None:
+            return
+        self.execution.forget(self.t)
+        self.execution.settle()
+        if given.requires_grad or self.execution.wanted(self.t) is not self.call:
+            self.call = None
+
+    def _next(self, real: Tensor) -> Tensor:
+        """The sample for the loop: the plan's node where its next call is the plan's, else the sampler's own."""
+        execution = self.execution
+        if self.t == 0:
+            return self._finish(real)
+        if execution is None or self.wish.memory != "retain":
+            return real
+        execution.settle()
+        self.call = execution.wanted(self.t)
+        torch.set_grad_enabled(self.call is not None)
+        return real if self.call is None else execution.tensors[self.call.x]
+
+    def _finish(self, real: Tensor) -> Tensor:
+        """The sample that the pipeline decodes: the plan's first output, or the sampler's own."""
+        self.stop_watching()
+        if self.plan is None:
+            return real
+        self._output(self.plan)
+        return self._show()
+
+    def _end(self, plan: Plan) -> None:
+        """The rollout ends here: the loop runs on without model calls, to its own tail."""
+        self.stop_watching()
+        self._output(plan)
+        self.ended, self.count = True, self.count + 1
+        self.stack.enter_context(skipped_calls(self.record.templates))
+
+    def _output(self, plan: Plan) -> None:
+        assert self.execution is not None
+        found = outputs(self.results["field"], self.wish.memory, self.execution, None)
+        self.results["outputs"], self.results["distances"] = found, self.execution.distances()
+
+    def _show(self) -> Tensor:
+        """The plan's first output, with grad where the pipeline's images can have one."""
+        self.t = 0
+        torch.set_grad_enabled(self.record.arguments.get("output_type", "pt") in ("pt", "latent"))
+        return self.results["outputs"][0]
+
+
+def _untied(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Copies for a call that keeps them until the backward pass: some loops write the next latents into the last's."""
+
+    def copied(value: Any) -> Any:
+        return value.clone() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return tree_map(copied, (args, kwargs)) if torch.is_grad_enabled() else None
+
+
+def _last_needed(plan: Plan) -> int:
+    """The last time of the rollout that an output of a bound plan needs; its velocity may be, too."""
+
+    def read(node: Node) -> Time | None:
+        if isinstance(node, Latent | Recorded | Connect):
+            return node.t
+        if isinstance(node, Renoise | Recover):  # noises are drawn like x_0
+            return 0
+        step = isinstance(node, Leap) and isinstance(node.x.t, int) and node.to == node.x.t - 1
+        return node.t if step else None
+
+    return min((t for node in plan.nodes if isinstance(t := read(node), int)), default=0)

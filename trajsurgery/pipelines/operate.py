@@ -1,0 +1,135 @@
+"""Any diffusers flow pipeline, unmodified: `operate(pipe, plan)`.
+
+For the time of the block the pipe gets a one-off subclass whose `__call__` records its arguments and reroutes the
+scheduler's `set_timesteps` and `step` while it runs. `step` sees every x_t and v_t, decides whether the next model call
+runs with grad, and returns as the next sample the plan's own node for it: the sampler's value, bit for bit.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trajsurgery.errors import SamplerError, SurgeryError
+from trajsurgery.pipelines.call_record import Record
+from trajsurgery.pipelines.denoising_loop import Loop, Wish
+from trajsurgery.pipelines.guidance import GuidanceGradient, known_guidance
+from trajsurgery.pipelines.pipeline_field import PipelineField
+from trajsurgery.pipelines.scheduler import flow_matching
+from trajsurgery.plans import legality
+from trajsurgery.plans.plan import Plan
+from trajsurgery.surgery.execution import planned
+from trajsurgery.surgery.trajectory import Trajectory
+from trajsurgery.surgery.velocity_calls import Memory, known
+
+_ONE_OFF = "_operated_by_trajsurgery"
+
+
+def operate(
+    pipe: Any,
+    plan: Plan | None = None,
+    memory: Memory = "retain",
+    generator: torch.Generator | None = None,
+    *,
+    guidance_gradient: GuidanceGradient = "both",
+    whole: bool = True,
+) -> Surgery:
+    """A block in which the pipe's calls carry the plan's gradient; the images are the plain call's, bit for bit.
+
+        with operate(pipe, leapalign(18, 7)) as surgery:
+            images = pipe(prompt, num_inference_steps=25, output_type="pt").images
+        reward(images, prompt).sum().backward()
+
+    T is the number of steps that the loop really runs: image-to-image pipelines run the tail of their schedule only,
+    and a sampler that calls the model twice a step (Heun) counts its intervals, velocities being those of the first
+    call. On a sampler whose steps are not Euler's (multistep, stochastic) every leap is a prediction, as is
+    `leap(t - 1)`: `print(plan.cost(surgery.trajectory))` says "unfaithful" and where.
+
+    Args:
+        pipe: any diffusers pipeline with a flow-matching scheduler.
+        plan: what the gradient may pass; without one the rollout is recorded only.
+        memory: "retain" keeps the activations of the plan's calls, which are the rollout's own; "recompute" keeps none
+            and makes the calls again in the backward pass, through the pipe itself.
+        generator: draws the noises of renoised samples (torch's default if left out).
+        guidance_gradient: of classifier-free guidance, v = u + s (c - u). "both": both passes are in the graph.
+            "conditional": the conditional one alone, s dc/dtheta; u counts as a constant. The values are the same.
+        whole: False ends the rollout at the last time that an output needs (ReFL, DRTune): no model call is made after
+            it, the trajectory holds no later latents, `distances` none of the leaps that land there.
+
+    Raises:
+        SamplerError: no flow-matching scheduler; a block inside a block on one pipe.
+        PlanError: no plan, or one with unbound names; an unknown `memory`; in the call: it has another number of steps.
+        SurgeryError: an unknown `guidance_gradient`.
+    """
+    known(memory)
+    known_guidance(guidance_gradient)
+    if plan is not None:
+        planned(plan)
+        legality.bound(plan.outputs, plan.names)
+    return Surgery(pipe, Wish(plan, memory, generator, guidance_gradient, whole))
+
+
+class Surgery:
+    """What a call of the pipe inside the block left: the last call's, if there were several."""
+
+    outputs: tuple[Tensor, ...]
+    """The plan's outputs, [batch, *latent] as the loop holds them, with gradient."""
+    trajectory: Trajectory
+    """The rollout: it outlives the block and its plan."""
+    field: PipelineField
+    """The pipe as a velocity field, for `apply` and `backward` on the trajectory, also after the block."""
+    distances: dict[int, Tensor]
+    """{t: [batch]}: mean |x_t - prediction| of the plan's leaps, as `trajsurgery.distances`."""
+
+    def __init__(self, pipe: Any, wish: Wish) -> None:
+        self.plan, self._wish = wish.plan, wish
+        self._pipe, self._base = pipe, type(pipe)
+
+    def decode(self, x: Tensor) -> Any:
+        """Latents [batch, *latent] to images through the pipe's own tail, with gradient: for the later outputs."""
+        return self.field.decode(x)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("outputs", "distances") and self.plan is None:
+            raise SurgeryError(
+                f"surgery.{name} is a plan's: this block has none and records only, operate(pipe, plan)."
+            )
+        if name in Surgery.__annotations__:
+            raise SurgeryError(f"surgery.{name} is there once the pipe has been called inside the block.")
+        raise AttributeError(name)
+
+    def __enter__(self) -> Surgery:
+        self._base = type(self._pipe)
+        if hasattr(self._base, _ONE_OFF):
+            raise SamplerError(
+                f"a block of operate() on this {self._base.__mro__[1].__name__} is open already. Close it first, or "
+                "record once with operate(pipe) and run several plans on surgery.trajectory."
+            )
+        flow_matching(self._pipe)
+        members = {_ONE_OFF: True, "__call__": self._recorded_call(), "__module__": self._base.__module__}
+        self._pipe.__class__ = type(self._base.__name__, (self._base,), members)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        one_off: Any = type(self._pipe)
+        self._pipe.__class__ = self._base
+        one_off.__call__ = None  # it holds the tensors, and a class waits for the collector
+
+    def _recorded_call(self) -> Any:
+        @functools.wraps(self._base.__call__)
+        def call(pipe: Any, *args: Any, **kwargs: Any) -> Any:
+            record = Record.of(pipe, self._base, args, kwargs, self._wish.guidance)
+            loop = Loop(self._wish, record)
+            try:
+                with loop:
+                    return self._base.__call__(pipe, *args, **kwargs)
+            finally:
+                self.__dict__.update(loop.results)
+
+        return call

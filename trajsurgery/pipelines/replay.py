@@ -1,0 +1,189 @@
+"""A pipeline's own `__call__`, entered again for one timestep.
+
+The loop runs with the recorded arguments. Until the wanted step its model calls are skipped (what they returned stands
+in), so that the loop's own index, schedule and memory are what they were; then the latents are substituted inside the
+loop, one model call is made, and what it passes to `scheduler.step` is the velocity. The first step's latents are
+substituted where the pipeline prepares them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Generator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from trajsurgery.errors import SamplerError
+from trajsurgery.pipelines.call_record import Record, encoders, replaced, skipped_calls
+from trajsurgery.pipelines.guidance import sides
+from trajsurgery.pipelines.scheduler import rerouted
+
+
+class _Stop(BaseException):
+    """Leaves the pipeline's `__call__` with the velocity."""
+
+    def __init__(self, velocity: Tensor | None) -> None:
+        super().__init__()
+        self.velocity = velocity
+
+
+class Entry:
+    """One re-entry: the model calls of the first `skipped` steps are left out, then the latents are substituted."""
+
+    def __init__(
+        self, record: Record, call: int, skipped: int, x: Tensor, gradient: bool, calls: list[int] | None = None
+    ) -> None:
+        self.record, self.call, self.skipped, self.x, self.gradient = record, call, skipped, x, gradient
+        self.calls = calls
+        self.count = 0
+        self.begun = False
+        self.tell: Callable[[Tensor], None] = lambda _: None
+        self.stack: contextlib.ExitStack
+        self.skipping: contextlib.ExitStack
+
+    def velocity(self) -> Tensor | None:
+        """What the loop passes to `scheduler.step` at the call; None: the latents were not substituted."""
+        try:
+            self._run(self.record.again())
+        except _Stop as stop:
+            return stop.velocity
+        raise SamplerError(
+            f"{self.record.base.__name__}'s loop, entered again, ended after {self.count} calls of scheduler.step, "
+            f"before call {self.call}: its arguments (prompt embeddings, images) were changed after the recorded call."
+        )
+
+    def decoded(self) -> Any:
+        """What the pipeline returns for the latents."""
+        images = self._run(self.record.again() | {"output_type": "pt", "return_dict": True})
+        return next(iter(images.values())) if hasattr(images, "values") else images[0]
+
+    def _run(self, arguments: dict[str, Any]) -> Any:
+        pipe, base = self.record.pipe, self.record.base
+        with contextlib.ExitStack() as self.stack:
+            enter = self.stack.enter_context
+            enter(_kept(pipe))
+            enter(_kept(pipe.scheduler))
+            # of all devices, which is the default, torch warns where there are several
+            devices = [self.x.device] if self.x.is_cuda else []
+            enter(torch.random.fork_rng(devices))
+            enter(torch.no_grad())
+            torch.set_rng_state(self.record.random)
+            for device in devices:
+                torch.cuda.set_rng_state(self.record.random_cuda[device.index or 0], device)
+            self.skipping = enter(contextlib.ExitStack())
+            enter(rerouted(pipe.scheduler, set_timesteps=self._set_timesteps, step=self._step))
+            for owner, name in encoders(pipe, base):
+                memory = iter(self.record.encodings.get((id(owner), name), ()))
+                if (id(owner), name) in self.record.encodings:
+                    enter(replaced(owner, name, lambda *_, memory=memory, **__: next(memory)))
+            if self.skipped == 0:
+                for name in (n for n in dir(base) if n.startswith("prepare_") and "latents" in n):
+                    pipe.__dict__[name] = self._substituting(getattr(base, name).__get__(pipe))
+            pipe.__dict__["_progress_bar_config"] = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
+            pipe.__dict__["progress_bar"] = self._progress_bar(base.progress_bar.__get__(pipe))
+            return inspect.unwrap(base.__call__)(pipe, **arguments)
+
+    def _substituting(self, prepare: Callable[..., Any]) -> Callable[..., Any]:
+        """A method that prepares latents, with x for what the loop began with."""
+        start = self.record.start
+
+        def substituted(value: Any) -> Any:
+            same = isinstance(value, Tensor) and value.shape == start.shape and value.is_floating_point()
+            return self.x.to(value.dtype) if same and torch.equal(value.to(start.dtype), start) else value
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return tree_map(substituted, prepare(*args, **kwargs))
+
+        return call
+
+    def _progress_bar(self, progress_bar: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._begin()
+            return progress_bar(*args, **kwargs)
+
+        return call
+
+    def _set_timesteps(self, set_timesteps: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        set_timesteps(*args, **kwargs)
+        scheduler = self.record.pipe.scheduler
+        if self.call == 0 and self.skipped:  # one before the first, whose result is replaced
+            scheduler.timesteps = torch.cat([scheduler.timesteps[:1], scheduler.timesteps])
+        if not self.record.announced:
+            self._begin()
+
+    def _begin(self) -> None:
+        """The loop begins: its model calls are skipped from here on, or made if the first is wanted."""
+        if self.begun:
+            return
+        self.begun = True
+        if self.skipped == 0:
+            self._open()
+            return
+        self.skipping.enter_context(skipped_calls(self.record.templates))
+
+    def _open(self) -> None:
+        """The next model call is the wanted one."""
+        self.skipping.close()
+        if self.calls is not None:
+            self.stack.callback(self.record.clock.hands(self.calls))
+        torch.set_grad_enabled(self.gradient)
+        if self.gradient and self.call >= 0:
+            self.tell, stop = sides(self.record.pipe, self.record.guidance)
+            self.stack.callback(stop)
+
+    def _step(self, step: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.count += 1
+        if self.count > self.skipped:
+            self._arrived(model_output, timestep, sample)
+        if self.call != 0:  # masks are blended in at the noise level that the scheduler's own index says
+            step(model_output, timestep, sample, *args, **kwargs)
+        if self.count == self.skipped:
+            self._open()
+            sample = self.x
+        return (sample,) if kwargs.get("return_dict") is False else Sample(sample)
+
+    def _arrived(self, v: Tensor, timestep: Any, sample: Tensor) -> None:
+        """Leaves with the velocity, if it is the one that was asked for."""
+        if self.skipped == 0:
+            lost = self.x.requires_grad and self.gradient and not sample.requires_grad
+            if lost or sample.shape != self.x.shape or not torch.equal(sample, self.x.to(sample.dtype)):
+                raise _Stop(None)
+        wanted = self.record.timesteps[self.call]
+        arrived = self.call, self.skipped
+        if arrived not in self.record.arrived and not torch.equal(torch.as_tensor(timestep), torch.as_tensor(wanted)):
+            raise SamplerError(
+                f"{self.record.base.__name__}'s loop, entered again for the timestep {wanted}, came to {timestep}: its "
+                "schedule depends on more than its arguments. Use memory='retain' with a plan that fits one pass."
+            )
+        self.record.arrived.add(arrived)
+        self.tell(v)
+        raise _Stop(v)
+
+
+class Sample(tuple[Tensor]):
+    """A scheduler's output, read by name or by index."""
+
+    __slots__ = ()
+
+    def __new__(cls, sample: Tensor) -> Sample:
+        return super().__new__(cls, (sample,))
+
+    @property
+    def prev_sample(self) -> Tensor:
+        """The next latents."""
+        return self[0]
+
+
+@contextlib.contextmanager
+def _kept(thing: Any) -> Generator[None]:
+    """Puts an object's attributes back."""
+    before = dict(thing.__dict__)
+    try:
+        yield
+    finally:
+        thing.__dict__.clear()
+        thing.__dict__.update(before)

@@ -1,0 +1,147 @@
+"""A diffusers scheduler as a sampler: what it must be, the times of its steps, and its methods rerouted for a while."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trajsurgery.errors import SamplerError
+from trajsurgery.plans.interpolants import InvertedFlow, RectifiedFlow
+from trajsurgery.surgery.trajectory import check_sigmas
+
+
+def flow_matching(pipe: Any) -> None:
+    """Raises SamplerError before any work if the pipe's scheduler can't be a flow-matching one."""
+    scheduler = getattr(pipe, "scheduler", None)
+    if scheduler is None or not hasattr(pipe, "components"):
+        raise SamplerError(
+            f"operate() received a {type(pipe).__name__}: it takes a diffusers pipeline, with a scheduler."
+        )
+    config = getattr(scheduler, "config", {})
+    kind = config.get("prediction_type", "flow_prediction")
+    sigmas = getattr(scheduler, "sigmas", None)
+    above = isinstance(sigmas, Tensor) and not config.get("use_flow_sigmas") and float(sigmas.max()) > 1 + 1e-3
+    if sigmas is None or above or kind != "flow_prediction":
+        raise SamplerError(
+            f"{type(scheduler).__name__} is no flow-matching scheduler: a leap needs a velocity dx/dsigma and sigmas "
+            "in [0, 1]. Use FlowMatchEulerDiscreteScheduler, or UniPC or DPM-Solver++ with use_flow_sigmas=True and "
+            "prediction_type='flow_prediction'."
+        )
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The T steps that a loop runs, each made of one call of `scheduler.step` or, as Heun's, of more."""
+
+    sigmas: Tensor
+    """[T + 1] times, noise first."""
+    times: tuple[float, ...]
+    """The same as numbers, which no device is asked for."""
+    starts: tuple[int, ...]
+    """The number, from 0, of the call that begins each step."""
+    calls: int
+    """How many calls there are in all."""
+    whole: int
+    """T of the whole schedule, of which the loop may run the tail."""
+
+    @classmethod
+    def of(cls, scheduler: Any, first: int) -> Schedule:
+        """What is left of the scheduler's timetable from its entry `first` on.
+
+        A call between two equal sigmas corrects the sample of the call before: the two are one step.
+
+        Raises:
+            SamplerError: a timetable that is none of a flow-matching sampler's.
+        """
+        sigmas, calls = scheduler.sigmas.detach().clone(), len(scheduler.timesteps)
+        if len(sigmas) != calls + 1:
+            raise SamplerError(
+                f"{type(scheduler).__name__} has {len(sigmas)} sigmas for {calls} timesteps; operate() follows "
+                "schedulers that have one more. Use FlowMatchEulerDiscreteScheduler."
+            )
+        times: list[float] = sigmas.tolist()  # once: each number read off a device waits for it
+        begins = [i for i in range(calls) if times[i] != times[i + 1]]
+        left = [i for i in begins if i >= first]
+        if not left:
+            raise SamplerError(f"the loop begins at step {first} of a schedule whose {calls} steps are over by then.")
+        sigmas_left = torch.cat([sigmas[left], sigmas[-1:]])
+        check_sigmas(sigmas_left)
+        starts = tuple(i - first for i in left)
+        return cls(sigmas_left, (*(times[i] for i in left), times[-1]), starts, calls - first, len(begins))
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        return len(self.starts)
+
+    def lands(self, call: int) -> bool:
+        """Whether the call is its step's last."""
+        return call + 1 in self.starts or call + 1 >= self.calls
+
+    def interpolant(self) -> RectifiedFlow:
+        """Rectified flow; the one whose sigma is the image's share where sigmas rise."""
+        return InvertedFlow() if self.times[0] < self.times[-1] else RectifiedFlow()
+
+
+def first_entry(scheduler: Any) -> int:
+    """The entry of the timetable at which the loop begins: after its first step, or as announced before it."""
+    index, begin = (getattr(scheduler, name, None) for name in ("step_index", "begin_index"))
+    return index - 1 if isinstance(index, int) and index > 0 else begin or 0
+
+
+@contextlib.contextmanager
+def rerouted(scheduler: Any, **around: Callable[..., Any]) -> Generator[None]:
+    """Methods of this one scheduler called as `around(method, ...)`; its class stays, which pipelines look at."""
+    shadows = {name: scheduler.__dict__.pop(name) for name in around if name in scheduler.__dict__}
+    for name in around:
+        function = shadows.get(name, getattr(scheduler, name))
+        function = function.function if isinstance(function, _Rerouted) else function
+        scheduler.__dict__[name] = _Rerouted(scheduler, function, around[name])
+    try:
+        yield
+    finally:
+        for name in around:
+            scheduler.__dict__.pop(name, None)
+        scheduler.__dict__.update(shadows)
+
+
+class _Rerouted:
+    """A method whose copies, on the scheduler's own (for a second stream such as sound), are not rerouted."""
+
+    def __init__(self, scheduler: Any, function: Callable[..., Any], around: Callable[..., Any]) -> None:
+        self.scheduler, self.function, self.around = scheduler, function, around
+        self.count = 0
+        self.__name__ = function.__name__
+        self.__signature__ = inspect.signature(function)  # which diffusers inspects
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.count += 1
+        return self.around(self.function, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
+        function = getattr(type(self.scheduler), self.__name__).__get__(memo[id(self.scheduler)])
+
+        count = 0
+
+        @functools.wraps(function)
+        def constant(*args: Any, **kwargs: Any) -> Any:
+            """The other stream is a constant to the plan."""
+            nonlocal count
+            count += 1
+            if self.__name__ == "step" and count > 1 and self.count == 0:
+                raise SamplerError(
+                    "the loop steps copies of the scheduler (one for each frame, or each sample) and not the pipe's "
+                    "own: each may be at another time, which operate() can't follow. Take a pipeline that steps all at "
+                    "once."
+                )
+            with torch.no_grad():
+                return function(*args, **kwargs)
+
+        return constant

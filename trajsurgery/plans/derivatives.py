@@ -1,0 +1,136 @@
+"""The derivative of each primitive by its parents: in symbols, or a number where the sampler's times are given.
+
+A named time is the symbol of its sigma, a bound one t is `sigma_t`. Where sigmas are given the arithmetic is Python's
+floats', or sympy's exact numbers if all of them are rational (ints, `fractions.Fraction`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from numbers import Rational
+from typing import Any
+
+import sympy
+
+from trajsurgery.plans.interpolants import Interpolant, weights
+from trajsurgery.plans.nodes import START, Advance, Connect, Discount, Leap, Node, Recover, Renoise, Scale, Time
+
+WRITTEN_OUT = 3
+"""An advance over more supports than this keeps its weights as names, `QuadratureWeight`, until numbers are put in."""
+SYMBOLS, ADDENDS = 8, 60
+"""A coefficient with more is left as it is: factoring it would take minutes."""
+
+
+class Times:
+    """The sigma of each time."""
+
+    def __init__(self, sigmas: Sequence[Any] | None) -> None:
+        exact = sigmas is not None and all(isinstance(sigma, Rational) for sigma in sigmas)
+        self.xp: Any = sympy if sigmas is None or exact else math
+        """The namespace of the arithmetic."""
+        number = _rational if exact else float
+        self.sigmas = None if sigmas is None else [number(sigma) for sigma in sigmas]
+
+    def __call__(self, t: Time) -> Any:
+        if t == START and self.sigmas is not None:
+            t = len(self.sigmas) - 1
+        if isinstance(t, str):
+            return sympy.Symbol(t)
+        if self.sigmas is not None:
+            return self.sigmas[len(self.sigmas) - 1 - t]
+        return sympy.Integer(0) if t == 0 else sympy.Symbol(f"sigma_{t}")
+
+    def factor(self, a: float | str) -> Any:
+        """A discount or scale; among exact numbers it is the decimal that it is written as."""
+        if isinstance(a, str):
+            return sympy.Symbol(a)
+        if self.xp is math:
+            return a
+        if float(a).is_integer():
+            return sympy.Integer(int(a))
+        return sympy.Float(a) if self.sigmas is None else sympy.Rational(repr(a))
+
+
+def derivative(node: Node, times: Times, interpolant: Interpolant) -> list[Any]:
+    """d(node)/d(parent) for each parent of a node that passes gradients on."""
+    return [tidy(weight) for weight in _WEIGHTS[type(node)](node, times, interpolant)]
+
+
+def tidy(coefficient: Any) -> Any:
+    """Like terms merged, the result as a product; numbers as they are."""
+    if isinstance(coefficient, int | float) or coefficient.is_number or coefficient.is_Symbol:
+        return coefficient
+    if len(coefficient.free_symbols) > SYMBOLS or len(coefficient.args) > ADDENDS:
+        return coefficient
+    return sympy.factor(coefficient)
+
+
+class QuadratureWeight(sympy.Function):
+    """The weight of one support of an advance over many: (its sigma, from, to, the sigmas of all supports).
+
+    The integral from `from` to `to` of the Lagrange polynomial that is 1 at its sigma. Written out, its size doubles
+    with each support; so it stands for itself, and is a number as soon as its arguments are.
+    """
+
+    @classmethod
+    def eval(cls, *args: Any) -> Any:
+        """The number, once there are only numbers."""
+        if all(arg.is_number for arg in args):
+            at, start, to, *supports = args
+            return weights("lagrange", supports, start, to)[supports.index(at)]
+        return None
+
+    def _sympystr(self, printer: Any) -> str:
+        at, start, to = (printer.doprint(arg) for arg in self.args[:3])
+        return f"w[{at}: {start} -> {to}]"
+
+    def _latex(self, printer: Any) -> str:
+        at, start, to = (printer.doprint(arg) for arg in self.args[:3])
+        return rf"w_{{{at}}}^{{{start} \to {to}}}"
+
+
+def _leap(node: Leap, times: Times, interpolant: Interpolant) -> Sequence[Any]:
+    return interpolant.leap(times(node.x.t), times(node.to), times.xp)
+
+
+def _advance(node: Advance, times: Times, interpolant: Interpolant) -> Sequence[Any]:
+    order = list(node.velocities)
+    ranks = {v: math.inf if v.t == START else v.t for v in order}
+    if not any(isinstance(t, str) for t in ranks.values()):  # names still unbound stand in the order given
+        order.sort(key=lambda v: ranks[v], reverse=True)
+    supports, start, to = [times(v.t) for v in order], times(node.x.t), times(node.to)
+    if times.sigmas is None and node.rule != "euler" and len(order) > WRITTEN_OUT:
+        found: list[Any] = [QuadratureWeight(at, start, to, *supports) for at in supports]
+    else:
+        found = weights(node.rule, supports, start, to)
+    ws = dict(zip(order, found, strict=True))
+    return [1, *(ws[v] for v in node.velocities)]
+
+
+def _factor(node: Discount | Scale, times: Times, interpolant: Interpolant) -> Sequence[Any]:
+    return [times.factor(node.a)]
+
+
+def _renoise(node: Renoise, times: Times, interpolant: Interpolant) -> Sequence[Any]:
+    return [interpolant.alpha(times(node.to), times.xp)]
+
+
+def _recover(node: Recover, times: Times, interpolant: Interpolant) -> Sequence[Any]:
+    return [1 / interpolant.alpha(times(node.x.t), times.xp)]
+
+
+def _rational(sigma: Any) -> Any:
+    return sympy.Rational(int(sigma.numerator), int(sigma.denominator))
+
+
+_WEIGHTS: dict[type[Node], Callable[[Any, Times, Interpolant], Sequence[Any]]] = {
+    Leap: _leap,
+    Advance: _advance,
+    Connect: lambda *_: [1],
+    Discount: _factor,
+    Scale: _factor,
+    Renoise: _renoise,
+    Recover: _recover,
+}
+"""d(node)/d(parent) of each primitive that passes gradients on."""

@@ -1,0 +1,201 @@
+"""Pictures of plans: the rollout on the upper rail, the surgery below it (as in LeapAlign's Fig. 2).
+
+Red carries gradient, thicker where its coefficient is larger; grey carries none. Arrows point the way the values go,
+and the gradient runs against them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from trajsurgery.errors import SurgeryError
+from trajsurgery.plans.drawing.layout import Placing
+from trajsurgery.plans.drawing.mermaid import mermaid
+from trajsurgery.plans.drawing.scene import Edge, Mark, Scene
+from trajsurgery.plans.nodes import Node
+
+LIVE, IDLE, GREY, RAIL, INK, PAPER = "#c8321f", "#a9b0b8", "#7d858d", "#3b5b7a", "#20262d", "#ffffff"
+
+
+def draw(outputs: Sequence[Node], steps: int | None, path: Path) -> Path:
+    """Draws a plan; the path's ending is the format: .svg, .png, .pdf, or .mmd (Mermaid text).
+
+    The same plan gives the same bytes.
+
+    Raises:
+        SurgeryError: another ending.
+    """
+    write = WRITERS.get(path.suffix.lower())
+    if write is None:
+        raise SurgeryError(f"draw received {path.name!r}: the ending is the format, one of {', '.join(WRITERS)}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(Scene(outputs, steps), path)
+    return path
+
+
+def _mermaid(scene: Scene, path: Path) -> None:
+    path.write_text(mermaid(scene))
+
+
+def _image(scene: Scene, path: Path) -> None:
+    import matplotlib as mpl
+
+    # dates and random ids would make the same picture differ from run to run
+    dates: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower(), {})
+    with mpl.rc_context({"svg.hashsalt": "trajsurgery"}):
+        figure = _Painter(Placing(scene)).figure
+        figure.savefig(path, dpi=160, bbox_inches="tight", pad_inches=0.12, metadata=dates, facecolor=PAPER)
+
+
+WRITERS: dict[str, Callable[[Scene, Path], None]] = {".svg": _image, ".png": _image, ".pdf": _image, ".mmd": _mermaid}
+
+
+def weight_width(weight: float) -> float:
+    """The width of an arrow that carries a gradient times `weight`, in points."""
+    return 0.7 + 2.5 * min(1.0, weight)
+
+
+class _Painter:
+    """A scene on a matplotlib figure whose data units are inches."""
+
+    def __init__(self, at: Placing) -> None:
+        from matplotlib.figure import Figure
+
+        self.at, self.scene = at, at.scene
+        left, right, low, high = at.extent
+        self.figure = Figure(figsize=(right - left, high - low))
+        self.axes: Any = self.figure.add_axes((0, 0, 1, 1))
+        self.axes.set(xlim=(left, right), ylim=(low, high), aspect="equal")
+        self.axes.axis("off")
+        self.patches: dict[Mark, Any] = {}
+        self._rail()
+        for mark in self.scene.marks:
+            self._mark(mark)
+        for edge in self.scene.edges:
+            self._edge(edge)
+        self._legend()
+
+    def _rail(self) -> None:
+        """The rollout: a line with a dot for every step that the plan leaves alone."""
+        first, last = self.at.x(self.scene.columns[0]), self.at.x(0)
+        self.axes.plot([first, last], [0, 0], color=RAIL, lw=1.3, zorder=1, solid_capstyle="round")
+        for x in self.at.between():
+            self.axes.plot([x], [0], "o", color=RAIL, ms=3, zorder=1)
+        for label, y in (("rollout", 0.0), ("surgery", self.at.lane(1))):
+            x = first - 0.42
+            self.axes.text(x, y, label, ha="right", va="center", fontsize=9, color=INK, alpha=0.65, style="italic")
+
+    def _mark(self, mark: Mark) -> None:
+        from matplotlib.patches import Circle, FancyBboxPatch
+
+        x, y = self.at.point(mark)
+        width, height = self.at.size(mark)
+        lit = mark in self.scene.lit
+        edge = {"real": LIVE if lit else RAIL, "reward": INK, "copy": RAIL}.get(mark.kind, LIVE if lit else IDLE)
+        fill = LIVE if mark.kind == "call" and lit else INK if mark.kind == "reward" else PAPER
+        if not self.at.labelled(mark) and mark.kind != "recorded":
+            patch: Any = Circle((x, y), width / 2, facecolor=edge, edgecolor=edge, lw=1, zorder=4)
+        elif mark.kind != "recorded" and width == height:
+            patch = Circle((x, y), width / 2, facecolor=fill, edgecolor=edge, lw=1.2, zorder=4)
+        else:
+            corner = 0.02 if mark.kind == "recorded" else height / 2
+            box = f"round,pad=0,rounding_size={corner}"
+            patch = FancyBboxPatch((x - width / 2, y - height / 2), width, height, boxstyle=box, zorder=4)
+            style = (0, (2, 1.5)) if mark.kind == "copy" else "-"
+            patch.set(facecolor=fill, edgecolor=edge, linewidth=1.2, linestyle=style, mutation_aspect=1)
+        self.axes.add_patch(patch)
+        self.patches[mark] = patch
+        if self.at.labelled(mark):
+            ink = (
+                PAPER
+                if fill != PAPER
+                else (INK if mark.kind in ("real", "predicted", "copy") else GREY if edge == IDLE else edge)
+            )
+            self._text(x, y, f"${mark.name}$", ink, 11 if mark.kind != "recorded" else 9.5, 5)
+        if mark.note:
+            self.axes.text(x, y - 0.3, mark.note, ha="center", va="center", fontsize=8, color=GREY, style="italic")
+
+    def _text(self, x: float, y: float, text: str, color: str, size: float, zorder: float, **kwargs: Any) -> None:
+        self.axes.text(
+            x,
+            y,
+            text,
+            ha="center",
+            va="center",
+            fontsize=size,
+            color=color,
+            math_fontfamily="cm",
+            zorder=zorder,
+            **kwargs,
+        )
+
+    def _edge(self, edge: Edge) -> None:
+        from matplotlib.patches import FancyArrowPatch
+
+        color = LIVE if edge.live else IDLE
+        width = weight_width(edge.weight) if edge.live else 0.9
+        style = {"connect": (0, (3, 2)), "renoise": (0, (1, 1.5)), "recover": (0, (1, 1.5))}.get(edge.kind, "-")
+        bend = self.at.bend(edge)
+        arrow = FancyArrowPatch(
+            self.at.point(edge.start),
+            self.at.point(edge.end),
+            patchA=self.patches[edge.start],
+            patchB=self.patches[edge.end],
+            connectionstyle="angle3,angleA=-90,angleB=0" if self.at.under(edge) else f"arc3,rad={bend}",
+            arrowstyle="-|>,head_length=0.35,head_width=0.18",
+            mutation_scale=9 + 1.8 * width,
+            shrinkA=1,
+            shrinkB=1.5,
+            linewidth=width,
+            linestyle=style,
+            color=color,
+            zorder=3 if edge.live else 2,
+        )
+        self.axes.add_patch(arrow)
+        text = ", ".join([*(f"${note}$" for note in edge.notes), *(["sg"] if edge.stopped else [])])
+        if text:
+            x, y = self.at.middle(edge)
+            box = {"facecolor": PAPER, "edgecolor": "none", "pad": 1.0, "alpha": 0.9}
+            self._text(x, y, text, color if edge.live else GREY, 9, 6, bbox=box)
+
+    def _legend(self) -> None:
+        from matplotlib.lines import Line2D
+
+        kinds, marks = {edge.kind for edge in self.scene.edges}, {mark.kind for mark in self.scene.marks}
+        calls = {mark in self.scene.lit for mark in self.scene.marks if mark.kind == "call"}
+        dot: dict[str, Any] = {"marker": "o", "ls": "", "ms": 8}
+        dashes, dots = {"color": LIVE, "lw": 1.6, "ls": (0, (3, 2))}, {"color": LIVE, "lw": 1.6, "ls": (0, (1, 1.5))}
+        notes = "".join(note for edge in self.scene.edges for note in edge.notes)
+        weak = any(edge.live and edge.weight <= 0.6 for edge in self.scene.edges)
+        entries: list[tuple[bool, dict[str, Any], str]] = [
+            (True, {"color": LIVE, "lw": weight_width(1)}, "gradient, coefficient 1" if weak else "carries gradient"),
+            (weak, {"color": LIVE, "lw": weight_width(0.3)}, "0.3"),
+            (any(not edge.live for edge in self.scene.edges), {"color": IDLE, "lw": 1}, "no gradient"),
+            (True in calls, {"color": LIVE, **dot}, "model call, trained"),
+            (False in calls, {"color": IDLE, "mfc": PAPER, **dot}, "model call, not trained"),
+            (self.scene.noise, {"color": LIVE, "mfc": PAPER, **dot}, "noise, trained"),
+            ("recorded" in marks, {"color": IDLE, "mfc": PAPER, **dot, "marker": "s", "ms": 6}, "recorded velocity"),
+            ("connect" in kinds, dashes, "connector"),
+            (bool(kinds & {"renoise", "recover"}), dots, "noise put on or off"),
+            (r"\alpha" in notes, {"color": LIVE, **dot, "marker": r"$\alpha$"}, "gradient discounted"),
+            (r"\times" in notes, {"color": LIVE, **dot, "marker": r"$\times$"}, "gradient scaled"),
+            (
+                any(edge.stopped for edge in self.scene.edges),
+                {"color": GREY, **dot, "marker": "$\\mathrm{sg}$", "ms": 11, "mew": 0},
+                "gradient stopped",
+            ),
+        ]
+        shown = [(Line2D([], [], **look), label) for used, look, label in entries if used]
+        self.axes.legend(
+            *zip(*shown, strict=True),
+            loc="lower center",
+            ncol=min(len(shown), self.at.legend_columns),
+            frameon=False,
+            fontsize=8.5,
+            handlelength=1.8,
+            columnspacing=1.4,
+            labelcolor=INK,
+            borderaxespad=0.2,
+        )

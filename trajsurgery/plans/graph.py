@@ -1,0 +1,116 @@
+"""The plan as a networkx DAG, and what can be read off it: where gradients flow, which values are recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from trajsurgery.plans.nodes import (
+    Connect,
+    Detach,
+    DetachVelocity,
+    Discount,
+    Latent,
+    Leap,
+    Node,
+    Noise,
+    Recorded,
+    Scale,
+    Velocity,
+    walk,
+)
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+
+def build(outputs: Sequence[Node]) -> nx.DiGraph[Any]:
+    """The DAG whose nodes are the plan's (attributes `op`, `t`, `output`) and whose edges run from parent to child.
+
+    An edge's `gradient` says whether a gradient passes back along it.
+    """
+    import networkx as nx
+
+    graph: nx.DiGraph[Any] = nx.DiGraph()
+    for node in walk(outputs):
+        graph.add_node(node, op=node.op, t=node.t, output=node in outputs)
+        for parent in node.parents:
+            graph.add_edge(parent, node, gradient=passes(node))
+    return graph
+
+
+def passes(node: Node) -> bool:
+    """Whether a gradient that arrives at the node goes on to its parents."""
+    blocked = isinstance(node, Detach | DetachVelocity | Latent | Recorded)
+    return not blocked and not (isinstance(node, Discount | Scale) and node.a == 0)
+
+
+def reached(outputs: Sequence[Node]) -> list[Node]:
+    """The nodes at which a gradient from the outputs arrives, children before parents."""
+    found: set[Node] = set(outputs)
+    order: list[Node] = []
+    for node in reversed(list(walk(outputs))):
+        if node in found:
+            order.append(node)
+            found.update(node.parents if passes(node) else ())
+    return order
+
+
+def trained(outputs: Sequence[Node]) -> list[Node]:
+    """The velocity calls and x_T to which a gradient arrives, in the order of the forward pass."""
+    return [node for node in reversed(reached(outputs)) if isinstance(node, Velocity | Noise)]
+
+
+def needs_gradient(outputs: Sequence[Node]) -> set[Node]:
+    """The nodes that depend differentiably on a velocity call or on x_T."""
+    live: set[Node] = set()
+    for node in walk(outputs):
+        source = isinstance(node, Velocity | Noise)
+        if source or (passes(node) and any(parent in live for parent in node.parents)):
+            live.add(node)
+    return live
+
+
+def exact(outputs: Sequence[Node]) -> bool:
+    """Whether every output is connected at 0: its value is the rollout's x_0, bit for bit."""
+    return all(output.t == 0 and _recorded(output) for output in outputs)
+
+
+def _recorded(node: Node) -> bool:
+    while isinstance(node, Discount | Detach):
+        node = node.x
+    return isinstance(node, Connect | Latent | Noise)
+
+
+def faithful(outputs: Sequence[Node], is_step: Callable[[int], bool]) -> set[Node]:
+    """The nodes whose value the rollout recorded: latents that are its x_t, velocities that are its v_t.
+
+    `is_step(t)` says whether the sampler went from t to t - 1 by Euler on a rectified flow, so that `leap(t - 1)` is
+    its own step.
+    """
+    found: set[Node] = set()
+    for node in walk(outputs):
+        if is_faithful(node, found, is_step):
+            found.add(node)
+    return found
+
+
+def is_faithful(node: Node, known: set[Node], is_step: Callable[[int], bool]) -> bool:
+    """Whether the rollout recorded the node's value, given which of its parents' it recorded."""
+    match node:
+        case Latent() | Noise() | Connect() | Recorded():
+            return True
+        case Discount() | Detach() | Scale() | DetachVelocity():
+            return node.parents[0] in known
+        case Velocity():
+            return node.field is None and node.x in known
+        case Leap():
+            return known.issuperset(node.parents) and own_step(node, is_step)
+        case _:
+            return False
+
+
+def own_step(leap: Leap, is_step: Callable[[int], bool]) -> bool:
+    """Whether a leap between faithful values is the sampler's own step."""
+    t = leap.x.t
+    return isinstance(t, int) and leap.to == t - 1 and is_step(t)

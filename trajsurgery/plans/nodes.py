@@ -1,0 +1,276 @@
+"""The primitives of the language, without tensors.
+
+Constructors accept whatever has the right type; whether a plan is legal is said by `check.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+from trajsurgery.errors import PlanError
+from trajsurgery.plans.expression import START as START
+from trajsurgery.plans.expression import Draw, Factor, Node, Time
+from trajsurgery.plans.expression import walk as walk
+
+
+class LatentNode(Node):
+    """A node that stands for a latent x_t."""
+
+    def velocity(self, field: str | None = None) -> Velocity:
+        """v_theta(x, sigma_t): a fresh call of the model; `field` names another field than the default one."""
+        return Velocity(self, field)
+
+    def leap(self, to: Time, discount: Factor | None = None, velocity: VelocityNode | None = None) -> Leap:
+        """One straight hop A x + B v to an earlier time, Eq. 3 (Eq. 20 for other interpolants).
+
+        The velocity is the one given, or else `self.discount(discount).velocity()`.
+
+        Raises:
+            PlanError: both `discount` and `velocity` are given.
+        """
+        if velocity is not None and discount is not None:
+            raise PlanError(
+                f"leap({to!r}) from x_{self.t} received both discount={discount!r} and velocity={velocity!r}: the "
+                "discount is of the input of the leap's own call. Drop it, or put it on the velocity's input "
+                "(x.discount(a).velocity()).",
+                rules=("one-velocity",),
+            )
+        if velocity is None:
+            velocity = (self if discount is None else self.discount(discount)).velocity()
+        return Leap(self, _velocity(velocity), to)
+
+    def advance(self, to: Time, velocities: Sequence[VelocityNode], rule: str = "lagrange") -> Advance:
+        """x + sum_i w_i v_i: the integral of dx/dsigma = v by quadrature over several velocities."""
+        if isinstance(velocities, Node) or not isinstance(velocities, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise PlanError(
+                f"advance({to!r}) from x_{self.t} received {velocities!r} for its velocities: give a list of them.",
+                rules=("kinds",),
+            )
+        return Advance(self, tuple(map(_velocity, velocities)), to, rule)
+
+    def connect(self) -> Connect:
+        """The rollout's own x_t, exactly; the gradient is the prediction's (Eq. 6-7)."""
+        return Connect(self)
+
+    def discount(self, a: Factor) -> Discount:
+        """The same value; the gradient times a, in [0, 1] (Eq. 9)."""
+        return Discount(self, _factor(a))
+
+    def detach(self) -> Detach:
+        """The same value; no gradient."""
+        return Detach(self)
+
+    def renoise(self, to: Time, draw: Draw = 0) -> Renoise:
+        """alpha_to x + beta_to eps_draw, from t = 0; the gradient times alpha_to."""
+        return Renoise(self, to, draw)
+
+    def recover(self, draw: Draw = 0) -> Recover:
+        """(x - beta_t eps_draw) / alpha_t at t = 0: SRPO's analytic recovery (arXiv 2509.06942).
+
+        The noise is that of the renoised sample with this draw which x descends from.
+        """
+        return Recover(self, draw)
+
+
+class VelocityNode(Node):
+    """A node that stands for a velocity v_t."""
+
+    def scale(self, a: Factor) -> Scale:
+        """The same value; the gradient times a, finite and >= 0."""
+        return Scale(self, _factor(a))
+
+    discount = scale
+
+    def detach(self) -> DetachVelocity:
+        """The same value; no gradient."""
+        return DetachVelocity(self)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Latent(LatentNode):
+    """x_t of the rollout: a constant."""
+
+    op: ClassVar[str] = "latent"
+    time: Time
+
+    @property
+    def t(self) -> Time:
+        return self.time
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Noise(LatentNode):
+    """x_T of the rollout, with a gradient to x_T itself (ReNO)."""
+
+    op: ClassVar[str] = "noise"
+    time: Time = START
+
+    @property
+    def t(self) -> Time:
+        return self.time
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Recorded(VelocityNode):
+    """v_t of the rollout: a constant."""
+
+    op: ClassVar[str] = "recorded"
+    time: Time
+
+    @property
+    def t(self) -> Time:
+        return self.time
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _OnLatent(LatentNode):
+    """A latent made of another one at the same time."""
+
+    x: LatentNode
+
+    @property
+    def t(self) -> Time:
+        return self.x.t
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Connect(_OnLatent):
+    """The rollout's x_t with the gradient of the prediction."""
+
+    op: ClassVar[str] = "connect"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Discount(_OnLatent):
+    """The same latent, its gradient times a."""
+
+    op: ClassVar[str] = "discount"
+    a: Factor
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Detach(_OnLatent):
+    """The same latent without gradient."""
+
+    op: ClassVar[str] = "detach"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Velocity(VelocityNode):
+    """A call of the model."""
+
+    op: ClassVar[str] = "velocity"
+    x: LatentNode
+    field: str | None = None
+
+    @property
+    def t(self) -> Time:
+        return self.x.t
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _OnVelocity(VelocityNode):
+    """A velocity made of another one at the same time."""
+
+    v: VelocityNode
+
+    @property
+    def t(self) -> Time:
+        return self.v.t
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Scale(_OnVelocity):
+    """The same velocity, its gradient times a."""
+
+    op: ClassVar[str] = "scale"
+    a: Factor
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class DetachVelocity(_OnVelocity):
+    """The same velocity without gradient."""
+
+    op: ClassVar[str] = "detach_velocity"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Leap(LatentNode):
+    """A x + B v at an earlier time."""
+
+    op: ClassVar[str] = "leap"
+    x: LatentNode
+    v: VelocityNode
+    to: Time
+
+    @property
+    def t(self) -> Time:
+        return self.to
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Advance(LatentNode):
+    """x + sum_i w_i v_i at an earlier time."""
+
+    op: ClassVar[str] = "advance"
+    x: LatentNode
+    velocities: tuple[VelocityNode, ...]
+    to: Time
+    rule: str = "lagrange"
+
+    @property
+    def t(self) -> Time:
+        return self.to
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Renoise(LatentNode):
+    """alpha_to x + beta_to eps at a later time."""
+
+    op: ClassVar[str] = "renoise"
+    x: LatentNode
+    to: Time
+    draw: Draw = 0
+
+    @property
+    def t(self) -> Time:
+        return self.to
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Recover(LatentNode):
+    """(x - beta_t eps) / alpha_t at t = 0."""
+
+    op: ClassVar[str] = "recover"
+    x: LatentNode
+    draw: Draw = 0
+
+    @property
+    def t(self) -> Time:
+        return 0
+
+
+PRIMITIVES: dict[str, type[Node]] = {
+    kind.op: kind
+    for kind in (
+        *(Latent, Noise, Recorded, Velocity, Leap, Advance, Connect),
+        *(Discount, Detach, Scale, DetachVelocity, Renoise, Recover),
+    )
+}
+
+
+def _velocity(v: Any) -> VelocityNode:
+    """A node, whose kind `check.py` looks at; tensors and names are none."""
+    if not isinstance(v, Node):
+        raise PlanError(
+            f"a velocity of the plan received a {type(v).__name__}: it is a node, x.velocity() or recorded(t).",
+            rules=("kinds",),
+        )
+    return cast(VelocityNode, v)
+
+
+def _factor(a: Any) -> Factor:
+    """1 and 1.0 are one factor; a name stays a name."""
+    return float(a) if isinstance(a, int | float) and not isinstance(a, bool) else cast(Factor, a)

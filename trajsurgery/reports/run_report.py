@@ -1,0 +1,257 @@
+"""What a run leaves to look at: the reward's curve, samples before and after, a closing table. Reads records only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional
+
+from trajsurgery.evaluation.calibration import interval
+from trajsurgery.evaluation.held_out import Scores
+from trajsurgery.reports import validation_report
+
+BEFORE, AFTER = "#7a8691", "#0b6e99"
+BAR = "bar: two paired standard errors of the gain"
+RULES = {"rule": "rule-based score", "junk": "junk pixels"}
+
+
+def curve(path: Path, title: str, records: Sequence[Mapping[str, Any]]) -> Path:
+    """Draws the training reward of each iteration, its moving mean, and the held-out reward before and after.
+
+    Below it are the looks at held-out rewards and the anchor, if the run had them (watching.py).
+
+    Args:
+        records: the lines of metrics.jsonl; the evaluation's may be missing.
+    """
+    from matplotlib.figure import Figure
+
+    lines = [r for r in records if r["kind"] == "iteration" and r["reward"] is not None]
+    evaluation = next((r for r in records if r["kind"] == "evaluation"), None)
+    below = validation_report.panels(records)
+    figure = Figure(figsize=(8, 4.6 + 2.4 * len(below)), layout="constrained")
+    heights = [1.6, *[1.0] * len(below)]
+    axes, *others = figure.subplots(len(heights), squeeze=False, sharex=True, height_ratios=heights)[:, 0]
+    times, rewards = [r["iteration"] for r in lines], [r["reward"] for r in lines]
+    axes.plot(times, rewards, color=AFTER, alpha=0.25, linewidth=1, label="training prompts, batch by batch")
+    axes.plot(times, validation_report.smoothed(rewards), color=AFTER, linewidth=2, label="their moving mean")
+    if evaluation is not None and lines:
+        ends = ((times[0], "before", BEFORE), (times[-1], "after (EMA)", AFTER))
+        for t, when, colour in ends:
+            mean = evaluation[f"reward_{when.split()[0]}"]
+            bar = 2 * (evaluation["reward_gain_se"] or 0) if when != "before" else None
+            axes.errorbar(t, mean, bar, fmt="o", color=colour, capsize=4, markeredgecolor="white", markersize=9,
+                          label=f"held-out prompts, {when}: {mean:.3f}")  # fmt: skip
+    axes.set(ylabel="reward", title=title)
+    for part, draw in zip(others, below):
+        draw(part, records)
+    for part in (axes, *others):
+        part.spines[["top", "right"]].set_visible(False)
+        part.grid(alpha=0.2)
+    (others or [axes])[-1].set_xlabel("iteration")
+    figure.legend(
+        *axes.get_legend_handles_labels(),
+        frameon=False,
+        loc="outside lower center",
+        ncols=2,
+        fontsize=9,
+        title=BAR if evaluation else "",
+        title_fontsize=9,
+    )
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def samples(path: Path, title: str, before: Scores, after: Scores, count: int = 12, columns: int = 3) -> Path:
+    """Draws images before | after, same prompt and noise, with the rules' verdict and the reward below each.
+
+    None is chosen for its looks: see `shown`.
+    """
+    from matplotlib.figure import Figure
+
+    places, remark = shown(before, after, count)
+    columns = min(columns, len(places))
+    rows = math.ceil(len(places) / columns)
+    figure = Figure(figsize=(3.5 * columns, 2.15 * rows + 0.95), layout="constrained")
+    rules = "✓ ✗ and frames: the rules' verdict; " if before.correct is not None else ""
+    figure.suptitle(f"{title}\n{remark}\n{rules}numbers: the reward", fontsize=12)
+    parts = figure.subfigures(rows, columns, squeeze=False, wspace=0.06).flat
+    for part, place in zip(parts, places):
+        _pair(part, place, before, after)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def shown(before: Scores, after: Scores, count: int) -> tuple[list[int], str]:
+    """Which images are drawn, and a remark that says so.
+
+    They are the first ones, which are spread over the categories; where there are rules, the second half are the first
+    images whose verdict changed, for better and for worse in proportion to how many did.
+    """
+    kept = min(len(before.pictures), len(after.pictures))
+    if before.correct is None or after.correct is None:
+        return list(range(min(count, kept))), "the first held-out prompts, same noise"
+    first = list(range(min(count // 2, kept)))
+    mended = (~before.correct & after.correct).nonzero().flatten().tolist()
+    broken = (before.correct & ~after.correct).nonzero().flatten().tolist()
+    slots = count - len(first)
+    share = round(slots * len(mended) / max(1, len(mended) + len(broken)))
+    parts = [[i for i in part if len(first) <= i < kept] for part in (mended, broken)]
+    others = parts[0][:share] + parts[1][: slots - share]
+    remark = f"the first {len(first)} held-out images, then the first whose verdict changed, in proportion"
+    return first + others, f"{remark} ({len(mended)} to right, {len(broken)} to wrong of {len(before.texts)})"
+
+
+def _pair(part: Any, place: int, before: Scores, after: Scores) -> None:
+    part.suptitle(before.texts[place], fontsize=10.5)
+    grid = (2, 1) if before.pictures.dim() == 5 else (1, 2)  # the frames of a video stand side by side
+    for axes, scores, when in zip(part.subplots(*grid), (before, after), ("before", "after")):
+        axes.imshow(_pixels(scores.pictures[place]), interpolation="nearest")
+        axes.set(xticks=[], yticks=[])
+        verdict, colour = _verdict(scores, place)
+        axes.set_xlabel(f"{when}{verdict}  {float(scores.reward[place]):.2f}", fontsize=9, color=colour)
+        axes.spines[:].set_color(colour)
+        axes.spines[:].set_linewidth(1.5 if scores.correct is not None else 0.5)
+
+
+def _verdict(scores: Scores, place: int) -> tuple[str, str]:
+    if scores.correct is None:
+        return "", "black"
+    return (" ✓", "#2e7d32") if bool(scores.correct[place]) else (" ✗", "#b3442e")
+
+
+def _pixels(picture: Tensor) -> Any:
+    """[3 h w] or, of a video, [frames 3 h w]."""
+    frames = picture if picture.dim() == 4 else picture[None]
+    apart = functional.pad(frames, (0, 1), value=255)  # a white pixel between frames
+    return apart.permute(2, 0, 3, 1).flatten(1, 2)[:, :-1].numpy()
+
+
+def heldout(path: Path, title: str, evaluation: Mapping[str, Any]) -> Path:
+    """Draws what is said of the held-out images: each gain in its own standard errors, and what the reward is worth."""
+    from matplotlib.figure import Figure
+
+    calibration = evaluation.get("calibration")
+    figure = Figure(figsize=(11 if calibration else 6, 4.4), layout="constrained")
+    figure.suptitle(f"{title}; {evaluation['images']} held-out images, same prompts and noise", fontsize=11)
+    axes = figure.subplots(1, 2 if calibration else 1, squeeze=False)[0]
+    _gains(axes[0], evaluation)
+    if calibration:
+        _reliability(axes[1], calibration)
+    for part in axes:
+        part.spines[["top", "right"]].set_visible(False)
+        part.grid(alpha=0.2)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def _gains(axes: Any, evaluation: Mapping[str, Any]) -> None:
+    """A dot for each figure, upwards from junk to the reward, with its means before and after."""
+    lines = [line for line in rows(evaluation) if line[1][f"{line[2]}_gain_se"]]
+    sizes = [record[f"{name}_gain"] / record[f"{name}_gain_se"] for _, record, name in lines]
+    places = list(range(len(lines) - 1, -1, -1))
+    axes.axvspan(-2, 2, color=BEFORE, alpha=0.15, linewidth=0)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.plot(sizes, places, "o", color=AFTER, markersize=8)
+    for size, place, (_, record, name) in zip(sizes, places, lines):
+        told = f"{record[f'{name}_before']:.4f} → {record[f'{name}_after']:.4f}"
+        axes.annotate(told, (size, place), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)
+    axes.set_yticks(places, [said for said, _, _ in lines])
+    axes.set(ylim=(-0.6, len(lines) - 0.3), title="gains, before → after (EMA)",
+             xlabel="gain in its own paired standard errors (grey: less than two, may be chance)")  # fmt: skip
+    axes.margins(x=0.2)
+
+
+def _reliability(axes: Any, calibration: Mapping[str, Any]) -> None:
+    """The share of right images by reward, in quantile bins, before and after."""
+    for when, said, colour in (("before", "before", BEFORE), ("after", "after (EMA)", AFTER)):
+        curve = calibration[when]
+        x, y = [line["score"] for line in curve["bins"]], [line["correct"] for line in curve["bins"]]
+        spans = [interval(line["correct"], line["images"]) for line in curve["bins"]]
+        bars = [
+            [share - low for share, (low, _) in zip(y, spans)],
+            [high - share for share, (_, high) in zip(y, spans)],
+        ]
+        area = "" if curve["auc"] is None else f": AUC {curve['auc']:.3f}, slope {curve['slope']:.2f}"
+        axes.errorbar(x, y, bars, fmt="o-", color=colour, capsize=3, linewidth=1.5, label=f"{said}{area}")
+    counts = [line["images"] for when in ("before", "after") for line in calibration[when]["bins"]]
+    least, most = min(counts, default=0), max(counts, default=0)
+    each = f"{least}" if least == most else f"{least} to {most}"
+    axes.set(xlabel=f"reward, mean of a quantile bin of {each} images", ylabel="share that the rules call right",
+             ylim=(-0.03, 1.03), title="what the reward is worth")  # fmt: skip
+    axes.legend(frameon=False, loc="upper left", title="bar: 95% interval of the share", title_fontsize=9, fontsize=9)
+
+
+def rows(evaluation: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], str]]:
+    """(what is said, record, name in it) of every figure of all images that has a before and an after."""
+    found: list[tuple[str, Mapping[str, Any], str]] = [("reward", evaluation, "reward")]
+    found += [(validation_report.said(name), line, "reward") for name, line in evaluation.get("metrics", {}).items()]
+    found += [(said, evaluation, name) for name, said in RULES.items() if f"{name}_before" in evaluation]
+    found += [(f"diversity, {name}", line, "diversity") for name, line in evaluation.get("diversity", {}).items()]
+    return found
+
+
+def table(evaluation: Mapping[str, Any]) -> Table:
+    """The closing table: reward, further scorers, rules, junk and diversity, before and after, with standard errors."""
+    found = Table(title=f"{evaluation['images']} held-out images, same prompts and noise, EMA weights")
+    for heading in ("", "before", "after", "gain", "± paired SE"):
+        found.add_column(heading, justify="left" if not heading else "right")
+    for said, record, name in rows(evaluation):
+        main = record is evaluation and name in ("reward", "rule")
+        found.add_row(said, *_figures(record, name), style="bold" if main else "")
+    parts = {"reward": "reward", "rule": "rules", "diversity": "diversity"}
+    for category, part in evaluation["categories"].items():
+        if len(evaluation["categories"]) > 1:
+            for name, said in parts.items():
+                if f"{name}_before" in part:
+                    found.add_row(f"  {category}: {said}", *_figures(part, name), style="dim")
+    return found
+
+
+def _figures(record: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    before, after, gain, se = (record[f"{name}_{what}"] for what in ("before", "after", "gain", "gain_se"))
+    return f"{before:.4f}", f"{after:.4f}", f"{gain:+.4f}", "" if se is None or math.isnan(se) else f"{se:.4f}"
+
+
+def remarks(evaluation: Mapping[str, Any]) -> list[str]:
+    """What the table's figures mean: one sentence on each of the reward's calibration and the images' diversity."""
+    found: list[str] = []
+    further = {validation_report.said(name): line for name, line in evaluation.get("metrics", {}).items()}
+    scorers = {"reward": evaluation, **further}
+    for said, line in scorers.items():
+        if line.get("rule_expected") is not None:
+            before, after = (line["calibration"][when] for when in ("before", "after"))
+            found.append(
+                f"{said} against the rules: AUC {_number(before['auc'])} -> {_number(after['auc'])}, slope "
+                f"{_number(before['slope'])} -> {_number(after['slope'])}; by the curve of the untuned model its "
+                f"scores promise {line['rule_expected']:.3f} right, the rules find {evaluation['rule_after']:.3f}"
+            )
+    pixels = evaluation.get("diversity", {}).get("pixels")
+    if pixels is not None:
+        found.append(
+            f"diversity: the mean distance between images of one prompt, over the {pixels['prompts']} prompts with "
+            "several; pixels: root mean square difference, scorers: 1 - cosine of embeddings"
+        )
+    elif "diversity" in evaluation:
+        found.append("diversity: not measured, no prompt has two held-out images; ask for more --evaluation.images")
+    return found + validation_report.remarks(evaluation)
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3f}"
+
+
+def verdict(evaluation: Mapping[str, Any]) -> str:
+    """One sentence on the reward, and on the rules if there are some."""
+    said = _sentence(evaluation, "reward", "held-out reward")
+    return f"{said}; {_sentence(evaluation, 'rule', 'rule-based score')}" if "rule_gain" in evaluation else said
+
+
+def _sentence(evaluation: Mapping[str, Any], name: str, said: str) -> str:
+    gain, se = evaluation[f"{name}_gain"], evaluation[f"{name}_gain_se"]
+    size = f", {gain / se:+.1f} paired standard errors" if se else ""
+    return f"{said} {gain:+.4f}{size}"

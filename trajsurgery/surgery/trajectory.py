@@ -1,0 +1,207 @@
+"""A recorded rollout: every x_t and v_t of the sampler's own run, constants to autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from numbers import Integral
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from trajsurgery.errors import PlanError, SamplerError
+from trajsurgery.plans.interpolants import Interpolant, RectifiedFlow
+from trajsurgery.plans.nodes import START, Draw
+from trajsurgery.surgery.parameters import Fields, Params
+from trajsurgery.surgery.term_evaluation import Evaluation, evaluate
+from trajsurgery.surgery.validation import check_noise, matching
+
+_EPS = torch.finfo(torch.float32).eps
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """The latents and velocities of one rollout, by time: `trajectory[t]` is x_t, t from T (noise) to 0 (image)."""
+
+    sigmas: Tensor
+    """[T + 1], strictly monotone; sigmas[T - t] is the time of t."""
+    latents: dict[int, Tensor]
+    """{t: [batch, *latent]} for t in T..0."""
+    velocities: dict[int, Tensor]
+    """{t: [batch, *latent]} for t in T..1, after guidance."""
+    interpolant: Interpolant = field(default_factory=RectifiedFlow)
+    euler: bool | None = True
+    """Whether the sampler's steps are Euler's; None: it is measured, for each step that a plan asks about."""
+    start: Tensor | None = None
+    """x_T as it was handed in: the leaf that `noise()` gives its gradient to."""
+    noises: dict[tuple[Draw, int], Tensor] = field(default_factory=dict[tuple[Draw, int], Tensor])
+    """{(draw, to): [batch, *latent]}: what renoised samples are made of, drawn once."""
+    _measured: dict[int, bool] = field(default_factory=dict[int, bool])
+
+    def __post_init__(self) -> None:
+        check_sigmas(self.sigmas)
+        if not isinstance(self.interpolant, Interpolant):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise SamplerError(
+                f"the interpolant received is {self.interpolant!r}: it is an object, RectifiedFlow(), Trigonometric(), "
+                "Polynomial() or one of your own."
+            )
+        for name, given, lowest in (("latents", self.latents, 0), ("velocities", self.velocities, 1)):
+            _recorded(name, given, lowest, self.steps)
+        shapes = {tuple(a.shape) for a in (*self.latents.values(), *self.velocities.values())}
+        if len(shapes) > 1:
+            raise SamplerError(f"a trajectory's latents and velocities have one shape; received {sorted(shapes)}.")
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        return len(self.sigmas) - 1
+
+    def __getitem__(self, t: int) -> Tensor:
+        self._check(t, 0)
+        return self._held("x", self.latents, t)
+
+    def replace(self, t: int, x: Tensor) -> None:
+        """Records another x_t: the sampler went on with it instead of the one that its step gave."""
+        self._check(t, 0)
+        self.latents[t] = x
+        for step in (t, t + 1):  # both begin or end in x_t
+            self._measured.pop(step, None)
+
+    def velocity(self, t: int) -> Tensor:
+        """v_t, [batch, *latent], for t in 1..T."""
+        self._check(t, 1)
+        return self._held("v", self.velocities, t)
+
+    def sigma(self, t: int) -> Tensor:
+        """The time of t, 0-dim, in [0, 1]."""
+        self._check(t, 0)
+        return self.sigmas[self.steps - t]
+
+    def is_step(self, t: int) -> bool:
+        """Whether `leap(t - 1)` from x_t is the sampler's own step: Euler's, on a rectified flow."""
+        if self.euler is not None or not isinstance(self.interpolant, RectifiedFlow):
+            return bool(self.euler) and isinstance(self.interpolant, RectifiedFlow)
+        if t not in self._measured:
+            self._measured[t] = self._is_euler(t)
+        return self._measured[t]
+
+    def _is_euler(self, t: int) -> bool:
+        """Whether x_t + dsigma v_t is x_{t-1} up to rounding, element by element. Waits for the device."""
+        x, v, landed = (a.double() for a in (self[t], self.velocity(t), self[t - 1]))
+        change = (self.sigma(t - 1) - self.sigma(t)).double() * v
+        # schedulers compute in float32 at best; dsigma v is rounded in v's dtype, the sum in that of x_{t-1}
+        step, end = (max(torch.finfo(a.dtype).eps, _EPS) for a in (self.velocity(t), self[t - 1]))
+        rounding = step * change.abs() + end * landed.abs() + 2 * _EPS * (x.abs().max() + change.abs().max())
+        return bool(((x + change - landed).abs() <= rounding).all().item())
+
+    def noise(self, draw: Draw, to: int, generator: torch.Generator | None = None) -> Tensor:
+        """The noise of a renoised sample, drawn once for each (draw, to); draw="rollout" is x_T."""
+        if draw == "rollout":
+            return self[self.steps]
+        if (draw, to) not in self.noises:
+            like = self[0]
+            device = like.device if generator is None else generator.device
+            self.noises[draw, to] = torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype).to(
+                like.device
+            )
+        return self.noises[draw, to]
+
+    def sample(self, i: int) -> Trajectory:
+        """The trajectory of sample i alone, [1, *latent], read through this one: noises are drawn for the batch."""
+        return _Sample(self, i)
+
+    def evaluate(self, expansion: Any, fields: Fields, cotangent: Any, params: Params = None) -> Evaluation:
+        """The closed form's terms on this trajectory: what `Expansion.evaluate` returns."""
+        given = matching(cotangent, [self[self.steps]] * len(expansion.outputs))
+        return evaluate(expansion, self, fields, given, params)
+
+    def _check(self, t: int, lowest: int) -> None:
+        if not isinstance(t, Integral) or not lowest <= t <= self.steps:
+            raise PlanError(
+                f"t = {t!r} is outside {lowest}..{self.steps}: the trajectory has {self.steps} steps ({START})."
+            )
+
+    def _held(self, letter: str, held: dict[int, Tensor], t: int) -> Tensor:
+        if t not in held:
+            raise SamplerError(
+                f"the trajectory holds no {letter}_{t}, only those of t = {sorted(held, reverse=True)}: record all of "
+                "them, as rollout() does."
+            )
+        return held[t]
+
+
+class _Sample(Trajectory):
+    """One sample of a trajectory; what is measured and drawn is the batch's."""
+
+    def __init__(self, whole: Trajectory, i: int) -> None:
+        vars(self).update(vars(whole), whole=whole, i=i)
+        if whole.start is not None:
+            with torch.enable_grad():  # the gradient of `noise()` goes on to the batch's
+                vars(self)["start"] = whole.start[i : i + 1]
+
+    whole: Trajectory
+    i: int
+
+    def is_step(self, t: int) -> bool:
+        return self.whole.is_step(t)
+
+    def noise(self, draw: Draw, to: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.whole.noise(draw, to, generator)[self.i : self.i + 1]
+
+    def _held(self, letter: str, held: dict[int, Tensor], t: int) -> Tensor:
+        return self.whole._held(letter, held, t)[self.i : self.i + 1]
+
+
+def _recorded(name: str, given: object, lowest: int, steps: int) -> None:
+    """Raises SamplerError for what can't be a trajectory's latents or velocities."""
+    if not isinstance(given, dict):
+        raise SamplerError(f"a trajectory's {name} are a dict of t to tensor; received a {type(given).__name__}.")
+    for t, a in cast(dict[Any, Any], given).items():
+        times = isinstance(t, Integral) and lowest <= int(t) <= steps
+        if not times or not isinstance(a, Tensor) or not a.is_floating_point():
+            kind = str(a.dtype) if isinstance(a, Tensor) else type(a).__name__
+            raise SamplerError(
+                f"a trajectory's {name} are floating tensors at t = {lowest}..{steps}; received {kind} at t = {t!r}."
+            )
+
+
+def check_sigmas(sigmas: Tensor) -> None:
+    """Raises SamplerError unless sigmas is [T + 1], floating, finite, strictly monotone and in [0, 1]."""
+    if not isinstance(sigmas, Tensor) or not sigmas.is_floating_point() or sigmas.is_meta:  # pyright: ignore[reportUnnecessaryIsInstance]
+        kind = f"{sigmas.dtype} on {sigmas.device}" if isinstance(sigmas, Tensor) else type(sigmas).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise SamplerError(f"sigmas received {kind}: they are a floating tensor of numbers, or a list of floats.")
+    shape = tuple(sigmas.shape)
+    if len(shape) != 1 or shape[0] < 2:
+        raise SamplerError(
+            f"sigmas has shape {shape}; a sampler of T steps has [T + 1] of them, T >= 1, from noise to image."
+        )
+    known = sigmas.detach().double().cpu()
+    if not bool(torch.isfinite(known).all()):
+        raise SamplerError(f"sigmas holds NaN or Inf: {known.tolist()}.")
+    steps = known.diff()
+    if not (bool((steps < 0).all()) or bool((steps > 0).all())):
+        raise SamplerError(f"sigmas is not strictly monotone: {known.tolist()}. Drop the repeated times.")
+    if bool((known < 0).any()) or bool((known > 1).any()):
+        raise SamplerError(
+            f"sigmas runs from {known[0]:g} to {known[-1]:g}; a flow-matching sampler's times lie in [0, 1]. Is this a "
+            "diffusion (variance-preserving or EDM) scheduler?"
+        )
+
+
+def as_sigmas(sigmas: Tensor | Sequence[float], like: Tensor) -> Tensor:
+    """Sigmas as a checked [T + 1] tensor on the device of the latents."""
+    check_noise(like)
+    dtype = like.dtype if like.dtype in (torch.float32, torch.float64) else torch.float32
+    if isinstance(sigmas, Tensor):
+        whole = not (sigmas.is_floating_point() or sigmas.is_complex() or sigmas.dtype == torch.bool)
+        check_sigmas(sigmas := sigmas.detach().to(dtype) if whole else sigmas.detach())
+        return sigmas.to(like.device)
+    try:
+        times = torch.tensor(list(sigmas), dtype=dtype, device=like.device)
+    except (TypeError, ValueError) as error:
+        raise SamplerError(
+            f"sigmas received {sigmas!r:.60}: they are T + 1 numbers, from noise to image, [1.0, 0.5, 0.0]."
+        ) from error
+    check_sigmas(times)
+    return times

@@ -1,0 +1,238 @@
+"""What an interrupted run goes on from: one file, written whole or not at all, and the log cut back to it.
+
+All draws of an iteration follow from the seed and its number, so that no generator's state is carried from one to the
+next: a run that was killed and resumed equals the one that was not, bit for bit (on one machine, with as many threads).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch import nn
+
+from trajsurgery.errors import RecipeError
+from trajsurgery.evaluation.held_out import Scores
+from trajsurgery.training.anchor import Anchor
+from trajsurgery.training.recipe import Recipe, differences
+
+CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
+
+
+@dataclass
+class Watch:
+    """What the looks at held-out rewards have found so far (guards.py)."""
+
+    last: int = -1
+    """The iteration of the last look; -1: there was none."""
+    best: int = -1
+    """The iteration of the best one."""
+    value: float = -math.inf
+    """What it found."""
+    waited: int = 0
+    """How many came after it."""
+
+    def see(self, iteration: int, value: float) -> bool:
+        """Notes a look; says whether it is the best so far."""
+        better = value > self.value or self.best < 0
+        if better:
+            self.best, self.value, self.waited = iteration, value, 0
+        else:
+            self.waited += 1
+        self.last = iteration
+        return better
+
+
+@dataclass(eq=False)
+class Training:
+    """All that changes in the course of a run."""
+
+    module: nn.Module
+    optimiser: torch.optim.Optimizer
+    ema: EMAModel
+    before: Scores | None = None
+    """The evaluation of the untuned model."""
+    iteration: int = 0
+    """How many are done."""
+    skipped: int = 0
+    """How many of them changed nothing, because their loss or gradient was not finite."""
+    in_a_row: int = 0
+    looked: bool = False
+    """Whether the gradient alarm has looked (alarm.py)."""
+    seconds: float = 0.0
+    """Wall clock of the run so far, its interruptions left out."""
+    parameters: list[nn.Parameter] = field(default_factory=list[nn.Parameter])
+    anchor: Anchor | None = None
+    """What holds it to the untuned model (anchor.py); made of the weights that the module has at the start."""
+    watch: Watch = field(default_factory=Watch)
+
+    @classmethod
+    def start(cls, recipe: Recipe, module: nn.Module) -> Training:
+        """A run that has not begun."""
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        settings = recipe.optimiser
+        optimiser = torch.optim.AdamW(
+            parameters, settings.rate, settings.betas, weight_decay=settings.weight_decay, fused=True
+        )
+        ema = EMAModel(parameters, decay=recipe.ema, foreach=True)
+        anchor = Anchor(parameters, recipe.guards.anchor, recipe.seed) if recipe.guards.anchor else None
+        return cls(module, optimiser, ema, parameters=parameters, anchor=anchor)
+
+    @property
+    def finite(self) -> bool:
+        """Whether weights and their average hold neither NaN nor Inf. Waits for the device."""
+        tensors = [p.detach() for p in (*self.parameters, *self.ema.shadow_params)]
+        return bool(torch.nn.utils.get_total_norm(tensors).isfinite())
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        return {
+            "weights": [p.detach() for p in self.parameters],
+            "optimiser": self.optimiser.state_dict(),
+            "ema": self.ema.state_dict(),
+            "before": None if self.before is None else self.before.to_dict(),
+            "iteration": self.iteration,
+            "skipped": self.skipped,
+            "in_a_row": self.in_a_row,
+            "looked": self.looked,
+            "seconds": self.seconds,
+            "watch": asdict(self.watch),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes back to what `state` returned."""
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, state["weights"], strict=True):
+                parameter.copy_(value)
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.ema.load_state_dict(state["ema"])
+        self.ema.shadow_params = [
+            value.to(own.device) for value, own in zip(self.ema.shadow_params, self.parameters, strict=True)
+        ]
+        self.before = None if state["before"] is None else Scores.from_dict(state["before"])
+        self.iteration, self.skipped, self.in_a_row = state["iteration"], state["skipped"], state["in_a_row"]
+        self.looked = state.get("looked", False)  # checkpoints of 0.1.0 have none
+        self.seconds = state["seconds"]
+        self.watch = Watch(**state.get("watch", {}))
+
+
+def write_whole(path: Path, write: Any) -> None:
+    """`write(partial_path)`, flushed to the disk and renamed: whoever is killed leaves the old file as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        write(partial)
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def save(recipe: Recipe, training: Training) -> None:
+    """Writes the checkpoint of a run into its output folder."""
+    state = {"recipe": json.dumps(recipe.to_dict()), **training.state()}
+    write_whole(recipe.output / CHECKPOINT, lambda path: torch.save(state, path))
+
+
+def resume(recipe: Recipe, training: Training) -> bool:
+    """Goes on from the output folder's checkpoint, if there is one; says whether.
+
+    Raises:
+        RecipeError: it is another recipe's, goes further than this one, or can't be read.
+    """
+    path = recipe.output / CHECKPOINT
+    if recipe.overwrite or not path.exists():
+        discard(recipe.output)
+        return False
+    state = _read(path)
+    _same(recipe, state)
+    try:
+        training.restore(state)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise RecipeError(f"{path} does not fit the model: {error}. {_WAYS_OUT}") from error
+    Log(recipe.output / METRICS).cut(training.iteration, training.watch.last)
+    return True
+
+
+def discard(output: Path) -> None:
+    """Removes what a run goes on from, and its log. Pictures and weights are written over when there are new ones."""
+    for name in (CHECKPOINT, METRICS):
+        (output / name).unlink(missing_ok=True)
+    for left in (*output.glob("*.partial"), *output.glob("best-*.pt")):
+        left.unlink()
+
+
+_WAYS_OUT = "Pass --overwrite to discard that run, or --output with another folder."
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise RecipeError(f"{path} can't be read ({error}). {_WAYS_OUT}") from error
+
+
+def _same(recipe: Recipe, state: Mapping[str, Any]) -> None:
+    changed = differences(json.loads(state["recipe"]), recipe.to_dict())
+    if changed:
+        raise RecipeError(
+            f"{recipe.output} holds a run of another recipe, {state['iteration']} iterations long. It differs in\n  "
+            + "\n  ".join(changed)
+            + f"\n{_WAYS_OUT} To go on with it, run it with its own settings."
+        )
+    if state["iteration"] > recipe.iterations:
+        raise RecipeError(
+            f"{recipe.output} holds {state['iteration']} iterations of this recipe, more than the {recipe.iterations} "
+            f"asked for. {_WAYS_OUT}"
+        )
+
+
+class Log:
+    """metrics.jsonl: one line an iteration; the last line is the evaluation."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Adds a line; numbers that are not finite become null."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(_line(record))
+
+    def read(self) -> list[dict[str, Any]]:
+        """All whole lines."""
+        if not self.path.exists():
+            return []
+        found: list[dict[str, Any]] = []
+        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n"):
+                found.append(json.loads(line))
+        return found
+
+    def cut(self, iteration: int, look: int = -1) -> None:
+        """Drops the lines after an iteration, and after the look at another, a torn one included."""
+        last = {"iteration": iteration, "look": look}
+        kept = [r for r in self.read() if r["kind"] in last and r["iteration"] <= last[r["kind"]]]
+        text = "".join(map(_line, kept))
+        write_whole(self.path, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(_finite(record), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        items: Iterable[Any] = value
+        return [_finite(inner) for inner in items]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

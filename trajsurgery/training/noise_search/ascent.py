@@ -1,0 +1,158 @@
+"""ReNO's ascent (Eyring et al., 2024, arXiv 2406.04312): x_T of one prompt climbs a reward, and no weight changes.
+
+The loss is - weight * reward(image) + penalty * (|x_T|^2 / 2 - (d - 1) log |x_T|). Its gradient goes through decoder
+and sampler to x_T (`reno`), is clipped, and SGD with Nesterov's momentum takes a step. The second term is the negative
+logarithm of how probable a norm is among Gaussian noises of d numbers, and least at |x_T| = sqrt(d - 1).
+
+Deviations from the authors' code: several steps of the sampler instead of one; one reward with one weight (theirs are
+sums: a reward of your own can be `Weighted`); float32, not float16; the image is graded as the reward grades, where
+theirs feeds one crop to all scorers. A gradient that is not finite ends the ascent. The best noise is, as theirs, that
+of the highest reward, whatever its penalty.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from trajsurgery.errors import RecipeError
+from trajsurgery.methods.reno import reno
+from trajsurgery.pipelines.operate import operate
+from trajsurgery.rewards.by_name import Reward
+from trajsurgery.training.objective import DETACHED
+
+RETAINED = 4
+"""The most steps whose activations are kept by default; more are run again one by one in the backward pass."""
+
+
+@dataclass(frozen=True)
+class Climb:
+    """How x_T moves; the numbers are the authors'."""
+
+    rate: float = 5.0
+    """Of SGD."""
+    momentum: float = 0.9
+    """Nesterov's."""
+    clip: float = 0.1
+    """The gradient's norm is clipped to it, so that a step is at most rate * clip / (1 - momentum) long."""
+    penalty: float = 0.01
+    """The weight of the norm's improbability."""
+    weight: float = 5.0
+    """Of the reward (5 is the authors' for HPSv2; 1 for ImageReward, 0.05 for PickScore's logits, 1 for a cosine)."""
+
+    def __post_init__(self) -> None:
+        ranges = {
+            f"rate = {self.rate}": 0 < self.rate < math.inf,
+            f"momentum = {self.momentum}": 0 < self.momentum < 1,
+            f"clip = {self.clip}": self.clip > 0,
+            f"penalty = {self.penalty}": 0 <= self.penalty < math.inf,
+            f"weight = {self.weight}": 0 < self.weight < math.inf,
+        }
+        wrong = [f"climb.{name}" for name, holds in ranges.items() if not holds]
+        if wrong:
+            raise RecipeError(
+                f"{', '.join(wrong)}: rate and weight are finite and above 0, clip is above 0 (inf does not clip), "
+                "momentum lies between 0 and 1, penalty is finite and at least 0."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Way:
+    """From a noise to a score: a pipe with the arguments of its calls, and a reward."""
+
+    pipe: Any
+    """A diffusers pipeline, frozen."""
+    reward: Reward
+    prompt: str
+    steps: int
+    """T."""
+    call: Mapping[str, Any]
+    """What the pipe is called with, beside its steps and its latents."""
+    memory: Literal["retain", "recompute"] | None = None
+    """retain up to RETAINED steps, else recompute, if left out."""
+
+    def start(self, generator: torch.Generator) -> Tensor:
+        """x_T as the pipe draws it, [1, *latent] in the form that it takes as `latents`."""
+        with operate(self.pipe) as surgery:
+            self.pipe(**self.call, num_inference_steps=self.steps, generator=generator, output_type="latent")
+        return surgery.trajectory[self.steps].clone()
+
+    def pull(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The image [1, ...], its score [1], and the score's gradient to x_T, of x's shape.
+
+        Raises:
+            RecipeError: the reward's scores carry no gradient.
+        """
+        plan = reno(*range(self.steps - 1, 0, -1))
+        memory = self.memory or ("retain" if self.steps <= RETAINED else "recompute")
+        given = {**self.call, "num_inference_steps": self.steps, "latents": x.detach().clone()}
+        with operate(self.pipe, plan, memory=memory) as surgery:
+            image = self.pipe(**given, output_type="pt")[0]
+        score = self.reward(image, [self.prompt])
+        if not score.requires_grad:
+            raise RecipeError(DETACHED)
+        start = surgery.trajectory.start
+        assert start is not None, "a plan with noise() has a start"
+        (gradient,) = torch.autograd.grad(score.sum(), start)
+        return image.detach(), score.detach(), gradient
+
+
+def improbability(x: Tensor) -> Tensor:
+    """|x|^2 / 2 - (d - 1) log |x|, 0-dim, for d numbers: -log of the density of a noise's norm, up to a constant."""
+    norm = torch.linalg.vector_norm(x)
+    return norm.square() / 2 - (x.numel() - 1) * norm.log()
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """One image on the way."""
+
+    iteration: int
+    """From 0, the noise as it was drawn."""
+    reward: float
+    norm: float
+    """|x_T|."""
+    gradient: float
+    """The norm of the loss's gradient, before clipping."""
+    image: Tensor
+    """[1, ...], in [0, 1]."""
+
+
+class Ascent:
+    """x_T and its momentum, and the best one so far."""
+
+    def __init__(self, start: Tensor, climb: Climb) -> None:
+        self.climb = climb
+        self.x = torch.nn.Parameter(start.detach().clone())
+        self.optimiser = torch.optim.SGD([self.x], lr=climb.rate, momentum=climb.momentum, nesterov=True)
+        self.iteration = 0
+        """The next frame's."""
+        self.best: tuple[Frame, Tensor] | None = None
+        """The frame of the highest reward, and its x_T."""
+
+    def step(self, way: Way) -> Frame:
+        """Grades the image of x_T, then moves x_T.
+
+        Raises:
+            RecipeError: score or gradient are not finite, or the reward is detached; x_T is where it was.
+        """
+        image, score, up = way.pull(self.x)
+        (back,) = torch.autograd.grad(improbability(self.x), self.x)
+        self.x.grad = self.climb.penalty * back - self.climb.weight * up.to(back)
+        norm = torch.nn.utils.clip_grad_norm_([self.x], self.climb.clip)
+        frame = Frame(self.iteration, float(score), float(self.x.detach().norm()), float(norm), image)
+        if not math.isfinite(frame.reward) or not math.isfinite(frame.gradient):
+            raise RecipeError(
+                f"iteration {self.iteration} had the reward {frame.reward} and a gradient of norm {frame.gradient}: "
+                "the noise has left what the model knows. Lower --climb.rate, or raise --climb.penalty."
+            )
+        if self.best is None or frame.reward > self.best[0].reward:
+            self.best = frame, self.x.detach().clone()
+        self.optimiser.step()
+        self.iteration += 1
+        return frame

@@ -1,0 +1,133 @@
+"""The loss (LeapAlign, Eq. 11-13): a hinge on the reward, weighted by how near to the trajectory the leaps land."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from trajsurgery.errors import RecipeError
+from trajsurgery.plans.graph import faithful
+from trajsurgery.plans.nodes import Advance, Leap
+from trajsurgery.plans.per_sample import PerSample
+from trajsurgery.plans.plan import Plan
+from trajsurgery.surgery.trajectory import Trajectory
+
+WeightsAt = Literal["all", "none", "j"] | tuple[int, ...]
+"""Where similarity is measured (Fig. 4d): at all landings of leaps, nowhere, at all but the last (d_j), or at times."""
+
+DETACHED = (
+    "the reward's scores carry no gradient: it runs under no_grad or inference_mode, or detaches its images. Use a "
+    "variant of it that keeps the graph from the images, Float[batch 3 h w] in [0, 1], to the scores."
+)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the reward's gradient is multiplied with."""
+
+    threshold: float | None = None
+    """lambda of the hinge, on the reward's own scale; the reward's `threshold` if left out."""
+    tau: float = 0.1
+    """The least distance of a leap: a length in latent space, to be set from measured distances."""
+    weights_at: WeightsAt | None = None
+    """Where similarity is measured: "all" landings, "none", "j" (all but 0), or times such as 0; else as the method."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.tau) and self.tau > 0):
+            raise RecipeError(
+                f"objective.tau = {self.tau}: it bounds a distance from below, so it is finite and above 0."
+            )
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise RecipeError(f"objective.threshold = {self.threshold}: a hinge that is to close needs a finite one.")
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """The weights of a batch, constants to autograd."""
+
+    w: Tensor
+    """[batch], above 0."""
+    clamped: Tensor
+    """0-dim: the share of the distances that tau replaced."""
+
+
+def landings(plan: Plan, trajectory: Trajectory) -> tuple[int, ...]:
+    """The times, falling, on which the plan's leaps and advances land without being the sampler's own step."""
+    bound = plan.prepared(trajectory.steps)
+    own = faithful(bound.outputs, trajectory.is_step)
+    found = {n.t for n in bound.nodes if isinstance(n, Leap | Advance) and n not in own and isinstance(n.t, int)}
+    return tuple(sorted(found, reverse=True))
+
+
+def chosen(where: WeightsAt, landed: Sequence[int]) -> tuple[int, ...]:
+    """Those of the landings at which similarity is measured.
+
+    Raises:
+        RecipeError: a word that is none of "all", "none", "j".
+    """
+    if isinstance(where, str):
+        if where not in ("all", "none", "j"):
+            raise RecipeError(f'weights_at = {where!r}: it is "all", "none", "j", or a tuple of times such as (0,).')
+        return {"all": tuple(landed), "none": (), "j": tuple(t for t in landed if t != 0)}[where]
+    return tuple(t for t in landed if t in where)
+
+
+def weights(
+    plan: Plan | PerSample, trajectory: Trajectory, distances: Mapping[int, Tensor], weights_at: WeightsAt, tau: float
+) -> Weights:
+    """w = 1 / sum_t max(d_t, tau) (Eq. 12), 1 where nothing is measured.
+
+    Unlike Eq. 12, a leap that is the sampler's own step (k = j + 1) is left out of the sum instead of counting as tau:
+    it has no error to punish, and a plan of many steps would be weighed by their number. Where samples have plans of
+    their own, each is measured where its own leaps land.
+
+    Args:
+        distances: {t: [batch]}, of `trajsurgery.distances` or `surgery.distances`.
+        weights_at: where; independent of what the reward looks at.
+        tau: above 0.
+    """
+    if isinstance(plan, PerSample):
+        alone = [
+            weights(own, trajectory.sample(i), {t: d[i : i + 1] for t, d in distances.items()}, weights_at, tau)
+            for i, own in enumerate(plan.plans)
+        ]
+        return Weights(torch.cat([one.w for one in alone]), torch.stack([one.clamped for one in alone]).mean())
+    times = chosen(weights_at, landings(plan, trajectory)) if weights_at != "none" else ()
+    if not times:
+        latents = trajectory[0]
+        return Weights(latents.new_ones(len(latents), dtype=torch.float32), latents.new_zeros((), dtype=torch.float32))
+    d = torch.stack([distances[t].detach() for t in times])
+    return Weights(1 / d.clamp(min=tau).sum(0), (d <= tau).float().mean())
+
+
+def hinge(scores: Tensor, threshold: float) -> Tensor:
+    """max(0, lambda - r), [batch] (Eq. 11)."""
+    return (threshold - scores).clamp(min=0)
+
+
+def loss(scores: Sequence[Tensor], w: Tensor, threshold: float) -> Tensor:
+    """Sum over outputs of the batch's mean of w * max(0, lambda - r), 0-dim (Eq. 13; Algorithm 1 sums over outputs).
+
+    Args:
+        scores: the rewards of each output, [batch].
+        w: [batch].
+    """
+    return torch.stack([(w.detach() * hinge(score, threshold)).mean() for score in scores]).sum()
+
+
+def cotangents(value: Tensor, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """d(loss)/d(output) for each output; the graph of decoder and reward is run and freed by it.
+
+    What the transformer is asked afterwards is this alone, so that no memory is held by both at once.
+
+    Raises:
+        RecipeError: the reward cut the gradient.
+    """
+    if not value.requires_grad:
+        raise RecipeError(DETACHED)
+    return torch.autograd.grad(value, tuple(outputs))

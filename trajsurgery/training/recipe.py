@@ -1,0 +1,235 @@
+"""A run as one frozen value: the method, what it trains, on which reward, for how long. It holds no tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from trajsurgery import methods
+from trajsurgery.errors import RecipeError
+from trajsurgery.training.objective import Objective, WeightsAt
+from trajsurgery.training.settings import Decoder, Evaluation, Guards, Hardware, Optimiser, Rollout, Trained
+
+Method = (
+    methods.LeapAlign
+    | methods.DRTune
+    | methods.ReFL
+    | methods.DRaFTLV
+    | methods.DRaFT1
+    | methods.DRaFTK
+    | methods.WholeTrajectory
+    | methods.AlignProp
+    | methods.FlowBPSparse
+    | methods.FlowBPBridge
+    | methods.FlowBPLagrange
+    | methods.SRPO
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Fine-tunes a flow-matching pipeline by a reward's gradient, along the edges that the plan leaves open."""
+
+    preset: Literal["tiny", "paper"] = "tiny"
+    """Where defaults come from: tiny is the embedded world on a CPU, paper is FLUX.1-dev with the paper's numbers."""
+    method: Annotated[Method, tyro.conf.AvoidSubcommands] = field(default_factory=methods.LeapAlign)
+    """Draws a plan for each iteration."""
+    model: str = "tiny"
+    """tiny (the embedded Flux), tiny:sd3, tiny:wan, a folder that diffusers can load, or a hub id that is cached."""
+    reward: str = "tiny"
+    """tiny, tiny:SCORER, a name of trajsurgery.rewards.named (hpsv2.1, pickscore, imagereward, ...), the same with
+    :FILE, remote:HOST:PORT, or MODULE:NAME: called without arguments, it returns a reward. A weighted sum of such is
+    WEIGHT*REWARD+WEIGHT*REWARD, each on its own scale."""
+    prompts: str = "tiny"
+    """Training prompts: tiny (categories in the paper's ratio), tiny:even, tiny:wan, or a file: text (one a line),
+    JSONL, JSON, parquet, also as HPDv2, MJHQ-30K and GenEval have them."""
+    heldout: str = "tiny"
+    """Prompts of the evaluation: tiny, tiny:wan, or a file as for `prompts`, whose categories are kept."""
+    objective: Objective = field(default_factory=Objective)
+    rollout: Rollout = field(default_factory=Rollout)
+    decoder: Decoder = field(default_factory=Decoder)
+    train: Trained = field(default_factory=Trained)
+    optimiser: Optimiser = field(default_factory=Optimiser)
+    ema: float = 0.995
+    """Decay of the moving average of the weights, which is what is evaluated and saved."""
+    iterations: int = 225
+    """Steps of the optimiser. A finished run goes on if there are more of them."""
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    guards: Guards = field(default_factory=Guards)
+    seed: int = 0
+    """All draws follow from it."""
+    threads: int = 1
+    """Threads of torch on the CPU. The embedded Flux gains little from a second one, and loses on a busy machine."""
+    save_every: int = 10
+    """Iterations between checkpoints: what a killed run has to repeat."""
+    output: Path = Path("outputs/leapalign_flux")
+    """Where everything is written. A run that was interrupted there goes on."""
+    overwrite: bool = False
+    """Discard what an earlier run left in the output folder."""
+    dry_run: bool = False
+    """Only say what the run would take in memory and time: no weights, no GPU; writes memory.json."""
+    hardware: Hardware = field(default_factory=Hardware)
+
+    def __post_init__(self) -> None:
+        self._bounds()
+
+    def _bounds(self) -> None:
+        """Raises RecipeError for numbers out of their ranges, all at once."""
+        counts = {
+            "iterations": self.iterations,
+            "rollout.steps": self.rollout.steps,
+            "rollout.batch": self.rollout.batch,
+            "rollout.at_once": self.rollout.at_once,
+            "rollout.plans": self.rollout.plans,
+            "rollout.size": self.rollout.size,
+            "rollout.width": self.rollout.width,
+            "rollout.per_prompt": self.rollout.per_prompt,
+            "decoder.tiling": self.decoder.tiling,
+            "rollout.frames": self.rollout.frames,
+            "evaluation.images": self.evaluation.images,
+            "evaluation.steps": self.evaluation.steps,
+            "evaluation.batch": self.evaluation.batch,
+            "evaluation.pictures": self.evaluation.pictures,
+            "guards.every": self.guards.every,
+            "guards.images": self.guards.images,
+            "guards.patience": self.guards.patience,
+            "save_every": self.save_every,
+            "train.rank": self.train.rank,
+            "hardware.gpus": self.hardware.gpus,
+            "threads": self.threads,
+        }
+        wrong = [f"{name} = {n}: it is at least 1." for name, n in counts.items() if n is not None and n < 1]
+        wrong += [f"{name}: {rule}." for name, (holds, rule) in self._ranges().items() if not holds]
+        if wrong:
+            raise RecipeError("\n".join(wrong))
+
+    def _ranges(self) -> dict[str, tuple[bool, str]]:
+        """Whether each number that is no count lies in its range (NaN lies in none), and what the range is."""
+        here, guidance, watch = self.optimiser, self.rollout.guidance, self.guards
+        width, shared = self.rollout.width, max(1, self.rollout.per_prompt)
+        return {
+            f"rollout.width = {width}": (width is None or self.rollout.size is not None, "rollout.size is the height"),
+            f"rollout.per_prompt = {shared}": (self.rollout.batch % shared == 0, "it divides rollout.batch"),
+            f"ema = {self.ema}": (0 <= self.ema < 1, "a decay lies in [0, 1)"),
+            f"rollout.guidance = {guidance}": (math.isfinite(guidance), "it is finite"),
+            f"optimiser.rate = {here.rate}": (0 < here.rate < math.inf, "it is finite and above 0"),
+            f"optimiser.betas = {here.betas}": (all(0 <= b < 1 for b in here.betas), "decays lie in [0, 1)"),
+            f"optimiser.weight_decay = {here.weight_decay}": (
+                0 <= here.weight_decay < math.inf,
+                "it is finite and at least 0",
+            ),
+            f"hardware = {self.hardware}": (
+                all(0 < n < math.inf for n in (self.hardware.memory, self.hardware.flops, self.hardware.utilisation)),
+                "its numbers are finite and above 0",
+            ),
+            f"optimiser.clip = {here.clip}": (here.clip > 0, "it is above 0; inf does not clip"),
+            f"guards.anchor = {watch.anchor}": (0 <= watch.anchor < math.inf, "it is finite and at least 0"),
+            f"guards.patience = {watch.patience}": (
+                watch.patience is None or watch.every is not None,
+                "it counts looks, which --guards.every asks for",
+            ),
+        }
+
+    @property
+    def weights_at(self) -> WeightsAt:
+        """Where similarity is measured: as the objective says, else as the method does."""
+        here = self.objective.weights_at
+        return here if here is not None else self.method.weights_at  # pyright: ignore[reportReturnType]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dict (JSON); the method carries its name."""
+        found = asdict(self)
+        found["method"] = {"name": type(self.method).__name__, **found["method"]}
+        return _plain(found)
+
+
+EMBEDDED = {"tiny": "tiny", "tiny:sd3": "tiny", "tiny:wan": "tiny:wan"}
+"""The models that come with the package, each with the name of its prompts."""
+
+FREE = (
+    "output",
+    "overwrite",
+    "iterations",
+    "save_every",
+    "evaluation.pictures",
+    "dry_run",
+    "hardware.gpus",
+    "hardware.memory",
+    "hardware.flops",
+    "hardware.utilisation",
+)
+"""What may differ between a run and the one that goes on with it."""
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """What two recipes' dicts differ in, "name: value there, value here", but for what may."""
+    defaults = _flat(_plain(asdict(Recipe())))  # of what a run of an earlier version knew nothing of
+    a, b = {n: v for n, v in defaults.items() if not n.startswith("method.")} | _flat(there), _flat(here)
+    names = [name for name in {**a, **b} if name not in FREE and a.get(name) != b.get(name)]
+    return [f"{name}: {a.get(name)} there, {b.get(name)} here" for name in names]
+
+
+def paper(method: Method, output: str) -> Recipe:
+    """FLUX.1-dev with the paper's numbers (section 6.1, appendix E), HPSv2.1 as the reward."""
+    return Recipe(
+        preset="paper",
+        method=method,
+        model="black-forest-labs/FLUX.1-dev",
+        reward="hpsv2.1",
+        prompts="prompts/hpdv2_train.txt",
+        heldout="prompts/hpdv2_test.txt",
+        objective=Objective(threshold=0.55, tau=0.1),
+        rollout=Rollout(
+            steps=25,
+            batch=64,
+            at_once=2,  # what the float32 decode leaves room for on 16 GPUs of 80 GB: the dry run
+            size=720,
+            guidance=3.5,
+            memory="staged",
+            checkpointing=True,
+            precision="bfloat16",
+        ),
+        optimiser=Optimiser(rate=1e-5, betas=(0.9, 0.999), weight_decay=1e-4),
+        iterations=300,
+        evaluation=Evaluation(images=1600, steps=50, batch=4),
+        hardware=Hardware(gpus=16),
+        output=Path(output),
+    )
+
+
+def presets(method: Method, output: str) -> dict[str, Recipe]:
+    """The two recipes of a method: on the embedded world, and the paper's.
+
+    The embedded world's settings were chosen on validation prompts (benchmarks/choose.py): its rate in this world.
+    """
+    return {
+        "tiny": replace(
+            Recipe(),
+            method=method,
+            prompts="tiny:even",
+            objective=Objective(threshold=0.45, tau=0.02),
+            evaluation=Evaluation(pictures=480),
+            output=Path(output),
+        ),
+        "paper": paper(method, f"{output}_paper"),
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(name): _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, inner in value.items():
+        found |= _flat(inner, f"{prefix}{name}.") if isinstance(inner, Mapping) else {prefix + name: inner}
+    return found
