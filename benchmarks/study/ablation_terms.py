@@ -49,7 +49,7 @@ def measured(recipe: Recipe, draws: int, trained: Path | None, images: int = 16)
 
 def _line(
     recipe: Recipe,
-    found: components.World,
+    found: components.RunComponents,
     embeddings: components.Embeddings,
     parameters: list[Any],
     number: int,

@@ -129,7 +129,7 @@ def work(task: Task) -> bool:
     return True
 
 
-def evaluated(recipe: Recipe, found: components.World, training: Training, averaged: bool) -> Scores:
+def evaluated(recipe: Recipe, found: components.RunComponents, training: Training, averaged: bool) -> Scores:
     """The evaluation of the averaged weights; the weights that train are put back."""
     if not averaged:
         return evaluate(recipe, found)

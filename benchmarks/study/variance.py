@@ -31,7 +31,7 @@ from benchmarks.study.variance_figure import draw
 from benchmarks.study.variance_runs import METHODS, Trainings, rewards
 from trajsurgery import PerSample, Plan, backward, distances, operate
 from trajsurgery.training import objective
-from trajsurgery.training.components import Embeddings, World, call_of, load, threshold
+from trajsurgery.training.components import Embeddings, RunComponents, call_of, load, threshold
 from trajsurgery.training.recipe import Recipe, presets
 from trajsurgery.training.training_loop import generator
 
@@ -62,7 +62,7 @@ class Bench:
         torch.set_num_threads(1)
         self.recipe: Recipe = presets(METHODS[method], "")["tiny"]
         self.seed = seed
-        self.world: World = load(self.recipe)
+        self.world: RunComponents = load(self.recipe)
         self.embeddings = Embeddings(self.world.pipe, self.world.texts, call_of(self.recipe))
         self.threshold = threshold(self.recipe, self.world)
         self.params = [p for p in self.world.module.parameters() if p.requires_grad]

@@ -39,7 +39,7 @@ def test_weights_go_by_the_step(
     assert not torch.equal(*ends.values())
     seen: list[bool] = []
 
-    def watched(settings: Recipe) -> components.World:
+    def watched(settings: Recipe) -> components.RunComponents:
         found = toy_world.world(settings)
         first = next(found.module.parameters())
         own = first.data_ptr()

@@ -16,9 +16,9 @@ from torch import Tensor
 from trajsurgery import LeapAlign
 from trajsurgery.tiny.architecture import TEXT_WIDTH, clip_text, scheduler, t5_text
 from trajsurgery.tiny.tokenizers import clip_tokenizer, t5_tokenizer
-from trajsurgery.training.components import World, frozen
+from trajsurgery.training.components import RunComponents, frozen
 from trajsurgery.training.objective import Objective
-from trajsurgery.training.prompts import Asked
+from trajsurgery.training.prompts import Prompt
 from trajsurgery.training.recipe import Method, Recipe
 from trajsurgery.training.settings import Evaluation, Optimiser, Rollout
 
@@ -100,7 +100,7 @@ def recipe(output: Path, method: Method | None = None, **changes: Any) -> Recipe
     return replace(short, **changes)
 
 
-def world(settings: Recipe) -> World:
+def world(settings: Recipe) -> RunComponents:
     """The world, anew."""
-    asked = tuple(Asked(text, "colours" if "red" in text or "blue" in text else "shapes") for text in TEXTS)
-    return World(frozen(pipeline(), settings), LikesRed(), TEXTS, draw, asked, rules)
+    asked = tuple(Prompt(text, "colours" if "red" in text or "blue" in text else "shapes") for text in TEXTS)
+    return RunComponents(frozen(pipeline(), settings), LikesRed(), TEXTS, draw, asked, rules)

@@ -161,8 +161,8 @@ def test_what_is_there_is_not_made_again_and_what_was_lost_is_the_same(
         (output / file).unlink()
     (output / "base/00000/samples/0001.png.123.partial").write_bytes(b"\x89PNG")
     made, before = list[str](), {file: (output / file).stat().st_mtime_ns for file in _files(output)}
-    load = model_variants.Version.load
-    monkeypatch.setattr(model_variants.Version, "load", lambda v, *given: made.append(v.name) or load(v, *given))
+    load = model_variants.ModelVariant.load
+    monkeypatch.setattr(model_variants.ModelVariant, "load", lambda v, *given: made.append(v.name) or load(v, *given))
     assert main(words(there, output, "--tuned", str(there / "adapters"))) == 0
     assert made == ["base", "run"], "a model whose images are there is not loaded"
     found = _files(output)
@@ -263,14 +263,14 @@ def test_what_does_not_fit_is_told_before_an_image_is_made(
 
 def test_a_pipeline_without_images_is_named() -> None:
     from trajsurgery.evaluation.geneval_folders import make
-    from trajsurgery.training.prompts import Asked
+    from trajsurgery.training.prompts import Prompt
 
     class Films:
         def __call__(self, **_: Any) -> Any:
             return type("Output", (), {"frames": [1]})()
 
     with pytest.raises(Exception, match="Films gave Output for 1 prompts"):
-        make(Films(), {}, Path("nowhere"), [Sample(0, Asked("x"), 0, 0)], 1)
+        make(Films(), {}, Path("nowhere"), [Sample(0, Prompt("x"), 0, 0)], 1)
 
 
 @pytest.mark.slow

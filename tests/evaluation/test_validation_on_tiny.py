@@ -94,10 +94,10 @@ def test_the_hacked_reward_rises_and_the_held_out_scorer_falls(unguarded: list[M
 def test_early_stop_fires_on_the_same_run(unguarded: list[Mapping[str, Any]], tmp_path: Path) -> None:
     recipe, training, looks = ran(tmp_path, patience=2)
     assert training.iteration < recipe.iterations
-    assert validation_rounds.stopped(recipe, training)
+    assert training.early_stopping.stops(recipe.guards.patience)
     for look, same in zip(looks, unguarded):
         assert {**look, "seconds": 0} == {**same, "seconds": 0}
-    assert training.watch.best == max(looks, key=held)["iteration"] == looks[-3]["iteration"]
+    assert training.early_stopping.best == max(looks, key=held)["iteration"] == looks[-3]["iteration"]
 
 
 @pytest.mark.slow

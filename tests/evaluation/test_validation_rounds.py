@@ -23,14 +23,15 @@ from trajsurgery.evaluation import validation_rounds
 from trajsurgery.evaluation.held_out import evaluate
 from trajsurgery.reports import run_report, validation_report
 from trajsurgery.rewards.by_name import terms
-from trajsurgery.training.checkpoint import CHECKPOINT, METRICS, Log, Training, Watch, resume
-from trajsurgery.training.components import World
-from trajsurgery.training.prompts import Asked
+from trajsurgery.training.checkpoint import CHECKPOINT, METRICS, Log, Training, resume
+from trajsurgery.training.components import RunComponents
+from trajsurgery.training.early_stopping import EarlyStopping
+from trajsurgery.training.prompts import Prompt
 from trajsurgery.training.recipe import Recipe, differences
 from trajsurgery.training.settings import Guards
 from trajsurgery.training.training_loop import train
 
-PROMPTS = tuple(Asked(text, "any") for text in ("a blue circle", "a square near a circle", "three circles"))
+PROMPTS = tuple(Prompt(text, "any") for text in ("a blue circle", "a square near a circle", "three circles"))
 
 
 class Dislikes(toy_world.LikesRed):
@@ -49,19 +50,20 @@ def recipe(output: Path, **changes: Any) -> Recipe:
     return toy_world.recipe(output, guards=Guards(**settings), iterations=10, save_every=3)
 
 
-def world(settings: Recipe, until: float = -9.0) -> World:
+def world(settings: Recipe, until: float = -9.0) -> RunComponents:
     return replace(toy_world.world(settings), metrics={"held": Dislikes(until)}, validation=PROMPTS)
 
 
 def trained(
-    settings: Recipe, until: float = 0.12, told: Callable[[validation_rounds.Look], None] = lambda _: None
+    settings: Recipe, until: float = 0.12, told: Callable[[validation_rounds.ValidationResult], None] = lambda _: None
 ) -> Training:
     """The loop alone, from where it was left."""
     here = world(settings, until)
     training = Training.start(settings, here.module)
     resume(settings, training)
-    training.before = training.before or evaluate(settings, here)
-    assert train(settings, here, training, lambda _: None, told)
+    training.before = training.before or evaluate(settings, here).to_dict()
+    validate = validation_rounds.looking(settings, here, training, told)
+    assert train(settings, here, training, lambda _: None, validate)
     return training
 
 
@@ -71,9 +73,11 @@ def looks(output: Path) -> list[dict[str, Any]]:
 
 def test_looks_are_those_of_the_averaged_weights_and_change_no_draw(tmp_path: Path) -> None:
     settings = recipe(tmp_path / "looked", patience=None)
-    here, seen = world(settings), list[validation_rounds.Look]()
+    here, seen = world(settings), list[validation_rounds.ValidationResult]()
     training = Training.start(settings, here.module)
-    assert train(settings, here, training, lambda _: None, seen.append)
+    assert train(
+        settings, here, training, lambda _: None, validation_rounds.looking(settings, here, training, seen.append)
+    )
     assert [look.iteration for look in seen] == [0, 2, 4, 6, 8, 10]
     assert [line["iteration"] for line in looks(settings.output)] == [0, 2, 4, 6, 8, 10]
     training.ema.copy_to(training.parameters)
@@ -142,7 +146,7 @@ def test_a_reward_that_only_harms_leaves_the_untuned_model(tmp_path: Path) -> No
     settings = recipe(tmp_path)
     untuned = [p.detach().clone() for p in toy_world.world(settings).module.parameters()]
     training = trained(settings, until=-9.0)
-    assert (training.iteration, training.watch.best) == (4, 0)
+    assert (training.iteration, training.early_stopping.best) == (4, 0)
     assert not all(map(torch.equal, training.ema.shadow_params, untuned))
     validation_rounds.restore_best(settings, training)
     assert all(map(torch.equal, training.ema.shadow_params, untuned))
@@ -158,7 +162,7 @@ def test_a_killed_run_with_guards_goes_on_bit_for_bit(tmp_path: Path, monkeypatc
     whole, torn = (recipe(tmp_path / name, anchor=5.0) for name in ("whole", "torn"))
     training = trained(whole)
     for number in (3, 6):
-        killed_at(torn, number)
+        killed_at(torn, number, lambda training: validation_rounds.looking(torn, world(torn), training, lambda _: None))
     again = trained(torn)
     same(whole.output, torn.output)
     files = [[(path.name, path.read_bytes()) for path in r.output.glob("best-*")] for r in (whole, torn)]
@@ -188,7 +192,7 @@ def test_a_kill_between_two_files_loses_nothing(
             raise Killed
         written(settings, training)
 
-    def told(look: validation_rounds.Look) -> None:
+    def told(look: validation_rounds.ValidationResult) -> None:
         if look.iteration == number:
             raise Killed
 
@@ -202,11 +206,11 @@ def test_a_kill_between_two_files_loses_nothing(
 
 
 def test_a_watch_counts_from_the_best() -> None:
-    watch = Watch()
-    seen = [watch.see(i, value) for i, value in enumerate([float("nan"), 0.1, 0.1, 0.3, 0.2, float("nan")])]
+    watch = EarlyStopping()
+    seen = [watch.update(i, value) for i, value in enumerate([float("nan"), 0.1, 0.1, 0.3, 0.2, float("nan")])]
     assert seen == [True, False, False, False, False, False]
-    watch = Watch()
-    assert [watch.see(i, value) for i, value in enumerate([0.1, 0.1, 0.3, 0.2])] == [True, False, True, False]
+    watch = EarlyStopping()
+    assert [watch.update(i, value) for i, value in enumerate([0.1, 0.1, 0.3, 0.2])] == [True, False, True, False]
     assert (watch.last, watch.best, watch.waited, watch.value) == (3, 2, 1, 0.3)
 
 
@@ -254,7 +258,7 @@ def test_the_picture_has_looks_and_anchor_below_the_curve(tmp_path: Path) -> Non
     plain = imread(run_report.curve(tmp_path / "plain.png", "title", lines)).shape
     spread = {"reward": 0.1, "held": 0.2, "rule": 0.0}
     for i in (0, 4, 8):
-        look = validation_rounds.Look(
+        look = validation_rounds.ValidationResult(
             i, i / 10, {"held": -i / 10}, 0.5 if i else 1.0, spread, best=0, waited=i // 4, seconds=0.1
         )
         lines.append(json.loads(json.dumps(vars(look))))

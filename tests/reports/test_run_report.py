@@ -24,7 +24,7 @@ from trajsurgery.evaluation.paired_statistics import compare, in_standard_errors
 from trajsurgery.reports import run_report
 from trajsurgery.reports.validation_report import smoothed
 from trajsurgery.training.checkpoint import METRICS, Log, Training
-from trajsurgery.training.prompts import Asked
+from trajsurgery.training.prompts import Prompt
 
 
 def scores(reward: Sequence[float], correct: Sequence[bool] | None = None, texts: str = "") -> Scores:
@@ -135,7 +135,7 @@ def test_other_prompts_are_not_compared() -> None:
 
 
 def test_prompts_are_spread_over_the_categories() -> None:
-    asked = [*(Asked(f"a{i}", "a") for i in range(3)), Asked("b0", "b"), *(Asked(f"c{i}", "c") for i in range(40))]
+    asked = [*(Prompt(f"a{i}", "a") for i in range(3)), Prompt("b0", "b"), *(Prompt(f"c{i}", "c") for i in range(40))]
     found = spread(asked, 12)
     assert [prompt.category for prompt in found] == list("abc") * 4
     assert [prompt.text for prompt in found if prompt.category == "a"] == ["a0", "a1", "a2", "a0"]

@@ -17,36 +17,20 @@ ROOT = Path(__file__).parents[2]
 LIBRARY = ROOT / "trajsurgery"
 FILES = sorted(LIBRARY.rglob("*.py"))
 
-LAYERS: dict[str, str] = {
-    "nodes": "errors interned node interpolant",
-    "graph": "notation graph rules check derivative formula tables gradient columns scene placing mermaid draw",
-    "language": "plan persample",
-    "surgery": "ops",
-    "execution": "alarm inputs params terms trajectory linear calls execute lockstep surgery",
-    "samplers": "scheduler guidance clock record entry reentry loop pipelines",
-    "methods": "methods",
-    "rewards": "rewards",
-    "tiny": "tiny",
-    "training": "objective settings recipe presets lora encoded decoder folder prompts scorers world diversity heldout"
-    " preflight checkpoint anchor guards grading pull train ascent noise_recipe",
-    "planning": "memory",
-    "report": "calibration evaluate watching report filmstrip",
-    "run": "options run noise_run grade sampling standing versions contest command score __main__",
-    "testing": "testing",
-}
-"""Layer: its files and packages. A file imports from its own layer and from those above it."""
+PACKAGES = "errors plans surgery pipelines methods tiny rewards training evaluation reports dry_run cli testing"
+"""In the order of the data: a file imports only from its own package and from those before it."""
 
-RANK = {name: i for i, names in enumerate(LAYERS.values()) for name in names.split()}
+RANK = {name: i for i, name in enumerate([*PACKAGES.split(), "__main__"])}
+MOST_ENTRIES = 15
 
 OWNERS: dict[str, str] = {
-    "networkx": "graph columns",
-    "sympy": "derivative gradient formula",
-    "diffusers": "reentry pipelines tiny objective recipe world heldout preflight checkpoint pull train memory",
-    "matplotlib": "draw report filmstrip tiny",
+    "networkx": "plans",
+    "sympy": "plans",
+    "diffusers": "pipelines tiny training evaluation dry_run",
+    "matplotlib": "plans reports tiny",
 }
-"""Package: the files that may import it."""
+"""Third party: the packages that may import it."""
 
-NO_TORCH = ("nodes", "graph", "language")
 MOST_LINES, MOST_METHOD_LINES = 300, 15
 NAMELESS = {"utils", "util", "common", "helpers", "helper", "misc"}
 
@@ -59,6 +43,12 @@ def unit(path: Path) -> str:
 @cache
 def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text())
+
+
+def is_module(name: str) -> bool:
+    """Whether a dotted name is a file or package of the library."""
+    path = ROOT / name.replace(".", "/")
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
 
 
 def imports(path: Path, typing: bool) -> Iterator[str]:
@@ -74,7 +64,9 @@ def imports(path: Path, typing: bool) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import; say `from trajsurgery.x import y`"
             module = node.module or ""
-            yield from (f"{module}.{a.name}" for a in node.names) if module == "trajsurgery" else [module]
+            for alias in node.names:
+                inner = f"{module}.{alias.name}"
+                yield inner if module == "trajsurgery" or is_module(inner) else module
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
             yield from (str(given.value) for given in node.args if isinstance(given, ast.Constant))
 
@@ -89,23 +81,34 @@ NAMED = {str(path.relative_to(LIBRARY)): path for path in INNER}
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_a_file_imports_only_from_its_layer_and_those_above(name: str) -> None:
+def test_a_file_imports_only_from_its_package_and_those_before(name: str) -> None:
     path = NAMED[name]
-    assert unit(path) in RANK, f"{unit(path)} has no place in the layer table of tests/test_conventions.py"
+    assert unit(path) in RANK, f"{unit(path)} has no place in PACKAGES of tests/repository/test_conventions.py"
     for other in own(path):
         assert other in RANK, f"{name} imports trajsurgery.{other}: import names from the file they live in"
-        assert RANK[other] <= RANK[unit(path)], f"{name} imports {other}, which is of a later layer"
+        assert RANK[other] <= RANK[unit(path)], f"{name} imports {other}, which is of a later package"
+
+
+def module_of(path: Path) -> str:
+    """The dotted name of a file."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 def test_no_cycle() -> None:
-    edges: dict[str, set[str]] = {}
-    for path in INNER:
-        edges.setdefault(unit(path), set()).update(own(path) - {unit(path)})
-    left = dict(edges)
-    while free := [name for name, to in left.items() if not to & left.keys()]:
+    names = {module_of(path) for path in INNER}
+    edges = {module_of(path): (set(imports(path, typing=True)) & names) - {module_of(path)} for path in INNER}
+    while free := [name for name, to in edges.items() if not to & edges.keys()]:
         for name in free:
-            del left[name]
-    assert not left, f"these files import each other in a circle: {sorted(left)}"
+            del edges[name]
+    assert not edges, f"these files import each other in a circle: {sorted(edges)}"
+
+
+def test_the_tree_is_small_and_each_package_says_what_it_holds() -> None:
+    entries = [path for path in LIBRARY.iterdir() if path.name != "__pycache__"]
+    assert len(entries) <= MOST_ENTRIES, sorted(path.name for path in entries)
+    for folder in (path for path in LIBRARY.rglob("*") if path.is_dir() and any(path.glob("*.py"))):
+        assert (folder / "__init__.py").exists(), f"{folder} has no __init__.py"
+        assert ast.get_docstring(tree(folder / "__init__.py")), f"{folder}/__init__.py does not say what lives there"
 
 
 @pytest.mark.parametrize("package", OWNERS)
@@ -116,9 +119,8 @@ def test_a_package_is_imported_by_its_owners_only(package: str) -> None:
 
 
 def test_plans_know_no_tensors() -> None:
-    for layer in NO_TORCH:
-        for path in (p for p in INNER if unit(p) in LAYERS[layer].split()):
-            assert "torch" not in {name.split(".")[0] for name in imports(path, typing=True)}, path
+    for path in (p for p in INNER if unit(p) in ("errors", "plans")):
+        assert "torch" not in {name.split(".")[0] for name in imports(path, typing=True)}, path
 
 
 def test_importing_is_quick() -> None:

@@ -57,7 +57,9 @@ def same(a: Path, b: Path) -> None:
     assert logs[0] == logs[1]
 
 
-def killed_at(recipe: Recipe, number: int) -> None:
+def killed_at(
+    recipe: Recipe, number: int, validating: Callable[[Training], Callable[[], bool]] = lambda _: lambda: True
+) -> None:
     """Runs a recipe up to an iteration and ends there without a word; the log's next line is torn."""
     world = toy_world.world(recipe)
     training = Training.start(recipe, world.module)
@@ -67,10 +69,10 @@ def killed_at(recipe: Recipe, number: int) -> None:
             raise Killed
 
     resume(recipe, training)
-    training.before = training.before or evaluate(recipe, world)
+    training.before = training.before or evaluate(recipe, world).to_dict()
     save(recipe, training)
     with pytest.raises(Killed):
-        train(recipe, world, training, watch)
+        train(recipe, world, training, watch, validating(training))
     with (recipe.output / METRICS).open("a") as log:
         log.write('{"kind": "iteration", "itera')
 

@@ -13,7 +13,7 @@ import pytest
 
 from trajsurgery import LeapAlign, RecipeError
 from trajsurgery.training import preflight, prompts
-from trajsurgery.training.prompts import Asked, read_prompts
+from trajsurgery.training.prompts import Prompt, read_prompts
 from trajsurgery.training.recipe import Recipe
 
 GENEVAL = [
@@ -54,7 +54,7 @@ def test_jsonl_of_strings_and_objects(tmp_path: Path) -> None:
 
 def test_geneval_keeps_the_rows_that_its_evaluator_reads(tmp_path: Path) -> None:
     found = read_prompts(written(tmp_path / "evaluation_metadata.jsonl", GENEVAL))
-    assert found == (Asked("a photo of a bench", "single_object"), Asked("a photo of two cows", "counting"))
+    assert found == (Prompt("a photo of a bench", "single_object"), Prompt("a photo of two cows", "counting"))
     assert [prompt.record for prompt in found] == GENEVAL
 
 
@@ -88,7 +88,7 @@ def test_parquet(tmp_path: Path) -> None:
     columns = {"Prompt": ["a cat", "a dog"], "Category": ["animals", None], "image": [b"\xff\xd8", b"\xff\xd8"]}
     parquet.write_table(pyarrow.table(columns), tmp_path / "p.parquet")
     found = read_prompts(tmp_path / "p.parquet")
-    assert found == (Asked("a cat", "animals"), Asked("a dog", "all"))
+    assert found == (Prompt("a cat", "animals"), Prompt("a dog", "all"))
     assert found[0].record == {"Prompt": "a cat", "Category": "animals"}, "pictures are not read"
     parquet.write_table(pyarrow.table({"image": [b"x"], "label": [1]}), tmp_path / "q.parquet")
     with pytest.raises(RecipeError, match="no column prompt, text, caption; it has image, label"):

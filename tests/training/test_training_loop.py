@@ -17,7 +17,7 @@ from tests.builders.problems import distance
 from trajsurgery import DRaFTLV, DRTune, LeapAlign, RecipeError, ReFL
 from trajsurgery.cli import train_command
 from trajsurgery.training.checkpoint import CHECKPOINT, METRICS, Log, Training
-from trajsurgery.training.components import Embeddings, World, call_of, trial
+from trajsurgery.training.components import Embeddings, RunComponents, call_of, trial
 from trajsurgery.training.objective import Objective
 from trajsurgery.training.recipe import Method, Recipe
 from trajsurgery.training.settings import Optimiser
@@ -31,7 +31,7 @@ METHODS: dict[str, Method] = {
 }
 
 
-def ran(recipe: Recipe, world: World | None = None) -> tuple[Training, list[Iteration]]:
+def ran(recipe: Recipe, world: RunComponents | None = None) -> tuple[Training, list[Iteration]]:
     """A run of the loop alone."""
     world, seen = world or toy_world.world(recipe), list[Iteration]()
     training = Training.start(recipe, world.module)

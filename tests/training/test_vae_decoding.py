@@ -13,7 +13,7 @@ from tests.builders import toy_world
 from tests.tolerances import VALUE
 from trajsurgery import RecipeError
 from trajsurgery.training.settings import Decoder
-from trajsurgery.training.vae_decoding import Guest, dtype, prepare
+from trajsurgery.training.vae_decoding import OffloadedModule, dtype, prepare
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_a_bfloat16_vae_takes_float32_latents_and_gives_them_their_gradient(vae:
 def test_a_guest_is_there_from_its_work_to_its_backward_pass(vae: Any) -> None:
     z = torch.randn(1, 4, 8, 8).requires_grad_()
     wanted = torch.autograd.grad(vae.decode(z).sample.square().sum(), z)[0]
-    guest = Guest(vae, torch.device("cpu"))
+    guest = OffloadedModule(vae, torch.device("cpu"))
     assert not guest.here
     with torch.no_grad():
         vae.decode(z)
@@ -111,7 +111,7 @@ def test_a_guest_is_there_from_its_work_to_its_backward_pass(vae: Any) -> None:
 
 
 def test_a_guest_leaves_after_a_graph_that_nobody_ran(vae: Any) -> None:
-    guest = Guest(vae, torch.device("cpu"))
+    guest = OffloadedModule(vae, torch.device("cpu"))
     z = torch.randn(1, 4, 8, 8).requires_grad_()
     images = vae.decode(z).sample
     assert guest.here

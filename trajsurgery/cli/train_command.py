@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from trajsurgery.dry_run import plan_memory, table
 from trajsurgery.errors import SurgeryError
 from trajsurgery.evaluation import validation_rounds
-from trajsurgery.evaluation.held_out import evaluate, needed
+from trajsurgery.evaluation.held_out import Scores, evaluate, needed
 from trajsurgery.evaluation.paired_statistics import compare
 from trajsurgery.reports import run_report, validation_report
 from trajsurgery.training import components, lora, missing_gradients, preflight, srpo_support
@@ -67,7 +67,7 @@ def dry_run(recipe: Recipe, console: Console) -> int:
 
 
 def main(
-    recipe: Recipe, scene: components.World | None = None, console: Console | None = None
+    recipe: Recipe, scene: components.RunComponents | None = None, console: Console | None = None
 ) -> dict[str, Any] | None:
     """Runs a recipe: evaluation, training, evaluation, pictures, weights. Goes on with a run that was interrupted.
 
@@ -92,7 +92,9 @@ def main(
     log = Log(recipe.output / METRICS)
     finished = _finished(log)
     if resume(recipe, training):
-        if finished and (training.iteration == recipe.iterations or validation_rounds.stopped(recipe, training)):
+        if finished and (
+            training.iteration == recipe.iterations or training.early_stopping.stops(recipe.guards.patience)
+        ):
             log.append(finished)
             return _said(recipe, console, finished, "this run is finished; --overwrite runs it again")
         console.print(f"goes on from iteration {training.iteration} in {recipe.output}")
@@ -102,11 +104,12 @@ def main(
         components.encode(recipe, found, asked, (generator(recipe.seed, number, "prompts") for number in every))
     if training.before is None:
         with console.status("held-out images of the untuned model"):
-            training.before = evaluate(recipe, found)
+            training.before = evaluate(recipe, found).to_dict()
         training.seconds = time.monotonic() - began
         save(recipe, training)
     with _progress(recipe, training, console) as watch:
-        complete = train(recipe, found, training, watch, partial(_look, console))
+        validate = validation_rounds.looking(recipe, found, training, partial(_look, console))
+        complete = train(recipe, found, training, watch, validate)
     if not complete:
         console.print(f"interrupted at iteration {training.iteration}, saved: the same command goes on from there")
         return None
@@ -118,7 +121,7 @@ def main(
     return _said(recipe, console, evaluation, "")
 
 
-def _look(console: Console, found: validation_rounds.Look) -> None:
+def _look(console: Console, found: validation_rounds.ValidationResult) -> None:
     console.print(validation_report.line(found), highlight=False, soft_wrap=True)
 
 
@@ -128,7 +131,7 @@ def _finished(log: Log) -> dict[str, Any] | None:
     return lines[-1] if lines and lines[-1]["kind"] == "evaluation" else None
 
 
-def _finish(recipe: Recipe, found: components.World, training: Training, console: Console) -> dict[str, Any]:
+def _finish(recipe: Recipe, found: components.RunComponents, training: Training, console: Console) -> dict[str, Any]:
     """The averaged weights into the pipe, their evaluation, and everything there is to look at."""
     validation_rounds.restore_best(recipe, training)
     training.ema.copy_to(training.parameters)
@@ -138,8 +141,8 @@ def _finish(recipe: Recipe, found: components.World, training: Training, console
     )
     with console.status("held-out images of the tuned model"):
         after = evaluate(recipe, found)
-    before = training.before
-    assert before is not None, "the untuned model is evaluated before the first iteration"
+    assert training.before is not None, "the untuned model is evaluated before the first iteration"
+    before = Scores.from_dict(training.before)
     run_report.samples(recipe.output / "samples.png", _title(recipe, training), before, after)
     plan = recipe.method.draw(recipe.rollout.steps, generator(recipe.seed, 1, "plan"))
     plan.draw(recipe.output / "plan.svg")

@@ -17,7 +17,7 @@ from trajsurgery.evaluation.paired_statistics import Gain, paired
 
 
 @dataclass(frozen=True)
-class Standing:
+class Comparison:
     """What an evaluation found."""
 
     models: tuple[str, ...]
@@ -79,7 +79,7 @@ def _plain(found: dict[str, Any]) -> dict[str, Any]:
     return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in found.items()}
 
 
-def rows(standing: Standing) -> Iterator[tuple[str, ...]]:
+def rows(standing: Comparison) -> Iterator[tuple[str, ...]]:
     """The cells of the table: all images first, then category by category."""
     categories = (None, *(standing.categories if len(standing.categories) > 1 else ()))
     for category in categories:
@@ -97,19 +97,19 @@ def _error(gain: Gain) -> str:
     return "" if math.isnan(gain.se_by_prompt) else f" ± {gain.se_by_prompt:.4f}"
 
 
-def heads(standing: Standing) -> tuple[str, ...]:
+def heads(standing: Comparison) -> tuple[str, ...]:
     """The headings of `rows`."""
     return ("", standing.models[0], *(head for model in standing.models[1:] for head in (model, "gain")))
 
 
-def told(standing: Standing) -> str:
+def told(standing: Comparison) -> str:
     """What the table's figures are."""
     numbers = {sample.number for sample in standing.asked}
     paired_by = "; gains are paired image by image" if len(standing.models) > 1 else ""
     return f"{len(standing.asked)} images of {len(numbers)} prompts, ± standard errors over prompts{paired_by}"
 
 
-def table(standing: Standing) -> Table:
+def table(standing: Comparison) -> Table:
     """For the terminal."""
     found = Table(title=told(standing))
     for heading in heads(standing):
@@ -119,14 +119,14 @@ def table(standing: Standing) -> Table:
     return found
 
 
-def markdown(standing: Standing) -> str:
+def markdown(standing: Comparison) -> str:
     """The same table in a file."""
     lines = [heads(standing), tuple("---" for _ in heads(standing)), *rows(standing)]
     text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
     return f"{told(standing)}\n\n{text}\n"
 
 
-def csv_of(standing: Standing) -> str:
+def csv_of(standing: Comparison) -> str:
     """A line an image and model."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

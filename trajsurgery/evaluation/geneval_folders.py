@@ -19,7 +19,7 @@ import torch
 
 from trajsurgery.errors import RecipeError
 from trajsurgery.training.checkpoint import write_whole
-from trajsurgery.training.prompts import Asked
+from trajsurgery.training.prompts import Prompt
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Sample:
 
     number: int
     """Of its prompt, from 0."""
-    prompt: Asked
+    prompt: Prompt
     index: int
     """Among the images of its prompt, from 0."""
     seed: int
@@ -38,7 +38,7 @@ class Sample:
         return folder / f"{self.number:05d}" / "samples" / f"{self.index:04d}.png"
 
 
-def samples(prompts: Sequence[Asked], images: int, seed: int) -> list[Sample]:
+def samples(prompts: Sequence[Prompt], images: int, seed: int) -> list[Sample]:
     """All images, prompt by prompt; no two of a seed share theirs."""
     return [
         Sample(number, prompt, index, seed * 2**40 + number * 2**16 + index)

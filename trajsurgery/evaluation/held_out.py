@@ -11,8 +11,8 @@ from torch import Tensor
 
 from trajsurgery.evaluation import diversity
 from trajsurgery.rewards.by_name import parts
-from trajsurgery.training.components import Embeddings, World, call_of
-from trajsurgery.training.prompts import Asked
+from trajsurgery.training.components import Embeddings, RunComponents, call_of
+from trajsurgery.training.prompts import Prompt
 from trajsurgery.training.recipe import Recipe
 
 
@@ -51,22 +51,22 @@ class Scores:
         return cls(**kept)
 
 
-def spread(asked: Sequence[Asked], count: int) -> list[Asked]:
+def spread(asked: Sequence[Prompt], count: int) -> list[Prompt]:
     """`count` prompts, the categories in turn, the prompts of each in turn: every beginning is spread evenly too."""
-    groups: dict[str, list[Asked]] = {}
+    groups: dict[str, list[Prompt]] = {}
     for prompt in asked:
         groups.setdefault(prompt.category, []).append(prompt)
     rows = list(groups.values())
     return [rows[i % len(rows)][(i // len(rows)) % len(rows[i % len(rows)])] for i in range(count)]
 
 
-def needed(asked: Sequence[Asked], count: int) -> list[str]:
+def needed(asked: Sequence[Prompt], count: int) -> list[str]:
     """The prompts that `count` images ask for, in their own order."""
     wanted = {prompt.text for prompt in spread(asked, count)} if asked else set[str]()
     return [prompt.text for prompt in asked if prompt.text in wanted]
 
 
-def evaluate(recipe: Recipe, world: World, embeddings: Embeddings | None = None) -> Scores:
+def evaluate(recipe: Recipe, world: RunComponents, embeddings: Embeddings | None = None) -> Scores:
     """Images of the held-out prompts and their scores, with the weights that are in the pipe now.
 
     Args:
@@ -106,7 +106,7 @@ def _lists(names: Iterable[str]) -> dict[str, list[Tensor]]:
     return {name: [] for name in names}
 
 
-def _views(world: World) -> dict[str, tuple[Callable[[Tensor], Tensor], diversity.Distance]]:
+def _views(world: RunComponents) -> dict[str, tuple[Callable[[Tensor], Tensor], diversity.Distance]]:
     """By name, what of the images is compared, and how."""
     known = {name: getattr(scorer, "features", None) for name, scorer in world.metrics.items()}
     features = {name: (view, diversity.angle) for name, view in known.items() if view is not None}
@@ -114,7 +114,7 @@ def _views(world: World) -> dict[str, tuple[Callable[[Tensor], Tensor], diversit
 
 
 def _images(
-    recipe: Recipe, world: World, texts: list[str], embeddings: Embeddings
+    recipe: Recipe, world: RunComponents, texts: list[str], embeddings: Embeddings
 ) -> Iterator[tuple[list[str], Tensor]]:
     """(prompts, images [batch 3 h w]) batch by batch; the noise follows from seed, place and `evaluation.batch`."""
     for start in range(0, len(texts), recipe.evaluation.batch):

@@ -20,17 +20,17 @@ from torch import nn
 
 from trajsurgery import tiny
 from trajsurgery.errors import RecipeError
-from trajsurgery.evaluation.comparison_table import Standing, csv_of, markdown, table
+from trajsurgery.evaluation.comparison_table import Comparison, csv_of, markdown, table
 from trajsurgery.evaluation.geneval_folders import Sample, make, missing, samples, write_rows
 from trajsurgery.evaluation.held_out import spread
-from trajsurgery.evaluation.model_variants import Version, base, run_of, versions
+from trajsurgery.evaluation.model_variants import ModelVariant, base, run_of, versions
 from trajsurgery.evaluation.options import Evaluate
 from trajsurgery.evaluation.picture_scores import Picture, about, scores
 from trajsurgery.rewards.by_name import Reward, ask, scorer
 from trajsurgery.training.checkpoint import write_whole
 from trajsurgery.training.components import quiet
 from trajsurgery.training.preflight import lacking_reward
-from trajsurgery.training.prompts import Asked, read_prompts
+from trajsurgery.training.prompts import Prompt, read_prompts
 from trajsurgery.training.recipe import EMBEDDED
 
 SETTINGS, FIGURES = "settings.json", "evaluation.json"
@@ -60,7 +60,7 @@ def run(given: Evaluate, console: Console) -> int:
             with _progress(console, f"{name} of {version.name}", len(pictures)) as done, torch.no_grad():
                 found[version.name][name] = scores(reward, pictures, device, given.batch, done)
         _moved(reward, torch.device("cpu"))
-    standing = Standing(tuple(v.name for v in chosen), tuple(rewards), asked, found)
+    standing = Comparison(tuple(v.name for v in chosen), tuple(rewards), asked, found)
     _write(given, chosen, call, standing, {name: about(reward) for name, reward in rewards.items()})
     console.print(table(standing), highlight=False)
     console.print(f"In {given.output}: {FIGURES}, table.md, scores.csv, {', '.join(v.name + '/' for v in chosen)}",
@@ -68,7 +68,7 @@ def run(given: Evaluate, console: Console) -> int:
     return 0
 
 
-def _prompts(given: Evaluate) -> tuple[Asked, ...]:
+def _prompts(given: Evaluate) -> tuple[Prompt, ...]:
     """What is asked of the models.
 
     Raises:
@@ -85,13 +85,13 @@ def _prompts(given: Evaluate) -> tuple[Asked, ...]:
     if name == "tiny":
         if split not in ("", "validation", "heldout", "train"):
             raise RecipeError(f"prompts = {given.prompts}: the embedded world has tiny, tiny:validation, tiny:train.")
-        found = tuple(Asked(p.text, p.category) for p in tiny.prompts(split or "heldout"))
+        found = tuple(Prompt(p.text, p.category) for p in tiny.prompts(split or "heldout"))
     else:
         found = read_prompts(given.prompts)
     return tuple(found if given.limit is None else spread(found, min(given.limit, len(found))))
 
 
-def _rewards(given: Evaluate, chosen: Sequence[Version], call: dict[str, Any]) -> dict[str, Reward]:
+def _rewards(given: Evaluate, chosen: Sequence[ModelVariant], call: dict[str, Any]) -> dict[str, Reward]:
     """The scorers by name, on the CPU; each is asked once, so that what it lacks is told before images are made.
 
     Raises:
@@ -130,7 +130,7 @@ def _call(given: Evaluate) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _settle(given: Evaluate, chosen: Sequence[Version], call: dict[str, Any], asked: Sequence[Sample]) -> None:
+def _settle(given: Evaluate, chosen: Sequence[ModelVariant], call: dict[str, Any], asked: Sequence[Sample]) -> None:
     """Notes what images the folder holds; or checks that it holds these.
 
     Raises:
@@ -182,7 +182,9 @@ def _discard(output: Path, names: Sequence[str] | dict[str, Any]) -> None:
             shutil.rmtree(folder)
 
 
-def _images(given: Evaluate, version: Version, call: dict[str, Any], asked: list[Sample], console: Console) -> None:
+def _images(
+    given: Evaluate, version: ModelVariant, call: dict[str, Any], asked: list[Sample], console: Console
+) -> None:
     """The images of one model, which is loaded only if some are not there."""
     folder = given.output / version.name
     write_rows(folder, asked)
@@ -225,7 +227,7 @@ def _progress(console: Console, said: str, total: int, completed: int = 0) -> Ge
 
 
 def _write(
-    given: Evaluate, chosen: Sequence[Version], call: dict[str, Any], standing: Standing, rewards: dict[str, Any]
+    given: Evaluate, chosen: Sequence[ModelVariant], call: dict[str, Any], standing: Comparison, rewards: dict[str, Any]
 ) -> None:
     """evaluation.json, table.md and scores.csv."""
     models = {version.name: {"kind": version.kind, "where": version.where} for version in chosen}

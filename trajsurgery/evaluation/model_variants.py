@@ -26,7 +26,7 @@ PLACES = 64
 
 
 @dataclass(frozen=True)
-class Version:
+class ModelVariant:
     """A model of an evaluation."""
 
     name: str
@@ -64,13 +64,13 @@ class Version:
         return found.hexdigest()
 
 
-def versions(given: Evaluate) -> tuple[Version, ...]:
+def versions(given: Evaluate) -> tuple[ModelVariant, ...]:
     """The base, then what was tuned, in the order asked for.
 
     Raises:
         RecipeError: what is not there, all of it at once; two of one name.
     """
-    found = [Version(BASE, "model", base(given)), *map(_tuned, given.tuned)]
+    found = [ModelVariant(BASE, "model", base(given)), *map(_tuned, given.tuned)]
     missing = [line for version in found if (line := _lacking(version))]
     names = [version.name for version in found]
     double = sorted({name for name in names if names.count(name) > 1})
@@ -99,17 +99,17 @@ def _runs(tuned: Iterable[str]) -> Iterator[dict[str, Any]]:
                 break
 
 
-def _tuned(where: str) -> Version:
+def _tuned(where: str) -> ModelVariant:
     path = Path(where)
     if path.is_dir() and (path / "transformer").is_dir() and not (path / "model_index.json").is_file():
         return _tuned(str(path / "transformer"))
     name = (path.parent if path.name == "transformer" else path).name.removesuffix(".safetensors") or where
     name = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
     if _adapters(path) is not None or (not path.exists() and cached(where, LORA)):
-        return Version(name, "adapters", where)
+        return ModelVariant(name, "adapters", where)
     if (path / "config.json").is_file() and not (path / "model_index.json").is_file():
-        return Version(name, "transformer", where)
-    return Version(name, "model", where)
+        return ModelVariant(name, "transformer", where)
+    return ModelVariant(name, "model", where)
 
 
 def _adapters(path: Path) -> Path | None:
@@ -121,7 +121,7 @@ def _adapters(path: Path) -> Path | None:
     return found[0] if len(found) == 1 and alone else None
 
 
-def _lacking(version: Version) -> str | None:
+def _lacking(version: ModelVariant) -> str | None:
     path = Path(version.where)
     if version.where == "tiny:wan":
         return "tiny:wan makes videos: evaluate compares images."

@@ -19,12 +19,12 @@ from trajsurgery.evaluation.held_out import Scores, evaluate, spread
 from trajsurgery.rewards.by_name import terms
 from trajsurgery.training.anchor import exchanged
 from trajsurgery.training.checkpoint import METRICS, Log, Training, save, write_whole
-from trajsurgery.training.components import Embeddings, World
+from trajsurgery.training.components import Embeddings, RunComponents
 from trajsurgery.training.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class Look:
+class ValidationResult:
     """One line of metrics.jsonl. Means are over the look's images."""
 
     kind: Literal["look"] = field(default="look", kw_only=True)
@@ -44,7 +44,7 @@ class Look:
     seconds: float
 
 
-def scorer(recipe: Recipe, world: World) -> str:
+def scorer(recipe: Recipe, world: RunComponents) -> str:
     """The name of the scorer that may stop the run.
 
     Raises:
@@ -62,7 +62,7 @@ def scorer(recipe: Recipe, world: World) -> str:
     )
 
 
-def check(recipe: Recipe, world: World) -> None:
+def check(recipe: Recipe, world: RunComponents) -> None:
     """Says before any long work what the guards lack.
 
     Raises:
@@ -78,13 +78,9 @@ def check(recipe: Recipe, world: World) -> None:
         )
 
 
-def stopped(recipe: Recipe, training: Training) -> bool:
-    """Whether the held-out reward has fallen for as long as the recipe bears."""
-    patience = recipe.guards.patience
-    return patience is not None and training.watch.waited >= patience
-
-
-def looking(recipe: Recipe, world: World, training: Training, told: Callable[[Look], None]) -> Callable[[], bool]:
+def looking(
+    recipe: Recipe, world: RunComponents, training: Training, told: Callable[[ValidationResult], None]
+) -> Callable[[], bool]:
     """A function that looks if a look is due, and says whether the run may go on. Without guards it does nothing."""
     every = recipe.guards.every
     if every is None:
@@ -95,28 +91,30 @@ def looking(recipe: Recipe, world: World, training: Training, told: Callable[[Lo
     embeddings = Embeddings(world.pipe, [prompt.text for prompt in spread(world.validation, recipe.guards.images)])
 
     def look() -> bool:
-        if training.iteration % every == 0 and training.watch.last != training.iteration and training.finite:
+        if training.iteration % every == 0 and training.early_stopping.last != training.iteration and training.finite:
             began = time.monotonic()
             with exchanged(training.parameters, training.ema.shadow_params):
                 found = evaluate(shown, looked_at, embeddings)
-            best = training.watch.see(training.iteration, float(found.metrics[judge].mean()))
+            best = training.early_stopping.update(training.iteration, float(found.metrics[judge].mean()))
             training.seconds += time.monotonic() - began
             line = _line(training, found, time.monotonic() - began)
             Log(recipe.output / METRICS).append(asdict(line))
             if best and recipe.guards.patience is not None:
                 _keep(recipe, training)
             told(line)
-        return not stopped(recipe, training)
+        return not training.early_stopping.stops(recipe.guards.patience)
 
     return look
 
 
-def _line(training: Training, found: Scores, seconds: float) -> Look:
+def _line(training: Training, found: Scores, seconds: float) -> ValidationResult:
     graded = {**found.metrics, "reward": found.reward} | ({} if found.correct is None else {"rule": found.correct})
     means = {name: float(values.double().mean()) for name, values in graded.items()}
     spread = {name: float(values.double().std()) for name, values in graded.items()}
-    reward, rule, watch = means.pop("reward"), means.pop("rule", None), training.watch
-    return Look(training.iteration, reward, means, rule, spread, watch.best, watch.waited, round(seconds, 4))
+    reward, rule, watch = means.pop("reward"), means.pop("rule", None), training.early_stopping
+    return ValidationResult(
+        training.iteration, reward, means, rule, spread, watch.best, watch.waited, round(seconds, 4)
+    )
 
 
 def _file(output: Path, iteration: int) -> Path:
@@ -137,7 +135,7 @@ def restore_best(recipe: Recipe, training: Training) -> None:
     """Makes the averaged weights those of the best look, where a recipe keeps them."""
     if recipe.guards.patience is None:
         return
-    file = _file(recipe.output, training.watch.best)
+    file = _file(recipe.output, training.early_stopping.best)
     try:
         kept: list[torch.Tensor] = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError) as error:
@@ -149,13 +147,13 @@ def restore_best(recipe: Recipe, training: Training) -> None:
             average.copy_(value)
 
 
-def summary(recipe: Recipe, world: World, training: Training) -> dict[str, Any]:
+def summary(recipe: Recipe, world: RunComponents, training: Training) -> dict[str, Any]:
     """What the closing line of metrics.jsonl says of the guards; nothing if all are off."""
     guards, found = recipe.guards, dict[str, Any]()
     if guards.every is not None:
-        kept = training.iteration if guards.patience is None else training.watch.best
-        found |= {"by": scorer(recipe, world), "best": training.watch.best, "kept": kept}
-        found["stopped"] = stopped(recipe, training) and training.iteration < recipe.iterations
+        kept = training.iteration if guards.patience is None else training.early_stopping.best
+        found |= {"by": scorer(recipe, world), "best": training.early_stopping.best, "kept": kept}
+        found["stopped"] = training.early_stopping.stops(guards.patience) and training.iteration < recipe.iterations
     if guards.anchor:
         found["anchor"] = guards.anchor
     return {"guards": found} if found else {}

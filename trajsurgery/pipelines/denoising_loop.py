@@ -36,7 +36,7 @@ from trajsurgery.surgery.velocity_calls import Memory, outputs
 
 
 @dataclass(frozen=True)
-class Wish:
+class OperateOptions:
     """What `operate` was asked for."""
 
     plan: Plan | None
@@ -49,7 +49,7 @@ class Wish:
 class Loop:
     """A context around the pipe's `__call__`; `results` holds what `Surgery` shows."""
 
-    def __init__(self, wish: Wish, record: Record) -> None:
+    def __init__(self, wish: OperateOptions, record: Record) -> None:
         self.wish, self.record = wish, record
         self.results: dict[str, Any] = {}
         self.scheduler = record.pipe.scheduler

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trajsurgery.errors import SamplerError, SurgeryError
 from trajsurgery.pipelines.call_record import Record
-from trajsurgery.pipelines.denoising_loop import Loop, Wish
+from trajsurgery.pipelines.denoising_loop import Loop, OperateOptions
 from trajsurgery.pipelines.guidance import GuidanceGradient, known_guidance
 from trajsurgery.pipelines.pipeline_field import PipelineField
 from trajsurgery.pipelines.scheduler import flow_matching
@@ -70,7 +70,7 @@ def operate(
     if plan is not None:
         planned(plan)
         legality.bound(plan.outputs, plan.names)
-    return Surgery(pipe, Wish(plan, memory, generator, guidance_gradient, whole))
+    return Surgery(pipe, OperateOptions(plan, memory, generator, guidance_gradient, whole))
 
 
 class Surgery:
@@ -85,7 +85,7 @@ class Surgery:
     distances: dict[int, Tensor]
     """{t: [batch]}: mean |x_t - prediction| of the plan's leaps, as `trajsurgery.distances`."""
 
-    def __init__(self, pipe: Any, wish: Wish) -> None:
+    def __init__(self, pipe: Any, wish: OperateOptions) -> None:
         self.plan, self._wish = wish.plan, wish
         self._pipe, self._base = pipe, type(pipe)
 

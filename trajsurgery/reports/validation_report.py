@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from trajsurgery.evaluation.validation_rounds import Look
+from trajsurgery.evaluation.validation_rounds import ValidationResult
 
 REWARD, SCORERS = "#0b6e99", ("#b3442e", "#d08a1e", "#6a4c93", "#2e7d32", "#7a8691")
 
@@ -18,7 +18,7 @@ def said(name: str) -> str:
     return f"part {name}" if "*" in name else f"scorer {name}"
 
 
-def line(look: Look) -> str:
+def line(look: ValidationResult) -> str:
     """A look, while it trains."""
     told = " ".join(f"{name} {mean:.4f}" for name, mean in _graded(asdict(look)).items())
     waited = f"; {look.waited} without a new best (iteration {look.best})" if look.waited else ""

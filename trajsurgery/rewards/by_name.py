@@ -14,7 +14,6 @@ from trajsurgery.errors import RecipeError
 from trajsurgery.rewards import contract
 from trajsurgery.rewards.mixed import Weighted
 from trajsurgery.rewards.named import KNOWN, named
-from trajsurgery.training.recipe import Recipe
 
 Reward = Callable[[Tensor, Sequence[str]], Tensor]
 """reward(images, prompts): Float[batch 3 h w] in [0, 1] and a text for each, to scores Float[batch], differentiable."""
@@ -69,17 +68,6 @@ def parts(reward: Reward) -> dict[str, Reward]:
         name = f"{weight:g}*{part.name}"
         found[name if name not in found else f"{name} ({len(found) + 1})"] = part  # one reward with other weights
     return found
-
-
-def further(recipe: Recipe) -> tuple[str, ...]:
-    """The scorers beside the reward, which grade the held-out images: those named, else those of the embedded world."""
-    named = recipe.evaluation.metrics
-    if named is not None:
-        return tuple(dict.fromkeys(named))
-    if recipe.model not in ("tiny", "tiny:sd3") or recipe.heldout != "tiny":
-        return ()
-    known = ("tiny", *(f"tiny:{name}" for name in import_module("trajsurgery.tiny.variant").shipped()))
-    return tuple(name for name in known if name not in (recipe.reward, *terms(recipe.reward)))
 
 
 def scorer(asked: str, device: torch.device) -> Reward:

@@ -19,35 +19,11 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from trajsurgery.errors import RecipeError
-from trajsurgery.evaluation.held_out import Scores
 from trajsurgery.training.anchor import Anchor
+from trajsurgery.training.early_stopping import EarlyStopping
 from trajsurgery.training.recipe import Recipe, differences
 
 CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
-
-
-@dataclass
-class Watch:
-    """What the looks at held-out rewards have found so far (guards.py)."""
-
-    last: int = -1
-    """The iteration of the last look; -1: there was none."""
-    best: int = -1
-    """The iteration of the best one."""
-    value: float = -math.inf
-    """What it found."""
-    waited: int = 0
-    """How many came after it."""
-
-    def see(self, iteration: int, value: float) -> bool:
-        """Notes a look; says whether it is the best so far."""
-        better = value > self.value or self.best < 0
-        if better:
-            self.best, self.value, self.waited = iteration, value, 0
-        else:
-            self.waited += 1
-        self.last = iteration
-        return better
 
 
 @dataclass(eq=False)
@@ -57,8 +33,8 @@ class Training:
     module: nn.Module
     optimiser: torch.optim.Optimizer
     ema: EMAModel
-    before: Scores | None = None
-    """The evaluation of the untuned model."""
+    before: dict[str, Any] | None = None
+    """Held-out scores of the untuned model (`evaluation.held_out.Scores.to_dict`)."""
     iteration: int = 0
     """How many are done."""
     skipped: int = 0
@@ -71,7 +47,7 @@ class Training:
     parameters: list[nn.Parameter] = field(default_factory=list[nn.Parameter])
     anchor: Anchor | None = None
     """What holds it to the untuned model (anchor.py); made of the weights that the module has at the start."""
-    watch: Watch = field(default_factory=Watch)
+    early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
 
     @classmethod
     def start(cls, recipe: Recipe, module: nn.Module) -> Training:
@@ -97,13 +73,13 @@ class Training:
             "weights": [p.detach() for p in self.parameters],
             "optimiser": self.optimiser.state_dict(),
             "ema": self.ema.state_dict(),
-            "before": None if self.before is None else self.before.to_dict(),
+            "before": self.before,
             "iteration": self.iteration,
             "skipped": self.skipped,
             "in_a_row": self.in_a_row,
             "looked": self.looked,
             "seconds": self.seconds,
-            "watch": asdict(self.watch),
+            "watch": asdict(self.early_stopping),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -116,11 +92,11 @@ class Training:
         self.ema.shadow_params = [
             value.to(own.device) for value, own in zip(self.ema.shadow_params, self.parameters, strict=True)
         ]
-        self.before = None if state["before"] is None else Scores.from_dict(state["before"])
+        self.before = state["before"]
         self.iteration, self.skipped, self.in_a_row = state["iteration"], state["skipped"], state["in_a_row"]
         self.looked = state.get("looked", False)  # checkpoints of 0.1.0 have none
         self.seconds = state["seconds"]
-        self.watch = Watch(**state.get("watch", {}))
+        self.early_stopping = EarlyStopping(**state.get("watch", {}))
 
 
 def write_whole(path: Path, write: Any) -> None:
@@ -158,7 +134,7 @@ def resume(recipe: Recipe, training: Training) -> bool:
         training.restore(state)
     except (KeyError, ValueError, RuntimeError) as error:
         raise RecipeError(f"{path} does not fit the model: {error}. {_WAYS_OUT}") from error
-    Log(recipe.output / METRICS).cut(training.iteration, training.watch.last)
+    Log(recipe.output / METRICS).cut(training.iteration, training.early_stopping.last)
     return True
 
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from trajsurgery.errors import RecipeError
-from trajsurgery.rewards.by_name import Reward, ask, further, scorer
+from trajsurgery.rewards.by_name import Reward, ask, scorer, terms
 from trajsurgery.training import lora, model_folder, vae_decoding
 from trajsurgery.training.objective import DETACHED
 from trajsurgery.training.prompt_cache import Embeddings, dismiss
-from trajsurgery.training.prompts import Asked, read_prompts
+from trajsurgery.training.prompts import Prompt, read_prompts
 from trajsurgery.training.recipe import EMBEDDED, Recipe
 
 Judge = Callable[[Tensor, Sequence[str]], tuple[Tensor, Tensor]]
@@ -30,7 +30,7 @@ Draw = Callable[[int, torch.Generator], list[str]]
 
 
 @dataclass(frozen=True, eq=False)
-class World:
+class RunComponents:
     """Everything a run needs that is not a number."""
 
     pipe: Any
@@ -39,11 +39,11 @@ class World:
     texts: tuple[str, ...]
     """All training prompts."""
     draw: Draw
-    heldout: tuple[Asked, ...]
+    heldout: tuple[Prompt, ...]
     judge: Judge | None = None
     metrics: Mapping[str, Reward] = field(default_factory=dict[str, Reward])
     """Further scorers by name: they grade the held-out images, and no gradient climbs them."""
-    validation: tuple[Asked, ...] = ()
+    validation: tuple[Prompt, ...] = ()
     """Prompts that are neither trained on nor held out: what is looked at while it trains (guards.py)."""
 
     @property
@@ -65,13 +65,13 @@ def call_of(recipe: Recipe) -> dict[str, Any]:
     return found if rollout.frames is None else {**found, "num_frames": rollout.frames}
 
 
-def texts_of(recipe: Recipe, world: World, generator: torch.Generator) -> list[str]:
+def texts_of(recipe: Recipe, world: RunComponents, generator: torch.Generator) -> list[str]:
     """The prompts of one iteration's images, those of one prompt side by side."""
     shared = recipe.rollout.per_prompt
     return [text for text in world.draw(recipe.rollout.batch // shared, generator) for _ in range(shared)]
 
 
-def encode(recipe: Recipe, world: World, asked: Iterable[str], draws: Iterable[torch.Generator]) -> None:
+def encode(recipe: Recipe, world: RunComponents, asked: Iterable[str], draws: Iterable[torch.Generator]) -> None:
     """Encodes all prompts that a run asks for, and lets the text encoders go.
 
     Args:
@@ -84,7 +84,7 @@ def encode(recipe: Recipe, world: World, asked: Iterable[str], draws: Iterable[t
         dismiss(world.pipe)
 
 
-def load(recipe: Recipe) -> World:
+def load(recipe: Recipe) -> RunComponents:
     """The world of a recipe.
 
     Raises:
@@ -92,25 +92,36 @@ def load(recipe: Recipe) -> World:
     """
     with quiet():
         pipe = frozen(pipeline(recipe.model), recipe)
-        scorers = {name: scorer(name, pipe.transformer.device) for name in (recipe.reward, *further(recipe))}
+        scorers = {name: scorer(name, pipe.transformer.device) for name in (recipe.reward, *held_out_scorers(recipe))}
     texts, draw = _training(recipe)
     known = _embedded(recipe.heldout)
     if known is not None:
-        asked = tuple(Asked(str(p.text), str(p.category)) for p in known.prompts(recipe.evaluation.split))
+        asked = tuple(Prompt(str(p.text), str(p.category)) for p in known.prompts(recipe.evaluation.split))
     else:
         asked = read_prompts(recipe.heldout)
     judge = None if known is None or EMBEDDED.get(recipe.model) != recipe.heldout else _rules(known.judge)
     reward = scorers.pop(recipe.reward)
-    return World(pipe, reward, texts, draw, asked, judge, scorers, _validation(recipe, known))
+    return RunComponents(pipe, reward, texts, draw, asked, judge, scorers, _validation(recipe, known))
 
 
-def _validation(recipe: Recipe, known: Any) -> tuple[Asked, ...]:
+def _validation(recipe: Recipe, known: Any) -> tuple[Prompt, ...]:
     """The prompts of the looks: those of the file that the recipe names, else the embedded world's."""
     if recipe.guards.every is None:
         return ()
     if recipe.guards.prompts is not None:
         return read_prompts(recipe.guards.prompts)
-    return () if known is None else tuple(Asked(str(p.text), str(p.category)) for p in known.prompts("validation"))
+    return () if known is None else tuple(Prompt(str(p.text), str(p.category)) for p in known.prompts("validation"))
+
+
+def held_out_scorers(recipe: Recipe) -> tuple[str, ...]:
+    """Names of the scorers that grade held-out images beside the reward; by default those of the embedded world."""
+    named = recipe.evaluation.metrics
+    if named is not None:
+        return tuple(dict.fromkeys(named))
+    if recipe.model not in ("tiny", "tiny:sd3") or recipe.heldout != "tiny":
+        return ()
+    known = ("tiny", *(f"tiny:{name}" for name in import_module("trajsurgery.tiny.variant").shipped()))
+    return tuple(name for name in known if name not in (recipe.reward, *terms(recipe.reward)))
 
 
 @contextmanager
@@ -214,7 +225,7 @@ def _rules(judge: Any) -> Judge:
     return judged
 
 
-def threshold(recipe: Recipe, world: World) -> float:
+def threshold(recipe: Recipe, world: RunComponents) -> float:
     """lambda: the recipe's, else the reward's own.
 
     Raises:
@@ -230,7 +241,7 @@ def threshold(recipe: Recipe, world: World) -> float:
     return float(found)
 
 
-def trial(recipe: Recipe, world: World) -> None:
+def trial(recipe: Recipe, world: RunComponents) -> None:
     """Asks the reward for the score of a grey image or video: what it lacks is told before hours of sampling.
 
     Raises:

@@ -25,7 +25,7 @@ KINDS = ".txt (one a line), .jsonl, .json, .parquet, or a folder of such files"
 
 
 @dataclass(frozen=True)
-class Asked:
+class Prompt:
     """A prompt, and what kind of prompt it is."""
 
     text: str
@@ -34,7 +34,7 @@ class Asked:
     """The row that it was read from, for benchmarks whose evaluator reads it back (GenEval's `include`)."""
 
 
-def read_prompts(path: str | Path) -> tuple[Asked, ...]:
+def read_prompts(path: str | Path) -> tuple[Prompt, ...]:
     """The prompts of a file, in its order, or of the files in a folder, by name.
 
     - Text: one a line.
@@ -65,16 +65,16 @@ def read_prompts(path: str | Path) -> tuple[Asked, ...]:
     return found
 
 
-def _lines(path: Path) -> Iterator[Asked]:
-    return (Asked(line.strip()) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+def _lines(path: Path) -> Iterator[Prompt]:
+    return (Prompt(line.strip()) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
 
 
-def _jsonl(path: Path) -> Iterator[Asked]:
+def _jsonl(path: Path) -> Iterator[Prompt]:
     lines = enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1)
     return _rows(((f"line {i}", _parsed(path, line, f"line {i}")) for i, line in lines if line.strip()), path)
 
 
-def _json(path: Path) -> Iterator[Asked]:
+def _json(path: Path) -> Iterator[Prompt]:
     found = _parsed(path, path.read_text(encoding="utf-8-sig"), "it")
     if isinstance(found, Mapping) and all(isinstance(rows, list) for rows in found.values()):
         groups = [(str(style), rows) for style, rows in found.items()]
@@ -89,7 +89,7 @@ def _json(path: Path) -> Iterator[Asked]:
     )
 
 
-def _parquet(path: Path) -> Iterator[Asked]:
+def _parquet(path: Path) -> Iterator[Prompt]:
     if find_spec("pyarrow") is None:
         raise RecipeError(
             f"{str(path)!r} is parquet, which pyarrow reads, and pyarrow is not installed here: install the extra, "
@@ -119,7 +119,7 @@ def _parsed(path: Path, text: str, where: str) -> Any:
         raise RecipeError(f"{str(path)!r}: {where} is not JSON ({error}).") from error
 
 
-def _rows(rows: Iterable[tuple[str, Any]], path: Path, style: str = ALL) -> Iterator[Asked]:
+def _rows(rows: Iterable[tuple[str, Any]], path: Path, style: str = ALL) -> Iterator[Prompt]:
     """The prompts of (where it stands, row)."""
     paired: set[str] = set()
     for where, row in rows:
@@ -131,9 +131,9 @@ def _rows(rows: Iterable[tuple[str, Any]], path: Path, style: str = ALL) -> Iter
         yield prompt
 
 
-def _asked(row: Any, path: Path, where: str, style: str) -> Asked:
+def _asked(row: Any, path: Path, where: str, style: str) -> Prompt:
     if isinstance(row, str) and row.strip():
-        return Asked(row.strip(), style)
+        return Prompt(row.strip(), style)
     record: Mapping[str, Any] = row if isinstance(row, Mapping) else {}
     named = {str(name).lower(): value for name, value in record.items()}
     text = next((named[name] for name in TEXT if name in named), None)
@@ -143,4 +143,4 @@ def _asked(row: Any, path: Path, where: str, style: str) -> Asked:
             f"object with one under {', '.join(TEXT)}."
         )
     category = next((named[name] for name in CATEGORY if named.get(name) is not None), None)
-    return Asked(text.strip(), style if category is None else str(category), record)
+    return Prompt(text.strip(), style if category is None else str(category), record)

@@ -14,7 +14,7 @@ from trajsurgery.plans.plan import Plan
 from trajsurgery.surgery.api import apply, backward, distances, values
 from trajsurgery.surgery.parameters import Fields
 from trajsurgery.training import objective, srpo_support
-from trajsurgery.training.components import World, call_of
+from trajsurgery.training.components import RunComponents, call_of
 from trajsurgery.training.recipe import Recipe
 
 Hold = Callable[[Surgery, float], Tensor]
@@ -37,7 +37,7 @@ def part_of(plan: Plan | PerSample, start: int, end: int) -> Plan | PerSample:
 
 def pull(
     recipe: Recipe,
-    world: World,
+    world: RunComponents,
     plan: Plan | PerSample,
     texts: list[str],
     kwargs: dict[str, Any],
@@ -74,7 +74,7 @@ def pull(
 
 def pull_several(
     recipe: Recipe,
-    world: World,
+    world: RunComponents,
     plans: Sequence[Plan | PerSample],
     texts: list[str],
     kwargs: dict[str, Any],
@@ -114,7 +114,7 @@ def pull_several(
 
 
 def _sample(
-    recipe: Recipe, world: World, plan: Plan | PerSample, kwargs: dict[str, Any], renoise: torch.Generator
+    recipe: Recipe, world: RunComponents, plan: Plan | PerSample, kwargs: dict[str, Any], renoise: torch.Generator
 ) -> tuple[Tensor, tuple[Tensor, ...], dict[int, Tensor], Surgery, Fields]:
     """A rollout through the pipe: images of the plan's first output, all outputs, its leaps' distances, the surgery."""
     rollout, memory = recipe.rollout, recipe.rollout.memory

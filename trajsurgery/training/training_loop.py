@@ -13,11 +13,10 @@ from typing import Literal
 import torch
 
 from trajsurgery.errors import DivergedError, RecipeError
-from trajsurgery.evaluation import validation_rounds
 from trajsurgery.plans.nodes import Velocity
 from trajsurgery.training import missing_gradients
 from trajsurgery.training.checkpoint import METRICS, Log, Training, save
-from trajsurgery.training.components import Embeddings, World, texts_of, threshold
+from trajsurgery.training.components import Embeddings, RunComponents, texts_of, threshold
 from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.step_gradient import draw_plans, part_of, pull, pull_several
 
@@ -63,25 +62,24 @@ def generator(seed: int, iteration: int, purpose: str) -> torch.Generator:
 
 def train(
     recipe: Recipe,
-    world: World,
+    world: RunComponents,
     training: Training,
     watch: Callable[[Iteration], None],
-    told: Callable[[validation_rounds.Look], None] = lambda _: None,
+    validate: Callable[[], bool] = lambda: True,
 ) -> bool:
     """Runs the iterations that are left; says whether it is done (False: interrupted, and saved).
 
     Args:
         watch: called with each iteration's record, once it is in the log.
-        told: the same for looks at held-out rewards, if the recipe asks for them.
+        validate: called before each iteration; False stops the run early.
 
     Raises:
         DivergedError: three iterations in a row had no finite loss and gradient.
     """
     embeddings = Embeddings(world.pipe, ())  # made ahead (world.encode), or when they are asked for
     lambda_, log = threshold(recipe, world), Log(recipe.output / METRICS)
-    look = validation_rounds.looking(recipe, world, training, told)
     with interruptions() as asked:
-        while not asked and look() and training.iteration < recipe.iterations:
+        while not asked and validate() and training.iteration < recipe.iterations:
             began = time.monotonic()
             record = iterate(recipe, world, embeddings, training, lambda_)
             training.seconds += time.monotonic() - began
@@ -94,10 +92,12 @@ def train(
         if not training.finite:
             _give_up(recipe, training)
         save(recipe, training)
-    return training.iteration >= recipe.iterations or validation_rounds.stopped(recipe, training)
+    return training.iteration >= recipe.iterations or training.early_stopping.stops(recipe.guards.patience)
 
 
-def iterate(recipe: Recipe, world: World, embeddings: Embeddings, training: Training, lambda_: float) -> Iteration:
+def iterate(
+    recipe: Recipe, world: RunComponents, embeddings: Embeddings, training: Training, lambda_: float
+) -> Iteration:
     """One iteration: one plan or several, a batch in one or more rollouts, one step of the optimiser."""
     began, number = time.monotonic(), training.iteration + 1
     draws = {purpose: generator(recipe.seed, number, purpose) for purpose in _PURPOSES}

@@ -43,7 +43,7 @@ def prepare(vae: Any, settings: Decoder, autocast: bool = False) -> None:
     _cast(vae)
     device = next(vae.parameters()).device
     if not settings.stay and device.type != "cpu":
-        Guest(vae, device)
+        OffloadedModule(vae, device)
 
 
 def dtype(vae: Any, settings: Decoder, autocast: bool) -> torch.dtype:
@@ -106,7 +106,7 @@ def _cast(vae: Any) -> None:
     vae.decode = cast
 
 
-class Guest:
+class OffloadedModule:
     """A frozen module whose weights are on the device from a call of its `encode` or `decode` to the backward pass.
 
     They never change: the copies on the device are made anew each time, and dropped.
