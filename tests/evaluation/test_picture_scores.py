@@ -88,7 +88,7 @@ def test_a_picture_is_read_as_it_is(folder: Path) -> None:
 
 def test_the_command_prints_and_saves(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = "tests.builders.toy_world:LikesRed"
-    assert main([str(folder), "--prompts", str(folder / "notes.txt"), "--reward", name]) == 0
+    assert main(["score", str(folder), "--prompts", str(folder / "notes.txt"), "--reward", name]) == 0
     said = capsys.readouterr().out
     found = json.loads((folder / "scores.json").read_text())
     rows = {Path(row["image"]).name: row for row in found["images"]}
@@ -124,7 +124,7 @@ def test_what_does_not_fit_is_said(folder: Path, capsys: pytest.CaptureFixture[s
     given = {"--prompts": folder / "notes.txt", "--reward": "tests.builders.toy_world:LikesRed"}
     images = [folder, *(further if isinstance(further[0], Path) else [])]
     given |= {} if isinstance(further[0], Path) else {further[0]: further[1]}
-    assert main([str(word) for word in (*images, *(w for pair in given.items() for w in pair))]) == 1
+    assert main(["score", *(str(word) for word in (*images, *(w for pair in given.items() for w in pair)))]) == 1
     assert re.search(said, " ".join(capsys.readouterr().out.split()))
     assert not (folder / "scores.json").exists()
 

@@ -52,7 +52,8 @@ def ran(output: Path, reward: str = HACKED, **given: Any) -> tuple[Recipe, Train
     found = components.load(recipe)
     validation_rounds.check(recipe, found)
     training = Training.start(recipe, found.module)
-    assert train(recipe, found, training, lambda _: None)
+    validate = validation_rounds.looking(recipe, found, training, lambda _: None)
+    assert train(recipe, found, training, lambda _: None, validate)
     return recipe, training, [line for line in Log(output / METRICS).read() if line["kind"] == "look"]
 
 

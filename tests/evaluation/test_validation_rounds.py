@@ -162,7 +162,7 @@ def test_a_killed_run_with_guards_goes_on_bit_for_bit(tmp_path: Path, monkeypatc
     whole, torn = (recipe(tmp_path / name, anchor=5.0) for name in ("whole", "torn"))
     training = trained(whole)
     for number in (3, 6):
-        killed_at(torn, number, lambda training: validation_rounds.looking(torn, world(torn), training, lambda _: None))
+        killed_at(torn, number, lambda made, run: validation_rounds.looking(torn, made, run, lambda _: None))
     again = trained(torn)
     same(whole.output, torn.output)
     files = [[(path.name, path.read_bytes()) for path in r.output.glob("best-*")] for r in (whole, torn)]

@@ -107,7 +107,7 @@ def test_the_weights_of_a_world_fit_in_twelve_megabytes():
 def test_weights_say_where_they_come_from(measured):
     made = json.loads((WEIGHTS / "made.json").read_text())
     assert len(made["commit"]) == 40
-    assert made["command"].startswith("python -m benchmarks.world.train")
+    assert made["command"].startswith("python -m trajsurgery.tiny.train")
     told = (WEIGHTS / "README.md").read_text()
     assert made["commit"] in told
     assert f"{measured['base_heldout']['overall']:.4g}" in told

@@ -112,7 +112,7 @@ def test_shipped_figures_hold_the_targets():
         assert measured[f"ranking_{split}"]["area"] >= 0.9
     made = json.loads((FOLDERS["sd3"] / "made.json").read_text())
     assert len(made["commit"]) == 40
-    assert made["command"].startswith("python -m benchmarks.world.train --stage sd3")
+    assert made["command"].startswith("python -m trajsurgery.tiny.train --stage sd3")
     assert recipes(LeapAlign(), "x")["tiny"].rollout.guidance == sd3.GUIDANCE
 
 

@@ -183,7 +183,7 @@ def test_shipped_figures_hold_the_targets() -> None:
         assert measured[f"ranking_{split}"]["area"] >= 0.9
     made = json.loads((FOLDERS["wan"] / "made.json").read_text())
     assert len(made["commit"]) == 40
-    assert made["command"].startswith("python -m benchmarks.world.train --stage wan")
+    assert made["command"].startswith("python -m trajsurgery.tiny.train --stage wan")
 
 
 def test_a_crowd_is_as_many_frames_as_asked_and_moves() -> None:

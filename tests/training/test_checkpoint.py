@@ -58,7 +58,7 @@ def same(a: Path, b: Path) -> None:
 
 
 def killed_at(
-    recipe: Recipe, number: int, validating: Callable[[Training], Callable[[], bool]] = lambda _: lambda: True
+    recipe: Recipe, number: int, validating: Callable[[Any, Training], Callable[[], bool]] = lambda *_: lambda: True
 ) -> None:
     """Runs a recipe up to an iteration and ends there without a word; the log's next line is torn."""
     world = toy_world.world(recipe)
@@ -72,7 +72,7 @@ def killed_at(
     training.before = training.before or evaluate(recipe, world).to_dict()
     save(recipe, training)
     with pytest.raises(Killed):
-        train(recipe, world, training, watch, validating(training))
+        train(recipe, world, training, watch, validating(world, training))
     with (recipe.output / METRICS).open("a") as log:
         log.write('{"kind": "iteration", "itera')
 

@@ -19,7 +19,7 @@ from trajsurgery.errors import RecipeError
 from trajsurgery.tiny.pipe import FOLDERS
 from trajsurgery.training.settings import Rollout
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parent / "configs"
 TEXT_WIDTHS = ("joint_attention_dim", "text_dim", "cross_attention_dim", "caption_channels", "cap_feat_dim")
 """How transformers' configs call the width of the prompt's encoding."""
 
