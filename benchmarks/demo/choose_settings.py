@@ -25,10 +25,10 @@ import tyro
 from benchmarks.provenance import provenance
 from trajsurgery import LeapAlign, distances, operate
 from trajsurgery.cli.train_command import main as run
-from trajsurgery.training.components import Embeddings, load
+from trajsurgery.training.components import PromptCache, load
 from trajsurgery.training.objective import Objective, landings
 from trajsurgery.training.recipe import Recipe, presets
-from trajsurgery.training.training_loop import generator
+from trajsurgery.training.training_loop import iteration_generator
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -88,10 +88,10 @@ def measured(options: Options) -> dict[str, Any]:
     recipe = centre(options)
     torch.set_num_threads(recipe.threads)
     world = load(recipe)
-    embeddings, found = Embeddings(world.pipe, world.texts), list[torch.Tensor]()
+    embeddings, found = PromptCache(world.pipe, world.texts), list[torch.Tensor]()
     rollout = recipe.rollout
     for number in range(options.plans):
-        texts = world.draw(16, generator(options.seeds[0], number, "prompts"))
+        texts = world.draw(16, iteration_generator(options.seeds[0], number, "prompts"))
         with operate(world.pipe) as surgery:
             world.pipe(
                 **embeddings(texts),
@@ -99,10 +99,10 @@ def measured(options: Options) -> dict[str, Any]:
                 guidance_scale=rollout.guidance,
                 height=rollout.size,
                 width=rollout.size,
-                generator=generator(options.seeds[0], number, "noise"),
+                generator=iteration_generator(options.seeds[0], number, "noise"),
                 output_type="latent",
             )
-        plan = recipe.method.draw(rollout.steps, generator(options.seeds[0], number, "plan"))
+        plan = recipe.method.draw(rollout.steps, iteration_generator(options.seeds[0], number, "plan"))
         apart = distances(plan, surgery.trajectory, surgery.field)
         found += [apart[t] for t in landings(plan, surgery.trajectory)]
     shares = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)

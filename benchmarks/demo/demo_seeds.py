@@ -29,7 +29,7 @@ from benchmarks.provenance import provenance
 from trajsurgery.cli.train_command import main as run
 from trajsurgery.evaluation.paired_statistics import in_standard_errors
 from trajsurgery.methods import DRaFTLV, DRTune, LeapAlign, ReFL
-from trajsurgery.reports.run_report import rows
+from trajsurgery.reports.run_report import table_rows
 from trajsurgery.training.presets import sd3, wan
 from trajsurgery.training.recipe import Recipe, presets
 
@@ -68,7 +68,7 @@ def recipe(options: Options, seed: int) -> Recipe:
 
 def panels(lines: Iterable[dict[str, Any]]) -> dict[str, list[tuple[dict[str, Any], str]]]:
     """Title: (record, name in it) of each seed, for every figure that all seeds have, as in a run's own report."""
-    told = [{said: (record, name) for said, record, name in rows(line)} for line in lines]
+    told = [{said: (record, name) for said, record, name in table_rows(line)} for line in lines]
     return {said: [line[said] for line in told] for said in told[0] if all(said in line for line in told)}
 
 

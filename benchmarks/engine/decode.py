@@ -85,7 +85,7 @@ def pipeline() -> Any:
 def decoding(size: int, name: str) -> dict[str, Any]:
     """One decode, differentiated to the latent unless the way is without gradient."""
     vae, settings = autoencoder(), WAYS[name]
-    vae_decoding.prepare(vae, settings or Decoder())
+    vae_decoding.prepare_vae(vae, settings or Decoder())
     x = torch.randn(1, 16, size // 8, size // 8).requires_grad_(settings is not None)
     with torch.no_grad():
         vae.decode(x[..., :8, :8])  # the first call pays for what is allocated once
@@ -100,7 +100,7 @@ def decoding(size: int, name: str) -> dict[str, Any]:
 def iteration(size: int, name: str) -> dict[str, Any]:
     """A rollout with two leaps of gradient, its image, and the backward pass into the transformer."""
     pipe = pipeline()
-    vae_decoding.prepare(pipe.vae, ITERATIONS[name])
+    vae_decoding.prepare_vae(pipe.vae, ITERATIONS[name])
     given = {
         "prompt_embeds": torch.randn(1, 8, 32),
         "pooled_prompt_embeds": torch.randn(1, 32),

@@ -23,7 +23,7 @@ from trajsurgery.surgery.api import distances
 from trajsurgery.training import components, objective
 from trajsurgery.training.checkpoint import CHECKPOINT
 from trajsurgery.training.recipe import Recipe
-from trajsurgery.training.training_loop import generator
+from trajsurgery.training.training_loop import iteration_generator
 
 ALPHAS = (0.0, 0.1, 0.3, 1.0)
 
@@ -43,26 +43,26 @@ def measured(recipe: Recipe, draws: int, trained: Path | None, images: int = 16)
         with torch.no_grad():
             for parameter, value in zip(parameters, state["weights"], strict=True):
                 parameter.copy_(value)
-    embeddings = components.Embeddings(found.pipe, found.texts)
+    embeddings = components.PromptCache(found.pipe, found.texts)
     return [_line(recipe, found, embeddings, parameters, number, images) for number in range(1, draws + 1)]
 
 
 def _line(
     recipe: Recipe,
     found: components.RunComponents,
-    embeddings: components.Embeddings,
+    embeddings: components.PromptCache,
     parameters: list[Any],
     number: int,
     images: int,
 ) -> dict[str, Any]:
     k, j = _times(recipe, number)
-    texts = found.draw(images, generator(recipe.seed, number, "prompts"))
+    texts = found.draw(images, iteration_generator(recipe.seed, number, "prompts"))
     with operate(found.pipe) as surgery:
         found.pipe(
             num_inference_steps=recipe.rollout.steps,
-            **components.call_of(recipe),
+            **components.pipeline_arguments(recipe),
             **embeddings(texts),
-            generator=generator(recipe.seed, number, "noise"),
+            generator=iteration_generator(recipe.seed, number, "noise"),
             output_type="latent",
         )
     plan, trajectory = leapalign(k, j, 1.0), surgery.trajectory
@@ -70,7 +70,7 @@ def _line(
     score = found.reward(surgery.decode(x_0), texts)
     apart = distances(plan, trajectory, surgery.field)
     weights = objective.weights(plan, trajectory, apart, "all", recipe.objective.tau)
-    loss = objective.loss([score], weights.w, components.threshold(recipe, found))
+    loss = objective.loss([score], weights.w, components.hinge_threshold(recipe, found))
     (cotangent,) = objective.cotangents(loss, (x_0,))
     evaluation = plan.gradient().evaluate(trajectory, surgery.field, cotangent, parameters)
     terms = {_name(term, j): _flat(of) for term, of in zip(evaluation.expansion.terms, evaluation.terms, strict=True)}
@@ -87,7 +87,7 @@ def _line(
 
 def _times(recipe: Recipe, number: int) -> tuple[int, int]:
     """k > j, as the iteration of that number draws them."""
-    drawn = recipe.method.draw(recipe.rollout.steps, generator(recipe.seed, number, "plan"))
+    drawn = recipe.method.draw(recipe.rollout.steps, iteration_generator(recipe.seed, number, "plan"))
     times = {node.t for node in drawn.nodes if type(node).__name__ == "Velocity"}
     k, j = sorted((t for t in times if isinstance(t, int)), reverse=True)
     return k, j

@@ -33,7 +33,7 @@ from benchmarks.study.report import costs, last, one_world, rounded, stages
 from benchmarks.study.runs import Task, curve, described, diverged, finished, graded
 from benchmarks.study.tables import cell, half, row
 from benchmarks.study.worker_pool import do
-from trajsurgery.training.checkpoint import write_whole
+from trajsurgery.training.checkpoint import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -109,7 +109,7 @@ def terms(options: Options) -> dict[str, list[dict[str, Any]]]:
                 continue
             kept.parent.mkdir(parents=True, exist_ok=True)
             lines = json.dumps(ablation_terms.measured(recipe, options.draws, place))
-            write_whole(kept, lambda partial, lines=lines: partial.write_text(lines))
+            write_atomically(kept, lambda partial, lines=lines: partial.write_text(lines))
         found[model] = json.loads(kept.read_text())
     return found
 

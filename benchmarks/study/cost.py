@@ -34,9 +34,9 @@ from benchmarks.study.methods import METHODS
 from trajsurgery.methods import LeapAlign
 from trajsurgery.plans.nodes import Velocity
 from trajsurgery.training import components
-from trajsurgery.training.checkpoint import Training
+from trajsurgery.training.checkpoint import TrainingState
 from trajsurgery.training.recipe import Method, Recipe, presets
-from trajsurgery.training.training_loop import generator, iterate
+from trajsurgery.training.training_loop import iteration_generator, training_step
 
 MEASURED: dict[str, Method] = {**METHODS, "leaps 1": LeapAlign(leaps=1), "leaps 3": LeapAlign(leaps=3)}
 
@@ -56,7 +56,7 @@ class Options:
 def heaviest(recipe: Recipe, count: int) -> list[int]:
     """The iterations of a run whose plans call the model most often: what is kept depends on the times drawn."""
     numbers = range(1, recipe.iterations + 1)
-    plans = {n: recipe.method.draw(recipe.rollout.steps, generator(recipe.seed, n, "plan")) for n in numbers}
+    plans = {n: recipe.method.draw(recipe.rollout.steps, iteration_generator(recipe.seed, n, "plan")) for n in numbers}
     calls = {n: sum(isinstance(node, Velocity) for node in plan.nodes) for n, plan in plans.items()}
     return sorted(calls, key=lambda n: -calls[n])[:count]
 
@@ -65,20 +65,20 @@ def serve(recipe: Recipe, peaks: int, line: Connection) -> None:
     """A method's process: says its peak, then the times of an iteration whenever it is asked, until it is told off."""
     torch.set_num_threads(1)
     found = components.load(recipe)
-    training, embeddings = Training.start(recipe, found.module), components.Embeddings(found.pipe, found.texts)
-    limit = components.threshold(recipe, found)
-    iterate(recipe, found, embeddings, training, limit)  # the optimiser's moments are made in the first
+    training, embeddings = TrainingState.start(recipe, found.module), components.PromptCache(found.pipe, found.texts)
+    limit = components.hinge_threshold(recipe, found)
+    training_step(recipe, found, embeddings, training, limit)  # the optimiser's moments are made in the first
     most = 0
     for number in heaviest(recipe, peaks):
         training.iteration = number - 1
         with Peak() as mode:
-            iterate(recipe, found, embeddings, training, limit)
+            training_step(recipe, found, embeddings, training, limit)
         most = max(most, mode.most)
     training.iteration = 1
     line.send(most)
     while line.recv():
         began, worked = time.perf_counter(), time.process_time()
-        iterate(recipe, found, embeddings, training, limit)
+        training_step(recipe, found, embeddings, training, limit)
         line.send((time.perf_counter() - began, time.process_time() - worked))
 
 

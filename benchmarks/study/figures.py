@@ -10,7 +10,7 @@ from typing import Any
 
 from mpmath import betainc
 
-from trajsurgery.evaluation.held_out import Scores
+from trajsurgery.evaluation.held_out import HeldOutScores
 
 Figures = Mapping[str, float]
 """{name of a figure: its mean over a run's held-out images}."""
@@ -19,7 +19,7 @@ NAMED = {"reward": "reward", "tiny:scorer_b": "scorer b", "tiny:scorer_c": "scor
 CATEGORIES = ("single object", "two objects", "counting", "colours", "position", "attribute binding")
 
 
-def figures(scores: Scores) -> dict[str, float]:
+def figures(scores: HeldOutScores) -> dict[str, float]:
     """Means over the images: reward, further scorers, rules overall and by category, junk, diversity."""
     assert scores.correct is not None, "the embedded world has rules"
     assert scores.junk is not None, "and says what is junk"

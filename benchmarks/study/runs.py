@@ -15,9 +15,9 @@ import torch
 from benchmarks.provenance import commit
 from trajsurgery import tiny
 from trajsurgery.errors import DivergedError, RecipeError
-from trajsurgery.evaluation.held_out import Scores, evaluate
+from trajsurgery.evaluation.held_out import HeldOutScores, evaluate
 from trajsurgery.training import components
-from trajsurgery.training.checkpoint import METRICS, Log, Training, resume, write_whole
+from trajsurgery.training.checkpoint import METRICS, Log, TrainingState, resume, write_atomically
 from trajsurgery.training.recipe import Recipe, differences
 from trajsurgery.training.training_loop import train
 
@@ -74,9 +74,9 @@ def name(stage: int) -> str:
     return f"scores_{stage}.pt"
 
 
-def scores(folder: Path, stage: int) -> Scores:
+def scores(folder: Path, stage: int) -> HeldOutScores:
     """What a run's images were given after a stage, image by image."""
-    return Scores.from_dict(torch.load(folder / name(stage), weights_only=True))
+    return HeldOutScores.from_dict(torch.load(folder / name(stage), weights_only=True))
 
 
 def curve(folder: Path) -> list[dict[str, Any]]:
@@ -99,9 +99,9 @@ def work(task: Task) -> bool:
     """
     torch.set_num_threads(task.recipe.threads)
     found = components.load(task.recipe)
-    training = Training.start(task.recipe, found.module)
+    training = TrainingState.start(task.recipe, found.module)
     resume(task.recipe, training)
-    components.Embeddings(
+    components.PromptCache(
         found.pipe, found.texts
     )  # all at once, so that they do not depend on where a run was interrupted
     ended: dict[str, str] = {}
@@ -115,7 +115,7 @@ def work(task: Task) -> bool:
         path = task.folder / name(stage)
         if not path.exists():
             held = evaluated(task.recipe, found, training, averaged=stage > 0)
-            write_whole(path, lambda partial, held=held: torch.save(held.to_dict(), partial))
+            write_atomically(path, lambda partial, held=held: torch.save(held.to_dict(), partial))
     record = {
         "recipe": task.recipe.to_dict(),
         "stages": list(task.stages),
@@ -125,11 +125,13 @@ def work(task: Task) -> bool:
         "world": fingerprint(),
         **ended,
     }
-    write_whole(task.folder / DONE, lambda partial: partial.write_text(json.dumps(record, indent=1) + "\n"))
+    write_atomically(task.folder / DONE, lambda partial: partial.write_text(json.dumps(record, indent=1) + "\n"))
     return True
 
 
-def evaluated(recipe: Recipe, found: components.RunComponents, training: Training, averaged: bool) -> Scores:
+def evaluated(
+    recipe: Recipe, found: components.RunComponents, training: TrainingState, averaged: bool
+) -> HeldOutScores:
     """The evaluation of the averaged weights; the weights that train are put back."""
     if not averaged:
         return evaluate(recipe, found)

@@ -35,10 +35,10 @@ from benchmarks.study.pictures import COLOURS, bar
 from benchmarks.study.report import one_world, rounded
 from benchmarks.study.runs import Task, described, graded, scores
 from trajsurgery.errors import SurgeryError
-from trajsurgery.evaluation.held_out import Scores, evaluate
+from trajsurgery.evaluation.held_out import HeldOutScores, evaluate
 from trajsurgery.methods import ReFL
 from trajsurgery.training import components
-from trajsurgery.training.checkpoint import CHECKPOINT, write_whole
+from trajsurgery.training.checkpoint import CHECKPOINT, write_atomically
 from trajsurgery.training.recipe import Recipe
 
 RESULTS = Path(__file__).parent / "results"
@@ -62,7 +62,7 @@ class Options:
     runs: Path = Path("outputs/study")
 
 
-def mixed(recipe: Recipe, tuned: Sequence[torch.Tensor], at: range) -> Scores:
+def mixed(recipe: Recipe, tuned: Sequence[torch.Tensor], at: range) -> HeldOutScores:
     """The evaluation of a model that has the tuned weights when it is called at these t, and its own at others."""
     torch.set_num_threads(recipe.threads)
     found = components.load(recipe)
@@ -79,14 +79,14 @@ def mixed(recipe: Recipe, tuned: Sequence[torch.Tensor], at: range) -> Scores:
         return evaluate(recipe, found)
 
 
-def part(task: Task, name: str) -> Scores:
+def part(task: Task, name: str) -> HeldOutScores:
     """A finished run's averaged weights, at a part of the steps."""
     kept = task.folder / f"steps_{name}.pt"
     if not kept.exists():
         state = torch.load(task.folder / CHECKPOINT, weights_only=True)
         found = mixed(task.recipe, state["ema"]["shadow_params"], PARTS[name])
-        write_whole(kept, lambda partial: torch.save(found.to_dict(), partial))
-    return Scores.from_dict(torch.load(kept, weights_only=True))
+        write_atomically(kept, lambda partial: torch.save(found.to_dict(), partial))
+    return HeldOutScores.from_dict(torch.load(kept, weights_only=True))
 
 
 def table(options: Options) -> dict[str, dict[int, Task]]:

@@ -31,9 +31,9 @@ from benchmarks.study.variance_figure import draw
 from benchmarks.study.variance_runs import METHODS, Trainings, rewards
 from trajsurgery import PerSample, Plan, backward, distances, operate
 from trajsurgery.training import objective
-from trajsurgery.training.components import Embeddings, RunComponents, call_of, load, threshold
+from trajsurgery.training.components import PromptCache, RunComponents, hinge_threshold, load, pipeline_arguments
 from trajsurgery.training.recipe import Recipe, presets
-from trajsurgery.training.training_loop import generator
+from trajsurgery.training.training_loop import iteration_generator
 
 RESULTS = Path(__file__).parent / "results"
 SHARED, ALONE = (1, 2, 4, 8), (1, 2)
@@ -63,8 +63,8 @@ class Bench:
         self.recipe: Recipe = presets(METHODS[method], "")["tiny"]
         self.seed = seed
         self.world: RunComponents = load(self.recipe)
-        self.embeddings = Embeddings(self.world.pipe, self.world.texts, call_of(self.recipe))
-        self.threshold = threshold(self.recipe, self.world)
+        self.embeddings = PromptCache(self.world.pipe, self.world.texts, pipeline_arguments(self.recipe))
+        self.threshold = hinge_threshold(self.recipe, self.world)
         self.params = [p for p in self.world.module.parameters() if p.requires_grad]
         self.seconds = {name: [0.0, 0.0, 0] for name in ("rollout", "shared", "per-sample")}
 
@@ -78,13 +78,16 @@ class Bench:
 
     def rolled(self, number: int) -> tuple[Any, Tensor]:
         """A rollout and d(loss)/d(x_0), before the weights."""
-        recipe, texts = self.recipe, self.world.draw(self.recipe.rollout.batch, generator(self.seed, number, "prompts"))
+        recipe, texts = (
+            self.recipe,
+            self.world.draw(self.recipe.rollout.batch, iteration_generator(self.seed, number, "prompts")),
+        )
         with operate(self.world.pipe) as surgery:
             self.world.pipe(
                 **self.embeddings(texts),
-                **call_of(recipe),
+                **pipeline_arguments(recipe),
                 num_inference_steps=recipe.rollout.steps,
-                generator=generator(self.seed, number, "noise"),
+                generator=iteration_generator(self.seed, number, "noise"),
                 output_type="latent",
             )
         x_0 = surgery.trajectory[0].detach().requires_grad_()
@@ -109,7 +112,7 @@ class Bench:
     def means(self, number: int) -> dict[str, Tensor]:
         """{M plans: the mean of their gradients} on one rollout; "all" is the mean of every one."""
         surgery, cotangent = self.timed("rollout", self.rolled, number)
-        draws, found, total = generator(self.seed, number, "plan"), dict[str, Tensor](), list[Tensor]()
+        draws, found, total = iteration_generator(self.seed, number, "plan"), dict[str, Tensor](), list[Tensor]()
         for kind, chosen in (("shared", SHARED), ("per-sample", ALONE)):
             added = torch.zeros(())
             for m in range(1, max(chosen) + 1):

@@ -13,10 +13,10 @@ import torch
 from benchmarks.study.figures import interval
 from trajsurgery.evaluation.held_out import evaluate
 from trajsurgery.methods import DRTune, LeapAlign
-from trajsurgery.training.checkpoint import Training, write_whole
-from trajsurgery.training.components import Embeddings, call_of, load, threshold
+from trajsurgery.training.checkpoint import TrainingState, write_atomically
+from trajsurgery.training.components import PromptCache, hinge_threshold, load, pipeline_arguments
 from trajsurgery.training.recipe import Recipe, presets
-from trajsurgery.training.training_loop import iterate
+from trajsurgery.training.training_loop import training_step
 
 METHODS: dict[str, Any] = {"leapalign": LeapAlign(alpha=0.3), "drtune": DRTune(connected=True)}
 CONFIGURATIONS = {
@@ -67,12 +67,12 @@ def trained(options: Trainings, method: str, configuration: str, seed: int, rate
     torch.set_num_threads(1)
     chosen = recipe(options, method, configuration, seed, rate)
     world = load(chosen)
-    embeddings = Embeddings(world.pipe, world.texts, call_of(chosen))
-    training, lambda_ = Training.start(chosen, world.module), threshold(chosen, world)
+    embeddings = PromptCache(world.pipe, world.texts, pipeline_arguments(chosen))
+    training, lambda_ = TrainingState.start(chosen, world.module), hinge_threshold(chosen, world)
     curve, spent, clock = list[tuple[float, float]](), 0.0, 0.0
     while spent < options.budget:
         cpu, began = time.process_time(), time.perf_counter()
-        record = iterate(chosen, world, embeddings, training, lambda_)
+        record = training_step(chosen, world, embeddings, training, lambda_)
         spent, clock = spent + time.process_time() - cpu, clock + time.perf_counter() - began
         curve.append((round(spent, 2), record.reward))
     after = evaluate(chosen, world)
@@ -101,7 +101,7 @@ def made(path: Path, make: bool, run: Callable[[], dict[str, Any]]) -> dict[str,
             return None
         path.parent.mkdir(parents=True, exist_ok=True)
         held = run()
-        write_whole(path, lambda partial: torch.save(held, partial))
+        write_atomically(path, lambda partial: torch.save(held, partial))
         print(path.name, flush=True)
     return torch.load(path)
 

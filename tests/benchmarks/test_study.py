@@ -19,7 +19,7 @@ from trajsurgery.errors import RecipeError, SurgeryError
 from trajsurgery.methods import DRTune
 from trajsurgery.training import components
 from trajsurgery.training.recipe import presets
-from trajsurgery.training.training_loop import generator
+from trajsurgery.training.training_loop import iteration_generator
 
 # -- one run ----------------------------------------------------------------------------------------------------------
 
@@ -251,5 +251,7 @@ def test_the_order_of_the_runs_and_what_is_written(script: Callable[[str], Modul
 def test_memory_is_counted_where_a_plan_calls_the_model_most_often(script: Callable[[str], ModuleType]) -> None:
     recipe = presets(DRTune(), "")["tiny"]
     (heaviest,) = script("study.cost").heaviest(recipe, 1)
-    first, most = (recipe.method.draw(25, generator(recipe.seed, n, "plan")).gradient().count for n in (1, heaviest))
+    first, most = (
+        recipe.method.draw(25, iteration_generator(recipe.seed, n, "plan")).gradient().count for n in (1, heaviest)
+    )
     assert (first, most) == (1, 2), "DRTune's first draws train one velocity"

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from tests.builders import toy_world
-from trajsurgery.evaluation.held_out import Scores, evaluate
+from trajsurgery.evaluation.held_out import HeldOutScores, evaluate
 from trajsurgery.training import components
 from trajsurgery.training.recipe import Recipe
 
 
-def tuned(recipe: Recipe, at: range) -> tuple[Scores, list[torch.Tensor]]:
+def tuned(recipe: Recipe, at: range) -> tuple[HeldOutScores, list[torch.Tensor]]:
     """The evaluation by hand, one model for all steps or one for none; and the weights."""
     found = toy_world.world(recipe)
     torch.manual_seed(1)

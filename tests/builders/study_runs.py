@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from trajsurgery.evaluation.held_out import Scores
+from trajsurgery.evaluation.held_out import HeldOutScores
 from trajsurgery.training.checkpoint import METRICS, Log
 
 CATEGORIES = ("single object", "two objects", "counting", "colours", "position", "attribute binding")
@@ -21,7 +21,7 @@ def invented(task: Any, gain: float, rules: float, seed: int) -> None:
     task.folder.mkdir(parents=True)
     for stage in task.stages:
         risen = reward + gain * stage / 225
-        held = Scores(
+        held = HeldOutScores(
             tuple(f"prompt {i}" for i in range(12)),
             CATEGORIES * 2,
             risen,

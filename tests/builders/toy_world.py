@@ -16,7 +16,7 @@ from torch import Tensor
 from trajsurgery import LeapAlign
 from trajsurgery.tiny.architecture import TEXT_WIDTH, clip_text, scheduler, t5_text
 from trajsurgery.tiny.tokenizers import clip_tokenizer, t5_tokenizer
-from trajsurgery.training.components import RunComponents, frozen
+from trajsurgery.training.components import RunComponents, prepare_pipeline
 from trajsurgery.training.objective import Objective
 from trajsurgery.training.prompts import Prompt
 from trajsurgery.training.recipe import Method, Recipe
@@ -103,4 +103,4 @@ def recipe(output: Path, method: Method | None = None, **changes: Any) -> Recipe
 def world(settings: Recipe) -> RunComponents:
     """The world, anew."""
     asked = tuple(Prompt(text, "colours" if "red" in text or "blue" in text else "shapes") for text in TEXTS)
-    return RunComponents(frozen(pipeline(), settings), LikesRed(), TEXTS, draw, asked, rules)
+    return RunComponents(prepare_pipeline(pipeline(), settings), LikesRed(), TEXTS, draw, asked, rules)

@@ -63,7 +63,7 @@ def recipe(name: str, **changes: Any) -> Recipe:
 def prepared(name: str, settings: Recipe) -> Small:
     """The real pipeline, as a run of the recipe has it."""
     real = SMALL[name]()
-    lora.choose(real.pipe.transformer, settings.train)
+    lora.set_trainable(real.pipe.transformer, settings.train)
     if settings.rollout.checkpointing:
         real.pipe.transformer.enable_gradient_checkpointing()
     return real
@@ -197,7 +197,7 @@ def test_the_decoders_figures_are_those_of_a_decode(name: str, way: str) -> None
     found = planned(name, settings)
     real = SMALL[name]()
     real.pipe.vae.requires_grad_(False)
-    vae_decoding.prepare(real.pipe.vae, settings.decoder)
+    vae_decoding.prepare_vae(real.pipe.vae, settings.decoder)
     with operate(real.pipe) as surgery:
         real(output_type="latent")
     x = surgery.trajectory[0].detach().requires_grad_()

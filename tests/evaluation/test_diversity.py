@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trajsurgery.evaluation.diversity import Distance, angle, apart, difference, small
+from trajsurgery.evaluation.diversity import Distance, angle, difference, distance_to_others, downscaled
 
 TEXTS = ["a", "b", "a", "c", "b", "a"]
 
@@ -23,7 +23,7 @@ def pairwise(rows: Tensor, text: str, distance: Distance) -> float:
 @pytest.mark.parametrize("distance", [difference, angle])
 def test_its_mean_over_a_prompt_is_the_mean_over_pairs(distance: Distance) -> None:
     rows = torch.rand(6, 20, generator=torch.Generator().manual_seed(0))
-    found = apart(rows, TEXTS, distance)
+    found = distance_to_others(rows, TEXTS, distance)
     for text in "ab":
         places = [i for i, other in enumerate(TEXTS) if other == text]
         assert float(found[places].mean()) == pytest.approx(pairwise(rows, text, distance), rel=1e-5)
@@ -40,13 +40,13 @@ def test_distances_have_the_scale_they_state() -> None:
 
 def test_a_collapsed_model_has_none() -> None:
     image = torch.rand(1, 12)
-    found = apart(image.expand(6, 12), TEXTS, difference)
+    found = distance_to_others(image.expand(6, 12), TEXTS, difference)
     assert found[~found.isnan()].max() == 0
 
 
 def test_large_images_are_averaged_down_and_small_ones_kept() -> None:
     images = torch.rand(2, 3, 128, 96)
-    assert small(images).shape == (2, 3 * 64 * 64)
-    assert small(images).mean() == pytest.approx(float(images.mean()), abs=1e-3)
-    assert torch.equal(small(images[..., :32, :32]), images[..., :32, :32].flatten(1))
-    assert small(torch.rand(2, 3, 5, 128, 128)).shape == (2, 3 * 5 * 64 * 64)
+    assert downscaled(images).shape == (2, 3 * 64 * 64)
+    assert downscaled(images).mean() == pytest.approx(float(images.mean()), abs=1e-3)
+    assert torch.equal(downscaled(images[..., :32, :32]), images[..., :32, :32].flatten(1))
+    assert downscaled(torch.rand(2, 3, 5, 128, 128)).shape == (2, 3 * 5 * 64 * 64)

@@ -53,8 +53,8 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> Path:
         toy_world.pipeline().save_pretrained(folder / "model")
         moved(toy_world.pipeline(), 1).transformer.save_pretrained(folder / "run" / "transformer")
         adapted, trained = toy_world.pipeline(), Trained(what="lora", rank=2)
-        lora.choose(adapted.transformer, trained)
-        lora.save(moved(adapted, 2), trained, folder / "adapters")
+        lora.set_trainable(adapted.transformer, trained)
+        lora.save_trained(moved(adapted, 2), trained, folder / "adapters")
     recipe = Recipe(model=str(folder / "model")).to_dict()
     recipe["rollout"] |= {"size": 16, "guidance": 2.0}
     recipe["evaluation"] |= {"steps": 3}
@@ -196,7 +196,7 @@ def test_another_evaluation_in_the_folder_is_refused_and_named(
     there: Path, done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = shutil.copytree(done, tmp_path / "other")
-    monkeypatch.setattr(model_comparison, "_images", lambda *_: pytest.fail("images were made"))
+    monkeypatch.setattr(model_comparison, "_make_images", lambda *_: pytest.fail("images were made"))
     assert main(words(there, output, "--steps", "4", "--seed", "1")) == 1
     said = " ".join(capsys.readouterr().out.split())
     for part in ("seed: 0 there, 1 here", "'num_inference_steps': 3", "--overwrite"):
@@ -209,7 +209,7 @@ def test_another_evaluation_in_the_folder_is_refused_and_named(
 
 def test_other_weights_under_the_same_name_are_seen(there: Path, tmp_path: Path) -> None:
     file = shutil.copytree(there / "run", tmp_path / "run") / "transformer" / "diffusion_pytorch_model.safetensors"
-    version = model_variants.versions(Evaluate("x", (REWARD,), tuned=(str(tmp_path / "run"),)))[1]
+    version = model_variants.find_variants(Evaluate("x", (REWARD,), tuned=(str(tmp_path / "run"),)))[1]
     before = version.fingerprint()
     assert version.fingerprint() == before
     data = bytearray(file.read_bytes())
@@ -221,9 +221,9 @@ def test_other_weights_under_the_same_name_are_seen(there: Path, tmp_path: Path)
 def test_what_a_name_stands_for(there: Path) -> None:
     named = {"run": "transformer", "run/transformer": "transformer", "adapters": "adapters", "model": "model"}
     for where, kind in named.items():
-        found = model_variants.versions(Evaluate("x", (REWARD,), model="tiny", tuned=(str(there / where),)))[1]
+        found = model_variants.find_variants(Evaluate("x", (REWARD,), model="tiny", tuned=(str(there / where),)))[1]
         assert (found.kind, found.name) == (kind, where.split("/")[0])
-    one = model_variants.versions(Evaluate("x", (REWARD,), tuned=(str(there / "adapters" / model_variants.LORA),)))
+    one = model_variants.find_variants(Evaluate("x", (REWARD,), tuned=(str(there / "adapters" / model_variants.LORA),)))
     assert [(v.kind, v.where) for v in one[:1]] == [("model", "tiny")]
     assert one[1].kind == "adapters"
 
@@ -249,7 +249,7 @@ def test_what_does_not_fit_is_told_before_an_image_is_made(
     there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     change, said = WRONG[name]
-    monkeypatch.setattr(components, "pipeline", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(components, "load_pipeline", lambda *_: pytest.fail("a model was loaded"))
     given = words(there, tmp_path / "out")
     for flag, value in zip(*[iter(change(there))] * 2):
         if flag in given and flag not in ("--tuned", "--reward"):
@@ -262,7 +262,7 @@ def test_what_does_not_fit_is_told_before_an_image_is_made(
 
 
 def test_a_pipeline_without_images_is_named() -> None:
-    from trajsurgery.evaluation.geneval_folders import make
+    from trajsurgery.evaluation.geneval_folders import make_images
     from trajsurgery.training.prompts import Prompt
 
     class Films:
@@ -270,7 +270,7 @@ def test_a_pipeline_without_images_is_named() -> None:
             return type("Output", (), {"frames": [1]})()
 
     with pytest.raises(Exception, match="Films gave Output for 1 prompts"):
-        make(Films(), {}, Path("nowhere"), [Sample(0, Prompt("x"), 0, 0)], 1)
+        make_images(Films(), {}, Path("nowhere"), [Sample(0, Prompt("x"), 0, 0)], 1)
 
 
 @pytest.mark.slow

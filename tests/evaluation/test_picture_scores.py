@@ -20,9 +20,9 @@ from trajsurgery import RewardError
 from trajsurgery.cli import main
 from trajsurgery.errors import RecipeError
 from trajsurgery.evaluation import model_comparison
-from trajsurgery.evaluation.picture_scores import pictures, read, scores, summary
+from trajsurgery.evaluation.picture_scores import find_pictures, mean_and_error, read_picture, score_pictures
 from trajsurgery.rewards import contract, named
-from trajsurgery.rewards.by_name import scorer
+from trajsurgery.rewards.by_name import load_reward
 from trajsurgery.rewards.mixed import Relative, Weighted
 from trajsurgery.training.recipe import Recipe
 
@@ -40,23 +40,23 @@ def folder(tmp_path: Path) -> Path:
 
 def test_every_name_makes_a_reward_or_says_what_to_fetch(tmp_path: Path) -> None:
     for name, found in named.NAMES.items():
-        assert named.known(name)
+        assert named.is_packaged(name)
         with pytest.raises(RewardError, match=f"hf download {found.repository}"):
-            named.named(name)
-        assert f"hf download {found.repository}" in str(named.lacking(name))
-        assert named.lacking(f"{name}:{tmp_path}") is None
-        assert "there is no" in str(named.lacking(f"{name}:{tmp_path}/gone"))
-    assert named.named("nothing") is None
-    assert not named.known("nothing")
-    assert not named.known("remote")
-    assert named.known("remote:here:1")
+            named.load_packaged(name)
+        assert f"hf download {found.repository}" in str(named.missing_weights(name))
+        assert named.missing_weights(f"{name}:{tmp_path}") is None
+        assert "there is no" in str(named.missing_weights(f"{name}:{tmp_path}/gone"))
+    assert named.load_packaged("nothing") is None
+    assert not named.is_packaged("nothing")
+    assert not named.is_packaged("remote")
+    assert named.is_packaged("remote:here:1")
     with pytest.raises(RewardError, match="HOST:PORT"):
-        named.named("remote:here")
-    assert named.known("hpsv2")
+        named.load_packaged("remote:here")
+    assert named.is_packaged("hpsv2")
     with pytest.raises(RewardError, match=r"HPS_v2.1_compressed"):
-        scorer("hpsv2", CPU)
+        load_reward("hpsv2", CPU)
     with pytest.raises(RecipeError, match=r"pickscore.*remote:HOST:PORT"):
-        scorer("pikscore", CPU)
+        load_reward("pikscore", CPU)
 
 
 def test_names_are_those_that_rewards_have() -> None:
@@ -69,21 +69,21 @@ def test_names_are_those_that_rewards_have() -> None:
 
 
 def test_pictures_and_prompts_are_paired_by_name(folder: Path) -> None:
-    found = pictures([folder], folder / "notes.txt")
+    found = find_pictures([folder], folder / "notes.txt")
     assert [(p.path.name, p.prompt) for p in found] == [("a.jpg", "green"), ("b.png", "red"), ("c.PNG", "a blue one")]
     lines = [{"image": "c.PNG", "prompt": "third"}, {"image": "b.png", "prompt": "first"}]
     (folder / "p.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    found = pictures([folder / "b.png", folder / "c.PNG"], folder / "p.jsonl")
+    found = find_pictures([folder / "b.png", folder / "c.PNG"], folder / "p.jsonl")
     assert [(p.path.name, p.prompt) for p in found] == [("b.png", "first"), ("c.PNG", "third")]
 
 
 def test_a_picture_is_read_as_it_is(folder: Path) -> None:
-    found = read(folder / "b.png", CPU)
+    found = read_picture(folder / "b.png", CPU)
     assert found.shape == (1, 3, 5, 8)
     assert torch.equal(found.amax((2, 3)), torch.tensor([[1.0, 0.0, 0.0]]))
     Image.new("RGBA", (4, 4), (255, 255, 255, 0)).save(folder / "clear.png")
-    assert read(folder / "clear.png", CPU).shape == (1, 3, 4, 4)
-    assert float(read(folder / "clear.png", CPU).min()) == 1
+    assert read_picture(folder / "clear.png", CPU).shape == (1, 3, 4, 4)
+    assert float(read_picture(folder / "clear.png", CPU).min()) == 1
 
 
 def test_the_command_prints_and_saves(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,10 +140,10 @@ def test_pictures_on_disk_have_the_originals_numbers(folder: Path) -> None:
             seen.append(self.rounded)
             return images.mean((1, 2, 3))
 
-    asked = pictures([folder], folder / "notes.txt")
-    scores(Weighted([(Tells(), 1.0), (Relative(Tells(), "good", "bad", 0.5), 1.0)]), asked, CPU)
+    asked = find_pictures([folder], folder / "notes.txt")
+    score_pictures(Weighted([(Tells(), 1.0), (Relative(Tells(), "good", "bad", 0.5), 1.0)]), asked, CPU)
     assert seen == [True] * 9
-    assert model_comparison.scores is scores
+    assert model_comparison.scores is score_pictures
 
 
 def test_pictures_of_one_size_are_graded_together_and_each_once(folder: Path) -> None:
@@ -157,23 +157,23 @@ def test_pictures_of_one_size_are_graded_together_and_each_once(folder: Path) ->
             seen.append(len(images))
             return super().__call__(images, prompts)
 
-    asked = pictures([folder], folder / "six.txt")
-    assert scores(Counts(), asked, CPU, 2, done.append) == scores(LikesRed(), asked, CPU)
+    asked = find_pictures([folder], folder / "six.txt")
+    assert score_pictures(Counts(), asked, CPU, 2, done.append) == score_pictures(LikesRed(), asked, CPU)
     assert seen == done == [1, 1, 1, 2, 1]
 
 
 def test_a_file_that_is_no_picture(folder: Path) -> None:
     (folder / "z.png").write_text("not a picture")
     with pytest.raises(RewardError, match="no picture that PIL can read"):
-        read(folder / "z.png", CPU)
+        read_picture(folder / "z.png", CPU)
 
 
 def test_one_value_has_no_error() -> None:
-    mean, error = summary([2.0])
+    mean, error = mean_and_error([2.0])
     assert mean == 2
     assert math.isnan(error)
-    scores: Tensor = LikesRed()(torch.ones(1, 3, 2, 2), ["x"])
-    assert float(scores) == 0
+    score_pictures: Tensor = LikesRed()(torch.ones(1, 3, 2, 2), ["x"])
+    assert float(score_pictures) == 0
 
 
 QUICK = """

@@ -15,7 +15,7 @@ from trajsurgery import LeapAlign, tiny
 from trajsurgery.evaluation import validation_rounds
 from trajsurgery.rewards import by_name
 from trajsurgery.training import components
-from trajsurgery.training.checkpoint import METRICS, Log, Training
+from trajsurgery.training.checkpoint import METRICS, Log, TrainingState
 from trajsurgery.training.objective import Objective
 from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.settings import Evaluation, Guards, Optimiser, Rollout
@@ -33,7 +33,7 @@ class Brightness:
         return images.mean((1, 2, 3))
 
 
-def ran(output: Path, reward: str = HACKED, **given: Any) -> tuple[Recipe, Training, list[Mapping[str, Any]]]:
+def ran(output: Path, reward: str = HACKED, **given: Any) -> tuple[Recipe, TrainingState, list[Mapping[str, Any]]]:
     """A short run; looks every four iterations."""
     recipe = Recipe(
         method=LeapAlign(),
@@ -50,9 +50,9 @@ def ran(output: Path, reward: str = HACKED, **given: Any) -> tuple[Recipe, Train
         output=output,
     )
     found = components.load(recipe)
-    validation_rounds.check(recipe, found)
-    training = Training.start(recipe, found.module)
-    validate = validation_rounds.looking(recipe, found, training, lambda _: None)
+    validation_rounds.check_guards(recipe, found)
+    training = TrainingState.start(recipe, found.module)
+    validate = validation_rounds.validation_callback(recipe, found, training, lambda _: None)
     assert train(recipe, found, training, lambda _: None, validate)
     return recipe, training, [line for line in Log(output / METRICS).read() if line["kind"] == "look"]
 

@@ -22,8 +22,8 @@ from trajsurgery.cli.train_command import main
 from trajsurgery.evaluation import validation_rounds
 from trajsurgery.evaluation.held_out import evaluate
 from trajsurgery.reports import run_report, validation_report
-from trajsurgery.rewards.by_name import terms
-from trajsurgery.training.checkpoint import CHECKPOINT, METRICS, Log, Training, resume
+from trajsurgery.rewards.by_name import mixture_weights
+from trajsurgery.training.checkpoint import CHECKPOINT, METRICS, Log, TrainingState, resume
 from trajsurgery.training.components import RunComponents
 from trajsurgery.training.early_stopping import EarlyStopping
 from trajsurgery.training.prompts import Prompt
@@ -56,13 +56,13 @@ def world(settings: Recipe, until: float = -9.0) -> RunComponents:
 
 def trained(
     settings: Recipe, until: float = 0.12, told: Callable[[validation_rounds.ValidationResult], None] = lambda _: None
-) -> Training:
+) -> TrainingState:
     """The loop alone, from where it was left."""
     here = world(settings, until)
-    training = Training.start(settings, here.module)
+    training = TrainingState.start(settings, here.module)
     resume(settings, training)
     training.before = training.before or evaluate(settings, here).to_dict()
-    validate = validation_rounds.looking(settings, here, training, told)
+    validate = validation_rounds.validation_callback(settings, here, training, told)
     assert train(settings, here, training, lambda _: None, validate)
     return training
 
@@ -74,9 +74,13 @@ def looks(output: Path) -> list[dict[str, Any]]:
 def test_looks_are_those_of_the_averaged_weights_and_change_no_draw(tmp_path: Path) -> None:
     settings = recipe(tmp_path / "looked", patience=None)
     here, seen = world(settings), list[validation_rounds.ValidationResult]()
-    training = Training.start(settings, here.module)
+    training = TrainingState.start(settings, here.module)
     assert train(
-        settings, here, training, lambda _: None, validation_rounds.looking(settings, here, training, seen.append)
+        settings,
+        here,
+        training,
+        lambda _: None,
+        validation_rounds.validation_callback(settings, here, training, seen.append),
     )
     assert [look.iteration for look in seen] == [0, 2, 4, 6, 8, 10]
     assert [line["iteration"] for line in looks(settings.output)] == [0, 2, 4, 6, 8, 10]
@@ -109,9 +113,9 @@ def test_a_falling_reward_stops_the_run_and_the_best_weights_are_kept(tmp_path: 
     settings = recipe(tmp_path)
     here = world(settings, until=0.12)
     first, averaged = [p.detach().clone() for p in here.module.parameters()], dict[int, list[Tensor]]()
-    start = Training.start
+    start = TrainingState.start
 
-    def starting(*given: Any) -> Training:
+    def starting(*given: Any) -> TrainingState:
         training = start(*given)
         step = training.ema.step
 
@@ -123,7 +127,7 @@ def test_a_falling_reward_stops_the_run_and_the_best_weights_are_kept(tmp_path: 
         return training
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Training, "start", starting)
+        patch.setattr(TrainingState, "start", starting)
         found = main(settings, here)
     assert found is not None
     held = {look["iteration"]: look["metrics"]["held"] for look in looks(tmp_path)}
@@ -162,7 +166,9 @@ def test_a_killed_run_with_guards_goes_on_bit_for_bit(tmp_path: Path, monkeypatc
     whole, torn = (recipe(tmp_path / name, anchor=5.0) for name in ("whole", "torn"))
     training = trained(whole)
     for number in (3, 6):
-        killed_at(torn, number, lambda made, run: validation_rounds.looking(torn, made, run, lambda _: None))
+        killed_at(
+            torn, number, lambda made, run: validation_rounds.validation_callback(torn, made, run, lambda _: None)
+        )
     again = trained(torn)
     same(whole.output, torn.output)
     files = [[(path.name, path.read_bytes()) for path in r.output.glob("best-*")] for r in (whole, torn)]
@@ -187,7 +193,7 @@ def test_a_kill_between_two_files_loses_nothing(
     trained(whole, until)
     written = validation_rounds.save
 
-    def killed(settings: Recipe, training: Training) -> None:
+    def killed(settings: Recipe, training: TrainingState) -> None:
         if training.iteration == number and "best" in moment:
             raise Killed
         written(settings, training)
@@ -234,7 +240,7 @@ def test_what_the_guards_lack_is_told_before_images_are_sampled(
 def test_a_part_of_the_reward_is_no_judge(tmp_path: Path) -> None:
     settings = replace(recipe(tmp_path, by="held"), reward="0.5*tiny+0.5*held")
     with pytest.raises(RecipeError, match="held is a part of the reward"):
-        validation_rounds.check(settings, world(settings))
+        validation_rounds.check_guards(settings, world(settings))
 
 
 def test_numbers_out_of_range_are_refused() -> None:
@@ -255,17 +261,17 @@ def test_the_picture_has_looks_and_anchor_below_the_curve(tmp_path: Path) -> Non
     lines: list[dict[str, Any]] = []
     for i in range(1, 9):
         lines.append({"kind": "iteration", "iteration": i, "reward": i / 10, "anchor": None})
-    plain = imread(run_report.curve(tmp_path / "plain.png", "title", lines)).shape
+    plain = imread(run_report.draw_curve(tmp_path / "plain.png", "title", lines)).shape
     spread = {"reward": 0.1, "held": 0.2, "rule": 0.0}
     for i in (0, 4, 8):
         look = validation_rounds.ValidationResult(
             i, i / 10, {"held": -i / 10}, 0.5 if i else 1.0, spread, best=0, waited=i // 4, seconds=0.1
         )
         lines.append(json.loads(json.dumps(vars(look))))
-        assert ("without a new best (iteration 0)" in validation_report.line(look)) == bool(i)
-    watched = imread(run_report.curve(tmp_path / "watched.png", "title", lines)).shape
+        assert ("without a new best (iteration 0)" in validation_report.validation_line(look)) == bool(i)
+    watched = imread(run_report.draw_curve(tmp_path / "watched.png", "title", lines)).shape
     held = [{**line, "anchor": 0.1} if line["kind"] == "iteration" else line for line in lines]
-    both = imread(run_report.curve(tmp_path / "both.png", "title", held)).shape
+    both = imread(run_report.draw_curve(tmp_path / "both.png", "title", held)).shape
     assert plain[0] < watched[0] < both[0]
 
 
@@ -282,12 +288,12 @@ def test_the_picture_has_looks_and_anchor_below_the_curve(tmp_path: Path) -> Non
     ],
 )
 def test_a_mixture_is_read(asked: str, found: dict[str, float]) -> None:
-    assert terms(asked) == found
+    assert mixture_weights(asked) == found
 
 
 @pytest.mark.parametrize("asked", ["0.7*", "1*tiny+2*tiny", "1*tiny+2*"])
 def test_what_is_no_mixture_is_told(asked: str) -> None:
     with pytest.raises(RecipeError, match="a mixture is a weight and a scorer"):
-        terms(asked)
+        mixture_weights(asked)
     with pytest.raises(RecipeError, match="a mixture is a weight and a scorer"):
         train_command.preflight.check(Recipe(reward=asked))

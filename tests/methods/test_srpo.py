@@ -18,10 +18,10 @@ from trajsurgery import SRPO, PerSample, PlanError, apply, operate, srpo
 from trajsurgery.cli.train_command import main
 from trajsurgery.errors import RecipeError
 from trajsurgery.methods.srpo import GUIDED, relative
-from trajsurgery.training.components import Embeddings
+from trajsurgery.training.components import PromptCache
 from trajsurgery.training.recipe import Recipe
-from trajsurgery.training.srpo_support import fields
-from trajsurgery.training.step_gradient import draw_plans, part_of, pull
+from trajsurgery.training.srpo_support import velocity_fields
+from trajsurgery.training.step_gradient import add_gradient, draw_plans, plan_of_samples
 
 AUTHORS = SRPO(("Real", "Detail"), ("Flat", "Oil", "Anime"))
 
@@ -117,7 +117,7 @@ def test_the_guided_field_is_the_same_call_s_with_another_guidance(pipe: Any) ->
         pipe(**CALL, guidance_scale=1.0, generator=seeded(4))
     with operate(pipe) as high:
         pipe(**CALL, guidance_scale=3.5, generator=seeded(4))
-    both: Any = fields(recipe, plan, low)
+    both: Any = velocity_fields(recipe, plan, low)
     x, eps = low.trajectory[0], low.trajectory[5]
     assert not torch.equal(x, high.trajectory[0])
     s4, s3 = low.trajectory.sigma(4), low.trajectory.sigma(3)
@@ -136,7 +136,7 @@ def test_the_guided_field_is_the_same_call_s_with_another_guidance(pipe: Any) ->
 def test_a_plan_without_a_name_keeps_the_rollout_s_field(pipe: Any) -> None:
     with operate(pipe) as surgery:
         pipe(**CALL, generator=seeded(4))
-    assert fields(Recipe(), srpo(4, 3), surgery) is surgery.field
+    assert velocity_fields(Recipe(), srpo(4, 3), surgery) is surgery.field
 
 
 METHOD = replace(AUTHORS, window=(0.0, 1.0), rollout_guidance=1.0)
@@ -153,16 +153,16 @@ def test_training_pulls_the_relative_reward_s_gradient(tmp_path: Path, times: An
     recipe = short(tmp_path, times=times)
     world = toy_world.world(recipe)
     weights = list(world.module.parameters())
-    drawn = (part_of(draw_plans(recipe, seeded(number))[0], 0, 2) for number in range(1, 50))
+    drawn = (plan_of_samples(draw_plans(recipe, seeded(number))[0], 0, 2) for number in range(1, 50))
     plan = next(p for p in drawn if not isinstance(p, PerSample) or len(set(p.plans)) == 2)  # times of their own
-    texts, given = ["a circle", "two squares"], Embeddings(world.pipe, toy_world.TEXTS)
+    texts, given = ["a circle", "two squares"], PromptCache(world.pipe, toy_world.TEXTS)
     each = plan.plans if isinstance(plan, PerSample) else (plan, plan)
     found = {}
     for memory in ("retain", "recompute", "staged"):
         for weight in weights:
             weight.grad = None
         here = replace(recipe, rollout=replace(recipe.rollout, memory=memory))
-        said = pull(here, world, plan, texts, {**given(texts), "generator": seeded(2)}, seeded(3), (0.7, 1.0))
+        said = add_gradient(here, world, plan, texts, {**given(texts), "generator": seeded(2)}, seeded(3), (0.7, 1.0))
         assert bool(said.isfinite().all())
         found[memory] = [p.grad for p in weights]
     wanted = by_hand(recipe, world, each, texts, {**given(texts), "generator": seeded(2)}, times == "per-sample")

@@ -19,18 +19,18 @@ from torch import Tensor
 
 from tests.builders import toy_world
 from trajsurgery.cli.train_command import main
-from trajsurgery.evaluation.held_out import Scores, evaluate, spread
+from trajsurgery.evaluation.held_out import HeldOutScores, evaluate, spread_over_categories
 from trajsurgery.evaluation.paired_statistics import compare, in_standard_errors, paired
 from trajsurgery.reports import run_report
 from trajsurgery.reports.validation_report import smoothed
-from trajsurgery.training.checkpoint import METRICS, Log, Training
+from trajsurgery.training.checkpoint import METRICS, Log, TrainingState
 from trajsurgery.training.prompts import Prompt
 
 
-def scores(reward: Sequence[float], correct: Sequence[bool] | None = None, texts: str = "") -> Scores:
+def scores(reward: Sequence[float], correct: Sequence[bool] | None = None, texts: str = "") -> HeldOutScores:
     """A record of as many images as rewards; every other one is of category b."""
     count = len(reward)
-    return Scores(
+    return HeldOutScores(
         tuple(texts or map(str, range(count))),
         tuple("ab"[i % 2] for i in range(count)),
         torch.tensor(reward),
@@ -82,7 +82,7 @@ def test_without_rules_there_is_the_reward_alone() -> None:
     found = compare(scores([0.1, 0.2]), scores([0.3, 0.3]))
     assert "rule_gain" not in found
     assert "junk_before" not in found
-    run_report.table(found)
+    run_report.results_table(found)
     assert "rule" not in run_report.verdict(found)
 
 
@@ -99,7 +99,7 @@ def test_further_scorers_are_compared_as_the_reward_is() -> None:
     assert line["reward_gain_se"] == paired(before.metrics["x:Y"], after.metrics["x:Y"], before.texts).se
     assert line["calibration"]["before"]["auc"] == pytest.approx(0.5)
     printed = io.StringIO()
-    Console(file=printed, width=110).print(run_report.table(found), *run_report.remarks(found))
+    Console(file=printed, width=110).print(run_report.results_table(found), *run_report.remarks(found))
     assert "scorer x:Y" in printed.getvalue()
     assert "AUC 0.500 ->" in printed.getvalue()
 
@@ -123,10 +123,10 @@ def test_diversity_is_of_images_of_one_prompt_and_its_error_is_by_prompt() -> No
 def test_records_of_an_earlier_version_are_still_told() -> None:
     found = compare(scores([0.1, 0.2]), scores([0.3, 0.3]))
     old = {name: value for name, value in found.items() if name not in ("metrics", "diversity")}
-    assert run_report.table(old).row_count == run_report.table(found).row_count
+    assert run_report.results_table(old).row_count == run_report.results_table(found).row_count
     assert run_report.remarks(old) == []
     bare = scores([0.1, 0.2]).to_dict()
-    assert Scores.from_dict({n: v for n, v in bare.items() if n not in ("metrics", "apart")}).metrics == {}
+    assert HeldOutScores.from_dict({n: v for n, v in bare.items() if n not in ("metrics", "apart")}).metrics == {}
 
 
 def test_other_prompts_are_not_compared() -> None:
@@ -136,10 +136,10 @@ def test_other_prompts_are_not_compared() -> None:
 
 def test_prompts_are_spread_over_the_categories() -> None:
     asked = [*(Prompt(f"a{i}", "a") for i in range(3)), Prompt("b0", "b"), *(Prompt(f"c{i}", "c") for i in range(40))]
-    found = spread(asked, 12)
+    found = spread_over_categories(asked, 12)
     assert [prompt.category for prompt in found] == list("abc") * 4
     assert [prompt.text for prompt in found if prompt.category == "a"] == ["a0", "a1", "a2", "a0"]
-    assert found == spread(asked, 100)[:12]
+    assert found == spread_over_categories(asked, 100)[:12]
 
 
 def test_an_evaluation_is_the_same_whenever_it_is_asked(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_an_evaluation_is_the_same_whenever_it_is_asked(tmp_path: Path) -> None:
     assert first.correct is not None
     wanted = toy_world.rules(first.pictures / 255, first.texts[:4])[0]
     assert torch.equal(first.correct[:4], wanted)
-    assert Scores.from_dict(first.to_dict()).texts == first.texts
+    assert HeldOutScores.from_dict(first.to_dict()).texts == first.texts
 
 
 def test_further_scorers_grade_the_images_that_the_reward_grades(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_further_scorers_grade_the_images_that_the_reward_grades(tmp_path: Path)
         colours = images.mean((-1, -2))
         wanted = 1 - torch.cosine_similarity(colours[i], colours[others], dim=-1)
         assert found.apart["sees"][i] == pytest.approx(float(wanted.mean()), abs=1e-3)
-    again = Scores.from_dict(found.to_dict())
+    again = HeldOutScores.from_dict(found.to_dict())
     assert torch.allclose(again.apart["sees"], found.apart["sees"], rtol=0, atol=0, equal_nan=True)
     assert torch.equal(again.metrics["double"], found.metrics["double"])
 
@@ -198,22 +198,22 @@ def test_smoothing_keeps_a_constant_and_the_ends() -> None:
 def test_the_pictures_shown_are_not_chosen() -> None:
     right = [i % 3 == 0 for i in range(20)]
     turned = [(not r) if i in (1, 9, 12, 15, 16) else r for i, r in enumerate(right)]
-    places, remark = run_report.shown(scores([0.1] * 20, right), scores([0.2] * 20, turned), 8)
+    places, remark = run_report.choose_pictures(scores([0.1] * 20, right), scores([0.2] * 20, turned), 8)
     assert places == [0, 1, 2, 3, 16, 9, 12]
     assert "2 to right, 3 to wrong of 20" in remark
-    assert run_report.shown(scores([0.1] * 20), scores([0.2] * 20), 8)[0] == list(range(8))
+    assert run_report.choose_pictures(scores([0.1] * 20), scores([0.2] * 20), 8)[0] == list(range(8))
 
 
 def test_pictures_are_drawn(tmp_path: Path) -> None:
     before, after = scores([0.1, 0.2, 0.3], [True, False, True]), scores([0.2, 0.4, 0.3], [True, True, False])
-    picture = imread(run_report.samples(tmp_path / "samples.png", "title", before, after))
+    picture = imread(run_report.draw_samples(tmp_path / "samples.png", "title", before, after))
     assert picture.shape[1] > picture.shape[0] > 200
     film = run_report._pixels(torch.zeros(5, 3, 4, 4, dtype=torch.uint8))  # pyright: ignore[reportPrivateUsage]
     assert film.shape == (4, 5 * 4 + 4, 3)
     assert [i for i in range(24) if film[0, i, 0]] == [4, 9, 14, 19], "white between frames"
     lines = [{"kind": "iteration", "iteration": i, "reward": None if i == 3 else i / 10} for i in range(1, 9)]
     for records in (lines, [*lines, compare(before, after)], lines[:1]):
-        assert imread(run_report.curve(tmp_path / "reward.png", "title", records)).std() > 0.02
+        assert imread(run_report.draw_curve(tmp_path / "reward.png", "title", records)).std() > 0.02
 
 
 @pytest.mark.parametrize("rules", [True, False])
@@ -222,7 +222,7 @@ def test_the_held_out_picture_is_drawn_with_and_without_rules(tmp_path: Path, ru
     before, after = scores([i / 40 for i in range(40)], right), scores([i / 50 + 0.1 for i in range(40)], right)
     found = compare(before, after)
     lines = json.loads(json.dumps(found))
-    picture = imread(run_report.heldout(tmp_path / "heldout.png", "title", lines))
+    picture = imread(run_report.draw_held_out(tmp_path / "heldout.png", "title", lines))
     assert picture.shape[1] == (1650 if rules else 900)
     assert picture.std() > 0.02
 
@@ -267,7 +267,7 @@ def test_the_weights_written_are_the_averaged_ones_and_diffusers_loads_them(tmp_
     said(recipe, False)
     loaded = FluxTransformer2DModel.from_pretrained(tmp_path / "transformer")
     world = toy_world.world(recipe)
-    training = Training.start(recipe, world.module)
+    training = TrainingState.start(recipe, world.module)
     training.restore(torch.load(tmp_path / "checkpoint.pt", weights_only=True))
     for value, average, p in zip(loaded.parameters(), training.ema.shadow_params, training.parameters, strict=True):
         assert torch.equal(value, average)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.tolerances import EXACT, STOCK
 from trajsurgery import RewardError
-from trajsurgery.rewards.by_name import parts
+from trajsurgery.rewards.by_name import mixture_parts
 from trajsurgery.rewards.contract import Reward
 from trajsurgery.rewards.mixed import Relative, Weighted
 
@@ -45,10 +45,10 @@ def close(found: Tensor, wanted: Tensor) -> bool:
 
 
 def test_a_weighted_sum() -> None:
-    given, parts = images(), [(Wave(3, 0.5), 2.0), (Wave(11, 0.4), 0.25)]
-    reward = Weighted(parts)
+    given, mixture_parts = images(), [(Wave(3, 0.5), 2.0), (Wave(11, 0.4), 0.25)]
+    reward = Weighted(mixture_parts)
     scores = reward(given, TEXTS)
-    assert close(scores, 2 * parts[0][0](given, TEXTS) + 0.25 * parts[1][0](given, TEXTS))
+    assert close(scores, 2 * mixture_parts[0][0](given, TEXTS) + 0.25 * mixture_parts[1][0](given, TEXTS))
     (gradient,) = torch.autograd.grad(scores.sum(), given)
     assert close(gradient, 2 * wave_gradient(3, given, TEXTS) + 0.25 * wave_gradient(11, given, TEXTS))
     assert reward.threshold == pytest.approx(1.1)
@@ -56,8 +56,8 @@ def test_a_weighted_sum() -> None:
 
 
 @pytest.mark.parametrize("parts", [[(Wave(3), 2.0), (Wave(5, 0.4), 1.0)], [(Wave(3, 0.5), -1.0), (Wave(5, 0.4), 1.0)]])
-def test_a_threshold_is_not_made_up(parts: list[tuple[Reward, float]]) -> None:
-    assert Weighted(parts).threshold is None
+def test_a_threshold_is_not_made_up(mixture_parts: list[tuple[Reward, float]]) -> None:
+    assert Weighted(mixture_parts).threshold is None
 
 
 @pytest.mark.parametrize("k", [0, 0.7])
@@ -102,4 +102,4 @@ def test_what_is_refused() -> None:
 def test_parts_of_one_name_are_both_seen() -> None:
     """A mixture of two weights files of one reward."""
     a, b = Wave(1.0), Wave(1.0)
-    assert parts(Weighted([(a, 0.5), (b, 0.5)])) == {"0.5*wave 1": a, "0.5*wave 1 (2)": b}
+    assert mixture_parts(Weighted([(a, 0.5), (b, 0.5)])) == {"0.5*wave 1": a, "0.5*wave 1 (2)": b}

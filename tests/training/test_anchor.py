@@ -18,12 +18,12 @@ from tests.tolerances import GRADIENT, VALUE
 from tests.training.test_several_plans import Given
 from trajsurgery import LeapAlign, Trajectory, leapalign, rollout
 from trajsurgery.testing import MLP
-from trajsurgery.training.anchor import Anchor, exchanged
-from trajsurgery.training.checkpoint import Training
-from trajsurgery.training.components import Embeddings
+from trajsurgery.training.anchor import Anchor, swapped
+from trajsurgery.training.checkpoint import TrainingState
+from trajsurgery.training.components import PromptCache
 from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.settings import Guards, Optimiser, Rollout, Trained
-from trajsurgery.training.training_loop import iterate
+from trajsurgery.training.training_loop import training_step
 
 
 def moved(parameters: Any, by: float, seed: int = 0) -> None:
@@ -62,7 +62,7 @@ def test_the_gradient_is_the_formula(case: Any, iteration: int) -> None:
     there = [torch.full_like(p, 0.25) for p in field.parameters()]
     for p, grad in zip(field.parameters(), there):
         p.grad = grad.clone()
-    found = anchor.pull(field, trajectory, iteration, share=0.5)
+    found = anchor.add_gradient(field, trajectory, iteration, share=0.5)
     added = [p.grad - grad for p, grad in zip(field.parameters(), there)]
     assert distance(added, [0.5 * wanted[name] for name, _ in field.named_parameters()]) < GRADIENT
     apart = field(x, sigma) - functional_call(field, before, (x, sigma))
@@ -73,7 +73,7 @@ def test_the_gradient_is_the_slope(case: Any) -> None:
     """c * mean |v - v_base|^2 at a fixed x_t, by central differences in a random direction of all weights."""
     field, before, anchor, trajectory = case
     t = anchor.time(1, trajectory.steps)
-    anchor.pull(field, trajectory, 1)
+    anchor.add_gradient(field, trajectory, 1)
     way = [torch.randn(p.shape, generator=torch.Generator().manual_seed(9), dtype=p.dtype) for p in field.parameters()]
 
     @torch.no_grad()
@@ -97,11 +97,11 @@ def test_weights_and_their_copies_stay_what_they_are(case: Any) -> None:
         raise RuntimeError("no field")
 
     with pytest.raises(RuntimeError, match="no field"):
-        anchor.pull(failing, trajectory, 1)
-    anchor.pull(field, trajectory, 1)
+        anchor.add_gradient(failing, trajectory, 1)
+    anchor.add_gradient(field, trajectory, 1)
     assert all(map(torch.equal, field.parameters(), now))
     assert all(map(torch.equal, anchor.base, before.values()))
-    with exchanged(now, anchor.base):
+    with swapped(now, anchor.base):
         assert all(map(torch.equal, now, before.values()))
 
 
@@ -128,14 +128,14 @@ def recipe(tmp_path: Path, anchor: float, method: Any = None, train: Trained | N
     )
 
 
-def first(recipe: Recipe, by: float = 0.05) -> tuple[Training, list[Tensor], Any, list[dict[str, Any]]]:
+def first(recipe: Recipe, by: float = 0.05) -> tuple[TrainingState, list[Tensor], Any, list[dict[str, Any]]]:
     """One iteration on weights that have moved: its gradient, its record, and what the transformer was called with."""
     world = toy_world.world(recipe)
-    training, found, calls = Training.start(recipe, world.module), list[Tensor](), list[dict[str, Any]]()
+    training, found, calls = TrainingState.start(recipe, world.module), list[Tensor](), list[dict[str, Any]]()
     moved(training.parameters, by)
     training.optimiser.step = lambda: found.extend(p.grad.clone() for p in training.parameters)
     world.module.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True)
-    record = iterate(recipe, world, Embeddings(world.pipe, world.texts), training, 0.9)
+    record = training_step(recipe, world, PromptCache(world.pipe, world.texts), training, 0.9)
     return training, found, record, calls
 
 

@@ -21,10 +21,19 @@ from tests.builders import toy_world
 from trajsurgery import DRaFTLV, DRTune, LeapAlign, RecipeError, ReFL
 from trajsurgery.cli.train_command import main
 from trajsurgery.evaluation.held_out import evaluate
-from trajsurgery.training.checkpoint import CHECKPOINT, METRICS, Log, Training, discard, resume, save, write_whole
+from trajsurgery.training.checkpoint import (
+    CHECKPOINT,
+    METRICS,
+    Log,
+    TrainingState,
+    discard,
+    resume,
+    save,
+    write_atomically,
+)
 from trajsurgery.training.recipe import Method, Recipe
 from trajsurgery.training.settings import Optimiser
-from trajsurgery.training.training_loop import Iteration, train
+from trajsurgery.training.training_loop import StepRecord, train
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,13 +67,15 @@ def same(a: Path, b: Path) -> None:
 
 
 def killed_at(
-    recipe: Recipe, number: int, validating: Callable[[Any, Training], Callable[[], bool]] = lambda *_: lambda: True
+    recipe: Recipe,
+    number: int,
+    validating: Callable[[Any, TrainingState], Callable[[], bool]] = lambda *_: lambda: True,
 ) -> None:
     """Runs a recipe up to an iteration and ends there without a word; the log's next line is torn."""
     world = toy_world.world(recipe)
-    training = Training.start(recipe, world.module)
+    training = TrainingState.start(recipe, world.module)
 
-    def watch(record: Iteration) -> None:
+    def watch(record: StepRecord) -> None:
         if record.iteration == number:
             raise Killed
 
@@ -173,14 +184,14 @@ def test_a_finished_run_goes_on_when_asked_for_more(tmp_path: Path) -> None:
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    write_whole(path, lambda partial: partial.write_text("old"))
+    write_atomically(path, lambda partial: partial.write_text("old"))
 
     def half(partial: Path) -> None:
         partial.write_text("ne")
         raise Killed
 
     with pytest.raises(Killed):
-        write_whole(path, half)
+        write_atomically(path, half)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
 
@@ -198,10 +209,10 @@ def foreign(path: Path) -> None:
 def test_a_checkpoint_that_is_of_no_use_is_named(tmp_path: Path, spoil: Callable[[Path], None], words: str) -> None:
     recipe = toy_world.recipe(tmp_path, iterations=1)
     world = toy_world.world(recipe)
-    save(recipe, Training.start(recipe, world.module))
+    save(recipe, TrainingState.start(recipe, world.module))
     spoil(tmp_path / CHECKPOINT)
     with pytest.raises(RecipeError, match=f"{words}.*--overwrite"):
-        resume(recipe, Training.start(recipe, world.module))
+        resume(recipe, TrainingState.start(recipe, world.module))
 
 
 def test_the_log_is_cut_back_and_its_numbers_are_json(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from tests.builders import toy_world
 from trajsurgery import leapalign, operate
-from trajsurgery.training.components import frozen
+from trajsurgery.training.components import prepare_pipeline
 
 CALL: dict[str, Any] = {"prompt": ["a circle", "a blue square"], "height": 16, "width": 16, "num_inference_steps": 2,
                         "output_type": "pt"}  # fmt: skip
@@ -27,7 +27,7 @@ def test_values_are_the_compiled_plain_calls_and_the_gradient_is_the_eager_ones(
     torch.set_num_threads(1)
     recipe = toy_world.recipe(tmp_path)
     eager, compiled = (
-        frozen(toy_world.pipeline(), replace(recipe, rollout=replace(recipe.rollout, compile=on)))
+        prepare_pipeline(toy_world.pipeline(), replace(recipe, rollout=replace(recipe.rollout, compile=on)))
         for on in (False, True)
     )
     assert list(compiled.transformer.state_dict()) == list(eager.transformer.state_dict())

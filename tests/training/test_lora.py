@@ -29,7 +29,7 @@ def trained(module: torch.nn.Module) -> set[str]:
 def test_adapters_are_read_back_by_a_plain_pipeline(name: str, tmp_path: Path) -> None:
     small, plain = PIPELINES[name](steps=2), PIPELINES[name](steps=2)
     before = small(output_type="latent")[0]
-    lora.choose(small.pipe.transformer, Trained(what="lora", rank=3, targets=TARGETS))
+    lora.set_trainable(small.pipe.transformer, Trained(what="lora", rank=3, targets=TARGETS))
     assert torch.equal(small(output_type="latent")[0], before)
     assert trained(small.pipe.transformer)
     assert all("lora_" in n for n in trained(small.pipe.transformer))
@@ -38,7 +38,7 @@ def test_adapters_are_read_back_by_a_plain_pipeline(name: str, tmp_path: Path) -
             p.add_(0.3 * torch.randn_like(p))
     changed = small(output_type="latent")[0]
     assert not torch.allclose(changed, before, atol=1e-3)
-    lora.save(small.pipe, Trained(what="lora", rank=3, targets=TARGETS), tmp_path)
+    lora.save_trained(small.pipe, Trained(what="lora", rank=3, targets=TARGETS), tmp_path)
     plain.pipe.load_lora_weights(tmp_path)
     assert torch.equal(plain(output_type="latent")[0], changed)
 
@@ -49,7 +49,7 @@ def test_whole_transformers_are_read_back(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         for p in small.pipe.transformer.parameters():
             p.mul_(0.9)
-    lora.save(small.pipe, Trained(), tmp_path)
+    lora.save_trained(small.pipe, Trained(), tmp_path)
     plain.pipe.transformer = type(small.pipe.transformer).from_pretrained(tmp_path)
     # weights that were just loaded lie unaligned: the last bit may differ
     torch.testing.assert_close(plain(output_type="latent")[0], small(output_type="latent")[0])
@@ -57,18 +57,18 @@ def test_whole_transformers_are_read_back(name: str, tmp_path: Path) -> None:
 
 def test_a_pattern_names_what_trains() -> None:
     module = PIPELINES["flux"]().pipe.transformer
-    lora.choose(module, Trained(pattern=r"single_.*attn\.to_[qkv]\."))
+    lora.set_trainable(module, Trained(pattern=r"single_.*attn\.to_[qkv]\."))
     assert trained(module) == {
         f"single_transformer_blocks.0.attn.to_{n}.{p}" for n in "qkv" for p in ("weight", "bias")
     }
-    lora.choose(module, Trained())
+    lora.set_trainable(module, Trained())
     assert trained(module) == {name for name, _ in module.named_parameters()}
 
 
 @pytest.mark.parametrize("wrong", [Trained(pattern="no such"), Trained(what="lora", targets=("q",))])
 def test_names_of_nothing_are_refused(wrong: Trained) -> None:
     with pytest.raises(RecipeError, match=r"They are like|There are"):
-        lora.choose(PIPELINES["flux"]().pipe.transformer, wrong)
+        lora.set_trainable(PIPELINES["flux"]().pipe.transformer, wrong)
 
 
 @pytest.mark.parametrize("rank", [0, -1])

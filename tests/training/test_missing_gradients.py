@@ -12,10 +12,10 @@ from tests.builders.small_transformers import SD3Field
 from tests.surgery.test_recompute_models import adapted
 from trajsurgery import RecipeError, ReFL, apply, backward, leapalign
 from trajsurgery.training import missing_gradients
-from trajsurgery.training.checkpoint import Training
-from trajsurgery.training.components import Embeddings
+from trajsurgery.training.checkpoint import TrainingState
+from trajsurgery.training.components import PromptCache
 from trajsurgery.training.settings import Optimiser
-from trajsurgery.training.training_loop import iterate, train
+from trajsurgery.training.training_loop import train, training_step
 
 PLAN = leapalign(6, 3, 0.3)
 IDLE_IN_SD3 = {
@@ -26,11 +26,11 @@ IDLE_IN_SD3 = {
 
 def test_none_and_zeros_are_idle_and_nan_is_not():
     named = {name: torch.zeros(2, requires_grad=True) for name in ("none", "zeros", "nan", "one", "frozen")}
-    assert missing_gradients.idle(named.items()) == [*named]
+    assert missing_gradients.without_gradient(named.items()) == [*named]
     named["frozen"].requires_grad_(False)
     for name, value in (("zeros", 0.0), ("nan", torch.nan), ("one", 1.0)):
         named[name].grad = torch.tensor([0.0, value])
-    assert missing_gradients.idle(named.items()) == ["none", "zeros"]
+    assert missing_gradients.without_gradient(named.items()) == ["none", "zeros"]
 
 
 @pytest.mark.parametrize("memory", ["retain", "recompute", "staged"])
@@ -41,7 +41,7 @@ def test_the_idle_parameters_of_sd3_are_named(memory):
         backward(PLAN, p.trajectory, field, torch.ones_like(p.trajectory[0]))
     else:
         apply(PLAN, p.trajectory, field, memory).sum().backward()
-    names = missing_gradients.idle(field.named_parameters())
+    names = missing_gradients.without_gradient(field.named_parameters())
     assert set(names) == IDLE_IN_SD3
     assert all(name in missing_gradients.warning(names, 99) for name in names)
 
@@ -50,7 +50,7 @@ def test_lora_that_starts_at_zero():
     field = adapted(start=True)
     p = problem(field, shape=(2, *field.shape))
     apply(PLAN, p.trajectory, field, "recompute").sum().backward()
-    names = missing_gradients.idle(field.named_parameters())
+    names = missing_gradients.without_gradient(field.named_parameters())
     assert len(names) == 7
     assert all("lora_A" in name for name in names)
     assert "7 A matrices of LoRA: right in the first iteration" in missing_gradients.warning(names, 14)
@@ -75,14 +75,14 @@ def test_a_run_looks_once_and_logs_what_is_idle(tmp_path, monkeypatch, memory):
     recipe = toy_world.recipe(tmp_path, iterations=3)
     recipe = replace(recipe, rollout=replace(recipe.rollout, memory=memory))
     world, seen, looks = asleep(toy_world.world(recipe)), [], []
-    found = missing_gradients.idle
-    monkeypatch.setattr(missing_gradients, "idle", lambda named: looks.append(1) or found(named))
-    training = Training.start(recipe, world.module)
+    found = missing_gradients.without_gradient
+    monkeypatch.setattr(missing_gradients, "without_gradient", lambda named: looks.append(1) or found(named))
+    training = TrainingState.start(recipe, world.module)
     assert train(recipe, world, training, seen.append)
     assert [record.idle for record in seen] == [("asleep",), None, None]
     assert len(looks) == 1
     assert torch.equal(world.module.asleep, torch.ones(3)), "weight decay moved what no gradient reaches"
-    other = Training.start(recipe, world.module)
+    other = TrainingState.start(recipe, world.module)
     other.restore(training.state())
     assert other.looked
 
@@ -90,19 +90,19 @@ def test_a_run_looks_once_and_logs_what_is_idle(tmp_path, monkeypatch, memory):
 def test_a_closed_hinge_says_nothing_and_the_next_iteration_is_looked_at(tmp_path):
     recipe = toy_world.recipe(tmp_path)
     world = asleep(toy_world.world(recipe))
-    training, embeddings = Training.start(recipe, world.module), Embeddings(world.pipe, world.texts)
-    assert iterate(recipe, world, embeddings, training, -5.0).idle is None
-    assert iterate(recipe, world, embeddings, training, 0.9).idle == ("asleep",)
-    assert iterate(recipe, world, embeddings, training, 0.9).idle is None
+    training, embeddings = TrainingState.start(recipe, world.module), PromptCache(world.pipe, world.texts)
+    assert training_step(recipe, world, embeddings, training, -5.0).idle is None
+    assert training_step(recipe, world, embeddings, training, 0.9).idle == ("asleep",)
+    assert training_step(recipe, world, embeddings, training, 0.9).idle is None
 
 
 def test_zeros_everywhere_are_an_error(tmp_path):
     """A reward whose gradient is zero: every parameter gets a gradient, and nothing would ever change."""
     recipe = toy_world.recipe(tmp_path)
     world = replace(toy_world.world(recipe), reward=lambda images, prompts: (images * 0).mean((1, 2, 3)))
-    training = Training.start(recipe, world.module)
+    training = TrainingState.start(recipe, world.module)
     with pytest.raises(RecipeError, match="no parameter of the transformer received a gradient"):
-        iterate(recipe, world, Embeddings(world.pipe, world.texts), training, 0.9)
+        training_step(recipe, world, PromptCache(world.pipe, world.texts), training, 0.9)
 
 
 class Early(torch.nn.Module):
@@ -124,7 +124,7 @@ def stepped(staged, noned=True):
     for plan in (leapalign(8, 3), leapalign(3, 1), leapalign(2, 1)):
         p = problem(field)
         if staged and noned:
-            with missing_gradients.untouched_is_none(list(field.parameters())):
+            with missing_gradients.clear_untouched_gradients(list(field.parameters())):
                 backward(plan, p.trajectory, field, torch.ones_like(p.noise))
         elif staged:
             backward(plan, p.trajectory, field, torch.ones_like(p.noise))
@@ -159,7 +159,7 @@ def test_a_run_with_a_parameter_that_some_iterations_do_not_reach(tmp_path, memo
             return (output[0] + module.early * kwargs["hidden_states"],) if high else output
 
         world.module.register_forward_hook(hook, with_kwargs=True)
-        training = Training.start(recipe, world.module)
+        training = TrainingState.start(recipe, world.module)
         assert train(recipe, world, training, lambda record: None)
         assert True in reached
         found[way] = [p.detach().clone() for p in training.parameters]
@@ -185,7 +185,7 @@ def test_looking_for_what_was_not_touched_is_no_work_for_the_device():
     loss = parameters[0].sum()
     with (
         Ops() as ops,
-        missing_gradients.untouched_is_none(parameters),
+        missing_gradients.clear_untouched_gradients(parameters),
         torch.utils._python_dispatch._disable_current_modes(),
     ):
         loss.backward()

@@ -42,7 +42,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def test_a_pipeline_comes_back_from_its_folder(saved: tuple[Any, Path]) -> None:
     pipe, path = saved
-    assert model_folder.lacking(path) == []
+    assert model_folder.missing_parts(path) == []
     again = DiffusionPipeline.from_pretrained(path, local_files_only=True)
     again.set_progress_bar_config(disable=True)
     assert type(again) is type(pipe)
@@ -97,8 +97,8 @@ def test_what_a_folder_lacks_is_said_before_anything_is_loaded(part: str, said: 
     spoilt(tmp_path / "model", part)
     name = str(tmp_path / "model")
     for ask in (
-        lambda: preflight.check(replace(toy_world.recipe(tmp_path), model=name)),
-        lambda: components.pipeline(name),
+        lambda: preflight.check_recipe(replace(toy_world.recipe(tmp_path), model=name)),
+        lambda: components.load_pipeline(name),
     ):
         with pytest.raises(RecipeError, match=said):
             ask()
@@ -106,7 +106,7 @@ def test_what_a_folder_lacks_is_said_before_anything_is_loaded(part: str, said: 
 
 def test_a_folder_that_is_not_there_is_no_hub_id(tmp_path: Path) -> None:
     for model in (str(tmp_path / "nowhere"), "./nowhere"):
-        said = model_folder.incomplete(model)
+        said = model_folder.model_problem(model)
         assert said is not None
         assert f"there is no folder {model}" in said
         assert "hf download" not in said
@@ -114,4 +114,4 @@ def test_a_folder_that_is_not_there_is_no_hub_id(tmp_path: Path) -> None:
 
 def test_a_hub_id_that_is_not_cached_says_how_to_fetch_it(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"nothing is fetched here.*hf download nobody/nothing"):
-        components.pipeline("nobody/nothing")
+        components.load_pipeline("nobody/nothing")

@@ -20,10 +20,10 @@ from tests.repository.test_recipes import module
 from tests.tolerances import EXACT, STOCK, VALUE
 from trajsurgery.cli.noise_command import cli, main
 from trajsurgery.errors import RecipeError
-from trajsurgery.reports.filmstrip import chosen
+from trajsurgery.reports.filmstrip import choose_frames
 from trajsurgery.tiny.tokenizers import TEXT_LENGTH
 from trajsurgery.training.components import quiet
-from trajsurgery.training.noise_search.ascent import Ascent, Climb, Way, improbability
+from trajsurgery.training.noise_search.ascent import Ascent, AscentSettings, RewardPath, negative_log_density
 from trajsurgery.training.noise_search.noise_recipe import NoiseRecipe, presets
 
 RECIPE = Path(__file__).parents[2] / "recipes/reno_flux.py"
@@ -47,8 +47,8 @@ def pipe() -> Any:
     return found
 
 
-def way(pipe: Any, steps: int = 2, memory: Any = None) -> Way:
-    return Way(pipe, red, PROMPT, steps, CALL, memory)
+def way(pipe: Any, steps: int = 2, memory: Any = None) -> RewardPath:
+    return RewardPath(pipe, red, PROMPT, steps, CALL, memory)
 
 
 def plain(pipe: Any, x: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,7 +71,7 @@ def test_the_gradient_is_autograd_s_through_the_pipeline_s_own_loop(pipe: Any, s
         x = here.start(torch.Generator().manual_seed(3))
         assert x.dtype == dtype
         wanted = plain(pipe, x, steps)
-        found = here.pull(x)
+        found = here.score_gradient(x)
         assert torch.equal(found[0], wanted[0])
         assert torch.equal(found[1], wanted[1])
         assert wanted[2].norm() > 0
@@ -80,7 +80,7 @@ def test_the_gradient_is_autograd_s_through_the_pipeline_s_own_loop(pipe: Any, s
 
 def test_it_starts_from_the_noise_that_the_pipe_draws(pipe: Any) -> None:
     images = [pipe(**CALL, num_inference_steps=2, generator=torch.Generator().manual_seed(5), output_type="pt")[0]]
-    images.append(way(pipe).pull(way(pipe).start(torch.Generator().manual_seed(5)))[0])
+    images.append(way(pipe).score_gradient(way(pipe).start(torch.Generator().manual_seed(5)))[0])
     assert torch.equal(*images)
 
 
@@ -89,12 +89,12 @@ def test_the_improbability_is_that_of_a_gaussian_s_norm() -> None:
     d, radii = 7, (0.5, 2.0, 3.3)
     x = torch.randn(d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     unit = x / x.norm()
-    logs = [float(improbability(r * unit)) for r in radii]
+    logs = [float(negative_log_density(r * unit)) for r in radii]
     density = [math.log(r ** (d - 1) * math.exp(-r * r / 2)) for r in radii]
     for a, b in zip(logs[1:], density[1:], strict=True):
         assert abs((a - logs[0]) + (b - density[0])) < VALUE[torch.float64] * 10
     least = (unit * math.sqrt(d - 1)).requires_grad_()
-    improbability(least).backward()
+    negative_log_density(least).backward()
     assert least.grad is not None
     assert least.grad.norm() < EXACT * 10
 
@@ -113,7 +113,7 @@ def test_a_step_is_nesterov_s_on_the_clipped_loss() -> None:
     """Sutskever's form: m = momentum m + g, x = x - rate (g + momentum m)."""
     g = torch.Generator().manual_seed(1)
     start, direction = (torch.randn(1, 9, generator=g, dtype=torch.float64) for _ in range(2))
-    climb = Climb(rate=0.7, momentum=0.8, clip=0.3, penalty=0.05, weight=2.0)
+    climb = AscentSettings(rate=0.7, momentum=0.8, clip=0.3, penalty=0.05, weight=2.0)
     ascent, x, m = Ascent(start, climb), start.clone(), torch.zeros_like(start)
     for i in range(4):
         frame = ascent.step(Line(direction))  # pyright: ignore[reportArgumentType]
@@ -184,9 +184,9 @@ def test_a_noise_that_runs_away_is_told(tmp_path: Path, pipe: Any) -> None:
 
 
 def test_a_detached_reward_is_told(pipe: Any) -> None:
-    here = Way(pipe, lambda images, prompts: red(images, prompts).detach(), PROMPT, 1, CALL)
+    here = RewardPath(pipe, lambda images, prompts: red(images, prompts).detach(), PROMPT, 1, CALL)
     with pytest.raises(RecipeError, match="carry no gradient"):
-        here.pull(here.start(torch.Generator().manual_seed(0)))
+        here.score_gradient(here.start(torch.Generator().manual_seed(0)))
 
 
 @pytest.mark.parametrize(
@@ -214,10 +214,10 @@ def test_what_can_t_run_is_told_before_anything_is_loaded(
 
 
 def test_the_frames_shown_are_dense_where_most_happens() -> None:
-    assert chosen(50, 8) == [0, 1, 2, 4, 8, 15, 28, 49]
+    assert choose_frames(50, 8) == [0, 1, 2, 4, 8, 15, 28, 49]
     for count in (1, 2, 5, 9, 33):
         for pictures in (1, 2, 3, 8):
-            found = chosen(count, pictures)
+            found = choose_frames(count, pictures)
             assert found == sorted(set(found))
             assert len(found) == min(count, pictures)
             assert found[0] == 0

@@ -15,7 +15,16 @@ from tests.tolerances import EXACT
 from trajsurgery import Plan, RecipeError, apply, backward, distances, draft_lv, drtune, latent, leapalign, leaps, refl
 from trajsurgery.methods import DRaFTLV, DRTune, LeapAlign, ReFL
 from trajsurgery.testing import MLP
-from trajsurgery.training.objective import Objective, Weights, chosen, cotangents, hinge, landings, loss, weights
+from trajsurgery.training.objective import (
+    Objective,
+    Weights,
+    cotangents,
+    hinge,
+    landings,
+    loss,
+    measured_landings,
+    weights,
+)
 
 
 def test_the_hinge_closes() -> None:
@@ -100,7 +109,7 @@ def test_each_method_says_where() -> None:
 
 def test_a_word_that_is_none_is_refused() -> None:
     with pytest.raises(RecipeError, match='"all", "none", "j"'):
-        chosen("k", (3, 0))  # pyright: ignore[reportArgumentType]
+        measured_landings("k", (3, 0))  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(

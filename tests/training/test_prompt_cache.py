@@ -17,7 +17,7 @@ from trajsurgery import RecipeError, tiny
 from trajsurgery.cli import train_command
 from trajsurgery.tiny import sd3
 from trajsurgery.tiny.pipe import WEIGHTS
-from trajsurgery.training.prompt_cache import Embeddings, dismiss
+from trajsurgery.training.prompt_cache import PromptCache, free_text_encoders
 
 TEXTS = ("a circle", "a red circle left of a blue square")
 CALL = {"height": 16, "width": 16, "guidance_scale": 3.5}
@@ -47,11 +47,11 @@ def test_images_are_those_of_the_encoders_and_no_encoder_is_left(build: Any) -> 
         given = {**call, **given, "num_inference_steps": 2, "output_type": "pt"}
         return pipe(**given, generator=torch.Generator().manual_seed(3))[0]
 
-    length = Embeddings(build()[0], ())(TEXTS)
+    length = PromptCache(build()[0], ())(TEXTS)
     plain = images(**length)
-    embeddings = Embeddings(pipe, ["a", *TEXTS], call, batch=2)
+    embeddings = PromptCache(pipe, ["a", *TEXTS], call, batch=2)
     held = [weakref.ref(p) for n in pipe.components if "text_encoder" in n for p in getattr(pipe, n).parameters()]
-    names = dismiss(pipe)
+    names = free_text_encoders(pipe)
     gc.collect()
     assert names
     assert all(getattr(pipe, name) is None for name in names)
@@ -67,8 +67,8 @@ def test_encoders_go_to_the_place_that_is_named() -> None:
     pipe = toy_world.pipeline()
     pipe.set_progress_bar_config(disable=True)
     held = pipe.text_encoder_2
-    Embeddings(pipe, TEXTS, CALL)
-    dismiss(pipe, "meta")
+    PromptCache(pipe, TEXTS, CALL)
+    free_text_encoders(pipe, "meta")
     assert {p.device.type for p in held.parameters()} == {"meta"}
     assert pipe.transformer.device.type == "cpu"
 

@@ -137,10 +137,10 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_a_recipe_takes_them_all_and_says_what_is_wrong_at_once(tmp_path: Path) -> None:
     rows = str(written(tmp_path / "evaluation_metadata.jsonl", GENEVAL))
-    preflight.check(Recipe(method=LeapAlign(), prompts=rows, heldout=rows))
+    preflight.check_recipe(Recipe(method=LeapAlign(), prompts=rows, heldout=rows))
     bad = str(written(tmp_path / "bad.json", [7]))
     with pytest.raises(RecipeError) as found:
-        preflight.check(Recipe(prompts=bad, heldout=str(tmp_path / "gone")))
+        preflight.check_recipe(Recipe(prompts=bad, heldout=str(tmp_path / "gone")))
     assert "no training prompts" in str(found.value)
     assert "row 0 is 7" in str(found.value)
     assert "no held-out prompts" in str(found.value)

@@ -155,7 +155,7 @@ def test_all_numbers_out_of_range_are_told_at_once() -> None:
 )
 def test_a_method_that_allows_no_plan_is_told_before_anything_is_loaded(method: Method) -> None:
     with pytest.raises(RecipeError) as found:
-        preflight.check(Recipe(method=method))
+        preflight.check_recipe(Recipe(method=method))
     assert repr(method) in str(found.value)
     assert "--preset paper" not in str(found.value)
 
@@ -163,13 +163,13 @@ def test_a_method_that_allows_no_plan_is_told_before_anything_is_loaded(method: 
 @pytest.fixture
 def nothing_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(model_folder, "snapshot", lambda repo: None)
+    monkeypatch.setattr(model_folder, "cached_snapshot", lambda repo: None)
 
 
 @pytest.mark.usefixtures("nothing_here")
 def test_what_is_missing_is_said_at_once() -> None:
     with pytest.raises(RecipeError) as found:
-        preflight.check(paper(LeapAlign(), "x"))
+        preflight.check_recipe(paper(LeapAlign(), "x"))
     said = str(found.value)
     for words in ("no GPU", "no weights", "hf download black-forest-labs/FLUX.1-dev", "--model FOLDER", "HPS_v2.1"):
         assert words in said
@@ -190,24 +190,24 @@ def test_what_is_there_is_not_asked_for(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("a cat\n")
     text = str(tmp_path / "p.txt")
     here = replace(paper(LeapAlign(), "x"), model=str(tmp_path), reward=f"hpsv2.1:{text}", prompts=text, heldout=text)
-    preflight.check(here)
-    preflight.check(replace(here, reward="tests.builders.toy_world:LikesRed"))
+    preflight.check_recipe(here)
+    preflight.check_recipe(replace(here, reward="tests.builders.toy_world:LikesRed"))
     with pytest.raises(RecipeError, match="MODULE:NAME"):
-        preflight.check(replace(here, reward="no.such:Reward"))
+        preflight.check_recipe(replace(here, reward="no.such:Reward"))
     with pytest.raises(RecipeError, match=r"without model_index\.json"):
-        preflight.check(replace(here, model=str(tmp_path.parent)))
+        preflight.check_recipe(replace(here, model=str(tmp_path.parent)))
 
 
 @pytest.mark.parametrize("asked", ["unifiedreward", "unifiedreward:{here}", "1*tiny+0.5*unifiedreward:{here}"])
 def test_a_judge_is_no_reward_of_a_recipe(tmp_path: Path, asked: str) -> None:
     """It is told beside all else that is missing, weights or not; evaluation.metrics takes it."""
     with pytest.raises(RecipeError, match=r"--reward .*unifiedreward.* answers in text and has no gradient.*metrics"):
-        preflight.check(replace(Recipe(), reward=asked.format(here=tmp_path)))
-    preflight.check(replace(Recipe(), evaluation=Evaluation(metrics=(f"unifiedreward:{tmp_path}",))))
+        preflight.check_recipe(replace(Recipe(), reward=asked.format(here=tmp_path)))
+    preflight.check_recipe(replace(Recipe(), evaluation=Evaluation(metrics=(f"unifiedreward:{tmp_path}",))))
 
 
 def test_the_embedded_world_needs_nothing() -> None:
-    preflight.check(Recipe())
+    preflight.check_recipe(Recipe())
 
 
 @pytest.mark.slow

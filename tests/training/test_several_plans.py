@@ -13,7 +13,7 @@ from tests.builders import toy_world
 from tests.builders.problems import distance
 from tests.training.test_training_loop import gradient, ran
 from trajsurgery import DRTune, FlowBPLagrange, LeapAlign, Plan, ReFL, leapalign
-from trajsurgery.training.preflight import check
+from trajsurgery.training.preflight import check_recipe
 from trajsurgery.training.recipe import RecipeError
 
 PLANS = (leapalign(4, 1, 0.3), leapalign(3, 2, 0.3), leapalign(5, 3, 0.3))
@@ -69,6 +69,6 @@ def test_the_rollout_and_the_decode_are_made_once(tmp_path: Path) -> None:
 def test_plans_that_do_not_end_in_the_image_are_refused_before_the_run(tmp_path: Path) -> None:
     recipe = toy_world.recipe(tmp_path, ReFL(last=3))
     with pytest.raises(RecipeError, match=r"--rollout.plans 2.*ReFL"):
-        check(replace(recipe, rollout=replace(recipe.rollout, plans=2)))
+        check_recipe(replace(recipe, rollout=replace(recipe.rollout, plans=2)))
     with pytest.raises(RecipeError, match=r"rollout\.plans = 0"):
         replace(recipe, rollout=replace(recipe.rollout, plans=0))

@@ -16,12 +16,12 @@ from tests.builders import toy_world
 from tests.builders.problems import distance
 from trajsurgery import DRaFTLV, DRTune, LeapAlign, RecipeError, ReFL
 from trajsurgery.cli import train_command
-from trajsurgery.training.checkpoint import CHECKPOINT, METRICS, Log, Training
-from trajsurgery.training.components import Embeddings, RunComponents, call_of, trial
+from trajsurgery.training.checkpoint import CHECKPOINT, METRICS, Log, TrainingState
+from trajsurgery.training.components import PromptCache, RunComponents, check_reward, pipeline_arguments
 from trajsurgery.training.objective import Objective
 from trajsurgery.training.recipe import Method, Recipe
 from trajsurgery.training.settings import Optimiser
-from trajsurgery.training.training_loop import PATIENCE, Iteration, generator, iterate, train
+from trajsurgery.training.training_loop import PATIENCE, StepRecord, iteration_generator, train, training_step
 
 METHODS: dict[str, Method] = {
     "leapalign": LeapAlign(),
@@ -31,10 +31,10 @@ METHODS: dict[str, Method] = {
 }
 
 
-def ran(recipe: Recipe, world: RunComponents | None = None) -> tuple[Training, list[Iteration]]:
+def ran(recipe: Recipe, world: RunComponents | None = None) -> tuple[TrainingState, list[StepRecord]]:
     """A run of the loop alone."""
-    world, seen = world or toy_world.world(recipe), list[Iteration]()
-    training = Training.start(recipe, world.module)
+    world, seen = world or toy_world.world(recipe), list[StepRecord]()
+    training = TrainingState.start(recipe, world.module)
     assert train(recipe, world, training, seen.append)
     return training, seen
 
@@ -48,9 +48,9 @@ def gradient(recipe: Recipe, method: Method, **rollout: Any) -> list[Tensor]:
         optimiser=Optimiser(rate=1e-9, clip=1e9),
     )
     world = toy_world.world(recipe)
-    training, found = Training.start(recipe, world.module), list[Tensor]()
+    training, found = TrainingState.start(recipe, world.module), list[Tensor]()
     training.optimiser.step = lambda: found.extend(p.grad.clone() for p in training.parameters)
-    iterate(recipe, world, Embeddings(world.pipe, world.texts), training, 0.9)
+    training_step(recipe, world, PromptCache(world.pipe, world.texts), training, 0.9)
     return found
 
 
@@ -102,7 +102,7 @@ def test_the_log_has_a_line_an_iteration(tmp_path: Path) -> None:
     assert [line["iteration"] for line in lines] == [record.iteration for record in seen]
     names = ("kind", "iteration", "reward", "loss", "grad_norm", "clamped", "weight", "closed", "skipped", "times")
     assert lines[0].keys() == {*names, "seconds", "idle", "anchor"}
-    plan = recipe.method.draw(recipe.rollout.steps, generator(recipe.seed, 1, "plan"))
+    plan = recipe.method.draw(recipe.rollout.steps, iteration_generator(recipe.seed, 1, "plan"))
     assert lines[0]["times"] == sorted({n.t for n in plan.nodes if n.op == "velocity"}, reverse=True)
     assert 0 <= lines[0]["clamped"] <= 1
     assert lines[0]["weight"] > 0
@@ -118,10 +118,13 @@ def test_the_reward_logged_is_that_of_the_generated_images(tmp_path: Path) -> No
 def test_no_text_encoder_runs_in_the_loop(tmp_path: Path) -> None:
     recipe = toy_world.recipe(tmp_path)
     world = toy_world.world(recipe)
-    embeddings, training = Embeddings(world.pipe, world.texts, call_of(recipe)), Training.start(recipe, world.module)
+    embeddings, training = (
+        PromptCache(world.pipe, world.texts, pipeline_arguments(recipe)),
+        TrainingState.start(recipe, world.module),
+    )
     for part in (world.pipe.text_encoder, world.pipe.text_encoder_2):
         part.register_forward_hook(lambda *_: pytest.fail("a prompt was encoded in the loop"))
-    iterate(recipe, world, embeddings, training, 0.9)
+    training_step(recipe, world, embeddings, training, 0.9)
 
 
 def test_a_closed_hinge_teaches_nothing(tmp_path: Path) -> None:
@@ -133,10 +136,10 @@ def test_a_closed_hinge_teaches_nothing(tmp_path: Path) -> None:
 def test_ema_is_the_moving_average(tmp_path: Path) -> None:
     recipe = toy_world.recipe(tmp_path, iterations=4, ema=0.3)
     world = toy_world.world(recipe)
-    training = Training.start(recipe, world.module)
+    training = TrainingState.start(recipe, world.module)
     wanted = [p.detach().clone() for p in training.parameters]
 
-    def watch(record: Iteration) -> None:
+    def watch(record: StepRecord) -> None:
         step = record.iteration - 1
         decay = min((1 + step) / (10 + step), 0.3) if step else 0.0
         for average, p in zip(wanted, training.parameters, strict=True):
@@ -164,9 +167,9 @@ class Failing(toy_world.LikesRed):
 def test_what_is_not_finite_is_skipped_and_counted(tmp_path: Path, gradient: bool) -> None:
     recipe = toy_world.recipe(tmp_path)
     world = replace(toy_world.world(recipe), reward=Failing((2, 4), gradient))
-    training, weights = Training.start(recipe, world.module), dict[int, list[Tensor]]()
+    training, weights = TrainingState.start(recipe, world.module), dict[int, list[Tensor]]()
 
-    def watch(record: Iteration) -> None:
+    def watch(record: StepRecord) -> None:
         weights[record.iteration] = [p.detach().clone() for p in training.parameters]
 
     assert train(recipe, world, training, watch)
@@ -183,9 +186,9 @@ def test_what_is_not_finite_is_skipped_and_counted(tmp_path: Path, gradient: boo
 def test_three_in_a_row_stop_the_run_and_keep_the_last_good_weights(tmp_path: Path) -> None:
     recipe = toy_world.recipe(tmp_path, save_every=100)
     world = replace(toy_world.world(recipe), reward=Failing(range(3, 99)))
-    training, weights = Training.start(recipe, world.module), dict[int, list[Tensor]]()
+    training, weights = TrainingState.start(recipe, world.module), dict[int, list[Tensor]]()
 
-    def watch(record: Iteration) -> None:
+    def watch(record: StepRecord) -> None:
         weights[record.iteration] = [p.detach().clone() for p in training.parameters]
 
     with pytest.raises(RecipeError, match=r"3 in a row had a loss or gradient that is not finite.*weights are good"):
@@ -199,9 +202,9 @@ def test_spoilt_weights_are_never_saved(tmp_path: Path) -> None:
     """A step so large that the weights overflow: the checkpoint is that of the last good ones."""
     recipe = toy_world.recipe(tmp_path, save_every=1, iterations=8)
     world = toy_world.world(recipe)
-    training = Training.start(recipe, world.module)
+    training = TrainingState.start(recipe, world.module)
 
-    def watch(record: Iteration) -> None:
+    def watch(record: StepRecord) -> None:
         if record.iteration == 3:
             training.optimiser.param_groups[0]["lr"] = float("inf")
 
@@ -270,12 +273,12 @@ def test_what_a_reward_lacks_is_told_before_images_are_sampled(
 def test_a_reward_gives_a_score_an_image(tmp_path: Path, scores: Any, said: str) -> None:
     recipe = toy_world.recipe(tmp_path, objective=Objective(threshold=1.0))
     with pytest.raises(RecipeError, match=said):
-        trial(recipe, replace(toy_world.world(recipe), reward=lambda images, prompts: scores))
+        check_reward(recipe, replace(toy_world.world(recipe), reward=lambda images, prompts: scores))
 
 
 def test_draws_follow_from_seed_iteration_and_purpose() -> None:
     drawn = {
-        (seed, number, purpose): int(torch.randint(2**40, (), generator=generator(seed, number, purpose)))
+        (seed, number, purpose): int(torch.randint(2**40, (), generator=iteration_generator(seed, number, purpose)))
         for seed in range(3)
         for number in range(5)
         for purpose in ("plan", "prompts", "noise", "renoise")

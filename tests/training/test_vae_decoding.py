@@ -13,7 +13,7 @@ from tests.builders import toy_world
 from tests.tolerances import VALUE
 from trajsurgery import RecipeError
 from trajsurgery.training.settings import Decoder
-from trajsurgery.training.vae_decoding import OffloadedModule, dtype, prepare
+from trajsurgery.training.vae_decoding import OffloadedModule, prepare_vae, vae_dtype
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def vae() -> Any:
 
 def decoded(vae: Any, settings: Decoder, side: int = 24) -> tuple[Tensor, Tensor, int]:
     """Images of two latents, the gradient of their squares, and the bytes that the graph kept."""
-    prepare(vae, settings)
+    prepare_vae(vae, settings)
     z = torch.randn(2, 4, side, side + 8, generator=torch.Generator().manual_seed(2)).requires_grad_()
     kept: dict[int, int] = {}
 
@@ -78,12 +78,12 @@ def test_precision() -> None:
             self.config = type("Config", (), config)()
 
     auto = Decoder()
-    assert dtype(Says(force_upcast=True), auto, autocast=True) == torch.float32
-    assert dtype(Says(), auto, autocast=True) == torch.float32
-    assert dtype(Says(force_upcast=False), auto, autocast=True) == torch.bfloat16
-    assert dtype(Says(force_upcast=False), auto, autocast=False) == torch.float32
-    assert dtype(Says(force_upcast=False), Decoder(precision="float32"), autocast=True) == torch.float32
-    assert dtype(Says(force_upcast=True), Decoder(precision="bfloat16"), autocast=False) == torch.bfloat16
+    assert vae_dtype(Says(force_upcast=True), auto, autocast=True) == torch.float32
+    assert vae_dtype(Says(), auto, autocast=True) == torch.float32
+    assert vae_dtype(Says(force_upcast=False), auto, autocast=True) == torch.bfloat16
+    assert vae_dtype(Says(force_upcast=False), auto, autocast=False) == torch.float32
+    assert vae_dtype(Says(force_upcast=False), Decoder(precision="float32"), autocast=True) == torch.float32
+    assert vae_dtype(Says(force_upcast=True), Decoder(precision="bfloat16"), autocast=False) == torch.bfloat16
 
 
 def test_a_bfloat16_vae_takes_float32_latents_and_gives_them_their_gradient(vae: Any) -> None:
@@ -123,8 +123,8 @@ def test_a_guest_leaves_after_a_graph_that_nobody_ran(vae: Any) -> None:
 
 def test_what_a_vae_lacks_is_said() -> None:
     with pytest.raises(RecipeError, match="at least 8 pixels"):
-        prepare(toy_world.pipeline().vae, Decoder(tiling=4))
+        prepare_vae(toy_world.pipeline().vae, Decoder(tiling=4))
     other = VQModel(block_out_channels=(8,), norm_num_groups=4)
     for settings, lacks in {Decoder(tiling=64): "no tiles of a given side", Decoder(slicing=True): "no slices"}.items():
         with pytest.raises(RecipeError, match=lacks):
-            prepare(other, settings)
+            prepare_vae(other, settings)

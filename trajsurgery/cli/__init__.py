@@ -1,4 +1,4 @@
-"""The command `trajsurgery`: `score` grades pictures, `evaluate` makes them and compares models."""
+"""Commands: `trajsurgery score`, `trajsurgery evaluate`, and the commands behind recipe scripts."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Command = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Reads the command line and runs it; returns the exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    asked = tyro.cli(Command, args=given, prog="trajsurgery", description=__doc__)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = tyro.cli(Command, args=words, prog="trajsurgery", description=__doc__)
     console = Console()
     try:
-        return _run(asked, console)
+        return _run(options, console)
     except KeyboardInterrupt:
         console.print("interrupted: the same command goes on from the images that are there")
         return INTERRUPTED
@@ -36,14 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _run(asked: Score | Evaluate, console: Console) -> int:
-    if isinstance(asked, Score):
+def _run(options: Score | Evaluate, console: Console) -> int:
+    if isinstance(options, Score):
         from trajsurgery.evaluation import picture_scores
 
-        return picture_scores.run(asked, console)
+        return picture_scores.score_command(options, console)
     from trajsurgery.evaluation import model_comparison
 
-    return model_comparison.run(asked, console)
+    return model_comparison.evaluate_models(options, console)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`main(recipe)`: the main job from start to end, and `cli`, which makes a script of a recipe."""
+"""The training command: `cli` makes a script of recipes, `main(recipe)` runs one from start to end."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from trajsurgery.dry_run import plan_memory, table
 from trajsurgery.errors import SurgeryError
 from trajsurgery.evaluation import validation_rounds
-from trajsurgery.evaluation.held_out import Scores, evaluate, needed
+from trajsurgery.evaluation.held_out import HeldOutScores, evaluate, needed_prompts
 from trajsurgery.evaluation.paired_statistics import compare
 from trajsurgery.reports import run_report, validation_report
 from trajsurgery.training import components, lora, missing_gradients, preflight, srpo_support
-from trajsurgery.training.checkpoint import METRICS, Log, Training, resume, save, write_whole
+from trajsurgery.training.checkpoint import METRICS, Log, TrainingState, resume, save, write_atomically
 from trajsurgery.training.recipe import Recipe
-from trajsurgery.training.training_loop import Iteration, generator, train
+from trajsurgery.training.training_loop import StepRecord, iteration_generator, train
 
 INTERRUPTED = 130
-"""The exit code of a run that Ctrl-C or SIGTERM stopped, and that the same command goes on with."""
+"""Exit code of a run that Ctrl-C or SIGTERM stopped. The same command resumes it."""
 
 
 def cli(presets: Mapping[str, Recipe], description: str, args: Sequence[str] | None = None) -> int:
-    """Reads a recipe from the command line and runs it; returns the exit code."""
+    """Read a recipe from the command line and run it; return the exit code."""
     console = Console()
-    given = list(sys.argv[1:] if args is None else args)
-    chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    chosen.add_argument("--preset", choices=list(presets), default=next(iter(presets)))
-    preset = presets[chosen.parse_known_args(given)[0].preset]
+    words = list(sys.argv[1:] if args is None else args)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", choices=list(presets), default=next(iter(presets)))
+    preset = presets[parser.parse_known_args(words)[0].preset]
     try:
         with warnings.catch_warnings():  # tyro reads a method of the user's own all the same
             warnings.filterwarnings("ignore", message=".*does not match any type in Union")
-            recipe = tyro.cli(Recipe, default=preset, args=given, description=description, console_outputs=True)
+            recipe = tyro.cli(Recipe, default=preset, args=words, description=description, console_outputs=True)
         if recipe.dry_run:
             return dry_run(recipe, console)
         return INTERRUPTED if main(recipe, console=console) is None else 0
@@ -56,12 +56,12 @@ def cli(presets: Mapping[str, Recipe], description: str, args: Sequence[str] | N
 
 
 def dry_run(recipe: Recipe, console: Console) -> int:
-    """Prints what the run would take, and writes it to memory.json; returns the exit code."""
+    """Print what the run would take and write it to memory.json; return the exit code."""
     with console.status("counting under fake tensors"):
-        found = plan_memory(recipe)
-    console.print(table(found), highlight=False)
+        plan = plan_memory(recipe)
+    console.print(table(plan), highlight=False)
     path = recipe.output / "memory.json"
-    write_whole(path, lambda partial: partial.write_text(json.dumps(found.to_dict(), indent=1) + "\n"))
+    write_atomically(path, lambda partial: partial.write_text(json.dumps(plan.to_dict(), indent=1) + "\n"))
     console.print(f"In {path}.", highlight=False)
     return 0
 
@@ -69,95 +69,101 @@ def dry_run(recipe: Recipe, console: Console) -> int:
 def main(
     recipe: Recipe, scene: components.RunComponents | None = None, console: Console | None = None
 ) -> dict[str, Any] | None:
-    """Runs a recipe: evaluation, training, evaluation, pictures, weights. Goes on with a run that was interrupted.
+    """Run a recipe: evaluate, train, evaluate, save pictures and weights. Resume a run that was interrupted.
 
     Args:
-        scene: what the recipe's names stand for, if they are not to be resolved.
+        scene: pipeline, rewards and prompts, if they should not be loaded from the recipe's names.
 
     Returns:
         The evaluation's line of metrics.jsonl; None if the run was interrupted (it is saved).
 
     Raises:
-        RecipeError: the run can't start here, or the output folder holds another recipe's, or it diverged.
+        RecipeError: the run can't start here, the output folder holds another recipe's run, or it diverged.
     """
     console, began = console or Console(), time.monotonic()
     if scene is None:
-        preflight.check(recipe)
+        preflight.check_recipe(recipe)
     torch.set_num_threads(recipe.threads)
-    found = scene or components.load(recipe)
-    components.trial(recipe, found)
-    srpo_support.steerable(recipe, found.module)
-    validation_rounds.check(recipe, found)
-    training = Training.start(recipe, found.module)
+    parts = scene or components.load(recipe)
+    components.check_reward(recipe, parts)
+    srpo_support.check_guidance_is_input(recipe, parts.module)
+    validation_rounds.check_guards(recipe, parts)
+    training = TrainingState.start(recipe, parts.module)
     log = Log(recipe.output / METRICS)
-    finished = _finished(log)
+    final_record = _final_record(log)
     if resume(recipe, training):
-        if finished and (
+        if final_record and (
             training.iteration == recipe.iterations or training.early_stopping.stops(recipe.guards.patience)
         ):
-            log.append(finished)
-            return _said(recipe, console, finished, "this run is finished; --overwrite runs it again")
+            log.append(final_record)
+            return _print_summary(recipe, console, final_record, "this run is finished; --overwrite runs it again")
         console.print(f"goes on from iteration {training.iteration} in {recipe.output}")
     spent, every = training.seconds, range(1, recipe.iterations + 1)  # in the same batches wherever it goes on
-    asked = needed(found.heldout, recipe.evaluation.images) + needed(found.validation, recipe.guards.images)
+    prompts = needed_prompts(parts.heldout, recipe.evaluation.images) + needed_prompts(
+        parts.validation, recipe.guards.images
+    )
     with console.status("prompts are encoded"):
-        components.encode(recipe, found, asked, (generator(recipe.seed, number, "prompts") for number in every))
+        components.encode_prompts(
+            recipe, parts, prompts, (iteration_generator(recipe.seed, number, "prompts") for number in every)
+        )
     if training.before is None:
         with console.status("held-out images of the untuned model"):
-            training.before = evaluate(recipe, found).to_dict()
+            training.before = evaluate(recipe, parts).to_dict()
         training.seconds = time.monotonic() - began
         save(recipe, training)
     with _progress(recipe, training, console) as watch:
-        validate = validation_rounds.looking(recipe, found, training, partial(_look, console))
-        complete = train(recipe, found, training, watch, validate)
+        validate = validation_rounds.validation_callback(recipe, parts, training, partial(_print_validation, console))
+        complete = train(recipe, parts, training, watch, validate)
     if not complete:
         console.print(f"interrupted at iteration {training.iteration}, saved: the same command goes on from there")
         return None
-    evaluation = _finish(recipe, found, training, console)
+    evaluation = _save_results(recipe, parts, training, console)
     evaluation["seconds"] = round(spent + time.monotonic() - began, 1)
     log.append(evaluation)
-    run_report.curve(recipe.output / "reward.png", _title(recipe, training), log.read())
-    run_report.heldout(recipe.output / "heldout.png", _title(recipe, training), evaluation)
-    return _said(recipe, console, evaluation, "")
+    run_report.draw_curve(recipe.output / "reward.png", _run_title(recipe, training), log.read())
+    run_report.draw_held_out(recipe.output / "heldout.png", _run_title(recipe, training), evaluation)
+    return _print_summary(recipe, console, evaluation, "")
 
 
-def _look(console: Console, found: validation_rounds.ValidationResult) -> None:
-    console.print(validation_report.line(found), highlight=False, soft_wrap=True)
+def _print_validation(console: Console, result: validation_rounds.ValidationResult) -> None:
+    console.print(validation_report.validation_line(result), highlight=False, soft_wrap=True)
 
 
-def _finished(log: Log) -> dict[str, Any] | None:
-    """The evaluation with which the log ends, if it does."""
+def _final_record(log: Log) -> dict[str, Any] | None:
+    """Return the evaluation at the end of the log, if there is one."""
     lines = log.read()
     return lines[-1] if lines and lines[-1]["kind"] == "evaluation" else None
 
 
-def _finish(recipe: Recipe, found: components.RunComponents, training: Training, console: Console) -> dict[str, Any]:
-    """The averaged weights into the pipe, their evaluation, and everything there is to look at."""
+def _save_results(
+    recipe: Recipe, parts: components.RunComponents, training: TrainingState, console: Console
+) -> dict[str, Any]:
+    """Put the averaged weights into the pipeline, save and evaluate them, and draw the pictures."""
     validation_rounds.restore_best(recipe, training)
     training.ema.copy_to(training.parameters)
-    lora.save(found.pipe, recipe.train, recipe.output / "transformer")
-    write_whole(
+    lora.save_trained(parts.pipe, recipe.train, recipe.output / "transformer")
+    write_atomically(
         recipe.output / "recipe.json", lambda path: path.write_text(json.dumps(recipe.to_dict(), indent=1) + "\n")
     )
     with console.status("held-out images of the tuned model"):
-        after = evaluate(recipe, found)
+        after = evaluate(recipe, parts)
     assert training.before is not None, "the untuned model is evaluated before the first iteration"
-    before = Scores.from_dict(training.before)
-    run_report.samples(recipe.output / "samples.png", _title(recipe, training), before, after)
-    plan = recipe.method.draw(recipe.rollout.steps, generator(recipe.seed, 1, "plan"))
+    before = HeldOutScores.from_dict(training.before)
+    run_report.draw_samples(recipe.output / "samples.png", _run_title(recipe, training), before, after)
+    plan = recipe.method.draw(recipe.rollout.steps, iteration_generator(recipe.seed, 1, "plan"))
     plan.draw(recipe.output / "plan.svg")
     counts = {"iterations": training.iteration, "skipped": training.skipped}
-    return {**compare(before, after), **counts, **validation_rounds.summary(recipe, found, training)}
+    return {**compare(before, after), **counts, **validation_rounds.guards_summary(recipe, parts, training)}
 
 
-def _title(recipe: Recipe, training: Training) -> str:
+def _run_title(recipe: Recipe, training: TrainingState) -> str:
     length = f"{training.iteration} iterations of {recipe.rollout.batch}"
     return f"{type(recipe.method).__name__} on {recipe.model}, {length}"
 
 
-def _said(recipe: Recipe, console: Console, evaluation: dict[str, Any], remark: str) -> dict[str, Any]:
-    """The closing words."""
-    console.print(run_report.table(evaluation))
+def _print_summary(recipe: Recipe, console: Console, evaluation: dict[str, Any], remark: str) -> dict[str, Any]:
+    """Print the closing table and where the files are."""
+    console.print(run_report.results_table(evaluation))
     for line in (run_report.verdict(evaluation), *run_report.remarks(evaluation)):
         console.print(line, highlight=False)
     if evaluation["skipped"]:
@@ -172,8 +178,8 @@ def _said(recipe: Recipe, console: Console, evaluation: dict[str, Any], remark: 
 
 
 @contextmanager
-def _progress(recipe: Recipe, training: Training, console: Console) -> Generator[Callable[[Iteration], None]]:
-    """A bar with reward, loss, gradient norm and time left; a plain line now and then where there is no terminal."""
+def _progress(recipe: Recipe, training: TrainingState, console: Console) -> Generator[Callable[[StepRecord], None]]:
+    """Show reward, loss, gradient norm and time left; a plain line now and then where there is no terminal."""
     figures = TextColumn(
         "reward {task.fields[reward]} loss {task.fields[loss]} |g| {task.fields[norm]}{task.fields[skipped]}"
     )
@@ -185,7 +191,7 @@ def _progress(recipe: Recipe, training: Training, console: Console) -> Generator
             name, total=recipe.iterations, completed=training.iteration, reward="", loss="", norm="", skipped=""
         )
 
-        def watch(record: Iteration) -> None:
+        def watch(record: StepRecord) -> None:
             skipped = f" [bold red]skipped {training.skipped}[/]" if training.skipped else ""
             shown: dict[str, Any] = {
                 "reward": f"{record.reward:.4f}",
@@ -194,8 +200,8 @@ def _progress(recipe: Recipe, training: Training, console: Console) -> Generator
             }
             progress.update(task, completed=record.iteration, **shown, skipped=skipped)
             if record.idle:
-                said = missing_gradients.warning(record.idle, len(training.parameters))
-                console.print(f"iteration {record.iteration}: {said}", style="yellow", markup=False, highlight=False)
+                message = missing_gradients.warning(record.idle, len(training.parameters))
+                console.print(f"iteration {record.iteration}: {message}", style="yellow", markup=False, highlight=False)
             if not console.is_terminal and (record.iteration % every == 0 or record.skipped):
                 figures = " ".join(f"{key} {value}" for key, value in shown.items())
                 left = (recipe.iterations - record.iteration) * record.seconds

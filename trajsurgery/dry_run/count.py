@@ -41,7 +41,7 @@ def count(recipe: Recipe, known: Spec, images: int, sharded: bool) -> Counted:
     model = build(known, rollout, images, dtype)
     transformer: Any = model.transformer
     with model.mode, _default(dtype):
-        lora.stand_in(transformer, recipe.train)
+        lora.set_trainable_fake(transformer, recipe.train)
         if rollout.checkpointing:
             transformer.enable_gradient_checkpointing()
         with torch.autocast("cpu", torch.bfloat16, enabled=half and not sharded):
@@ -61,10 +61,10 @@ def count(recipe: Recipe, known: Spec, images: int, sharded: bool) -> Counted:
 def _decoder(recipe: Recipe, known: Spec, model: Model) -> Any:
     """The VAE as the recipe decodes with it."""
     vae, half = model.pipe.vae, recipe.rollout.precision == "bfloat16"
-    dtype = vae_decoding.dtype(vae, recipe.decoder, half)
+    dtype = vae_decoding.vae_dtype(vae, recipe.decoder, half)
     if dtype != torch.float32:  # `to` fails on fake parameters
         vae = made(known.vae, dtype)
-    vae_decoding.prepare(vae, recipe.decoder, half)
+    vae_decoding.prepare_vae(vae, recipe.decoder, half)
     return vae
 
 

@@ -1,4 +1,4 @@
-"""What a score is worth: the share of images that the rules call right, by the score that they got."""
+"""Calibration of a score against the rules: the share of images that the rules call right, by score."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ BINS = 8
 
 
 def reliability(scores: Tensor, correct: Tensor, bins: int = BINS) -> dict[str, Any]:
-    """The reliability curve of scores against verdicts, as a plain dict; images without a finite score are left out.
+    """Return the reliability curve of scores against verdicts as a dict; images without a finite score are left out.
 
-    `bins` holds the curve, lowest scores first: quantile bins of about as many images each (`from`, the least score,
-    the mean `score`, the share `correct`, the number of `images`). `auc` is the chance that a right image scores above
-    a wrong one, None if all are alike; `slope` the rise of the share by one unit of score, by least squares.
+    `bins` holds the curve, lowest scores first: quantile bins of about equal size (`from`, the least score; the mean
+    `score`; the share `correct`; the number of `images`). `auc` is the probability that a right image scores above a
+    wrong one, None if all verdicts agree; `slope` is the least-squares rise of the share by one unit of score.
 
     Args:
         scores: Float[images].
         correct: Bool[images].
     """
-    known = scores.isfinite()
-    x, y = scores[known].double(), correct[known].double()
+    finite = scores.isfinite()
+    x, y = scores[finite].double(), correct[finite].double()
     if not len(x):
         return {"bins": [], "auc": None, "slope": None}
     inner = torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1]
@@ -44,7 +44,7 @@ def reliability(scores: Tensor, correct: Tensor, bins: int = BINS) -> dict[str, 
 
 
 def area(scores: Tensor, correct: Tensor) -> float | None:
-    """Area under the ROC curve: how often a right image scores above a wrong one, ties counted half."""
+    """Return the area under the ROC curve: how often a right image scores above a wrong one, ties counted half."""
     right, wrong = scores[correct], scores[~correct]
     if not len(right) or not len(wrong):
         return None
@@ -58,21 +58,21 @@ def _slope(x: Tensor, y: Tensor) -> float | None:
 
 
 def expected(curve: Mapping[str, Any], scores: Tensor) -> float | None:
-    """The share of right images that a curve promises for other scores: each counts as its bin's share.
+    """Return the share of right images that a curve predicts for other scores: each counts as its bin's share.
 
-    Of the tuned images by the untuned model's curve: if the rules find fewer, part of the reward was gained without
-    becoming right.
+    Applied to tuned images with the untuned model's curve: if the rules find fewer, part of the reward was gained
+    without becoming right.
     """
-    known = scores[scores.isfinite()].double()
-    if not curve["bins"] or not len(known):
+    finite = scores[scores.isfinite()].double()
+    if not curve["bins"] or not len(finite):
         return None
     edges = torch.tensor([line["from"] for line in curve["bins"][1:]], dtype=torch.float64)
     shares = torch.tensor([line["correct"] for line in curve["bins"]], dtype=torch.float64)
-    return float(shares[torch.bucketize(known, edges, right=True)].mean())
+    return float(shares[torch.bucketize(finite, edges, right=True)].mean())
 
 
 def interval(share: float, count: int, z: float = 2.0) -> tuple[float, float]:
-    """The Wilson interval of a share of `count` images: where the true share lies, but for z standard errors."""
+    """Return the Wilson interval of a share of `count` images, z standard errors wide on each side."""
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
     # A share of 0 or 1 is an end of its own interval, which rounding must not put inside.

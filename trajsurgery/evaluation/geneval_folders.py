@@ -1,10 +1,10 @@
-"""Images of prompts in the folders that the official GenEval evaluator reads; those that are there are not made again.
+"""Make images in the folder layout of the official GenEval evaluator. Images that exist are not made again.
 
     FOLDER/00000/metadata.jsonl     the prompt's row: {"tag", "include", "prompt"} (github.com/djghosh13/geneval)
     FOLDER/00000/samples/0000.png   its images
 
-Each image has a generator of its own, and images are made in batches that are always the same, so that an image equals,
-bit for bit, the one of a plain call of the pipe with the batch's prompts and generators, whenever it is made.
+Each image has its own generator, and batches are always the same. So an image equals, bit for bit, that of a plain call
+of the pipeline with the batch's prompts and generators, whenever it is made.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from typing import Any
 import torch
 
 from trajsurgery.errors import RecipeError
-from trajsurgery.training.checkpoint import write_whole
+from trajsurgery.training.checkpoint import write_atomically
 from trajsurgery.training.prompts import Prompt
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An image that is asked for."""
+    """One image to make."""
 
     number: int
-    """Of its prompt, from 0."""
+    """Number of its prompt, from 0."""
     prompt: Prompt
     index: int
     """Among the images of its prompt, from 0."""
     seed: int
 
     def path(self, folder: Path) -> Path:
-        """Where it is kept."""
+        """Return the path of the image file."""
         return folder / f"{self.number:05d}" / "samples" / f"{self.index:04d}.png"
 
 
-def samples(prompts: Sequence[Prompt], images: int, seed: int) -> list[Sample]:
-    """All images, prompt by prompt; no two of a seed share theirs."""
+def list_samples(prompts: Sequence[Prompt], images: int, seed: int) -> list[Sample]:
+    """Return all images, prompt by prompt, each with a seed of its own."""
     return [
         Sample(number, prompt, index, seed * 2**40 + number * 2**16 + index)
         for number, prompt in enumerate(prompts)
@@ -47,56 +47,58 @@ def samples(prompts: Sequence[Prompt], images: int, seed: int) -> list[Sample]:
     ]
 
 
-def write_rows(folder: Path, asked: Sequence[Sample]) -> None:
-    """Each prompt's metadata.jsonl: the row that it was read from, with the tag and the prompt that GenEval reads."""
-    for sample in asked:
+def write_metadata(folder: Path, samples: Sequence[Sample]) -> None:
+    """Write each prompt's metadata.jsonl: the row of its file, with the tag and the prompt that GenEval reads."""
+    for sample in samples:
         if sample.index == 0:
-            known = dict(sample.prompt.record or {})
-            row = {"tag": sample.prompt.category, "include": [], **known, "prompt": sample.prompt.text}
+            record = dict(sample.prompt.record or {})
+            row = {"tag": sample.prompt.category, "include": [], **record, "prompt": sample.prompt.text}
             path = folder / f"{sample.number:05d}" / "metadata.jsonl"
             if not path.is_file():
                 text = json.dumps(row, default=str) + "\n"
-                write_whole(path, lambda partial, text=text: partial.write_text(text, encoding="utf-8"))
+                write_atomically(path, lambda partial, text=text: partial.write_text(text, encoding="utf-8"))
 
 
-def missing(folder: Path, asked: Sequence[Sample], batch: int) -> Iterator[tuple[Sample, ...]]:
-    """The batches of which an image is not there."""
-    for start in range(0, len(asked), batch):
-        part = tuple(asked[start : start + batch])
+def missing_samples(folder: Path, samples: Sequence[Sample], batch: int) -> Iterator[tuple[Sample, ...]]:
+    """Yield the batches in which an image is missing."""
+    for start in range(0, len(samples), batch):
+        part = tuple(samples[start : start + batch])
         if not all(sample.path(folder).is_file() for sample in part):
             yield part
 
 
-def make(
+def make_images(
     pipe: Any,
     call: Mapping[str, Any],
     folder: Path,
-    asked: Sequence[Sample],
+    samples: Sequence[Sample],
     batch: int,
     done: Callable[[int], object] = lambda _: None,
 ) -> None:
-    """Makes the images that are not there.
+    """Make the images that are missing.
 
     Args:
-        call: what the pipe is called with, beside prompts and generators.
-        done: told how many images were made.
+        call: arguments of the pipeline beside prompts and generators.
+        done: called with the number of images made.
 
     Raises:
-        RecipeError: the pipe makes no images.
+        RecipeError: the pipeline makes no images.
     """
-    for part in missing(folder, asked, batch):
-        found = pipe(
-            prompt=[sample.prompt.text for sample in part],
-            generator=[torch.Generator().manual_seed(sample.seed) for sample in part],
+    for batch_samples in missing_samples(folder, samples, batch):
+        result = pipe(
+            prompt=[sample.prompt.text for sample in batch_samples],
+            generator=[torch.Generator().manual_seed(sample.seed) for sample in batch_samples],
             output_type="pil",
             **call,
         )
-        images: Any = getattr(found, "images", None)
-        if images is None or len(images) != len(part) or not all(hasattr(image, "save") for image in images):
-            kind = type(found).__name__ if images is None else f"{len(images)} {type(images[0]).__name__}"
-            raise RecipeError(f"{type(pipe).__name__} gave {kind} for {len(part)} prompts: evaluate compares images.")
-        for sample, image in zip(part, images):
+        images: Any = getattr(result, "images", None)
+        if images is None or len(images) != len(batch_samples) or not all(hasattr(image, "save") for image in images):
+            kind = type(result).__name__ if images is None else f"{len(images)} {type(images[0]).__name__}"
+            raise RecipeError(
+                f"{type(pipe).__name__} gave {kind} for {len(batch_samples)} prompts: evaluate compares images."
+            )
+        for sample, image in zip(batch_samples, images):
             path = sample.path(folder)
             if not path.is_file():
-                write_whole(path, lambda partial, image=image: image.save(partial, format="PNG"))
-        done(len(part))
+                write_atomically(path, lambda partial, image=image: image.save(partial, format="PNG"))
+        done(len(batch_samples))

@@ -1,4 +1,4 @@
-"""Held-out images of a pipe and what reward and rules say of them; the same prompts and noise whenever it is asked."""
+"""Score images of held-out prompts; prompts and noise are the same in every evaluation of a run."""
 
 from __future__ import annotations
 
@@ -10,119 +10,125 @@ import torch
 from torch import Tensor
 
 from trajsurgery.evaluation import diversity
-from trajsurgery.rewards.by_name import parts
-from trajsurgery.training.components import Embeddings, RunComponents, call_of
+from trajsurgery.rewards.by_name import mixture_parts
+from trajsurgery.training.components import PromptCache, RunComponents, pipeline_arguments
 from trajsurgery.training.prompts import Prompt
 from trajsurgery.training.recipe import Recipe
 
 
 @dataclass(frozen=True, eq=False)
-class Scores:
-    """The record of an evaluation, image by image."""
+class HeldOutScores:
+    """The result of an evaluation, image by image."""
 
     texts: tuple[str, ...]
     categories: tuple[str, ...]
     reward: Tensor
     """Float[images]."""
     correct: Tensor | None
-    """Bool[images]: what the rules say, if there are rules."""
+    """Bool[images]: the rules' verdict, if there are rules."""
     junk: Tensor | None
-    """Float[images]: the share of pixels that belong to nothing."""
+    """Float[images]: the share of pixels that belong to no object, if there are rules."""
     pictures: Tensor
     """UInt8[pictures 3 h w]: the first images."""
     metrics: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    """Float[images] by name: what further scorers say, which no gradient climbs, and the parts of a reward that is a
-    sum, "WEIGHT*REWARD"."""
+    """Float[images] by name: further scorers, which are not trained on, and the parts of a reward that is a sum,
+    "WEIGHT*REWARD".
+    """
     apart: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     """Float[images] by name: how far each image is from the others of its prompt, NaN if it has none.
 
-    "pixels" is the root mean square difference of pixels in [0, 1]. A further scorer that has `features(images)` adds
-    1 - cosine of them. Those of the reward itself are not asked: as it is climbed, they close in on the prompt's text.
+    "pixels" is the root mean square difference of pixels in [0, 1]. A further scorer with `features(images)` adds 1 -
+    cosine of them. The reward's own features are not used: as the reward rises, they move towards the prompt's text.
     """
 
     def to_dict(self) -> dict[str, Any]:
-        """A dict of tensors, lists and None."""
+        """Return a dict of tensors, lists and None."""
         return asdict(self) | {"texts": list(self.texts), "categories": list(self.categories)}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Scores:
-        """What `to_dict` wrote."""
-        kept: dict[str, Any] = {**data, "texts": tuple(data["texts"]), "categories": tuple(data["categories"])}
-        return cls(**kept)
+    def from_dict(cls, data: Mapping[str, Any]) -> HeldOutScores:
+        """Restore what `to_dict` returned."""
+        fields: dict[str, Any] = {**data, "texts": tuple(data["texts"]), "categories": tuple(data["categories"])}
+        return cls(**fields)
 
 
-def spread(asked: Sequence[Prompt], count: int) -> list[Prompt]:
-    """`count` prompts, the categories in turn, the prompts of each in turn: every beginning is spread evenly too."""
+def spread_over_categories(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
+    """Return `count` prompts, taking categories in turn, so that every beginning is spread evenly too."""
     groups: dict[str, list[Prompt]] = {}
-    for prompt in asked:
+    for prompt in prompts:
         groups.setdefault(prompt.category, []).append(prompt)
     rows = list(groups.values())
     return [rows[i % len(rows)][(i // len(rows)) % len(rows[i % len(rows)])] for i in range(count)]
 
 
-def needed(asked: Sequence[Prompt], count: int) -> list[str]:
-    """The prompts that `count` images ask for, in their own order."""
-    wanted = {prompt.text for prompt in spread(asked, count)} if asked else set[str]()
-    return [prompt.text for prompt in asked if prompt.text in wanted]
+def needed_prompts(prompts: Sequence[Prompt], count: int) -> list[str]:
+    """Return the texts of the prompts that `count` images use, in their own order."""
+    used = {prompt.text for prompt in spread_over_categories(prompts, count)} if prompts else set[str]()
+    return [prompt.text for prompt in prompts if prompt.text in used]
 
 
-def evaluate(recipe: Recipe, world: RunComponents, embeddings: Embeddings | None = None) -> Scores:
-    """Images of the held-out prompts and their scores, with the weights that are in the pipe now.
+def evaluate(recipe: Recipe, world: RunComponents, embeddings: PromptCache | None = None) -> HeldOutScores:
+    """Make images of the held-out prompts with the current weights, and score them.
 
     Args:
-        embeddings: of these prompts, if they are there already.
+        embeddings: the encodings of these prompts, if they exist.
     """
-    asked = spread(world.heldout, recipe.evaluation.images)
+    prompts = spread_over_categories(world.heldout, recipe.evaluation.images)
     verdicts: list[tuple[Tensor, Tensor]] = []
     pictures: list[Tensor] = []
-    scorers, views = {"": world.reward, **parts(world.reward), **world.metrics}, _views(world)
-    scores, seen = _lists(scorers), _lists(views)
-    wanted = [prompt.text for prompt in asked]
-    for texts, images in _images(recipe, world, wanted, embeddings or Embeddings(world.pipe, wanted, call_of(recipe))):
+    scorers, features = {"": world.reward, **mixture_parts(world.reward), **world.metrics}, _image_features(world)
+    score_batches, feature_batches = _empty_lists(scorers), _empty_lists(features)
+    prompt_texts = [prompt.text for prompt in prompts]
+    for texts, images in _sample_images(
+        recipe, world, prompt_texts, embeddings or PromptCache(world.pipe, prompt_texts, pipeline_arguments(recipe))
+    ):
         with torch.no_grad():
             for name, scorer in scorers.items():
-                scores[name].append(scorer(images, texts).float().cpu())
-            for name, (view, _) in views.items():
-                seen[name].append(view(images).float().cpu())
+                score_batches[name].append(scorer(images, texts).float().cpu())
+            for name, (extract, _) in features.items():
+                feature_batches[name].append(extract(images).float().cpu())
         if world.judge is not None:
             verdicts.append(world.judge(images, texts))
         missing = recipe.evaluation.pictures - sum(map(len, pictures))
         pictures.append((images[: max(0, missing)].float().cpu() * 255).round().to(torch.uint8))
-    texts = tuple(prompt.text for prompt in asked)
-    found = {name: torch.cat(parts) for name, parts in scores.items()}
-    return Scores(
+    texts = tuple(prompt.text for prompt in prompts)
+    scores_by_name = {name: torch.cat(batches) for name, batches in score_batches.items()}
+    return HeldOutScores(
         texts,
-        tuple(prompt.category for prompt in asked),
-        found.pop(""),
+        tuple(prompt.category for prompt in prompts),
+        scores_by_name.pop(""),
         torch.cat([correct for correct, _ in verdicts]).cpu() if verdicts else None,
         torch.cat([junk for _, junk in verdicts]).cpu() if verdicts else None,
         torch.cat(pictures),
-        found,
-        {name: diversity.apart(torch.cat(seen[name]), texts, distance) for name, (_, distance) in views.items()},
+        scores_by_name,
+        {
+            name: diversity.distance_to_others(torch.cat(feature_batches[name]), texts, distance)
+            for name, (_, distance) in features.items()
+        },
     )
 
 
-def _lists(names: Iterable[str]) -> dict[str, list[Tensor]]:
+def _empty_lists(names: Iterable[str]) -> dict[str, list[Tensor]]:
     return {name: [] for name in names}
 
 
-def _views(world: RunComponents) -> dict[str, tuple[Callable[[Tensor], Tensor], diversity.Distance]]:
-    """By name, what of the images is compared, and how."""
-    known = {name: getattr(scorer, "features", None) for name, scorer in world.metrics.items()}
-    features = {name: (view, diversity.angle) for name, view in known.items() if view is not None}
-    return {"pixels": (diversity.small, diversity.difference), **features}
+def _image_features(world: RunComponents) -> dict[str, tuple[Callable[[Tensor], Tensor], diversity.Distance]]:
+    """Return, by name, the function that extracts what is compared, and the distance to compare it with."""
+    extractors = {name: getattr(scorer, "features", None) for name, scorer in world.metrics.items()}
+    features = {name: (extract, diversity.angle) for name, extract in extractors.items() if extract is not None}
+    return {"pixels": (diversity.downscaled, diversity.difference), **features}
 
 
-def _images(
-    recipe: Recipe, world: RunComponents, texts: list[str], embeddings: Embeddings
+def _sample_images(
+    recipe: Recipe, world: RunComponents, texts: list[str], embeddings: PromptCache
 ) -> Iterator[tuple[list[str], Tensor]]:
-    """(prompts, images [batch 3 h w]) batch by batch; the noise follows from seed, place and `evaluation.batch`."""
+    """Yield (prompts, images [batch 3 h w]); the noise follows from seed, position and `evaluation.batch`."""
     for start in range(0, len(texts), recipe.evaluation.batch):
         part = texts[start : start + recipe.evaluation.batch]
         images = world.pipe(
             **embeddings(part),
             num_inference_steps=recipe.evaluation.steps,
-            **call_of(recipe),
+            **pipeline_arguments(recipe),
             generator=torch.Generator().manual_seed(2**40 + recipe.seed * 1_000_003 + start),
             output_type="pt",
         )[0]

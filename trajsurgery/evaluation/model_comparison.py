@@ -1,4 +1,4 @@
-"""`trajsurgery evaluate`: images of several models from the same prompts and noise, their scores, side by side."""
+"""`trajsurgery evaluate`: make images with several models from the same prompts and noise, score and compare them."""
 
 from __future__ import annotations
 
@@ -20,224 +20,238 @@ from torch import nn
 
 from trajsurgery import tiny
 from trajsurgery.errors import RecipeError
-from trajsurgery.evaluation.comparison_table import Comparison, csv_of, markdown, table
-from trajsurgery.evaluation.geneval_folders import Sample, make, missing, samples, write_rows
-from trajsurgery.evaluation.held_out import spread
-from trajsurgery.evaluation.model_variants import ModelVariant, base, run_of, versions
+from trajsurgery.evaluation.comparison_table import Comparison, to_csv, to_markdown, to_table
+from trajsurgery.evaluation.geneval_folders import Sample, list_samples, make_images, missing_samples, write_metadata
+from trajsurgery.evaluation.held_out import spread_over_categories
+from trajsurgery.evaluation.model_variants import ModelVariant, base_model, find_variants, run_recipe
 from trajsurgery.evaluation.options import Evaluate
-from trajsurgery.evaluation.picture_scores import Picture, about, scores
-from trajsurgery.rewards.by_name import Reward, ask, scorer
-from trajsurgery.training.checkpoint import write_whole
+from trajsurgery.evaluation.picture_scores import Picture, reward_facts, score_pictures
+from trajsurgery.rewards.by_name import Reward, load_reward, score_one
+from trajsurgery.training.checkpoint import write_atomically
 from trajsurgery.training.components import quiet
-from trajsurgery.training.preflight import lacking_reward
+from trajsurgery.training.preflight import reward_problem
 from trajsurgery.training.prompts import Prompt, read_prompts
 from trajsurgery.training.recipe import EMBEDDED
 
 SETTINGS, FIGURES = "settings.json", "evaluation.json"
 RULES = "rules"
-"""The name of the embedded world's verdict among the scores: 1 for right, 0 for wrong."""
+"""Name of the embedded world's verdict among the scores: 1 for right, 0 for wrong."""
 
 
-def run(given: Evaluate, console: Console) -> int:
-    """The command; returns the exit code.
+def evaluate_models(options: Evaluate, console: Console) -> int:
+    """Run the command; return the exit code.
 
     Raises:
-        RecipeError, RewardError: what does not fit, before an image is made.
+        RecipeError, RewardError: invalid options, before an image is made.
     """
-    prompts, chosen = _prompts(given), versions(given)
-    call = _call(given)
-    rewards = _rewards(given, chosen, call)
-    asked = samples(prompts, given.images, given.seed)
-    _settle(given, chosen, call, asked)
+    prompts, variants = _load_prompts(options), find_variants(options)
+    call = _pipeline_arguments(options)
+    rewards = _load_rewards(options, variants, call)
+    samples = list_samples(prompts, options.images, options.seed)
+    _record_or_check_settings(options, variants, call, samples)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for version in chosen:
-        _images(given, version, call, asked, console)
-    found = {version.name: dict[str, list[float]]() for version in chosen}
+    for variant in variants:
+        _make_images(options, variant, call, samples, console)
+    scores = {variant.name: dict[str, list[float]]() for variant in variants}
     for name, reward in rewards.items():
-        _moved(reward, device)
-        for version in chosen:
-            pictures = [Picture(s.path(given.output / version.name), s.prompt.text) for s in asked]
-            with _progress(console, f"{name} of {version.name}", len(pictures)) as done, torch.no_grad():
-                found[version.name][name] = scores(reward, pictures, device, given.batch, done)
-        _moved(reward, torch.device("cpu"))
-    standing = Comparison(tuple(v.name for v in chosen), tuple(rewards), asked, found)
-    _write(given, chosen, call, standing, {name: about(reward) for name, reward in rewards.items()})
-    console.print(table(standing), highlight=False)
-    console.print(f"In {given.output}: {FIGURES}, table.md, scores.csv, {', '.join(v.name + '/' for v in chosen)}",
+        _move_reward(reward, device)
+        for variant in variants:
+            pictures = [Picture(s.path(options.output / variant.name), s.prompt.text) for s in samples]
+            with _progress(console, f"{name} of {variant.name}", len(pictures)) as done, torch.no_grad():
+                scores[variant.name][name] = score_pictures(reward, pictures, device, options.batch, done)
+        _move_reward(reward, torch.device("cpu"))
+    comparison = Comparison(tuple(v.name for v in variants), tuple(rewards), samples, scores)
+    _write_results(
+        options, variants, call, comparison, {name: reward_facts(reward) for name, reward in rewards.items()}
+    )
+    console.print(to_table(comparison), highlight=False)
+    console.print(f"In {options.output}: {FIGURES}, table.md, scores.csv, {', '.join(v.name + '/' for v in variants)}",
                   highlight=False, soft_wrap=True)  # fmt: skip
     return 0
 
 
-def _prompts(given: Evaluate) -> tuple[Prompt, ...]:
-    """What is asked of the models.
+def _load_prompts(options: Evaluate) -> tuple[Prompt, ...]:
+    """Return the prompts to evaluate.
 
     Raises:
         RecipeError: no such prompts; numbers below 1.
     """
-    counts = {"images": given.images, "limit": given.limit, "steps": given.steps, "batch": given.batch}
-    sizes = {"height": given.height, "width": given.width}
+    counts = {"images": options.images, "limit": options.limit, "steps": options.steps, "batch": options.batch}
+    sizes = {"height": options.height, "width": options.width}
     wrong = [f"{name} = {n}: it is at least 1." for name, n in (counts | sizes).items() if n is not None and n < 1]
-    wrong += [f"images = {given.images}: at most {2**16} of a prompt."] if given.images > 2**16 else []
-    wrong += [f"seed = {given.seed}: it lies in [0, 2^23)."] if not 0 <= given.seed < 2**23 else []
+    wrong += [f"images = {options.images}: at most {2**16} of a prompt."] if options.images > 2**16 else []
+    wrong += [f"seed = {options.seed}: it lies in [0, 2^23)."] if not 0 <= options.seed < 2**23 else []
     if wrong:
         raise RecipeError("\n".join(wrong))
-    name, _, split = given.prompts.partition(":")
+    name, _, split = options.prompts.partition(":")
     if name == "tiny":
         if split not in ("", "validation", "heldout", "train"):
-            raise RecipeError(f"prompts = {given.prompts}: the embedded world has tiny, tiny:validation, tiny:train.")
-        found = tuple(Prompt(p.text, p.category) for p in tiny.prompts(split or "heldout"))
+            raise RecipeError(f"prompts = {options.prompts}: the embedded world has tiny, tiny:validation, tiny:train.")
+        prompts = tuple(Prompt(p.text, p.category) for p in tiny.prompts(split or "heldout"))
     else:
-        found = read_prompts(given.prompts)
-    return tuple(found if given.limit is None else spread(found, min(given.limit, len(found))))
+        prompts = read_prompts(options.prompts)
+    return tuple(
+        prompts if options.limit is None else spread_over_categories(prompts, min(options.limit, len(prompts)))
+    )
 
 
-def _rewards(given: Evaluate, chosen: Sequence[ModelVariant], call: dict[str, Any]) -> dict[str, Reward]:
-    """The scorers by name, on the CPU; each is asked once, so that what it lacks is told before images are made.
+def _load_rewards(options: Evaluate, variants: Sequence[ModelVariant], call: dict[str, Any]) -> dict[str, Reward]:
+    """Load the scorers on the CPU, and score one image with each, so that faults are reported before images are made.
 
     Raises:
-        RecipeError, RewardError: one is not there, or gives no score an image.
+        RecipeError, RewardError: one is missing, or gives no score for each image.
     """
-    names = dict.fromkeys(given.reward)
-    lacking = [said for name in names if (said := lacking_reward(name))]
-    if lacking or not names:
-        raise RecipeError("\n".join(lacking) or "no reward to compare by: name some with --reward NAME.")
-    cpu, found = torch.device("cpu"), dict[str, Reward]()
+    names = dict.fromkeys(options.reward)
+    problems = [problem for name in names if (problem := reward_problem(name))]
+    if problems or not names:
+        raise RecipeError("\n".join(problems) or "no reward to compare by: name some with --reward NAME.")
+    cpu, rewards = torch.device("cpu"), dict[str, Reward]()
     with quiet():
         for name in names:
-            found[name] = scorer(name, cpu)
-    embedded = all(v.kind != "model" or v.where in ("tiny", "tiny:sd3") for v in chosen)
-    if given.prompts.partition(":")[0] == "tiny" and embedded:
-        found[RULES] = lambda images, texts: tiny.judge(images, list(texts)).correct.float()
-    side = 32 if base(given) in EMBEDDED else 224
+            rewards[name] = load_reward(name, cpu)
+    embedded = all(v.kind != "model" or v.where in ("tiny", "tiny:sd3") for v in variants)
+    if options.prompts.partition(":")[0] == "tiny" and embedded:
+        rewards[RULES] = lambda images, texts: tiny.judge(images, list(texts)).correct.float()
+    side = 32 if base_model(options) in EMBEDDED else 224
     grey = torch.full((1, 3, call.get("height", side), call.get("width", side)), 0.5)
     for name in names:
         with torch.no_grad():
-            ask(name, found[name], grey, "a red circle")
-    return found
+            score_one(name, rewards[name], grey, "a red circle")
+    return rewards
 
 
-def _call(given: Evaluate) -> dict[str, Any]:
-    """What the pipes are called with: as asked, else as the run that is compared was evaluated, else their own."""
-    recipe = run_of(given)
+def _pipeline_arguments(options: Evaluate) -> dict[str, Any]:
+    """Return the pipeline's arguments: from the options, else from the run that is compared, else the pipeline's own."""
+    recipe = run_recipe(options)
     rollout, evaluation = recipe.get("rollout", {}), recipe.get("evaluation", {})
     side = rollout.get("size")
-    found = {
-        "num_inference_steps": given.steps or evaluation.get("steps", 50),
-        "guidance_scale": rollout.get("guidance") if given.guidance is None else given.guidance,
-        "height": given.height or side,
-        "width": given.width or rollout.get("width") or side,
+    arguments = {
+        "num_inference_steps": options.steps or evaluation.get("steps", 50),
+        "guidance_scale": rollout.get("guidance") if options.guidance is None else options.guidance,
+        "height": options.height or side,
+        "width": options.width or rollout.get("width") or side,
     }
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in arguments.items() if value is not None}
 
 
-def _settle(given: Evaluate, chosen: Sequence[ModelVariant], call: dict[str, Any], asked: Sequence[Sample]) -> None:
-    """Notes what images the folder holds; or checks that it holds these.
+def _record_or_check_settings(
+    options: Evaluate, variants: Sequence[ModelVariant], call: dict[str, Any], samples: Sequence[Sample]
+) -> None:
+    """Write what the folder's images were made with, or raise if it differs from this evaluation.
 
     Raises:
-        RecipeError: it holds others, which would be mixed with these.
+        RecipeError: the folder holds images of another evaluation.
     """
-    rows = json.dumps([[s.prompt.text, s.prompt.category, s.seed] for s in asked]).encode()
-    here: dict[str, Any] = {
-        "model": base(given),
+    rows = json.dumps([[s.prompt.text, s.prompt.category, s.seed] for s in samples]).encode()
+    settings: dict[str, Any] = {
+        "model": base_model(options),
         "call": call,
-        "precision": given.precision,
-        "batch": given.batch,
-        "images": given.images,
-        "seed": given.seed,
-        "prompts": f"{given.prompts}, {hashlib.sha256(rows).hexdigest()}",
-        "weights": {version.name: version.fingerprint() for version in chosen},
+        "precision": options.precision,
+        "batch": options.batch,
+        "images": options.images,
+        "seed": options.seed,
+        "prompts": f"{options.prompts}, {hashlib.sha256(rows).hexdigest()}",
+        "weights": {variant.name: variant.fingerprint() for variant in variants},
     }
-    path, weights = given.output / SETTINGS, here["weights"]
-    if path.is_file() or any(next((given.output / name).glob("*/samples"), None) for name in weights):
-        there = _noted(path)
-        known = there.pop("weights", {})
-        plain = {name: value for name, value in here.items() if name != "weights"}
-        changed = [f"{n}: {there.get(n)} there, {v} here" for n, v in plain.items() if there.get(n) != v]
-        changed += [f"{n}: other weights than these" for n in weights if n in known and known[n] != weights[n]]
-        if changed and not given.overwrite:
+    path, weights = options.output / SETTINGS, settings["weights"]
+    if path.is_file() or any(next((options.output / name).glob("*/samples"), None) for name in weights):
+        saved_settings = _read_settings(path)
+        saved_weights = saved_settings.pop("weights", {})
+        plain = {name: value for name, value in settings.items() if name != "weights"}
+        changed = [
+            f"{n}: {saved_settings.get(n)} there, {v} here" for n, v in plain.items() if saved_settings.get(n) != v
+        ]
+        changed += [
+            f"{n}: other weights than these" for n in weights if n in saved_weights and saved_weights[n] != weights[n]
+        ]
+        if changed and not options.overwrite:
             raise RecipeError(
-                f"{given.output} holds images of another evaluation. It differs in\n  " + "\n  ".join(changed)
+                f"{options.output} holds images of another evaluation. It differs in\n  " + "\n  ".join(changed)
                 + "\nPass --overwrite to discard them, or --output with another folder."
             )  # fmt: skip
-        if given.overwrite:
-            _discard(given.output, {**known, **weights})
+        if options.overwrite:
+            _delete_images(options.output, {**saved_weights, **weights})
         else:
-            here["weights"] = {**known, **weights}
-    text = json.dumps(here, indent=1) + "\n"
-    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+            settings["weights"] = {**saved_weights, **weights}
+    text = json.dumps(settings, indent=1) + "\n"
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
-def _noted(path: Path) -> dict[str, Any]:
-    """What an earlier evaluation noted of its images; {} if it can't be read."""
+def _read_settings(path: Path) -> dict[str, Any]:
+    """Return the settings that an earlier evaluation saved; {} if they can't be read."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return {}
 
 
-def _discard(output: Path, names: Sequence[str] | dict[str, Any]) -> None:
-    """Removes the images of an earlier evaluation, and nothing else."""
+def _delete_images(output: Path, names: Sequence[str] | dict[str, Any]) -> None:
+    """Delete the images of an earlier evaluation, and nothing else."""
     for name in names:
         for folder in (output / name).glob("[0-9]" * 5):
             shutil.rmtree(folder)
 
 
-def _images(
-    given: Evaluate, version: ModelVariant, call: dict[str, Any], asked: list[Sample], console: Console
+def _make_images(
+    options: Evaluate, variant: ModelVariant, call: dict[str, Any], samples: list[Sample], console: Console
 ) -> None:
-    """The images of one model, which is loaded only if some are not there."""
-    folder = given.output / version.name
-    write_rows(folder, asked)
-    left = sum(len(part) for part in missing(folder, asked, given.batch))
-    if not left:
+    """Make one model's images; the model is loaded only if some are missing."""
+    folder = options.output / variant.name
+    write_metadata(folder, samples)
+    missing = sum(len(part) for part in missing_samples(folder, samples, options.batch))
+    if not missing:
         return
-    with console.status(f"loading {version.where}"):
-        pipe = version.load(base(given), given.precision)
-    takes = inspect.signature(pipe.__call__).parameters
-    unknown = [name for name in call if name not in takes]
-    if unknown and any(getattr(given, {"guidance_scale": "guidance"}.get(name, name), None) for name in unknown):
+    with console.status(f"loading {variant.where}"):
+        pipe = variant.load(base_model(options), options.precision)
+    accepted = inspect.signature(pipe.__call__).parameters
+    unknown = [name for name in call if name not in accepted]
+    if unknown and any(getattr(options, {"guidance_scale": "guidance"}.get(name, name), None) for name in unknown):
         raise RecipeError(f"{type(pipe).__name__} takes no {', '.join(unknown)}: leave it out.")
-    with _progress(console, f"images of {version.name}", len(asked), len(asked) - left) as done:
-        make(pipe, {n: v for n, v in call.items() if n in takes}, folder, asked, given.batch, done)
+    with _progress(console, f"images of {variant.name}", len(samples), len(samples) - missing) as done:
+        make_images(pipe, {n: v for n, v in call.items() if n in accepted}, folder, samples, options.batch, done)
     del pipe
     gc.collect()
     torch.cuda.empty_cache()
 
 
-def _moved(reward: Reward, device: torch.device) -> None:
+def _move_reward(reward: Reward, device: torch.device) -> None:
     if isinstance(reward, nn.Module):
         reward.to(device)
 
 
 @contextmanager
-def _progress(console: Console, said: str, total: int, completed: int = 0) -> Generator[Any]:
-    """A bar; a plain line every tenth where there is no terminal."""
+def _progress(console: Console, label: str, total: int, completed: int = 0) -> Generator[Any]:
+    """Show a progress bar, or a plain line every tenth where there is no terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task, count = progress.add_task(said, total=total, completed=completed), completed
+        task, count = progress.add_task(label, total=total, completed=completed), completed
 
         def done(more: int) -> None:
             nonlocal count
             before, count = count, count + more
             progress.update(task, completed=count)
             if not console.is_terminal and count * 10 // total > before * 10 // total:
-                console.print(f"{said}: {count}/{total}", highlight=False)
+                console.print(f"{label}: {count}/{total}", highlight=False)
 
         yield done
 
 
-def _write(
-    given: Evaluate, chosen: Sequence[ModelVariant], call: dict[str, Any], standing: Comparison, rewards: dict[str, Any]
+def _write_results(
+    options: Evaluate,
+    variants: Sequence[ModelVariant],
+    call: dict[str, Any],
+    comparison: Comparison,
+    rewards: dict[str, Any],
 ) -> None:
-    """evaluation.json, table.md and scores.csv."""
-    models = {version.name: {"kind": version.kind, "where": version.where} for version in chosen}
-    how = {"prompts": given.prompts, "call": call, "precision": given.precision, "batch": given.batch}
-    figures = {"models": models, **how, "rewards": rewards, **standing.to_dict()}
-    asked = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(given).items()}
+    """Write evaluation.json, table.md and scores.csv."""
+    models = {variant.name: {"kind": variant.kind, "where": variant.where} for variant in variants}
+    how = {"prompts": options.prompts, "call": call, "precision": options.precision, "batch": options.batch}
+    figures = {"models": models, **how, "rewards": rewards, **comparison.to_dict()}
+    arguments = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(options).items()}
     texts = {
-        FIGURES: json.dumps({"asked": asked, **figures}, indent=1) + "\n",
-        "table.md": markdown(standing),
-        "scores.csv": csv_of(standing),
+        FIGURES: json.dumps({"asked": arguments, **figures}, indent=1) + "\n",
+        "table.md": to_markdown(comparison),
+        "scores.csv": to_csv(comparison),
     }
     for name, text in texts.items():
-        write_whole(given.output / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+        write_atomically(options.output / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))

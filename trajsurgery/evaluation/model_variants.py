@@ -1,4 +1,4 @@
-"""The models that an evaluation compares: a base, and what was tuned from it. Found by name, before any is loaded."""
+"""The models that an evaluation compares: a base, and what was tuned from it. They are found before any is loaded."""
 
 from __future__ import annotations
 
@@ -13,85 +13,85 @@ from trajsurgery.errors import RecipeError
 from trajsurgery.evaluation.options import Evaluate
 from trajsurgery.rewards.weights import cached
 from trajsurgery.training import components
-from trajsurgery.training.preflight import lacking_model
+from trajsurgery.training.preflight import model_problem
 from trajsurgery.training.recipe import EMBEDDED, Recipe
 from trajsurgery.training.settings import Rollout
 
 BASE = "base"
 LORA = "pytorch_lora_weights.safetensors"
-"""What `save_lora_weights` writes."""
+"""The file that `save_lora_weights` writes."""
 
 PLACES = 64
-"""So many places of a weight file are looked at to tell it from another."""
+"""So many places of a weight file are hashed."""
 
 
 @dataclass(frozen=True)
 class ModelVariant:
-    """A model of an evaluation."""
+    """One model of an evaluation."""
 
     name: str
-    """Of its column, and of its folder of images."""
+    """Heading of its column and name of its image folder."""
     kind: Literal["model", "transformer", "adapters"]
     where: str
-    """A name or a path: of a whole model, of a transformer alone, or of adapters for the base."""
+    """Name or path of a whole model, of a transformer alone, or of adapters for the base."""
 
     def load(self, base: str, precision: Literal["float32", "bfloat16"]) -> Any:
-        """Its pipeline, silent, in eval mode."""
+        """Load its pipeline, in eval mode and without progress bars."""
         with components.quiet():
-            pipe = components.pipeline(self.where if self.kind == "model" else base)
+            pipe = components.load_pipeline(self.where if self.kind == "model" else base)
             if self.kind == "transformer":
-                own = type(pipe.transformer).from_pretrained(self.where, torch_dtype=pipe.transformer.dtype)
-                pipe.register_modules(transformer=own.to(pipe.transformer.device))
+                transformer = type(pipe.transformer).from_pretrained(self.where, torch_dtype=pipe.transformer.dtype)
+                pipe.register_modules(transformer=transformer.to(pipe.transformer.device))
             elif self.kind == "adapters":
-                file = _adapters(Path(self.where)) or Path(self.where) / LORA
+                file = _adapter_file(Path(self.where)) or Path(self.where) / LORA
                 pipe.load_lora_weights(str(file.parent), weight_name=file.name, local_files_only=True)
-        return components.frozen(pipe, Recipe(rollout=Rollout(precision=precision)))
+        return components.prepare_pipeline(pipe, Recipe(rollout=Rollout(precision=precision)))
 
     def fingerprint(self) -> str | None:
-        """A hash that changes if the files do; None for what is not in a folder of its own."""
+        """Return a hash that changes if the weight files do; None for what has no folder of its own."""
         path = Path(self.where)
         if self.where in EMBEDDED or not path.exists():
             return None
         files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         for file in files:
             size = file.stat().st_size
-            found.update(f"{file.name} {size}\n".encode())
+            digest.update(f"{file.name} {size}\n".encode())
             with file.open("rb") as data:
                 for i in range(PLACES):
                     data.seek(size * i // PLACES)
-                    found.update(data.read(2**16))
-        return found.hexdigest()
+                    digest.update(data.read(2**16))
+        return digest.hexdigest()
 
 
-def versions(given: Evaluate) -> tuple[ModelVariant, ...]:
-    """The base, then what was tuned, in the order asked for.
+def find_variants(options: Evaluate) -> tuple[ModelVariant, ...]:
+    """Return the base, then the tuned models in the order of the options.
 
     Raises:
-        RecipeError: what is not there, all of it at once; two of one name.
+        RecipeError: all that is missing, or two models with one name.
     """
-    found = [ModelVariant(BASE, "model", base(given)), *map(_tuned, given.tuned)]
-    missing = [line for version in found if (line := _lacking(version))]
-    names = [version.name for version in found]
-    double = sorted({name for name in names if names.count(name) > 1})
-    if double:
-        missing.append(f"two models are called {', '.join(double)}: the name is that of the folder; rename one.")
-    if missing:
-        raise RecipeError("\n".join(["this evaluation can't run here:", *(f"  - {line}" for line in missing)]))
-    return tuple(found)
+    variants = [ModelVariant(BASE, "model", base_model(options)), *map(_tuned_variant, options.tuned)]
+    problems = [problem for variant in variants if (problem := _variant_problem(variant))]
+    names = [variant.name for variant in variants]
+    duplicates = sorted({name for name in names if names.count(name) > 1})
+    if duplicates:
+        problems.append(f"two models are called {', '.join(duplicates)}: the name is that of the folder; rename one.")
+    if problems:
+        raise RecipeError("\n".join(["this evaluation can't run here:", *(f"  - {problem}" for problem in problems)]))
+    return tuple(variants)
 
 
-def base(given: Evaluate) -> str:
-    """The base model: as asked, else that of the first run, else tiny."""
-    return given.model or next((str(r["model"]) for r in _runs(given.tuned)), "tiny")
+def base_model(options: Evaluate) -> str:
+    """Return the base model: from the options, else that of the first run, else tiny."""
+    return options.model or next((str(r["model"]) for r in _tuned_runs(options.tuned)), "tiny")
 
 
-def run_of(given: Evaluate) -> dict[str, Any]:
-    """The recipe of the first run among what was tuned; {} if there is none."""
-    return next(_runs(given.tuned), {})
+def run_recipe(options: Evaluate) -> dict[str, Any]:
+    """Return the recipe of the first run among the tuned models; {} if there is none."""
+    return next(_tuned_runs(options.tuned), {})
 
 
-def _runs(tuned: Iterable[str]) -> Iterator[dict[str, Any]]:
+def _tuned_runs(tuned: Iterable[str]) -> Iterator[dict[str, Any]]:
     for where in tuned:
         for folder in (Path(where), Path(where).parent):
             if (folder / "recipe.json").is_file() and (folder / "transformer").is_dir():
@@ -99,42 +99,42 @@ def _runs(tuned: Iterable[str]) -> Iterator[dict[str, Any]]:
                 break
 
 
-def _tuned(where: str) -> ModelVariant:
+def _tuned_variant(where: str) -> ModelVariant:
     path = Path(where)
     if path.is_dir() and (path / "transformer").is_dir() and not (path / "model_index.json").is_file():
-        return _tuned(str(path / "transformer"))
+        return _tuned_variant(str(path / "transformer"))
     name = (path.parent if path.name == "transformer" else path).name.removesuffix(".safetensors") or where
     name = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
-    if _adapters(path) is not None or (not path.exists() and cached(where, LORA)):
+    if _adapter_file(path) is not None or (not path.exists() and cached(where, LORA)):
         return ModelVariant(name, "adapters", where)
     if (path / "config.json").is_file() and not (path / "model_index.json").is_file():
         return ModelVariant(name, "transformer", where)
     return ModelVariant(name, "model", where)
 
 
-def _adapters(path: Path) -> Path | None:
-    """The file of adapters that a path is or holds: one of weights without the configuration of a model beside it."""
+def _adapter_file(path: Path) -> Path | None:
+    """Return the adapter file that a path is or holds: weights without a model configuration beside them."""
     if path.is_file():
         return path
-    found = [path / LORA] if (path / LORA).is_file() else sorted(path.glob("*.safetensors"))
+    files = [path / LORA] if (path / LORA).is_file() else sorted(path.glob("*.safetensors"))
     alone = not (path / "config.json").is_file() and not (path / "model_index.json").is_file()
-    return found[0] if len(found) == 1 and alone else None
+    return files[0] if len(files) == 1 and alone else None
 
 
-def _lacking(version: ModelVariant) -> str | None:
-    path = Path(version.where)
-    if version.where == "tiny:wan":
+def _variant_problem(variant: ModelVariant) -> str | None:
+    path = Path(variant.where)
+    if variant.where == "tiny:wan":
         return "tiny:wan makes videos: evaluate compares images."
-    if version.kind == "transformer" and not any(path.glob("*.safetensors")):
+    if variant.kind == "transformer" and not any(path.glob("*.safetensors")):
         return f"{path} has a config.json, but no weights (*.safetensors)."
-    if version.kind != "model":
+    if variant.kind != "model":
         return None
-    if version.name != BASE and path.is_dir() and not (path / "model_index.json").is_file():
+    if variant.name != BASE and path.is_dir() and not (path / "model_index.json").is_file():
         unfinished = " It is a run that is not finished." if (path / "checkpoint.pt").is_file() else ""
         return (
             f"{path} holds nothing tuned: no transformer/, no config.json, no {LORA}, no model_index.json.{unfinished}"
         )
-    if version.name != BASE and not path.exists() and version.where not in EMBEDDED:
-        said = lacking_model(version.where)
-        return said and said.replace("--model FOLDER", "--tuned FOLDER")
-    return lacking_model(version.where)
+    if variant.name != BASE and not path.exists() and variant.where not in EMBEDDED:
+        problem = model_problem(variant.where)
+        return problem and problem.replace("--model FOLDER", "--tuned FOLDER")
+    return model_problem(variant.where)

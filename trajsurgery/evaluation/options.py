@@ -1,4 +1,4 @@
-"""What the commands take. Nothing heavy is imported here, so that `--help` is quick."""
+"""Options of the commands. Nothing heavy is imported here, so `--help` is fast."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tyro.conf import Positional, UseAppendAction
 
 @dataclass(frozen=True)
 class Score:
-    """Scores pictures with rewards."""
+    """Score pictures with rewards."""
 
     images: Positional[tuple[Path, ...]]
     """Picture files, or folders of them."""
@@ -27,41 +27,44 @@ class Score:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Makes images of prompts with a model, and with what was tuned from it, and compares their scores.
+    """Make images of prompts with a model and with models tuned from it, and compare their scores.
 
-    The same command goes on after an interruption. Each model's folder of images is laid out as the official GenEval
-    evaluator reads it.
+    The same command resumes after an interruption. Each model's image folder has the layout that the official GenEval
+    evaluator reads.
     """
 
     prompts: str
     """tiny, tiny:validation, or a file: text, JSONL, JSON, parquet, also as HPDv2, MJHQ-30K and GenEval have them."""
     reward: UseAppendAction[tuple[str, ...]]
-    """As in recipes; may be given several times. Images of the embedded world are judged by its rules as well."""
+    """As in recipes; may be given several times. Images of the embedded world are also judged by its rules."""
     model: str | None = None
-    """tiny, tiny:sd3, a folder that diffusers can load, or a hub id that is cached; else what the first --tuned was
-    tuned from, or tiny."""
+    """tiny, tiny:sd3, a folder that diffusers can load, or a hub id that is cached; by default what the first --tuned
+    was
+    tuned from, or tiny.
+    """
     tuned: UseAppendAction[tuple[str, ...]] = ()
-    """What is compared with it: the folder of a run, its transformer folder, adapters (a folder or file that
-    load_lora_weights reads), or another model; may be given several times."""
+    """What to compare: the folder of a run, its transformer folder, adapters (a folder or file that load_lora_weights
+    reads), or another model; may be given several times.
+    """
     images: int = 4
     """Images a prompt."""
     limit: int | None = None
-    """So many prompts, spread evenly over the categories; all if left out."""
+    """So many prompts, spread evenly over the categories; all by default."""
     steps: int | None = None
-    """The sampler's; if left out those of the run's evaluation, or 50."""
+    """Sampler steps; by default those of the run's evaluation, or 50."""
     guidance: float | None = None
-    """guidance_scale; if left out the run's, or the pipeline's own."""
+    """guidance_scale; by default the run's, or the pipeline's own."""
     height: int | None = None
-    """In pixels; if left out the run's size, or the pipeline's own."""
+    """In pixels; by default the run's size, or the pipeline's own."""
     width: int | None = None
     """In pixels."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 runs the transformer under autocast."""
     batch: int = 4
-    """Images at once. It is part of what makes an image: other sizes round in another way."""
+    """Images at once. It changes an image slightly: other batch sizes round differently."""
     seed: int = 0
-    """All noise follows from it; the seed of each image is in evaluation.json."""
+    """Determines all noise; the seed of each image is in evaluation.json."""
     output: Path = Path("outputs/evaluation")
-    """Where images and figures are written."""
+    """Folder for images and figures."""
     overwrite: bool = False
     """Discard the images of another evaluation in the output folder."""

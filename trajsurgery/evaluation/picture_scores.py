@@ -1,4 +1,4 @@
-"""`trajsurgery score`: scores of pictures, printed and saved."""
+"""`trajsurgery score`: score picture files, print and save the scores."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from torch import Tensor, nn
 from trajsurgery.errors import RewardError
 from trajsurgery.evaluation.options import Score
 from trajsurgery.rewards import contract
-from trajsurgery.rewards.by_name import Reward, scorer
-from trajsurgery.training.checkpoint import write_whole
+from trajsurgery.rewards.by_name import Reward, load_reward
+from trajsurgery.training.checkpoint import write_atomically
 from trajsurgery.training.components import quiet
-from trajsurgery.training.preflight import lacking_reward
+from trajsurgery.training.preflight import reward_problem
 
 KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image file and the text that it is to be scored with."""
+    """An image file and the prompt to score it with."""
 
     path: Path
     prompt: str
 
 
-def pictures(images: Sequence[Path], prompts: Path) -> tuple[Picture, ...]:
-    """The image files, those of a folder by name, with their prompts.
+def find_pictures(images: Sequence[Path], prompts: Path) -> tuple[Picture, ...]:
+    """Return the image files (those of a folder by name) with their prompts.
 
     Args:
-        prompts: a .jsonl file of {"image": NAME, "prompt": TEXT}, in any order, or a text file with one prompt a line,
-            in the order of the images.
+        prompts: a .jsonl file of {"image": NAME, "prompt": TEXT} in any order, or a text file with one prompt a line in
+            the order of the images.
 
     Raises:
-        RewardError: no images; an image without a prompt, or more prompts than images.
+        RewardError: no images, an image without a prompt, or more prompts than images.
     """
-    paths = [path for given in images for path in (_within(given) if given.is_dir() else (given,))]
-    gone = [path for path in paths if not path.is_file()]
-    if gone or not paths:
-        raise RewardError(f"there is no {gone[0]}." if gone else f"no images ({', '.join(KINDS)}) in {images[0]}.")
+    paths = [path for entry in images for path in (_pictures_in(entry) if entry.is_dir() else (entry,))]
+    absent = [path for path in paths if not path.is_file()]
+    if absent or not paths:
+        raise RewardError(f"there is no {absent[0]}." if absent else f"no images ({', '.join(KINDS)}) in {images[0]}.")
     if not prompts.is_file():
         raise RewardError(f"there is no file {prompts}: --prompts takes one prompt a line, or JSONL.")
     lines = [line for line in prompts.read_text().splitlines() if line.strip()]
@@ -66,60 +66,60 @@ def pictures(images: Sequence[Path], prompts: Path) -> tuple[Picture, ...]:
     return tuple(Picture(path, texts[path.name]) for path in paths)
 
 
-def _within(folder: Path) -> list[Path]:
+def _pictures_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in KINDS)
 
 
-def read(path: Path, device: torch.device) -> Tensor:
-    """A picture, Float[1 3 h w] in [0, 1].
+def read_picture(path: Path, device: torch.device) -> Tensor:
+    """Read a picture as Float[1 3 h w] in [0, 1].
 
     Raises:
-        RewardError: it is none.
+        RewardError: PIL can't read it.
     """
     from PIL import Image, UnidentifiedImageError
     from torchvision.transforms.functional import pil_to_tensor
 
     try:
         with Image.open(path) as picture:
-            found = pil_to_tensor(picture.convert("RGB"))
+            pixels = pil_to_tensor(picture.convert("RGB"))
     except (UnidentifiedImageError, OSError) as error:
         raise RewardError(f"{path} is no picture that PIL can read ({error}).") from error
-    return found[None].to(device) / 255
+    return pixels[None].to(device) / 255
 
 
 @torch.no_grad()
-def scores(
+def score_pictures(
     reward: Reward,
-    asked: Sequence[Picture],
+    pictures: Sequence[Picture],
     device: torch.device,
     batch: int = 1,
     done: Callable[[int], object] = lambda _: None,
 ) -> list[float]:
-    """The score of each picture, at its own size: the original's number, whose pixels are bytes too (`rounded`).
+    """Return the score of each picture at its own size, rounding pixels to bytes as the original code does (`rounded`).
 
     Args:
         batch: so many at once, of those that follow each other and have one size.
-        done: told how many were graded.
+        done: called with the number of pictures scored.
     """
-    _on_bytes(reward)
-    found = list[float]()
-    for images, texts in _batches(asked, device, batch):
-        found += reward(images, texts).float().tolist()
+    _round_like_bytes(reward)
+    scores = list[float]()
+    for images, texts in _batches(pictures, device, batch):
+        scores += reward(images, texts).float().tolist()
         done(len(texts))
-    return found
+    return scores
 
 
-def _on_bytes(reward: Reward) -> None:
-    """Sets `rounded` of a reward and of those that it is made of."""
+def _round_like_bytes(reward: Reward) -> None:
+    """Set `rounded` on a reward and on the rewards it consists of."""
     for part in reward.modules() if isinstance(reward, nn.Module) else ():
         if isinstance(part, contract.Reward):
             part.rounded = True
 
 
-def _batches(asked: Sequence[Picture], device: torch.device, batch: int) -> Iterator[tuple[Tensor, list[str]]]:
+def _batches(pictures: Sequence[Picture], device: torch.device, batch: int) -> Iterator[tuple[Tensor, list[str]]]:
     images, texts = list[Tensor](), list[str]()
-    for picture in asked:
-        image = read(picture.path, device)
+    for picture in pictures:
+        image = read_picture(picture.path, device)
         if images and (len(images) == batch or image.shape != images[0].shape):
             yield torch.cat(images), texts
             images, texts = [], []
@@ -129,55 +129,57 @@ def _batches(asked: Sequence[Picture], device: torch.device, batch: int) -> Iter
         yield torch.cat(images), texts
 
 
-def about(reward: Reward) -> dict[str, Any]:
-    """What a reward says of itself."""
+def reward_facts(reward: Reward) -> dict[str, Any]:
+    """Return scale, source and licence of a reward."""
     return {key: getattr(reward, key, None) for key in ("scale", "source", "licence")}
 
 
-def summary(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error; NaN for one value."""
-    found = torch.tensor(values, dtype=torch.float64)
-    return float(found.mean()), float(found.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean and its standard error; NaN for one value."""
+    scores = torch.tensor(values, dtype=torch.float64)
+    return float(scores.mean()), float(scores.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
-def run(given: Score, console: Console) -> int:
-    """The command; returns the exit code.
+def score_command(options: Score, console: Console) -> int:
+    """Run the command; return the exit code.
 
     Raises:
-        RewardError, RecipeError: what does not fit; nothing is written then.
+        RewardError, RecipeError: invalid options, before anything is written.
     """
-    if not given.reward:
+    if not options.reward:
         raise RewardError("no reward to score with: name some with --reward NAME.")
-    if given.batch < 1:
-        raise RewardError(f"--batch {given.batch}: at least one picture at once.")
-    if lacking := [said for name in given.reward if (said := lacking_reward(name))]:
-        raise RewardError("\n".join(lacking))
-    asked = pictures(given.images, given.prompts)
+    if options.batch < 1:
+        raise RewardError(f"--batch {options.batch}: at least one picture at once.")
+    if problems := [problem for name in options.reward if (problem := reward_problem(name))]:
+        raise RewardError("\n".join(problems))
+    pictures = find_pictures(options.images, options.prompts)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found, told = dict[str, list[float]](), dict[str, dict[str, Any]]()
-    for name in dict.fromkeys(given.reward):
+    scores, facts = dict[str, list[float]](), dict[str, dict[str, Any]]()
+    for name in dict.fromkeys(options.reward):
         with quiet():
-            reward = scorer(name, device)
-        found[name] = scores(reward, asked, device, given.batch)
-        mean, error = summary(found[name])
-        told[name] = {"mean": mean, "standard_error": None if math.isnan(error) else error, **about(reward)}
+            reward = load_reward(name, device)
+        scores[name] = score_pictures(reward, pictures, device, options.batch)
+        mean, error = mean_and_error(scores[name])
+        facts[name] = {"mean": mean, "standard_error": None if math.isnan(error) else error, **reward_facts(reward)}
     rows = [
-        {"image": str(picture.path), "prompt": picture.prompt, **{name: found[name][i] for name in found}}
-        for i, picture in enumerate(asked)
+        {"image": str(picture.path), "prompt": picture.prompt, **{name: scores[name][i] for name in scores}}
+        for i, picture in enumerate(pictures)
     ]
-    console.print(_table(asked, found, told), highlight=False)
-    path = given.output or given.prompts.parent / "scores.json"
-    text = json.dumps({"rewards": told, "images": rows}, indent=1) + "\n"
-    write_whole(path, lambda partial: partial.write_text(text))
+    console.print(_scores_table(pictures, scores, facts), highlight=False)
+    path = options.output or options.prompts.parent / "scores.json"
+    text = json.dumps({"rewards": facts, "images": rows}, indent=1) + "\n"
+    write_atomically(path, lambda partial: partial.write_text(text))
     console.print(f"In {path}.", highlight=False, soft_wrap=True)
     return 0
 
 
-def _table(asked: Sequence[Picture], found: dict[str, list[float]], told: dict[str, dict[str, Any]]) -> Table:
-    table = Table("image", *found)
-    for i, picture in enumerate(asked):
-        table.add_row(picture.path.name, *(f"{values[i]:.4f}" for values in found.values()))
+def _scores_table(
+    pictures: Sequence[Picture], scores: dict[str, list[float]], facts: dict[str, dict[str, Any]]
+) -> Table:
+    table = Table("image", *scores)
+    for i, picture in enumerate(pictures):
+        table.add_row(picture.path.name, *(f"{values[i]:.4f}" for values in scores.values()))
     table.add_section()
-    table.add_row("mean", *(f"{told[name]['mean']:.4f}" for name in found))
-    table.add_row("standard error", *("" if (e := told[n]["standard_error"]) is None else f"{e:.4f}" for n in found))
+    table.add_row("mean", *(f"{facts[name]['mean']:.4f}" for name in scores))
+    table.add_row("standard error", *("" if (e := facts[n]["standard_error"]) is None else f"{e:.4f}" for n in scores))
     return table

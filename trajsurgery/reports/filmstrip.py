@@ -1,4 +1,4 @@
-"""The images on the way of an ascent, with their rewards below, and the reward's curve. Reads records only."""
+"""Film strip of a noise search: images with their rewards, and the reward's curve, from its records."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from torch import Tensor
 LINE, BEST = "#0b6e99", "#2e7d32"
 
 
-def chosen(count: int, pictures: int) -> list[int]:
-    """Which of `count` frames are shown: the first, the last, and others, dense at the start, where most happens."""
+def choose_frames(count: int, pictures: int) -> list[int]:
+    """Return which of `count` frames to show: the first, the last, and others, dense at the start."""
     last = count - 1
     if pictures >= count:
         return list(range(count))
     ratio = (last + 1) ** (1 / max(1, pictures - 1))
-    found = [0]
+    chosen = [0]
     for i in range(1, pictures):  # at least one further on than the one before, with room for those that follow
-        found.append(min(max(found[-1] + 1, round(ratio**i) - 1), last - (pictures - 1 - i)))
-    return found
+        chosen.append(min(max(chosen[-1] + 1, round(ratio**i) - 1), last - (pictures - 1 - i)))
+    return chosen
 
 
-def filmstrip(
+def draw_filmstrip(
     path: Path, title: str, frames: Sequence[Mapping[str, Any]], images: Sequence[Tensor], pictures: int = 8
 ) -> Path:
-    """Draws some of the images side by side, their rewards below, and under them the reward of every iteration.
+    """Draw some of the images side by side with their rewards, and below them the reward of every iteration.
 
     Args:
         frames: {"iteration", "reward"} of each, in order.
         images: [3 h w] bytes, one a frame.
-        pictures: how many to show, the best one beside them if it is none of them.
+        pictures: how many to show, plus the best one.
     """
     from matplotlib.figure import Figure
 
     rewards = [frame["reward"] for frame in frames]
     best = max(range(len(rewards)), key=rewards.__getitem__)
-    places = sorted({*chosen(len(frames), pictures), best})
+    places = sorted({*choose_frames(len(frames), pictures), best})
     figure = Figure(figsize=(max(6.0, 1.7 * len(places)), 4.4), layout="constrained")
     figure.suptitle(title, fontsize=12)
     upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.25, 1)).flat
@@ -47,8 +47,8 @@ def filmstrip(
         axes.set(xticks=[], yticks=[])
         colour = BEST if place == best else "black"
         name = "best: " if place == best else ""
-        said = f"{name}iteration {frames[place]['iteration']}\nreward {rewards[place]:.3f}"
-        axes.set_xlabel(said, fontsize=10, color=colour)
+        label = f"{name}iteration {frames[place]['iteration']}\nreward {rewards[place]:.3f}"
+        axes.set_xlabel(label, fontsize=10, color=colour)
         axes.spines[:].set_color(colour)
         axes.spines[:].set_linewidth(2.5 if place == best else 0.5)
     _curve(lower.subplots(), frames, best, places)

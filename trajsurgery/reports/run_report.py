@@ -1,4 +1,4 @@
-"""What a run leaves to look at: the reward's curve, samples before and after, a closing table. Reads records only."""
+"""Pictures and tables of a run, from its records: reward curve, samples before and after, closing table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from trajsurgery.evaluation.calibration import interval
-from trajsurgery.evaluation.held_out import Scores
+from trajsurgery.evaluation.held_out import HeldOutScores
 from trajsurgery.reports import validation_report
 
 BEFORE, AFTER = "#7a8691", "#0b6e99"
@@ -20,10 +20,10 @@ BAR = "bar: two paired standard errors of the gain"
 RULES = {"rule": "rule-based score", "junk": "junk pixels"}
 
 
-def curve(path: Path, title: str, records: Sequence[Mapping[str, Any]]) -> Path:
-    """Draws the training reward of each iteration, its moving mean, and the held-out reward before and after.
+def draw_curve(path: Path, title: str, records: Sequence[Mapping[str, Any]]) -> Path:
+    """Draw the training reward, its moving mean, and the held-out reward before and after.
 
-    Below it are the looks at held-out rewards and the anchor, if the run had them (watching.py).
+    Below it are the validation rounds and the anchor, if the run had them.
 
     Args:
         records: the lines of metrics.jsonl; the evaluation's may be missing.
@@ -66,14 +66,16 @@ def curve(path: Path, title: str, records: Sequence[Mapping[str, Any]]) -> Path:
     return path
 
 
-def samples(path: Path, title: str, before: Scores, after: Scores, count: int = 12, columns: int = 3) -> Path:
-    """Draws images before | after, same prompt and noise, with the rules' verdict and the reward below each.
+def draw_samples(
+    path: Path, title: str, before: HeldOutScores, after: HeldOutScores, count: int = 12, columns: int = 3
+) -> Path:
+    """Draw images before | after from the same prompt and noise, with the rules' verdict and the reward below each.
 
-    None is chosen for its looks: see `shown`.
+    No image is chosen for its looks: see `choose_pictures`.
     """
     from matplotlib.figure import Figure
 
-    places, remark = shown(before, after, count)
+    places, remark = choose_pictures(before, after, count)
     columns = min(columns, len(places))
     rows = math.ceil(len(places) / columns)
     figure = Figure(figsize=(3.5 * columns, 2.15 * rows + 0.95), layout="constrained")
@@ -86,27 +88,27 @@ def samples(path: Path, title: str, before: Scores, after: Scores, count: int = 
     return path
 
 
-def shown(before: Scores, after: Scores, count: int) -> tuple[list[int], str]:
-    """Which images are drawn, and a remark that says so.
+def choose_pictures(before: HeldOutScores, after: HeldOutScores, count: int) -> tuple[list[int], str]:
+    """Return which images to draw, and a remark that says so.
 
-    They are the first ones, which are spread over the categories; where there are rules, the second half are the first
-    images whose verdict changed, for better and for worse in proportion to how many did.
+    They are the first ones, which are spread over the categories. Where there are rules, the second half are the first
+    images whose verdict changed, for better and for worse in proportion.
     """
-    kept = min(len(before.pictures), len(after.pictures))
+    available = min(len(before.pictures), len(after.pictures))
     if before.correct is None or after.correct is None:
-        return list(range(min(count, kept))), "the first held-out prompts, same noise"
-    first = list(range(min(count // 2, kept)))
-    mended = (~before.correct & after.correct).nonzero().flatten().tolist()
+        return list(range(min(count, available))), "the first held-out prompts, same noise"
+    first = list(range(min(count // 2, available)))
+    improved = (~before.correct & after.correct).nonzero().flatten().tolist()
     broken = (before.correct & ~after.correct).nonzero().flatten().tolist()
     slots = count - len(first)
-    share = round(slots * len(mended) / max(1, len(mended) + len(broken)))
-    parts = [[i for i in part if len(first) <= i < kept] for part in (mended, broken)]
+    share = round(slots * len(improved) / max(1, len(improved) + len(broken)))
+    parts = [[i for i in part if len(first) <= i < available] for part in (improved, broken)]
     others = parts[0][:share] + parts[1][: slots - share]
     remark = f"the first {len(first)} held-out images, then the first whose verdict changed, in proportion"
-    return first + others, f"{remark} ({len(mended)} to right, {len(broken)} to wrong of {len(before.texts)})"
+    return first + others, f"{remark} ({len(improved)} to right, {len(broken)} to wrong of {len(before.texts)})"
 
 
-def _pair(part: Any, place: int, before: Scores, after: Scores) -> None:
+def _pair(part: Any, place: int, before: HeldOutScores, after: HeldOutScores) -> None:
     part.suptitle(before.texts[place], fontsize=10.5)
     grid = (2, 1) if before.pictures.dim() == 5 else (1, 2)  # the frames of a video stand side by side
     for axes, scores, when in zip(part.subplots(*grid), (before, after), ("before", "after")):
@@ -118,30 +120,30 @@ def _pair(part: Any, place: int, before: Scores, after: Scores) -> None:
         axes.spines[:].set_linewidth(1.5 if scores.correct is not None else 0.5)
 
 
-def _verdict(scores: Scores, place: int) -> tuple[str, str]:
+def _verdict(scores: HeldOutScores, place: int) -> tuple[str, str]:
     if scores.correct is None:
         return "", "black"
     return (" ✓", "#2e7d32") if bool(scores.correct[place]) else (" ✗", "#b3442e")
 
 
 def _pixels(picture: Tensor) -> Any:
-    """[3 h w] or, of a video, [frames 3 h w]."""
+    """Return pixels of an image [3 h w] or a video [frames 3 h w], frames side by side."""
     frames = picture if picture.dim() == 4 else picture[None]
-    apart = functional.pad(frames, (0, 1), value=255)  # a white pixel between frames
-    return apart.permute(2, 0, 3, 1).flatten(1, 2)[:, :-1].numpy()
+    separated = functional.pad(frames, (0, 1), value=255)  # a white pixel between frames
+    return separated.permute(2, 0, 3, 1).flatten(1, 2)[:, :-1].numpy()
 
 
-def heldout(path: Path, title: str, evaluation: Mapping[str, Any]) -> Path:
-    """Draws what is said of the held-out images: each gain in its own standard errors, and what the reward is worth."""
+def draw_held_out(path: Path, title: str, evaluation: Mapping[str, Any]) -> Path:
+    """Draw each gain in its own standard errors, and the reward's calibration."""
     from matplotlib.figure import Figure
 
     calibration = evaluation.get("calibration")
     figure = Figure(figsize=(11 if calibration else 6, 4.4), layout="constrained")
     figure.suptitle(f"{title}; {evaluation['images']} held-out images, same prompts and noise", fontsize=11)
     axes = figure.subplots(1, 2 if calibration else 1, squeeze=False)[0]
-    _gains(axes[0], evaluation)
+    _draw_gains(axes[0], evaluation)
     if calibration:
-        _reliability(axes[1], calibration)
+        _draw_reliability(axes[1], calibration)
     for part in axes:
         part.spines[["top", "right"]].set_visible(False)
         part.grid(alpha=0.2)
@@ -149,26 +151,26 @@ def heldout(path: Path, title: str, evaluation: Mapping[str, Any]) -> Path:
     return path
 
 
-def _gains(axes: Any, evaluation: Mapping[str, Any]) -> None:
-    """A dot for each figure, upwards from junk to the reward, with its means before and after."""
-    lines = [line for line in rows(evaluation) if line[1][f"{line[2]}_gain_se"]]
+def _draw_gains(axes: Any, evaluation: Mapping[str, Any]) -> None:
+    """Draw a dot for each figure, with its means before and after."""
+    lines = [line for line in table_rows(evaluation) if line[1][f"{line[2]}_gain_se"]]
     sizes = [record[f"{name}_gain"] / record[f"{name}_gain_se"] for _, record, name in lines]
     places = list(range(len(lines) - 1, -1, -1))
     axes.axvspan(-2, 2, color=BEFORE, alpha=0.15, linewidth=0)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.plot(sizes, places, "o", color=AFTER, markersize=8)
     for size, place, (_, record, name) in zip(sizes, places, lines):
-        told = f"{record[f'{name}_before']:.4f} → {record[f'{name}_after']:.4f}"
-        axes.annotate(told, (size, place), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)
-    axes.set_yticks(places, [said for said, _, _ in lines])
+        label = f"{record[f'{name}_before']:.4f} → {record[f'{name}_after']:.4f}"
+        axes.annotate(label, (size, place), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)
+    axes.set_yticks(places, [label for label, _, _ in lines])
     axes.set(ylim=(-0.6, len(lines) - 0.3), title="gains, before → after (EMA)",
              xlabel="gain in its own paired standard errors (grey: less than two, may be chance)")  # fmt: skip
     axes.margins(x=0.2)
 
 
-def _reliability(axes: Any, calibration: Mapping[str, Any]) -> None:
-    """The share of right images by reward, in quantile bins, before and after."""
-    for when, said, colour in (("before", "before", BEFORE), ("after", "after (EMA)", AFTER)):
+def _draw_reliability(axes: Any, calibration: Mapping[str, Any]) -> None:
+    """Draw the share of right images by reward, in quantile bins, before and after."""
+    for when, label, colour in (("before", "before", BEFORE), ("after", "after (EMA)", AFTER)):
         curve = calibration[when]
         x, y = [line["score"] for line in curve["bins"]], [line["correct"] for line in curve["bins"]]
         spans = [interval(line["correct"], line["images"]) for line in curve["bins"]]
@@ -177,7 +179,7 @@ def _reliability(axes: Any, calibration: Mapping[str, Any]) -> None:
             [high - share for share, (_, high) in zip(y, spans)],
         ]
         area = "" if curve["auc"] is None else f": AUC {curve['auc']:.3f}, slope {curve['slope']:.2f}"
-        axes.errorbar(x, y, bars, fmt="o-", color=colour, capsize=3, linewidth=1.5, label=f"{said}{area}")
+        axes.errorbar(x, y, bars, fmt="o-", color=colour, capsize=3, linewidth=1.5, label=f"{label}{area}")
     counts = [line["images"] for when in ("before", "after") for line in calibration[when]["bins"]]
     least, most = min(counts, default=0), max(counts, default=0)
     each = f"{least}" if least == most else f"{least} to {most}"
@@ -186,30 +188,32 @@ def _reliability(axes: Any, calibration: Mapping[str, Any]) -> None:
     axes.legend(frameon=False, loc="upper left", title="bar: 95% interval of the share", title_fontsize=9, fontsize=9)
 
 
-def rows(evaluation: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], str]]:
-    """(what is said, record, name in it) of every figure of all images that has a before and an after."""
-    found: list[tuple[str, Mapping[str, Any], str]] = [("reward", evaluation, "reward")]
-    found += [(validation_report.said(name), line, "reward") for name, line in evaluation.get("metrics", {}).items()]
-    found += [(said, evaluation, name) for name, said in RULES.items() if f"{name}_before" in evaluation]
-    found += [(f"diversity, {name}", line, "diversity") for name, line in evaluation.get("diversity", {}).items()]
-    return found
+def table_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], str]]:
+    """Return (label, record, name in it) of every figure of all images that has a before and an after."""
+    rows: list[tuple[str, Mapping[str, Any], str]] = [("reward", evaluation, "reward")]
+    rows += [
+        (validation_report.scorer_label(name), line, "reward") for name, line in evaluation.get("metrics", {}).items()
+    ]
+    rows += [(label, evaluation, name) for name, label in RULES.items() if f"{name}_before" in evaluation]
+    rows += [(f"diversity, {name}", line, "diversity") for name, line in evaluation.get("diversity", {}).items()]
+    return rows
 
 
-def table(evaluation: Mapping[str, Any]) -> Table:
-    """The closing table: reward, further scorers, rules, junk and diversity, before and after, with standard errors."""
-    found = Table(title=f"{evaluation['images']} held-out images, same prompts and noise, EMA weights")
+def results_table(evaluation: Mapping[str, Any]) -> Table:
+    """Return the closing table: reward, further scorers, rules, junk and diversity, with standard errors."""
+    table = Table(title=f"{evaluation['images']} held-out images, same prompts and noise, EMA weights")
     for heading in ("", "before", "after", "gain", "± paired SE"):
-        found.add_column(heading, justify="left" if not heading else "right")
-    for said, record, name in rows(evaluation):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for label, record, name in table_rows(evaluation):
         main = record is evaluation and name in ("reward", "rule")
-        found.add_row(said, *_figures(record, name), style="bold" if main else "")
+        table.add_row(label, *_figures(record, name), style="bold" if main else "")
     parts = {"reward": "reward", "rule": "rules", "diversity": "diversity"}
     for category, part in evaluation["categories"].items():
         if len(evaluation["categories"]) > 1:
-            for name, said in parts.items():
+            for name, label in parts.items():
                 if f"{name}_before" in part:
-                    found.add_row(f"  {category}: {said}", *_figures(part, name), style="dim")
-    return found
+                    table.add_row(f"  {category}: {label}", *_figures(part, name), style="dim")
+    return table
 
 
 def _figures(record: Mapping[str, Any], name: str) -> tuple[str, ...]:
@@ -218,27 +222,27 @@ def _figures(record: Mapping[str, Any], name: str) -> tuple[str, ...]:
 
 
 def remarks(evaluation: Mapping[str, Any]) -> list[str]:
-    """What the table's figures mean: one sentence on each of the reward's calibration and the images' diversity."""
-    found: list[str] = []
-    further = {validation_report.said(name): line for name, line in evaluation.get("metrics", {}).items()}
+    """Return sentences on the reward's calibration, the images' diversity and the guards."""
+    sentences: list[str] = []
+    further = {validation_report.scorer_label(name): line for name, line in evaluation.get("metrics", {}).items()}
     scorers = {"reward": evaluation, **further}
-    for said, line in scorers.items():
+    for label, line in scorers.items():
         if line.get("rule_expected") is not None:
             before, after = (line["calibration"][when] for when in ("before", "after"))
-            found.append(
-                f"{said} against the rules: AUC {_number(before['auc'])} -> {_number(after['auc'])}, slope "
+            sentences.append(
+                f"{label} against the rules: AUC {_number(before['auc'])} -> {_number(after['auc'])}, slope "
                 f"{_number(before['slope'])} -> {_number(after['slope'])}; by the curve of the untuned model its "
                 f"scores promise {line['rule_expected']:.3f} right, the rules find {evaluation['rule_after']:.3f}"
             )
     pixels = evaluation.get("diversity", {}).get("pixels")
     if pixels is not None:
-        found.append(
+        sentences.append(
             f"diversity: the mean distance between images of one prompt, over the {pixels['prompts']} prompts with "
             "several; pixels: root mean square difference, scorers: 1 - cosine of embeddings"
         )
     elif "diversity" in evaluation:
-        found.append("diversity: not measured, no prompt has two held-out images; ask for more --evaluation.images")
-    return found + validation_report.remarks(evaluation)
+        sentences.append("diversity: not measured, no prompt has two held-out images; ask for more --evaluation.images")
+    return sentences + validation_report.remarks(evaluation)
 
 
 def _number(value: float | None) -> str:
@@ -246,12 +250,12 @@ def _number(value: float | None) -> str:
 
 
 def verdict(evaluation: Mapping[str, Any]) -> str:
-    """One sentence on the reward, and on the rules if there are some."""
-    said = _sentence(evaluation, "reward", "held-out reward")
-    return f"{said}; {_sentence(evaluation, 'rule', 'rule-based score')}" if "rule_gain" in evaluation else said
+    """Return one sentence on the reward, and on the rules if there are some."""
+    sentence = _sentence(evaluation, "reward", "held-out reward")
+    return f"{sentence}; {_sentence(evaluation, 'rule', 'rule-based score')}" if "rule_gain" in evaluation else sentence
 
 
-def _sentence(evaluation: Mapping[str, Any], name: str, said: str) -> str:
+def _sentence(evaluation: Mapping[str, Any], name: str, label: str) -> str:
     gain, se = evaluation[f"{name}_gain"], evaluation[f"{name}_gain_se"]
     size = f", {gain / se:+.1f} paired standard errors" if se else ""
-    return f"{said} {gain:+.4f}{size}"
+    return f"{label} {gain:+.4f}{size}"

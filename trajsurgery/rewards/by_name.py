@@ -13,7 +13,7 @@ from torch import Tensor
 from trajsurgery.errors import RecipeError
 from trajsurgery.rewards import contract
 from trajsurgery.rewards.mixed import Weighted
-from trajsurgery.rewards.named import KNOWN, named
+from trajsurgery.rewards.named import KNOWN, load_packaged
 
 Reward = Callable[[Tensor, Sequence[str]], Tensor]
 """reward(images, prompts): Float[batch 3 h w] in [0, 1] and a text for each, to scores Float[batch], differentiable."""
@@ -23,7 +23,7 @@ _NUMBER = r"\s*(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _FIRST, _NEXT = (re.compile(rf"\s*([+-]{sign}{_NUMBER})\s*\*\s*") for sign in ("?", ""))
 
 
-def terms(asked: str) -> dict[str, float]:
+def mixture_weights(asked: str) -> dict[str, float]:
     """{name: weight} of a mixture such as "0.7*hpsv2.1+0.3*pickscore"; {} for a single scorer's name.
 
     Raises:
@@ -42,7 +42,7 @@ def terms(asked: str) -> dict[str, float]:
     return dict(zip(names, weights, strict=True))
 
 
-class Part(contract.Reward):
+class WrappedReward(contract.Reward):
     """A scorer that is no `trajsurgery.rewards.contract.Reward` as one: its scores are looked at as theirs are."""
 
     source = licence = "not stated"
@@ -58,7 +58,7 @@ class Part(contract.Reward):
         return self.scorer(images, prompts)
 
 
-def parts(reward: Reward) -> dict[str, Reward]:
+def mixture_parts(reward: Reward) -> dict[str, Reward]:
     """The rewards that a mixture is made of, {"0.7*hpsv2.1": ...}: each is to be seen beside their sum."""
     if not isinstance(reward, Weighted):
         return {}
@@ -70,20 +70,20 @@ def parts(reward: Reward) -> dict[str, Reward]:
     return found
 
 
-def scorer(asked: str, device: torch.device) -> Reward:
+def load_reward(asked: str, device: torch.device) -> Reward:
     """The scorer of a name, or the weighted sum that a mixture of names stands for.
 
     Raises:
         RecipeError: the name stands for nothing.
         RewardError: its weights are not there; a part's weight is zero.
     """
-    mixed = [(part, scorer(part, device), weight) for part, weight in terms(asked).items()]
+    mixed = [(part, load_reward(part, device), weight) for part, weight in mixture_weights(asked).items()]
     if mixed:
-        return Weighted([(r if isinstance(r, contract.Reward) else Part(part, r), w) for part, r, w in mixed])
+        return Weighted([(r if isinstance(r, contract.Reward) else WrappedReward(part, r), w) for part, r, w in mixed])
     name, _, rest = asked.partition(":")
     if name == "tiny":
         return import_module("trajsurgery.tiny").Reward(rest or "scorer")
-    found = named(asked)
+    found = load_packaged(asked)
     if found is not None:
         return found.to(device)
     try:
@@ -95,7 +95,7 @@ def scorer(asked: str, device: torch.device) -> Reward:
         ) from error
 
 
-def ask(name: str, reward: Reward, image: Tensor, text: str) -> Tensor:
+def score_one(name: str, reward: Reward, image: Tensor, text: str) -> Tensor:
     """The score of one image, [1].
 
     Raises:

@@ -12,7 +12,7 @@ from trajsurgery.rewards.weights import cached
 
 
 @dataclass(frozen=True)
-class Named:
+class PackagedReward:
     """Where a reward's class is, and what has to be in the local cache if no place is named."""
 
     module: str
@@ -27,27 +27,27 @@ class Named:
 
 LARGE = "openai/clip-vit-large-patch14"
 NAMES = {
-    "hpsv2.1": Named("hpsv2", "HPSv2", "xswu/HPSv2", "HPS_v2.1_compressed.pt", "file"),
-    "hpsv2.0": Named("hpsv2", "HPSv2", "xswu/HPSv2", "HPS_v2_compressed.pt", "file", (("version", "2.0"),)),
-    "pickscore": Named("clip", "PickScore", "yuvalkirstain/PickScore_v1", "config.json", "model"),
-    "clipscore": Named("clip", "CLIPScore", LARGE, "config.json", "model"),
-    "aesthetic": Named("clip", "Aesthetic", "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth", "head"),
-    "imagereward": Named("imagereward", "ImageReward", "THUDM/ImageReward", "ImageReward.pt", "file"),
-    "hpsv3": Named("hpsv3", "HPSv3", "MizzenAI/HPSv3", "HPSv3.safetensors", "file"),
-    "unifiedreward": Named("judge", "Judge", "CodeGoat24/UnifiedReward-qwen-7b", "config.json", "model"),
+    "hpsv2.1": PackagedReward("hpsv2", "HPSv2", "xswu/HPSv2", "HPS_v2.1_compressed.pt", "file"),
+    "hpsv2.0": PackagedReward("hpsv2", "HPSv2", "xswu/HPSv2", "HPS_v2_compressed.pt", "file", (("version", "2.0"),)),
+    "pickscore": PackagedReward("clip", "PickScore", "yuvalkirstain/PickScore_v1", "config.json", "model"),
+    "clipscore": PackagedReward("clip", "CLIPScore", LARGE, "config.json", "model"),
+    "aesthetic": PackagedReward("clip", "Aesthetic", "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth", "head"),
+    "imagereward": PackagedReward("imagereward", "ImageReward", "THUDM/ImageReward", "ImageReward.pt", "file"),
+    "hpsv3": PackagedReward("hpsv3", "HPSv3", "MizzenAI/HPSv3", "HPSv3.safetensors", "file"),
+    "unifiedreward": PackagedReward("judge", "Judge", "CodeGoat24/UnifiedReward-qwen-7b", "config.json", "model"),
 }
 ALIASES = {"hpsv2": "hpsv2.1"}
 KNOWN = ", ".join((*NAMES, "each also as NAME:FILE", "remote:HOST:PORT"))
 """For errors."""
 
 
-def known(asked: str) -> bool:
+def is_packaged(asked: str) -> bool:
     """Whether a name is of this package."""
     name, _, where = asked.partition(":")
     return bool(where) if name == "remote" else ALIASES.get(name, name) in NAMES
 
 
-def named(asked: str) -> Reward | None:
+def load_packaged(asked: str) -> Reward | None:
     """The reward of a name, on the CPU; None for a name that is not of this package.
 
     Raises:
@@ -63,7 +63,7 @@ def named(asked: str) -> Reward | None:
     return getattr(import_module(f"trajsurgery.rewards.{found.module}"), found.kind)(**given)
 
 
-def trainable(asked: str) -> bool:
+def is_differentiable(asked: str) -> bool:
     """Whether a gradient passes the reward of a name, as far as its class says; True for names of others."""
     name = asked.partition(":")[0]
     found = NAMES.get(ALIASES.get(name, name))
@@ -73,7 +73,7 @@ def trainable(asked: str) -> bool:
     return kind.differentiable
 
 
-def lacking(asked: str) -> str | None:
+def missing_weights(asked: str) -> str | None:
     """What a name of this package lacks here, and the repair; None if nothing. Loads nothing, connects to nothing."""
     name, _, where = asked.partition(":")
     found = NAMES.get(ALIASES.get(name, name))

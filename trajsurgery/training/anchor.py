@@ -1,8 +1,9 @@
-"""The anchor: c * mean |v_theta(x_t) - v_base(x_t)|^2 at recorded latents, a penalty on leaving the untuned model.
+"""The anchor: a penalty c * mean |v_theta(x_t) - v_base(x_t)|^2 at recorded latents, against drifting from the base
+model.
 
-For a sampler with noise the divergence of two path measures (KL) is an integral of such squares over t (Girsanov); here
-one t is drawn an iteration, and the rollout is without noise: it is KL-like, and no bound. x_t counts as a constant, so
-that its gradient for n numbers in v is
+For a stochastic sampler the KL divergence of two path measures is an integral of such squares over t (Girsanov). Here
+one t is drawn an iteration and the rollout is deterministic, so the penalty resembles the KL and does not bound it. x_t
+is a constant; for n numbers in v the gradient is
 
     2 c / n * (dv_theta(x_t)/dtheta)^T (v_theta(x_t) - v_base(x_t)).
 """
@@ -18,35 +19,36 @@ from torch import Tensor
 from trajsurgery.surgery.trajectory import Trajectory
 
 _SEED = 2**42
-"""Its draws are apart from those of an iteration (train.generator) and of the evaluation (heldout)."""
+"""Keeps these draws apart from those of training and evaluation."""
 
 
 @contextmanager
-def exchanged(parameters: Sequence[Tensor], others: Sequence[Tensor]) -> Generator[None]:
-    """For the block, the parameters' values are the others' and the other way round, in place: one more tensor at most.
+def swapped(parameters: Sequence[Tensor], others: Sequence[Tensor]) -> Generator[None]:
+    """Swap the values of `parameters` and `others` in place, for the block. It needs memory for one more tensor at
+    most.
 
-    No graph that was made before may go through it, and none that is made in it may outlive it.
+    No graph from before the block may be run in it, and no graph made in it may be run after it.
     """
-    _exchange(parameters, others)
+    _swap(parameters, others)
     try:
         yield
     finally:
-        _exchange(parameters, others)
+        _swap(parameters, others)
 
 
 @torch.no_grad()
-def _exchange(parameters: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+def _swap(parameters: Sequence[Tensor], others: Sequence[Tensor]) -> None:
     for parameter, other in zip(parameters, others, strict=True):
-        held = parameter.detach().clone()
+        value = parameter.detach().clone()
         parameter.copy_(other)
-        other.copy_(held)
+        other.copy_(value)
 
 
 class Anchor:
-    """What trains, as it was: whole weights, or adapters that add nothing yet. The rest of the model never changes.
+    """The base model's values of what trains (weights, or adapters that add nothing yet), kept on the CPU.
 
     Args:
-        parameters: what trains, untuned. A copy is kept, on the CPU.
+        parameters: what trains, before training.
         coefficient: c, at least 0.
         seed: the run's.
     """
@@ -56,20 +58,20 @@ class Anchor:
         self.base = [p.detach().to("cpu", copy=True) for p in self.parameters]
 
     def time(self, iteration: int, steps: int) -> int:
-        """t of an iteration, uniform in 1..T; the same for all its rollouts."""
+        """Draw t of an iteration, uniform in 1..T; the same for all its rollouts."""
         generator = torch.Generator().manual_seed(_SEED + self.seed * 1_000_003 + iteration)
         return 1 + int(torch.randint(steps, (), generator=generator))
 
-    def pull(
+    def add_gradient(
         self, field: Callable[[Tensor, Tensor], Tensor], trajectory: Trajectory, iteration: int, share: float = 1.0
     ) -> Tensor:
-        """Adds share times the gradient into `.grad`; the mean of the squares, 0-dim, without c and share.
+        """Add `share` times the penalty's gradient to `.grad`; return the mean square, 0-dim, without c and share.
 
         No graph through the parameters may be waiting for its backward pass.
         """
         t = self.time(iteration, trajectory.steps)
         x, sigma = trajectory[t], trajectory.sigma(t)
-        with exchanged(self.parameters, self.base), torch.no_grad():
+        with swapped(self.parameters, self.base), torch.no_grad():
             base = field(x, sigma)
         with torch.enable_grad():
             v = field(x, sigma)

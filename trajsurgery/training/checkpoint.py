@@ -1,7 +1,7 @@
-"""What an interrupted run goes on from: one file, written whole or not at all, and the log cut back to it.
+"""Checkpoints: one file that is written whole or not at all, and a log that is cut back to it on resume.
 
-All draws of an iteration follow from the seed and its number, so that no generator's state is carried from one to the
-next: a run that was killed and resumed equals the one that was not, bit for bit (on one machine, with as many threads).
+All draws of an iteration follow from the seed and its number, so no generator state is saved. A run that was killed and
+resumed equals one that was not, bit for bit (on one machine, with the same number of threads).
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
 
 
 @dataclass(eq=False)
-class Training:
-    """All that changes in the course of a run."""
+class TrainingState:
+    """Everything that changes in the course of a run."""
 
     module: nn.Module
     optimiser: torch.optim.Optimizer
     ema: EMAModel
     before: dict[str, Any] | None = None
-    """Held-out scores of the untuned model (`evaluation.held_out.Scores.to_dict`)."""
+    """Held-out scores of the untuned model (`evaluation.held_out.HeldOutScores.to_dict`)."""
     iteration: int = 0
-    """How many are done."""
+    """Finished iterations."""
     skipped: int = 0
-    """How many of them changed nothing, because their loss or gradient was not finite."""
+    """Iterations that changed nothing because loss or gradient were not finite."""
     in_a_row: int = 0
     looked: bool = False
-    """Whether the gradient alarm has looked (alarm.py)."""
+    """Whether missing gradients were looked for (missing_gradients.py)."""
     seconds: float = 0.0
-    """Wall clock of the run so far, its interruptions left out."""
+    """Wall-clock time of the run so far, without interruptions."""
     parameters: list[nn.Parameter] = field(default_factory=list[nn.Parameter])
     anchor: Anchor | None = None
-    """What holds it to the untuned model (anchor.py); made of the weights that the module has at the start."""
+    """The penalty against drifting from the base model (anchor.py)."""
     early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
 
     @classmethod
-    def start(cls, recipe: Recipe, module: nn.Module) -> Training:
-        """A run that has not begun."""
+    def start(cls, recipe: Recipe, module: nn.Module) -> TrainingState:
+        """Return the state of a run that has not begun."""
         parameters = [p for p in module.parameters() if p.requires_grad]
         settings = recipe.optimiser
         optimiser = torch.optim.AdamW(
@@ -63,12 +63,12 @@ class Training:
 
     @property
     def finite(self) -> bool:
-        """Whether weights and their average hold neither NaN nor Inf. Waits for the device."""
+        """Whether weights and their averages hold neither NaN nor Inf. Waits for the device."""
         tensors = [p.detach() for p in (*self.parameters, *self.ema.shadow_params)]
         return bool(torch.nn.utils.get_total_norm(tensors).isfinite())
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds of it."""
+        """Return the content of a checkpoint."""
         return {
             "weights": [p.detach() for p in self.parameters],
             "optimiser": self.optimiser.state_dict(),
@@ -83,14 +83,14 @@ class Training:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes back to what `state` returned."""
+        """Restore what `state` returned."""
         with torch.no_grad():
             for parameter, value in zip(self.parameters, state["weights"], strict=True):
                 parameter.copy_(value)
         self.optimiser.load_state_dict(state["optimiser"])
         self.ema.load_state_dict(state["ema"])
         self.ema.shadow_params = [
-            value.to(own.device) for value, own in zip(self.ema.shadow_params, self.parameters, strict=True)
+            value.to(parameter.device) for value, parameter in zip(self.ema.shadow_params, self.parameters, strict=True)
         ]
         self.before = state["before"]
         self.iteration, self.skipped, self.in_a_row = state["iteration"], state["skipped"], state["in_a_row"]
@@ -99,8 +99,8 @@ class Training:
         self.early_stopping = EarlyStopping(**state.get("watch", {}))
 
 
-def write_whole(path: Path, write: Any) -> None:
-    """`write(partial_path)`, flushed to the disk and renamed: whoever is killed leaves the old file as it was."""
+def write_atomically(path: Path, write: Any) -> None:
+    """Call `write(partial_path)`, flush to disk and rename: if the process is killed, the old file stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -112,17 +112,17 @@ def write_whole(path: Path, write: Any) -> None:
         partial.unlink(missing_ok=True)
 
 
-def save(recipe: Recipe, training: Training) -> None:
-    """Writes the checkpoint of a run into its output folder."""
+def save(recipe: Recipe, training: TrainingState) -> None:
+    """Write the checkpoint into the run's output folder."""
     state = {"recipe": json.dumps(recipe.to_dict()), **training.state()}
-    write_whole(recipe.output / CHECKPOINT, lambda path: torch.save(state, path))
+    write_atomically(recipe.output / CHECKPOINT, lambda path: torch.save(state, path))
 
 
-def resume(recipe: Recipe, training: Training) -> bool:
-    """Goes on from the output folder's checkpoint, if there is one; says whether.
+def resume(recipe: Recipe, training: TrainingState) -> bool:
+    """Restore the checkpoint in the output folder, if there is one; return whether there was.
 
     Raises:
-        RecipeError: it is another recipe's, goes further than this one, or can't be read.
+        RecipeError: it belongs to another recipe, is further than this one, or can't be read.
     """
     path = recipe.output / CHECKPOINT
     if recipe.overwrite or not path.exists():
@@ -139,11 +139,11 @@ def resume(recipe: Recipe, training: Training) -> bool:
 
 
 def discard(output: Path) -> None:
-    """Removes what a run goes on from, and its log. Pictures and weights are written over when there are new ones."""
+    """Delete the checkpoint, the log and the best weights of an earlier run."""
     for name in (CHECKPOINT, METRICS):
         (output / name).unlink(missing_ok=True)
-    for left in (*output.glob("*.partial"), *output.glob("best-*.pt")):
-        left.unlink()
+    for path in (*output.glob("*.partial"), *output.glob("best-*.pt")):
+        path.unlink()
 
 
 _WAYS_OUT = "Pass --overwrite to discard that run, or --output with another folder."
@@ -172,33 +172,33 @@ def _same(recipe: Recipe, state: Mapping[str, Any]) -> None:
 
 
 class Log:
-    """metrics.jsonl: one line an iteration; the last line is the evaluation."""
+    """metrics.jsonl: one line an iteration and validation round; the last line is the evaluation."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Adds a line; numbers that are not finite become null."""
+        """Append a line; numbers that are not finite become null."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(_line(record))
 
     def read(self) -> list[dict[str, Any]]:
-        """All whole lines."""
+        """Return all complete lines."""
         if not self.path.exists():
             return []
-        found: list[dict[str, Any]] = []
+        records: list[dict[str, Any]] = []
         for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
             if line.endswith("\n"):
-                found.append(json.loads(line))
-        return found
+                records.append(json.loads(line))
+        return records
 
     def cut(self, iteration: int, look: int = -1) -> None:
-        """Drops the lines after an iteration, and after the look at another, a torn one included."""
+        """Drop the lines after an iteration and after a validation round, and a torn last line."""
         last = {"iteration": iteration, "look": look}
-        kept = [r for r in self.read() if r["kind"] in last and r["iteration"] <= last[r["kind"]]]
-        text = "".join(map(_line, kept))
-        write_whole(self.path, lambda path: path.write_text(text, encoding="utf-8"))
+        records = [r for r in self.read() if r["kind"] in last and r["iteration"] <= last[r["kind"]]]
+        text = "".join(map(_line, records))
+        write_atomically(self.path, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def _line(record: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What a recipe's names stand for: a pipeline, a reward, prompts, and rules if there are some. Resolved when asked."""
+"""Pipeline, rewards and prompts of a run, loaded from the names in its recipe."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from trajsurgery.errors import RecipeError
-from trajsurgery.rewards.by_name import Reward, ask, scorer, terms
+from trajsurgery.rewards.by_name import Reward, load_reward, mixture_weights, score_one
 from trajsurgery.training import lora, model_folder, vae_decoding
 from trajsurgery.training.objective import DETACHED
-from trajsurgery.training.prompt_cache import Embeddings, dismiss
+from trajsurgery.training.prompt_cache import PromptCache, free_text_encoders
 from trajsurgery.training.prompts import Prompt, read_prompts
 from trajsurgery.training.recipe import EMBEDDED, Recipe
 
@@ -31,10 +31,10 @@ Draw = Callable[[int, torch.Generator], list[str]]
 
 @dataclass(frozen=True, eq=False)
 class RunComponents:
-    """Everything a run needs that is not a number."""
+    """Pipeline, rewards and prompts of a run."""
 
     pipe: Any
-    """A diffusers pipeline whose `transformer` trains; everything else in it is frozen."""
+    """A diffusers pipeline whose `transformer` trains; everything else is frozen."""
     reward: Reward
     texts: tuple[str, ...]
     """All training prompts."""
@@ -42,182 +42,186 @@ class RunComponents:
     heldout: tuple[Prompt, ...]
     judge: Judge | None = None
     metrics: Mapping[str, Reward] = field(default_factory=dict[str, Reward])
-    """Further scorers by name: they grade the held-out images, and no gradient climbs them."""
+    """Further scorers by name. They score held-out images and are never trained on."""
     validation: tuple[Prompt, ...] = ()
-    """Prompts that are neither trained on nor held out: what is looked at while it trains (guards.py)."""
+    """Prompts for validation rounds, which are neither trained on nor held out."""
 
     @property
     def module(self) -> nn.Module:
-        """What trains."""
+        """The module that trains."""
         return self.pipe.transformer
 
     @property
     def device(self) -> torch.device:
-        """Where it trains."""
+        """The device it trains on."""
         return self.pipe.transformer.device
 
 
-def call_of(recipe: Recipe) -> dict[str, Any]:
-    """The arguments that every call of a recipe's pipe gets, in training and evaluation."""
+def pipeline_arguments(recipe: Recipe) -> dict[str, Any]:
+    """Return the arguments of every pipeline call of a run, in training and evaluation."""
     rollout = recipe.rollout
     height, width = rollout.shape or (None, None)
-    found = {"guidance_scale": rollout.guidance, "height": height, "width": width}
-    return found if rollout.frames is None else {**found, "num_frames": rollout.frames}
+    arguments = {"guidance_scale": rollout.guidance, "height": height, "width": width}
+    return arguments if rollout.frames is None else {**arguments, "num_frames": rollout.frames}
 
 
-def texts_of(recipe: Recipe, world: RunComponents, generator: torch.Generator) -> list[str]:
-    """The prompts of one iteration's images, those of one prompt side by side."""
+def draw_batch_prompts(recipe: Recipe, world: RunComponents, generator: torch.Generator) -> list[str]:
+    """Draw the prompts of one iteration; images of one prompt stand side by side."""
     shared = recipe.rollout.per_prompt
     return [text for text in world.draw(recipe.rollout.batch // shared, generator) for _ in range(shared)]
 
 
-def encode(recipe: Recipe, world: RunComponents, asked: Iterable[str], draws: Iterable[torch.Generator]) -> None:
-    """Encodes all prompts that a run asks for, and lets the text encoders go.
+def encode_prompts(
+    recipe: Recipe, world: RunComponents, asked: Iterable[str], draws: Iterable[torch.Generator]
+) -> None:
+    """Encode all prompts of a run, then free the text encoders unless the recipe keeps them.
 
     Args:
-        asked: those of its evaluations.
-        draws: the generators with which the run's iterations draw their prompts.
+        asked: prompts of its evaluations.
+        draws: the generators from which the iterations draw their prompts.
     """
-    texts = [*asked, *(text for draw in draws for text in texts_of(recipe, world, draw))]
-    Embeddings(world.pipe, texts, call_of(recipe))
+    texts = [*asked, *(text for draw in draws for text in draw_batch_prompts(recipe, world, draw))]
+    PromptCache(world.pipe, texts, pipeline_arguments(recipe))
     if not recipe.train.keep_encoders:
-        dismiss(world.pipe)
+        free_text_encoders(world.pipe)
 
 
 def load(recipe: Recipe) -> RunComponents:
-    """The world of a recipe.
+    """Load what the recipe names.
 
     Raises:
-        RecipeError: a name that stands for nothing; `training.preflight.check` reports all of them, and sooner.
+        RecipeError: an unknown name; `preflight.check_recipe` reports all of them, and sooner.
     """
     with quiet():
-        pipe = frozen(pipeline(recipe.model), recipe)
-        scorers = {name: scorer(name, pipe.transformer.device) for name in (recipe.reward, *held_out_scorers(recipe))}
-    texts, draw = _training(recipe)
-    known = _embedded(recipe.heldout)
-    if known is not None:
-        asked = tuple(Prompt(str(p.text), str(p.category)) for p in known.prompts(recipe.evaluation.split))
+        pipe = prepare_pipeline(load_pipeline(recipe.model), recipe)
+        scorers = {
+            name: load_reward(name, pipe.transformer.device) for name in (recipe.reward, *held_out_scorers(recipe))
+        }
+    texts, draw = _training_prompts(recipe)
+    world = _embedded_world(recipe.heldout)
+    if world is not None:
+        heldout = tuple(Prompt(str(p.text), str(p.category)) for p in world.prompts(recipe.evaluation.split))
     else:
-        asked = read_prompts(recipe.heldout)
-    judge = None if known is None or EMBEDDED.get(recipe.model) != recipe.heldout else _rules(known.judge)
+        heldout = read_prompts(recipe.heldout)
+    judge = None if world is None or EMBEDDED.get(recipe.model) != recipe.heldout else _rule_judge(world.judge)
     reward = scorers.pop(recipe.reward)
-    return RunComponents(pipe, reward, texts, draw, asked, judge, scorers, _validation(recipe, known))
+    return RunComponents(pipe, reward, texts, draw, heldout, judge, scorers, _validation_prompts(recipe, world))
 
 
-def _validation(recipe: Recipe, known: Any) -> tuple[Prompt, ...]:
-    """The prompts of the looks: those of the file that the recipe names, else the embedded world's."""
+def _validation_prompts(recipe: Recipe, world: Any) -> tuple[Prompt, ...]:
+    """Return the prompts of validation rounds: of the recipe's file, else the embedded world's."""
     if recipe.guards.every is None:
         return ()
     if recipe.guards.prompts is not None:
         return read_prompts(recipe.guards.prompts)
-    return () if known is None else tuple(Prompt(str(p.text), str(p.category)) for p in known.prompts("validation"))
+    return () if world is None else tuple(Prompt(str(p.text), str(p.category)) for p in world.prompts("validation"))
 
 
 def held_out_scorers(recipe: Recipe) -> tuple[str, ...]:
-    """Names of the scorers that grade held-out images beside the reward; by default those of the embedded world."""
+    """Return the names of the scorers beside the reward; by default those of the embedded world."""
     named = recipe.evaluation.metrics
     if named is not None:
         return tuple(dict.fromkeys(named))
     if recipe.model not in ("tiny", "tiny:sd3") or recipe.heldout != "tiny":
         return ()
-    known = ("tiny", *(f"tiny:{name}" for name in import_module("trajsurgery.tiny.variant").shipped()))
-    return tuple(name for name in known if name not in (recipe.reward, *terms(recipe.reward)))
+    embedded = ("tiny", *(f"tiny:{name}" for name in import_module("trajsurgery.tiny.variant").shipped()))
+    return tuple(name for name in embedded if name not in (recipe.reward, *mixture_weights(recipe.reward)))
 
 
 @contextmanager
 def quiet() -> Generator[None]:
-    """Loading without bars, and without open_clip's remark that a model is made before its weights are read."""
+    """Load without progress bars and without open_clip's warning about models without pretrained weights."""
     from diffusers.utils import logging as bars
     from transformers.utils import logging as more_bars
 
-    def remarkable(record: logging.LogRecord) -> bool:
+    def is_worth_showing(record: logging.LogRecord) -> bool:
         return "No pretrained weights loaded" not in record.getMessage()
 
-    logging.getLogger().addFilter(remarkable)
+    logging.getLogger().addFilter(is_worth_showing)
     shown = bars.is_progress_bar_enabled(), more_bars.is_progress_bar_enabled()
     bars.disable_progress_bar()
     more_bars.disable_progress_bar()
     try:
         yield
     finally:
-        logging.getLogger().removeFilter(remarkable)
+        logging.getLogger().removeFilter(is_worth_showing)
         for part, before in zip((bars, more_bars), shown):
             if before:
                 part.enable_progress_bar()
 
 
-def frozen(pipe: Any, recipe: Recipe) -> Any:
-    """The pipe, silent, in whose transformer trains what the recipe says, and nothing else."""
+def prepare_pipeline(pipe: Any, recipe: Recipe) -> Any:
+    """Freeze the pipeline, set what trains, and configure precision, checkpointing and the VAE as the recipe says."""
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
-    lora.choose(pipe.transformer, recipe.train)
+    lora.set_trainable(pipe.transformer, recipe.train)
     if recipe.rollout.checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
     if recipe.rollout.compile:
         pipe.transformer.forward = torch.compile(pipe.transformer.forward)
     autocast = recipe.rollout.precision == "bfloat16"
     if autocast:
-        _autocast(pipe.transformer)
+        _run_in_bfloat16(pipe.transformer)
     if getattr(pipe, "vae", None) is not None:
-        vae_decoding.prepare(pipe.vae, recipe.decoder, autocast)
+        vae_decoding.prepare_vae(pipe.vae, recipe.decoder, autocast)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def _autocast(module: nn.Module) -> None:
-    """Runs a module in bfloat16 over float32 weights; latents, decoder and reward stay float32."""
+def _run_in_bfloat16(module: nn.Module) -> None:
+    """Run a module under bfloat16 autocast over float32 weights, with float32 outputs."""
     forward, kind = module.forward, next(module.parameters()).device.type
 
     @functools.wraps(forward)
     def cast(*args: Any, **kwargs: Any) -> Any:
         with torch.autocast(kind, torch.bfloat16):
-            found = forward(*args, **kwargs)
-        return tree_map(lambda v: v.float() if isinstance(v, Tensor) else v, found)
+            output = forward(*args, **kwargs)
+        return tree_map(lambda v: v.float() if isinstance(v, Tensor) else v, output)
 
     module.forward = cast
 
 
-def pipeline(model: str) -> Any:
-    """The pipeline of a recipe's `model`, on the GPU if there is one: what trains and its VAE in float32."""
+def load_pipeline(model: str) -> Any:
+    """Load the pipeline that a recipe names, on the GPU if there is one, in float32."""
     world, _, name = model.partition(":")
     if world == "tiny":
         return import_module("trajsurgery.tiny").pipeline(name or "flux")
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-    if missing := model_folder.incomplete(model):  # of a missing tokenizer transformers makes an empty one
+    if missing := model_folder.model_problem(model):  # of a missing tokenizer transformers makes an empty one
         raise RecipeError(missing)
     cuda = torch.cuda.is_available()
     try:
-        pipe = DiffusionPipeline.from_pretrained(model, dtype=_dtypes(cuda), local_files_only=True)
+        pipe = DiffusionPipeline.from_pretrained(model, dtype=_component_dtypes(cuda), local_files_only=True)
     except (OSError, ValueError) as error:
         raise RecipeError(f"{model} can't be loaded: {error} Fetch it anew with `hf download`.") from error
     return pipe.to("cuda" if cuda else "cpu")
 
 
-def _dtypes(cuda: bool) -> Any:
-    """The text encoders are frozen and large; what trains, and a VAE that overflows in bfloat16, stay float32."""
+def _component_dtypes(cuda: bool) -> Any:
+    """Text encoders are frozen and large: bfloat16 on a GPU. The transformer and the VAE stay float32."""
     small = torch.bfloat16 if cuda else torch.float32
     return {"text_encoder": small, "text_encoder_2": small, "text_encoder_3": small, "default": torch.float32}
 
 
-def _embedded(prompts: str) -> Any:
-    """The module that has prompts and rules of a world of the package; None for a file."""
+def _embedded_world(prompts: str) -> Any:
+    """Return the module with prompts and rules of an embedded world; None for a file."""
     places = {"tiny": "trajsurgery.tiny", "tiny:even": "trajsurgery.tiny", "tiny:wan": "trajsurgery.tiny.video_rules"}
     return import_module(places[prompts]) if prompts in places else None
 
 
-def _training(recipe: Recipe) -> tuple[tuple[str, ...], Draw]:
-    known = _embedded(recipe.prompts)
-    if known is not None:
-        texts = tuple(str(p.text) for p in known.prompts("train"))
-        ratio = {"ratio": known.EVEN_RATIO} if recipe.prompts == "tiny:even" else {}
-        return texts, lambda count, g: [str(p.text) for p in known.prompts("train", generator=g, count=count, **ratio)]
+def _training_prompts(recipe: Recipe) -> tuple[tuple[str, ...], Draw]:
+    world = _embedded_world(recipe.prompts)
+    if world is not None:
+        texts = tuple(str(p.text) for p in world.prompts("train"))
+        ratio = {"ratio": world.EVEN_RATIO} if recipe.prompts == "tiny:even" else {}
+        return texts, lambda count, g: [str(p.text) for p in world.prompts("train", generator=g, count=count, **ratio)]
     texts = tuple(prompt.text for prompt in read_prompts(recipe.prompts))
     return texts, lambda count, g: [texts[i] for i in torch.randint(len(texts), (count,), generator=g).tolist()]
 
 
-def _rules(judge: Any) -> Judge:
+def _rule_judge(judge: Any) -> Judge:
     def judged(images: Tensor, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         verdict = judge(images, list(texts))
         return verdict.correct, verdict.junk
@@ -225,35 +229,35 @@ def _rules(judge: Any) -> Judge:
     return judged
 
 
-def threshold(recipe: Recipe, world: RunComponents) -> float:
-    """lambda: the recipe's, else the reward's own.
+def hinge_threshold(recipe: Recipe, world: RunComponents) -> float:
+    """Return lambda: the recipe's, else the reward's own.
 
     Raises:
-        RecipeError: neither has one.
+        RecipeError: neither states one.
     """
-    own = recipe.objective.threshold
-    found = own if own is not None else getattr(world.reward, "threshold", None)
-    if found is None:
+    setting = recipe.objective.threshold
+    threshold = setting if setting is not None else getattr(world.reward, "threshold", None)
+    if threshold is None:
         raise RecipeError(
             f"reward {recipe.reward!r} states no threshold: give the hinge its lambda with --objective.threshold, on "
             "the reward's own scale and below the highest score that is to be rewarded."
         )
-    return float(found)
+    return float(threshold)
 
 
-def trial(recipe: Recipe, world: RunComponents) -> None:
-    """Asks the reward for the score of a grey image or video: what it lacks is told before hours of sampling.
+def check_reward(recipe: Recipe, world: RunComponents) -> None:
+    """Score a grey image or video once, so that a faulty reward is reported before hours of sampling.
 
     Raises:
-        RecipeError: no threshold; no score for each image; a reward's scores without a gradient to the images.
+        RecipeError: no threshold, no score for each image, or scores without gradient.
     """
-    threshold(recipe, world)
+    hinge_threshold(recipe, world)
     size = recipe.rollout.shape or (64, 64)
     shape = (1, *([] if recipe.rollout.frames is None else [recipe.rollout.frames]), 3, *size)
     image = torch.full(shape, 0.5, device=world.device, requires_grad=True)
-    scores = ask(recipe.reward, world.reward, image, world.texts[0])
-    reached = torch.autograd.grad(scores.sum(), image, allow_unused=True)[0] if scores.requires_grad else None
-    if reached is None:
+    scores = score_one(recipe.reward, world.reward, image, world.texts[0])
+    gradient = torch.autograd.grad(scores.sum(), image, allow_unused=True)[0] if scores.requires_grad else None
+    if gradient is None:
         raise RecipeError(DETACHED)
     for name, metric in world.metrics.items():
-        ask(name, metric, image.detach(), world.texts[0])
+        score_one(name, metric, image.detach(), world.texts[0])

@@ -1,4 +1,4 @@
-"""Low-rank adapters (Hu et al., 2021) through peft: put into a transformer, and saved for diffusers to read back."""
+"""What trains: all weights, those matching a pattern, or LoRA adapters (Hu et al., 2021) through peft."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from trajsurgery.errors import RecipeError
 from trajsurgery.training.settings import Trained
 
 
-def choose(module: Any, trained: Trained) -> None:
-    """Lets train what a recipe names, and nothing else: all weights, those a pattern names, or new adapters.
+def set_trainable(module: Any, trained: Trained) -> None:
+    """Set `requires_grad` for what the recipe trains: all weights, those matching a pattern, or new adapters.
 
-    Adapters are float32, as all masters are; B starts at zero, so that the model is what it was.
+    Adapters are float32. Their B matrices start at zero, so the model's output does not change.
 
     Raises:
-        RecipeError: no parameter of the module has such a name; its class takes no adapters.
+        RecipeError: no parameter matches the pattern, no layer matches the targets, or the class takes no adapters.
     """
     module.requires_grad_(False)
     if trained.what == "lora":
-        _adapt(module, trained)
+        _add_adapters(module, trained)
         return
     names = [name for name, _ in module.named_parameters()]
     chosen = {n for n in names if trained.pattern is None or re.search(trained.pattern, n)}
@@ -36,11 +36,11 @@ def choose(module: Any, trained: Trained) -> None:
         parameter.requires_grad_(name in chosen)
 
 
-def _adapt(module: Any, trained: Trained) -> None:
+def _add_adapters(module: Any, trained: Trained) -> None:
     from peft import LoraConfig
 
-    found = targeted(module, trained.targets)
-    if not found:
+    layers = target_layers(module, trained.targets)
+    if not layers:
         linear = sorted({n.rpartition(".")[2] for n, m in module.named_modules() if isinstance(m, nn.Linear)})
         raise RecipeError(
             f"train.targets = {trained.targets}: no linear layer's name ends so. There are {', '.join(linear)}."
@@ -53,8 +53,8 @@ def _adapt(module: Any, trained: Trained) -> None:
             parameter.data = parameter.data.float()
 
 
-def targeted(module: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Linear]:
-    """The linear layers that peft would adapt: their name is a target, or ends in a dot and a target."""
+def target_layers(module: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Linear]:
+    """Return the linear layers that peft would adapt: their name is a target, or ends in a dot and a target."""
     return {
         name: layer
         for name, layer in module.named_modules()
@@ -62,8 +62,8 @@ def targeted(module: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Linear
     }
 
 
-class Adapted(nn.Module):
-    """A linear layer and its adapter as peft computes them, for counting: peft's own can't be made of fake tensors."""
+class CountedLoRA(nn.Module):
+    """A linear layer with an adapter, computed as peft does. For the dry run: peft's own can't use fake tensors."""
 
     def __init__(self, base: nn.Linear, rank: int) -> None:
         super().__init__()
@@ -72,24 +72,24 @@ class Adapted(nn.Module):
         self.b = nn.Linear(rank, base.out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The sum of both."""
-        found = self.base(x)
-        return found + self.b(self.a(x.to(self.a.weight.dtype))) * 1.0
+        """Return the layer's output plus the adapter's."""
+        output = self.base(x)
+        return output + self.b(self.a(x.to(self.a.weight.dtype))) * 1.0
 
 
-def stand_in(module: nn.Module, trained: Trained) -> None:
-    """`choose` for a module of fake tensors; adapters have the default dtype."""
+def set_trainable_fake(module: nn.Module, trained: Trained) -> None:
+    """As `set_trainable`, for a module of fake tensors; adapters have the default dtype."""
     if trained.what == "full":
-        choose(module, trained)
+        set_trainable(module, trained)
         return
     module.requires_grad_(False)
-    for name, layer in targeted(module, trained.targets).items():
+    for name, layer in target_layers(module, trained.targets).items():
         parent, _, last = name.rpartition(".")
-        setattr(module.get_submodule(parent), last, Adapted(layer, trained.rank))
+        setattr(module.get_submodule(parent), last, CountedLoRA(layer, trained.rank))
 
 
-def save(pipe: Any, trained: Trained, folder: Path) -> None:
-    """Writes what trained: the whole transformer, or adapters that a plain pipe's `load_lora_weights(folder)` reads."""
+def save_trained(pipe: Any, trained: Trained, folder: Path) -> None:
+    """Save what trained: the transformer, or adapters that `load_lora_weights(folder)` of diffusers reads."""
     if trained.what == "full":
         pipe.transformer.save_pretrained(folder)
         return

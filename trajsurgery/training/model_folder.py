@@ -1,4 +1,4 @@
-"""What a folder of a diffusers pipeline lacks, read off its files: nothing is loaded, no connection is opened."""
+"""Check a diffusers folder for missing files, by file names and index files. Nothing is loaded or downloaded."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ _WEIGHTS = ("*.safetensors", "*.bin")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece*.model")
 
 
-def incomplete(model: str) -> str | None:
-    """What is missing of a local folder, or of a hub id's snapshot in the cache, and how to mend it."""
+def model_problem(model: str) -> str | None:
+    """Return what a local folder or a cached hub snapshot is missing and how to fix it; None if it is complete."""
     folder = Path(model)
     if folder.is_dir():
         if not (folder / INDEX).is_file():
@@ -21,7 +21,7 @@ def incomplete(model: str) -> str | None:
     else:
         if folder.is_absolute() or model.startswith("."):
             return f"there is no folder {model}: --model takes what diffusers' save_pretrained wrote, or a hub id."
-        cached = snapshot(model)
+        cached = cached_snapshot(model)
         if cached is None:
             return (
                 f"no weights: {model} is neither a local folder nor in the Hugging Face cache, and nothing is fetched "
@@ -29,43 +29,43 @@ def incomplete(model: str) -> str | None:
                 "--model FOLDER."
             )
         folder, mend = cached, f"Nothing is fetched here: `hf download {model}` fetches the rest"
-    missing = lacking(folder)
+    missing = missing_parts(folder)
     return f"{model} is there in part: {'; '.join(missing)}. {mend}." if missing else None
 
 
-def snapshot(repo: str) -> Path | None:
-    """The folder of a hub id in the local Hugging Face cache. Opens no connection."""
+def cached_snapshot(repo: str) -> Path | None:
+    """Return the folder of a hub id in the local Hugging Face cache. Opens no connection."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(repo, INDEX)
+        file = try_to_load_from_cache(repo, INDEX)
     except HFValidationError:
         return None
-    return Path(found).parent if isinstance(found, str) else None
+    return Path(file).parent if isinstance(file, str) else None
 
 
-def lacking(folder: Path) -> list[str]:
-    """A line for each part that the folder's index names and that is not there, or in part.
+def missing_parts(folder: Path) -> list[str]:
+    """Return a line for each component of `model_index.json` that is missing or incomplete.
 
-    Those of adapters and of safety checkers that a pipeline can do without are null there, and not asked for.
+    Optional components such as safety checkers are null in the index and are not checked.
     """
     try:
         index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return [f"{INDEX} can't be read ({error})"]
-    found: list[str] = []
+    problems: list[str] = []
     if "_class_name" in index and "transformer" not in index:
-        found.append(f"no transformer, which is what trains: it is a {index['_class_name']}")
+        problems.append(f"no transformer, which is what trains: it is a {index['_class_name']}")
     for name, entry in index.items():
         if not name.startswith("_") and isinstance(entry, list) and len(entry) == 2 and None not in entry:
-            missing = _missing(folder / name, str(entry[1]))
-            found += [f"{name}/ ({entry[1]}): {missing}"] if missing else []
-    return found
+            missing = _part_problem(folder / name, str(entry[1]))
+            problems += [f"{name}/ ({entry[1]}): {missing}"] if missing else []
+    return problems
 
 
-def _missing(part: Path, kind: str) -> str | None:
-    """What a part's folder lacks."""
+def _part_problem(part: Path, kind: str) -> str | None:
+    """Return what is missing in a component's folder."""
     if not part.is_dir():
         return "no such folder"
     if "Tokenizer" in kind:
@@ -85,5 +85,5 @@ def _any(part: Path, patterns: tuple[str, ...]) -> bool:
 
 
 def _shards(index: Path) -> list[str]:
-    found: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    return sorted(set(found.values()))
+    weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    return sorted(set(weight_map.values()))

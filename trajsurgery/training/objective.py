@@ -1,4 +1,4 @@
-"""The loss (LeapAlign, Eq. 11-13): a hinge on the reward, weighted by how near to the trajectory the leaps land."""
+"""The loss (LeapAlign, Eq. 11-13): a hinge on the reward, weighted by how close the leaps land to the trajectory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trajsurgery.plans.plan import Plan
 from trajsurgery.surgery.trajectory import Trajectory
 
 WeightsAt = Literal["all", "none", "j"] | tuple[int, ...]
-"""Where similarity is measured (Fig. 4d): at all landings of leaps, nowhere, at all but the last (d_j), or at times."""
+"""Where similarity is measured (Fig. 4d): at all landings, nowhere, at all but the last (d_j), or at given times."""
 
 DETACHED = (
     "the reward's scores carry no gradient: it runs under no_grad or inference_mode, or detaches its images. Use a "
@@ -28,14 +28,17 @@ DETACHED = (
 
 @dataclass(frozen=True)
 class Objective:
-    """What the reward's gradient is multiplied with."""
+    """Settings of the loss."""
 
     threshold: float | None = None
-    """lambda of the hinge, on the reward's own scale; the reward's `threshold` if left out."""
+    """lambda of the hinge, on the reward's own scale; by default the reward's `threshold`."""
     tau: float = 0.1
-    """The least distance of a leap: a length in latent space, to be set from measured distances."""
+    """Lower bound of a leap's distance, a length in latent space; set it from measured distances."""
     weights_at: WeightsAt | None = None
-    """Where similarity is measured: "all" landings, "none", "j" (all but 0), or times such as 0; else as the method."""
+    """Where similarity is measured: "all" landings, "none", "j" (all but 0), or times such as 0; by default as the
+    method
+    says.
+    """
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.tau) and self.tau > 0):
@@ -48,27 +51,27 @@ class Objective:
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """The weights of a batch, constants to autograd."""
+    """Similarity weights of a batch, constants to autograd."""
 
     w: Tensor
     """[batch], above 0."""
     clamped: Tensor
-    """0-dim: the share of the distances that tau replaced."""
+    """0-dim: the share of distances below tau."""
 
 
 def landings(plan: Plan, trajectory: Trajectory) -> tuple[int, ...]:
-    """The times, falling, on which the plan's leaps and advances land without being the sampler's own step."""
+    """Return the times, falling, at which leaps and advances land that are not the sampler's own step."""
     bound = plan.prepared(trajectory.steps)
-    own = faithful(bound.outputs, trajectory.is_step)
-    found = {n.t for n in bound.nodes if isinstance(n, Leap | Advance) and n not in own and isinstance(n.t, int)}
-    return tuple(sorted(found, reverse=True))
+    own_steps = faithful(bound.outputs, trajectory.is_step)
+    times = {n.t for n in bound.nodes if isinstance(n, Leap | Advance) and n not in own_steps and isinstance(n.t, int)}
+    return tuple(sorted(times, reverse=True))
 
 
-def chosen(where: WeightsAt, landed: Sequence[int]) -> tuple[int, ...]:
-    """Those of the landings at which similarity is measured.
+def measured_landings(where: WeightsAt, landed: Sequence[int]) -> tuple[int, ...]:
+    """Return the landings at which similarity is measured.
 
     Raises:
-        RecipeError: a word that is none of "all", "none", "j".
+        RecipeError: a word other than "all", "none", "j".
     """
     if isinstance(where, str):
         if where not in ("all", "none", "j"):
@@ -80,24 +83,27 @@ def chosen(where: WeightsAt, landed: Sequence[int]) -> tuple[int, ...]:
 def weights(
     plan: Plan | PerSample, trajectory: Trajectory, distances: Mapping[int, Tensor], weights_at: WeightsAt, tau: float
 ) -> Weights:
-    """w = 1 / sum_t max(d_t, tau) (Eq. 12), 1 where nothing is measured.
+    """Return w = 1 / sum_t max(d_t, tau) (Eq. 12); 1 where nothing is measured.
 
     Unlike Eq. 12, a leap that is the sampler's own step (k = j + 1) is left out of the sum instead of counting as tau:
-    it has no error to punish, and a plan of many steps would be weighed by their number. Where samples have plans of
-    their own, each is measured where its own leaps land.
+    its error is zero, and plans of many steps would be weighted by their number of steps. With a plan for each sample,
+    each is measured where its own leaps land.
 
     Args:
-        distances: {t: [batch]}, of `trajsurgery.distances` or `surgery.distances`.
-        weights_at: where; independent of what the reward looks at.
+        distances: {t: [batch]}, from `trajsurgery.distances` or `surgery.distances`.
+        weights_at: where to measure; independent of where the reward is evaluated.
         tau: above 0.
     """
     if isinstance(plan, PerSample):
-        alone = [
-            weights(own, trajectory.sample(i), {t: d[i : i + 1] for t, d in distances.items()}, weights_at, tau)
-            for i, own in enumerate(plan.plans)
+        weights_of_samples = [
+            weights(sample_plan, trajectory.sample(i), {t: d[i : i + 1] for t, d in distances.items()}, weights_at, tau)
+            for i, sample_plan in enumerate(plan.plans)
         ]
-        return Weights(torch.cat([one.w for one in alone]), torch.stack([one.clamped for one in alone]).mean())
-    times = chosen(weights_at, landings(plan, trajectory)) if weights_at != "none" else ()
+        return Weights(
+            torch.cat([sample_weights.w for sample_weights in weights_of_samples]),
+            torch.stack([sample_weights.clamped for sample_weights in weights_of_samples]).mean(),
+        )
+    times = measured_landings(weights_at, landings(plan, trajectory)) if weights_at != "none" else ()
     if not times:
         latents = trajectory[0]
         return Weights(latents.new_ones(len(latents), dtype=torch.float32), latents.new_zeros((), dtype=torch.float32))
@@ -121,12 +127,12 @@ def loss(scores: Sequence[Tensor], w: Tensor, threshold: float) -> Tensor:
 
 
 def cotangents(value: Tensor, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """d(loss)/d(output) for each output; the graph of decoder and reward is run and freed by it.
+    """Return d(loss)/d(output) for each output; this runs and frees the graph of decoder and reward.
 
-    What the transformer is asked afterwards is this alone, so that no memory is held by both at once.
+    The transformer's backward pass needs these alone, so its memory and the reward's are not held at once.
 
     Raises:
-        RecipeError: the reward cut the gradient.
+        RecipeError: the reward cuts the gradient.
     """
     if not value.requires_grad:
         raise RecipeError(DETACHED)

@@ -1,4 +1,4 @@
-"""Whether a recipe's run can start here: everything that is missing is said at once, before anything is loaded."""
+"""Checks before a run: everything that is missing is reported at once, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from trajsurgery.errors import PlanError, RecipeError
-from trajsurgery.rewards.by_name import terms
-from trajsurgery.rewards.named import KNOWN, known, lacking, trainable
+from trajsurgery.rewards.by_name import mixture_weights
+from trajsurgery.rewards.named import KNOWN, is_differentiable, is_packaged, missing_weights
 from trajsurgery.tiny.pipe import FOLDERS
 from trajsurgery.tiny.variant import shipped
 from trajsurgery.training import model_folder
@@ -18,10 +18,10 @@ from trajsurgery.training.prompts import read_prompts
 from trajsurgery.training.recipe import EMBEDDED, Recipe
 
 PARAMETERS = {"black-forest-labs/FLUX.1-dev": 11_901_408_320, "stabilityai/stable-diffusion-3.5-medium": 2_243_171_520}
-"""Of the transformers that recipes name."""
+"""Parameters of the transformers that the recipes name."""
 
 WITHOUT_GPU = 10**9
-"""Parameters that can be trained on a CPU, if one is patient."""
+"""The most parameters that may be trained on a CPU."""
 
 COPIES = 5
 """Float32 copies of the parameters in training: weights, gradients, AdamW's two moments, EMA."""
@@ -33,45 +33,51 @@ _FLUX = (
 )
 
 
-def check(recipe: Recipe) -> None:
-    """Stops a run that can't start.
+def check_recipe(recipe: Recipe) -> None:
+    """Raise if the recipe can't run on this machine.
 
     Raises:
-        RecipeError: what is missing, what the run would need, and what to do.
+        RecipeError: everything that is missing, what the run would need, and what to do.
     """
     scorers = dict.fromkeys((recipe.reward, *(recipe.evaluation.metrics or ())))
-    named = lacking_model(recipe.model), *map(lacking_reward, scorers)
-    found = (_method(recipe), _judge(recipe.reward), _device(recipe), *named, *_prompts(recipe))
-    missing = [line for line in found if line]
+    named = model_problem(recipe.model), *map(reward_problem, scorers)
+    problems = (
+        _method_problem(recipe),
+        _judge_problem(recipe.reward),
+        _device_problem(recipe),
+        *named,
+        *_prompt_problems(recipe),
+    )
+    missing = [line for line in problems if line]
     if missing:
         raise RecipeError(
-            "\n".join(["this recipe can't run here:", *(f"  - {line}" for line in missing), *_needs(recipe)])
+            "\n".join(["this recipe can't run here:", *(f"  - {line}" for line in missing), *_requirements(recipe)])
         )
 
 
-def gibibytes(recipe: Recipe) -> float | None:
-    """The memory of parameters, gradients, optimiser and EMA, if the model's size is known; adapters are small."""
-    count, copies = parameters(recipe.model), COPIES if recipe.train.what == "full" else 1
+def training_gib(recipe: Recipe) -> float | None:
+    """Return GiB for parameters, gradients, optimizer and EMA, if the model's size is known."""
+    count, copies = parameter_count(recipe.model), COPIES if recipe.train.what == "full" else 1
     return None if count is None else copies * 4 * count / 2**30
 
 
-def parameters(model: str) -> int | None:
-    """The number of the transformer's parameters: of the named ones, and of a local folder's, read off its headers."""
+def parameter_count(model: str) -> int | None:
+    """Return the transformer's number of parameters: of a known model, or from a local folder's file headers."""
     if model in PARAMETERS:
         return PARAMETERS[model]
     files = sorted(Path(model, "transformer").glob("*.safetensors"))
-    return sum(map(_elements, files)) if files else None
+    return sum(map(_element_count, files)) if files else None
 
 
-def _elements(file: Path) -> int:
+def _element_count(file: Path) -> int:
     from safetensors import safe_open
 
     with safe_open(file, "pt") as weights:
         return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
 
 
-def _method(recipe: Recipe) -> str | None:
-    """Draws one plan: settings that allow none would else be told after the first evaluation."""
+def _method_problem(recipe: Recipe) -> str | None:
+    """Draw one plan, so that settings that allow none are reported before the first evaluation."""
     try:
         plan = recipe.method.draw(recipe.rollout.steps, torch.Generator().manual_seed(recipe.seed))
     except PlanError as error:
@@ -85,22 +91,22 @@ def _method(recipe: Recipe) -> str | None:
     return None
 
 
-def _judge(asked: str) -> str | None:
-    """A reward, or a part of it, that answers in text."""
+def _judge_problem(reward: str) -> str | None:
+    """Report a reward, or a part of it, that answers in text and has no gradient."""
     try:
-        judges = [name for name in terms(asked) or (asked,) if not trainable(name)]
+        judges = [name for name in mixture_weights(reward) or (reward,) if not is_differentiable(name)]
     except RecipeError:
         return None  # `lacking_reward` says it
     if not judges:
         return None
     return (
-        f"--reward {asked}: {', '.join(judges)} answers in text and has no gradient, so that nothing can be trained on "
-        "it. Let it grade, as one of --evaluation.metrics or with `trajsurgery score`."
+        f"--reward {reward}: {', '.join(judges)} answers in text and has no gradient, so nothing can be trained on "
+        "it. Let it score, as one of --evaluation.metrics or with `trajsurgery score`."
     )
 
 
-def _device(recipe: Recipe) -> str | None:
-    needed, count = gibibytes(recipe), parameters(recipe.model)
+def _device_problem(recipe: Recipe) -> str | None:
+    needed, count = training_gib(recipe), parameter_count(recipe.model)
     if needed is None or count is None or count <= WITHOUT_GPU:
         return None
     if not torch.cuda.is_available():
@@ -115,47 +121,51 @@ def _device(recipe: Recipe) -> str | None:
     )
 
 
-def lacking_model(name: str) -> str | None:
-    """What a recipe's `model` lacks here, and the repair; None if nothing."""
+def model_problem(name: str) -> str | None:
+    """Return what the recipe's `model` is missing here and how to fix it; None if nothing."""
     if name in EMBEDDED:
         stage = name.partition(":")[2] or "flux"
         command = f"python -m benchmarks.world.train --stage {stage}, then --stage ship"
         return None if FOLDERS[stage].is_dir() else f"no weights: {name} is not in this package. Make them: {command}."
-    return model_folder.incomplete(name)
+    return model_folder.model_problem(name)
 
 
-def lacking_reward(asked: str) -> str | None:
-    """What a recipe's `reward` lacks here, and the repair; None if nothing."""
+def reward_problem(reward: str) -> str | None:
+    """Return what the recipe's `reward` is missing here and how to fix it; None if nothing."""
     try:
-        mixed = terms(asked)
+        mixed = mixture_weights(reward)
     except RecipeError as error:
         return str(error)
     if mixed:
-        return " ".join(said for part in mixed if (said := lacking_reward(part))) or None
-    name, _, rest = asked.partition(":")
+        return " ".join(problem for part in mixed if (problem := reward_problem(part))) or None
+    name, _, rest = reward.partition(":")
     if name == "tiny":
-        there = ("", "scorer", *shipped())
-        return None if rest in there else f"no reward {asked!r}: the embedded world ships tiny{' tiny:'.join(there)}."
-    if known(asked):
-        return lacking(asked)
+        exists = ("", "scorer", *shipped())
+        return (
+            None if rest in exists else f"no reward {reward!r}: the embedded world ships tiny{' tiny:'.join(exists)}."
+        )
+    if is_packaged(reward):
+        return missing_weights(reward)
     try:
-        there = bool(rest) and find_spec(name) is not None
+        exists = bool(rest) and find_spec(name) is not None
     except (ImportError, ValueError):
-        there = False
-    return None if there else f"no reward {asked!r}: it is tiny, tiny:SCORER, {KNOWN}, or MODULE:NAME."
+        exists = False
+    return None if exists else f"no reward {reward!r}: it is tiny, tiny:SCORER, {KNOWN}, or MODULE:NAME."
 
 
-def _prompts(recipe: Recipe) -> list[str]:
+def _prompt_problems(recipe: Recipe) -> list[str]:
     flags = {"prompts": ("training", recipe.prompts), "heldout": ("held-out", recipe.heldout)}
     if recipe.guards.every is not None and recipe.guards.prompts is not None:
         flags["guards.prompts"] = ("validation", recipe.guards.prompts)
-    known = (*EMBEDDED.values(), "tiny:even")
-    found = {flag: (kind, unreadable(path)) for flag, (kind, path) in flags.items() if path not in known}
-    return [f"no {kind} prompts: {said} Pass --{flag} FILE." for flag, (kind, said) in found.items() if said]
+    embedded = (*EMBEDDED.values(), "tiny:even")
+    problems = {flag: (kind, prompts_problem(path)) for flag, (kind, path) in flags.items() if path not in embedded}
+    return [
+        f"no {kind} prompts: {problem} Pass --{flag} FILE." for flag, (kind, problem) in problems.items() if problem
+    ]
 
 
-def unreadable(path: str) -> str | None:
-    """Why no prompts can be read from a file; None if they can."""
+def prompts_problem(path: str) -> str | None:
+    """Return why no prompts can be read from a file; None if they can."""
     try:
         read_prompts(path)
     except RecipeError as error:
@@ -163,8 +173,8 @@ def unreadable(path: str) -> str | None:
     return None
 
 
-def _needs(recipe: Recipe) -> list[str]:
-    needed, count, lines = gibibytes(recipe), parameters(recipe.model), list[str]()
+def _requirements(recipe: Recipe) -> list[str]:
+    needed, count, lines = training_gib(recipe), parameter_count(recipe.model), list[str]()
     if needed is not None and count is not None and count > WITHOUT_GPU:
         lines.append(
             f"What it needs: {count / 1e9:.1f} G parameters, all of them trained, in float32: "

@@ -1,8 +1,8 @@
-"""Prompts are encoded once: what a pipe's `encode_...` methods returned is kept by prompt, and answers for them.
+"""Encode each prompt once: cache what the pipeline's own `encode_...` methods return.
 
-Nothing is known of a pipeline's class: its own `__call__` runs up to the transformer's first call, and makes the calls
-of its `encode_...` methods that it will make again. Which dimension of a result counts prompts is seen by encoding one
-twice. Results are kept on the CPU (4 MiB a prompt for FLUX.1-dev's 512 tokens).
+This works for any pipeline class. The pipeline's `__call__` runs up to the first transformer call, which makes all
+calls of its `encode_...` methods. Encoding one prompt twice shows which dimension of a result counts prompts. Results
+stay on the CPU (4 MiB a prompt for FLUX.1-dev's 512 tokens).
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ _PLACE = "_encodings_of_trajsurgery"
 _TRAINS = ("transformer", "transformer_2", "vae")
 
 
-class Embeddings:
-    """The encodings of prompts, each made once; no text encoder runs afterwards."""
+class PromptCache:
+    """Encodings of a list of prompts, each made once. Calling it returns arguments for the pipeline."""
 
     def __init__(self, pipe: Any, texts: Iterable[str], call: Mapping[str, Any] | None = None, batch: int = 64) -> None:
-        self._length = _length(pipe)
-        known = Encodings.of(pipe)
-        unique = [text for text in dict.fromkeys(texts) if text not in known.texts]
+        self._length = _sequence_length(pipe)
+        encodings = PipelineEncodings.of(pipe)
+        unique = [text for text in dict.fromkeys(texts) if text not in encodings.texts]
         for start in range(0, len(unique), batch):
-            known.encode(unique[start : start + batch], {**(call or {}), **self._length})
+            encodings.encode(unique[start : start + batch], {**(call or {}), **self._length})
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Any]:
-        """The arguments of the pipe's call for these prompts, of which it encodes none."""
+        """Return pipeline arguments for these prompts; the pipeline then encodes none of them."""
         return {"prompt": list(texts), **self._length}
 
 
-def _length(pipe: Any) -> dict[str, int]:
-    """The number of tokens that the pipe's own call encodes, but no more than its T5 tokenizer says."""
+def _sequence_length(pipe: Any) -> dict[str, int]:
+    """Return the number of tokens that the pipeline encodes, at most what its T5 tokenizer allows."""
     taken = inspect.signature(pipe.__call__).parameters.get("max_sequence_length")
     names = [name for name in ("tokenizer_3", "tokenizer_2", "tokenizer") if getattr(pipe, name, None) is not None]
     if taken is None or not names or not isinstance(taken.default, int):
@@ -48,76 +48,76 @@ def _length(pipe: Any) -> dict[str, int]:
     return {taken.name: min(taken.default, getattr(pipe, names[0]).model_max_length)}
 
 
-def dismiss(pipe: Any, place: torch.device | str = "cpu") -> tuple[str, ...]:
-    """Takes the text encoders off their device and off the pipe, which encodes no new prompt from then on.
+def free_text_encoders(pipe: Any, place: torch.device | str = "cpu") -> tuple[str, ...]:
+    """Move the text encoders to `place` and take them off the pipeline; return their names.
 
-    Their memory is free if nobody else holds them; somebody who does finds them on the `place`. Returns their names.
+    Their memory is freed unless somebody else holds them. The pipeline can't encode new prompts afterwards.
     """
-    known = Encodings.of(pipe)
-    for name in known.encoders:
+    encodings = PipelineEncodings.of(pipe)
+    for name in encodings.encoders:
         getattr(pipe, name).to(place)
         setattr(pipe, name, None)
-    found, known.gone = tuple(sorted(known.encoders)), True
-    known.encoders.clear()
-    return found
+    names, encodings.gone = tuple(sorted(encodings.encoders)), True
+    encodings.encoders.clear()
+    return names
 
 
-class Encodings:
-    """What one pipe's `encode_...` methods have returned; it hangs on the pipe and stands for them there."""
+class PipelineEncodings:
+    """The cached results of one pipeline's `encode_...` methods. It replaces those methods on the pipeline."""
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
         self.texts: set[str] = set()
-        """The prompts that were encoded ahead."""
+        """Prompts that were encoded in advance."""
         self.encoders: set[str] = set()
-        """The pipe's components that were called for it."""
+        """Names of the components that encoded them."""
         self.gone = False
         self.busy = False
         for owner, name in list(encoders(pipe, type(pipe))):
             if owner is pipe:
-                pipe.__dict__[name] = _Method(self, getattr(pipe, name))
+                pipe.__dict__[name] = _CachedEncoder(self, getattr(pipe, name))
 
     @classmethod
-    def of(cls, pipe: Any) -> Encodings:
-        """Those of the pipe, there from the first time on."""
+    def of(cls, pipe: Any) -> PipelineEncodings:
+        """Return the cache of a pipeline; create it the first time."""
         if _PLACE not in pipe.__dict__:
             pipe.__dict__[_PLACE] = cls(pipe)
         return pipe.__dict__[_PLACE]
 
     def encode(self, texts: Sequence[str], call: Mapping[str, Any]) -> None:
-        """Runs the pipe's call for the prompts up to its transformer's first: all encodings are made by then."""
+        """Run the pipeline for these prompts up to the first transformer call, which encodes all of them."""
 
         def reached(*_: Any) -> None:
-            raise _Reached
+            raise _LoopReached
 
         hook = self.pipe.transformer.register_forward_pre_hook(reached)
         try:
             self.pipe(prompt=list(texts), **call, num_inference_steps=2, generator=torch.Generator())
-        except _Reached:
+        except _LoopReached:
             pass
         finally:
             hook.remove()
         self.texts.update(texts)
 
     def watched(self, method: Any, arguments: dict[str, Any]) -> Any:
-        """Calls a method, without gradient, and notes which components it calls."""
+        """Call an encoder method without gradient, and record which components it uses."""
         if self.gone:
             raise RecipeError(
-                f"{type(self.pipe).__name__} was asked to encode {_texts(arguments)}, and its text encoders have been "
-                "let go: encode all prompts before, or keep them with --train.keep-encoders."
+                f"{type(self.pipe).__name__} can't encode {_prompts_of(arguments)}: its text encoders have been "
+                "let go. Encode all prompts before, or keep them with --train.keep-encoders."
             )
-        inner = {
+        owners = {
             id(part): name
             for name, component in self.pipe.components.items()
             if isinstance(component, nn.Module) and name not in _TRAINS
             for part in component.modules()
         }
 
-        def note(module: nn.Module, _: Any) -> None:
-            if id(module) in inner:
-                self.encoders.add(inner[id(module)])
+        def record(module: nn.Module, _: Any) -> None:
+            if id(module) in owners:
+                self.encoders.add(owners[id(module)])
 
-        hook = register_module_forward_pre_hook(note)
+        hook = register_module_forward_pre_hook(record)
         self.busy = True
         try:
             with torch.no_grad():
@@ -127,46 +127,48 @@ class Encodings:
             hook.remove()
 
 
-class _Reached(BaseException):
-    """The pipe's loop has begun."""
+class _LoopReached(BaseException):
+    """The pipeline has reached its denoising loop."""
 
 
 @dataclass(frozen=True, eq=False)
-class _Form:
-    """How a method's result is put together of those of single prompts."""
+class _ResultLayout:
+    """How the result for several prompts is joined from results for single ones."""
 
     tree: TreeSpec
     dims: tuple[int | None, ...]
-    """The dimension of each leaf that counts prompts (-1: it is a list of them); None: the leaf is the same for all."""
+    """For each leaf, the dimension that counts prompts; -1: a list with one entry each; None: the same for all."""
     alone: list[Any]
-    """The leaves for one prompt."""
+    """The leaves for a single prompt."""
     masks: set[int] = field(default_factory=set[int])
-    """Leaves that are None where no prompt is shorter than another, else a mask, [prompts, tokens]."""
+    """Leaves that are masks [prompts, tokens], or None where no prompt is padded."""
 
 
-class _Method:
-    """Stands for a method of a pipe that encodes prompts."""
+class _CachedEncoder:
+    """Replacement of one `encode_...` method."""
 
-    def __init__(self, owner: Encodings, method: Any) -> None:
+    def __init__(self, owner: PipelineEncodings, method: Any) -> None:
         self.owner, self.method = owner, method
         self.signature = inspect.signature(method)
-        self.forms: dict[str, _Form] = {}
+        self.forms: dict[str, _ResultLayout] = {}
         self.rows: dict[tuple[str, ...], list[Any]] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The joined encodings; those that are not known yet are made."""
+        """Return the joined encodings; encode prompts that are new."""
         bound = self.signature.bind(*args, **kwargs)
         bound.apply_defaults()
         arguments = dict(bound.arguments)
         arguments |= arguments.pop("kwargs", {})
         if isinstance(arguments.get("prompt"), str):
             arguments["prompt"] = [arguments["prompt"]]
-        count = len(_texts(arguments))
+        count = len(_prompts_of(arguments))
         if self.owner.busy or not count or any(isinstance(v, Tensor) for v in arguments.values()):
             return self.method(*args, **kwargs)
-        rest = {n: v for n, v in arguments.items() if n != "device" and not _listed(v, count)}
+        rest = {n: v for n, v in arguments.items() if n != "device" and not _is_prompt_list(v, count)}
         kind = repr(sorted(rest.items(), key=lambda item: item[0]))
-        keys = [(kind, *(f"{n}={v[i]}" for n, v in arguments.items() if _listed(v, count))) for i in range(count)]
+        keys = [
+            (kind, *(f"{n}={v[i]}" for n, v in arguments.items() if _is_prompt_list(v, count))) for i in range(count)
+        ]
         new = list({key: i for i, key in enumerate(keys) if key not in self.rows}.values())
         if new:
             self._encode(kind, arguments, count, new, keys)
@@ -176,12 +178,12 @@ class _Method:
         self, kind: str, arguments: dict[str, Any], count: int, new: list[int], keys: list[tuple[str, ...]]
     ) -> None:
         def made(which: list[int]) -> tuple[list[Any], TreeSpec]:
-            some = {n: [v[i] for i in which] if _listed(v, count) else v for n, v in arguments.items()}
+            some = {n: [v[i] for i in which] if _is_prompt_list(v, count) else v for n, v in arguments.items()}
             return tree_flatten(self.owner.watched(self.method, some), is_leaf=lambda v: isinstance(v, list))
 
         if kind not in self.forms:
             (alone, tree), (twice, _) = made(new[:1]), made(new[:1] * 2)
-            self.forms[kind] = _Form(tree, tuple(map(self._dimension, alone, twice)), alone)
+            self.forms[kind] = _ResultLayout(tree, tuple(map(self._dimension, alone, twice)), alone)
         form, (leaves, _) = self.forms[kind], made(new)
         for place, i in enumerate(new):
             pairs = zip(leaves, form.dims, strict=True)
@@ -201,23 +203,27 @@ class _Method:
             f"{tuple(twice.shape)} for it twice: no dimension counts prompts, so that they can't be encoded ahead."
         )
 
-    def _joined(self, form: _Form, rows: list[list[Any]]) -> Any:
+    def _joined(self, form: _ResultLayout, rows: list[list[Any]]) -> Any:
         dtype = self.owner.pipe.transformer.dtype
-        found: list[Any] = []
+        joined: list[Any] = []
         for i, (like, dim) in enumerate(zip(form.alone, form.dims, strict=True)):
             parts = [row[i] for row in rows]
             if i in form.masks:
-                parts, like, dim = [_mask(row, i) for row in rows], next(v for v in form.alone if _long(v)), 0
+                parts, like, dim = (
+                    [_mask(row, i) for row in rows],
+                    next(v for v in form.alone if _is_token_states(v)),
+                    0,
+                )
             if dim == -1:
-                found.append([_placed(v, v, dtype) for part in parts for v in part])
+                joined.append([_copy_like(v, v, dtype) for part in parts for v in part])
             elif dim is None:
-                found.append(_placed(like, like, dtype))
+                joined.append(_copy_like(like, like, dtype))
             else:
-                found.append(_placed(torch.cat(self._padded(form, parts, dim), dim), like, dtype))
-        return tree_unflatten(found, form.tree)
+                joined.append(_copy_like(torch.cat(self._padded(form, parts, dim), dim), like, dtype))
+        return tree_unflatten(joined, form.tree)
 
-    def _padded(self, form: _Form, parts: list[Tensor], dim: int) -> list[Tensor]:
-        """Encodings of the same length: zeros behind the shorter ones, which their masks leave out."""
+    def _padded(self, form: _ResultLayout, parts: list[Tensor], dim: int) -> list[Tensor]:
+        """Pad shorter encodings with zeros, which their masks exclude."""
         longest = [max(sizes) for sizes in zip(*(part.shape for part in parts))]
         longest[dim] = parts[0].shape[dim]
         if all(list(part.shape) == longest for part in parts):
@@ -231,29 +237,29 @@ class _Method:
         return [nn.functional.pad(v, [w for n in gap[::-1] for w in (0, n)]) for v, gap in zip(parts, gaps)]
 
 
-def _listed(value: Any, count: int) -> bool:
+def _is_prompt_list(value: Any, count: int) -> bool:
     return isinstance(value, list | tuple) and len(value) == count and all(isinstance(v, str) for v in value)
 
 
-def _texts(arguments: Mapping[str, Any]) -> list[str]:
-    """The prompts of a call: its longest list of words."""
-    lists = [list(v) for v in arguments.values() if isinstance(v, list | tuple) and v and _listed(v, len(v))]
+def _prompts_of(arguments: Mapping[str, Any]) -> list[str]:
+    """Return the prompts of a call: its longest list of strings."""
+    lists = [list(v) for v in arguments.values() if isinstance(v, list | tuple) and v and _is_prompt_list(v, len(v))]
     return max(lists, key=len, default=[])
 
 
-def _long(value: Any) -> bool:
+def _is_token_states(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 2
 
 
 def _mask(row: list[Any], i: int) -> Tensor:
-    """A prompt's mask, [1, tokens]; all of its tokens if it was encoded without one."""
+    """Return a prompt's mask [1, tokens]; all tokens if it was encoded without one."""
     if row[i] is not None:
         return row[i]
-    return torch.ones(next(leaf for leaf in row if _long(leaf)).shape[:2], dtype=torch.long)
+    return torch.ones(next(leaf for leaf in row if _is_token_states(leaf)).shape[:2], dtype=torch.long)
 
 
 def _row(leaf: Any, dim: int | None, place: int, count: int) -> Any:
-    """One prompt's share of a leaf."""
+    """Return one prompt's part of a leaf, on the CPU."""
     if dim is None:  # a mask, or the same for all
         return leaf[place : place + 1].cpu() if isinstance(leaf, Tensor) and len(leaf) == count else None
     if dim == -1:
@@ -263,8 +269,8 @@ def _row(leaf: Any, dim: int | None, place: int, count: int) -> Any:
     return leaf.narrow(dim, place * size, size).cpu()
 
 
-def _placed(value: Any, like: Any, dtype: torch.dtype) -> Any:
-    """A copy where the method would have put it; floating point numbers as the transformer has them."""
+def _copy_like(value: Any, like: Any, dtype: torch.dtype) -> Any:
+    """Copy a leaf to the device of `like`; floating-point numbers get the transformer's dtype."""
     if not isinstance(value, Tensor):
         return value
     return value.to(like.device, dtype if value.is_floating_point() else value.dtype, copy=True)

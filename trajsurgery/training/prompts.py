@@ -1,4 +1,4 @@
-"""Prompt sets: text, JSON, JSONL and parquet files, and the layouts of HPDv2, MJHQ-30K and GenEval."""
+"""Read prompt files: text, JSON, JSONL and parquet, including the layouts of HPDv2, MJHQ-30K and GenEval."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ TEXT, CATEGORY = ("prompt", "text", "caption"), ("category", "tag", "style")
 """The names of a row's prompt and category, the first that it has; capitals do not count."""
 
 PAIRS = ("human_preference", "rank")
-"""A row of HPDv2's train.json or test.json has one of them: its prompt stands there once for each pair of images."""
+"""HPDv2's train.json and test.json have one of these; each prompt stands there once for each pair of images."""
 
 ALL = "all"
-"""The category of a prompt that has none."""
+"""The category of prompts without one."""
 
 KINDS = ".txt (one a line), .jsonl, .json, .parquet, or a folder of such files"
-"""For errors."""
+"""For error messages."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, and what kind of prompt it is."""
+    """A prompt and its category."""
 
     text: str
     category: str = ALL
     record: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
-    """The row that it was read from, for benchmarks whose evaluator reads it back (GenEval's `include`)."""
+    """The row of the file, for evaluators that read it back (GenEval's `include`)."""
 
 
 def read_prompts(path: str | Path) -> tuple[Prompt, ...]:
-    """The prompts of a file, in its order, or of the files in a folder, by name.
+    """Return the prompts of a file in its order, or of all prompt files in a folder, by file name.
 
-    - Text: one a line.
-    - JSONL: a string a line, or an object with `prompt` (`text`, `caption`) and maybe `category` (`tag`, `style`).
-      GenEval's evaluation_metadata.jsonl is one.
-    - JSON: a list of strings (HPDv2's benchmark) or of objects as in JSONL (HPDv2's train.json and test.json, where the
-      pairs of one prompt count once), which are of the category of the file's name if they have none; an object of such
-      lists, {style: [...]}; or {id: object} (MJHQ-30K's meta_data.json).
+    - Text: one prompt a line.
+    - JSONL: a string a line, or an object with `prompt` (or `text`, `caption`) and optionally `category` (or `tag`,
+      `style`), as in GenEval's evaluation_metadata.jsonl.
+    - JSON: a list of strings (HPDv2's benchmark) or objects (HPDv2's train.json and test.json; the pairs of a prompt
+      count once) whose default category is the file's name; {style: [...]}; or {id: object} (MJHQ-30K's
+      meta_data.json).
     - Parquet: columns with these names. It needs pyarrow, the extra `parquet`.
 
     Raises:
-        RecipeError: no such file; none in it; a row without a prompt; what is none of these.
+        RecipeError: no such file, no prompts in it, a row without a prompt, or another format.
     """
     path = Path(path)
     if path.is_dir():
@@ -57,39 +57,43 @@ def read_prompts(path: str | Path) -> tuple[Prompt, ...]:
     if not path.is_file():
         raise RecipeError(f"there is no file {str(path)!r}: prompts are tiny, or {KINDS}.")
     try:
-        found = tuple(_READERS.get(path.suffix, _lines)(path))
+        prompts = tuple(_READERS.get(path.suffix, _read_lines)(path))
     except UnicodeDecodeError as error:
         raise RecipeError(f"{str(path)!r} is no text in UTF-8 ({error}): prompts are {KINDS}.") from error
-    if not found:
+    if not prompts:
         raise RecipeError(f"{str(path)!r} holds no prompt: write one a line.")
-    return found
+    return prompts
 
 
-def _lines(path: Path) -> Iterator[Prompt]:
+def _read_lines(path: Path) -> Iterator[Prompt]:
     return (Prompt(line.strip()) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
 
 
-def _jsonl(path: Path) -> Iterator[Prompt]:
+def _read_jsonl(path: Path) -> Iterator[Prompt]:
     lines = enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1)
-    return _rows(((f"line {i}", _parsed(path, line, f"line {i}")) for i, line in lines if line.strip()), path)
-
-
-def _json(path: Path) -> Iterator[Prompt]:
-    found = _parsed(path, path.read_text(encoding="utf-8-sig"), "it")
-    if isinstance(found, Mapping) and all(isinstance(rows, list) for rows in found.values()):
-        groups = [(str(style), rows) for style, rows in found.items()]
-    elif isinstance(found, Mapping):
-        return _rows(((f"{name!r}", row) for name, row in found.items()), path)
-    elif isinstance(found, list):
-        groups = [(path.stem, found)]
-    else:
-        raise RecipeError(f"{str(path)!r} holds {type(found).__name__}: JSON prompts are a list or an object.")
-    return (
-        prompt for style, rows in groups for prompt in _rows(((f"row {i}", r) for i, r in enumerate(rows)), path, style)
+    return _prompts_of_rows(
+        ((f"line {i}", _parse_json(path, line, f"line {i}")) for i, line in lines if line.strip()), path
     )
 
 
-def _parquet(path: Path) -> Iterator[Prompt]:
+def _read_json(path: Path) -> Iterator[Prompt]:
+    data = _parse_json(path, path.read_text(encoding="utf-8-sig"), "it")
+    if isinstance(data, Mapping) and all(isinstance(rows, list) for rows in data.values()):
+        groups = [(str(style), rows) for style, rows in data.items()]
+    elif isinstance(data, Mapping):
+        return _prompts_of_rows(((f"{name!r}", row) for name, row in data.items()), path)
+    elif isinstance(data, list):
+        groups = [(path.stem, data)]
+    else:
+        raise RecipeError(f"{str(path)!r} holds {type(data).__name__}: JSON prompts are a list or an object.")
+    return (
+        prompt
+        for style, rows in groups
+        for prompt in _prompts_of_rows(((f"row {i}", r) for i, r in enumerate(rows)), path, style)
+    )
+
+
+def _read_parquet(path: Path) -> Iterator[Prompt]:
     if find_spec("pyarrow") is None:
         raise RecipeError(
             f"{str(path)!r} is parquet, which pyarrow reads, and pyarrow is not installed here: install the extra, "
@@ -102,28 +106,28 @@ def _parquet(path: Path) -> Iterator[Prompt]:
     except (ArrowInvalid, OSError) as error:
         raise RecipeError(f"{str(path)!r} is no parquet file ({error}).") from error
     names: list[str] = file.schema_arrow.names
-    wanted = [name for name in names if name.lower() in (*TEXT, *CATEGORY, *PAIRS)]  # never the pictures beside them
-    if not any(name.lower() in TEXT for name in wanted):
+    columns = [name for name in names if name.lower() in (*TEXT, *CATEGORY, *PAIRS)]  # never the pictures beside them
+    if not any(name.lower() in TEXT for name in columns):
         raise RecipeError(f"{str(path)!r} has no column {', '.join(TEXT)}; it has {', '.join(names)}.")
-    rows: list[Any] = file.read(columns=wanted).to_pylist()
-    return _rows(((f"row {i}", row) for i, row in enumerate(rows)), path)
+    rows: list[Any] = file.read(columns=columns).to_pylist()
+    return _prompts_of_rows(((f"row {i}", row) for i, row in enumerate(rows)), path)
 
 
-_READERS = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}
+_READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
 
 
-def _parsed(path: Path, text: str, where: str) -> Any:
+def _parse_json(path: Path, text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
         raise RecipeError(f"{str(path)!r}: {where} is not JSON ({error}).") from error
 
 
-def _rows(rows: Iterable[tuple[str, Any]], path: Path, style: str = ALL) -> Iterator[Prompt]:
-    """The prompts of (where it stands, row)."""
+def _prompts_of_rows(rows: Iterable[tuple[str, Any]], path: Path, style: str = ALL) -> Iterator[Prompt]:
+    """Yield the prompts of (position, row) pairs."""
     paired: set[str] = set()
     for where, row in rows:
-        prompt = _asked(row, path, where, style)
+        prompt = _prompt_of_row(row, path, where, style)
         if prompt.record is not None and any(name in prompt.record for name in PAIRS):
             if prompt.text in paired:
                 continue
@@ -131,7 +135,7 @@ def _rows(rows: Iterable[tuple[str, Any]], path: Path, style: str = ALL) -> Iter
         yield prompt
 
 
-def _asked(row: Any, path: Path, where: str, style: str) -> Prompt:
+def _prompt_of_row(row: Any, path: Path, where: str, style: str) -> Prompt:
     if isinstance(row, str) and row.strip():
         return Prompt(row.strip(), style)
     record: Mapping[str, Any] = row if isinstance(row, Mapping) else {}

@@ -1,4 +1,4 @@
-"""What grades a plan's outputs, and what takes its steps, where a method has something of its own: SRPO."""
+"""SRPO: reward pairs and guided velocity for a plan's outputs."""
 
 from __future__ import annotations
 
@@ -21,39 +21,45 @@ from trajsurgery.surgery.parameters import Fields
 from trajsurgery.training.recipe import Recipe
 
 
-def graders(recipe: Recipe, plan: Plan | PerSample, reward: Reward, generator: torch.Generator) -> tuple[Reward, ...]:
-    """The reward of each output: the recipe's, or what the method makes of it (`SRPO.graded`)."""
-    own: Any = getattr(recipe.method, "graded", None)
-    if own is None:
+def output_rewards(
+    recipe: Recipe, plan: Plan | PerSample, reward: Reward, generator: torch.Generator
+) -> tuple[Reward, ...]:
+    """Return the reward of each output: the recipe's, or what the method makes of it (`SRPO.graded`)."""
+    make_rewards: Any = getattr(recipe.method, "graded", None)
+    if make_rewards is None:
         return (reward,) * len(plan.plans[0].outputs if isinstance(plan, PerSample) else plan.outputs)
     if isinstance(plan, Plan):
-        return own(plan, reward, generator)
-    return tuple(map(_each, zip(*(own(one, reward, generator) for one in plan.plans), strict=True)))
+        return make_rewards(plan, reward, generator)
+    return tuple(
+        map(_reward_per_sample, zip(*(make_rewards(one, reward, generator) for one in plan.plans), strict=True))
+    )
 
 
-def _each(grades: Sequence[Reward]) -> Reward:
-    """One reward for a batch whose samples have each their own."""
+def _reward_per_sample(rewards: Sequence[Reward]) -> Reward:
+    """Return one reward for a batch whose samples have a reward each."""
 
-    def graded(images: Tensor, prompts: Sequence[str]) -> Tensor:
-        parts = zip(grades, images.split(1), prompts, strict=True)
-        return torch.cat([grade(image, [prompt]) for grade, image, prompt in parts])
+    def scored(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        parts = zip(rewards, images.split(1), prompts, strict=True)
+        return torch.cat([reward(image, [prompt]) for reward, image, prompt in parts])
 
-    return graded
+    return scored
 
 
-def guided(plan: Plan | PerSample) -> bool:
-    """Whether a field with another guidance than the rollout's takes a step of the plan."""
+def needs_guided_field(plan: Plan | PerSample) -> bool:
+    """Return whether a step of the plan uses another guidance scale than the rollout."""
     return any(isinstance(node, Velocity) and node.field == GUIDED for node in plan.nodes)
 
 
 def rollout_guidance(recipe: Recipe) -> dict[str, float]:
-    """The guidance of a rollout whose steps are taken with the recipe's own."""
-    found: float | None = getattr(recipe.method, "rollout_guidance", None)
-    return {} if found is None else {"guidance_scale": found}
+    """Return the rollout's guidance arguments, where the method sets its own."""
+    scale: float | None = getattr(recipe.method, "rollout_guidance", None)
+    return {} if scale is None else {"guidance_scale": scale}
 
 
-def steerable(recipe: Recipe, transformer: nn.Module) -> None:
-    """Stops a recipe whose rollout has another guidance than its step on a model that is not told its guidance.
+def check_guidance_is_input(recipe: Recipe, transformer: nn.Module) -> None:
+    """Raise if the rollout and the gradient step use different guidance scales and the model does not take guidance as
+    an
+    input.
 
     Raises:
         RecipeError: guidance is no input of the model.
@@ -66,9 +72,9 @@ def steerable(recipe: Recipe, transformer: nn.Module) -> None:
         )
 
 
-def fields(recipe: Recipe, plan: Plan | PerSample, surgery: Surgery) -> Fields:
-    """The rollout's field; beside it, under GUIDED, the same call's with the recipe's guidance if the plan asks."""
-    if not guided(plan):
+def velocity_fields(recipe: Recipe, plan: Plan | PerSample, surgery: Surgery) -> Fields:
+    """Return the rollout's field and, if the plan needs it, the same field with the recipe's guidance."""
+    if not needs_guided_field(plan):
         return surgery.field
     record = copy.copy(surgery.field.record)
     record.arguments = {**record.arguments, "guidance_scale": recipe.rollout.guidance}

@@ -1,4 +1,4 @@
-"""One iteration's gradient: a rollout, its grades, and what they pull along the plan into `.grad`."""
+"""The gradient of one rollout: sample images, score them, and backpropagate the loss along the plan into `.grad`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from trajsurgery.plans.plan import Plan
 from trajsurgery.surgery.api import apply, backward, distances, values
 from trajsurgery.surgery.parameters import Fields
 from trajsurgery.training import objective, srpo_support
-from trajsurgery.training.components import RunComponents, call_of
+from trajsurgery.training.components import RunComponents, pipeline_arguments
 from trajsurgery.training.recipe import Recipe
 
-Hold = Callable[[Surgery, float], Tensor]
-"""hold(surgery, share): adds share of a gradient of its own into `.grad` and returns a figure, 0-dim (anchor.py)."""
+ExtraGradient = Callable[[Surgery, float], Tensor]
+"""extra(surgery, share): add `share` of another gradient to `.grad` and return a 0-dim figure (anchor.py)."""
 
 
 def draw_plans(recipe: Recipe, generator: torch.Generator) -> list[Plan | PerSample]:
-    """An iteration's plans: as many as are asked for on a rollout, each one for all samples or one for each."""
+    """Draw the plans of an iteration: `rollout.plans` of them, each for the whole batch or one for each sample."""
     rollout, method = recipe.rollout, recipe.method
     if rollout.times == "shared":
         return [method.draw(rollout.steps, generator) for _ in range(rollout.plans)]
@@ -30,12 +30,12 @@ def draw_plans(recipe: Recipe, generator: torch.Generator) -> list[Plan | PerSam
     return [PerSample(method.draw(rollout.steps, generator) for _ in batch) for _ in range(rollout.plans)]
 
 
-def part_of(plan: Plan | PerSample, start: int, end: int) -> Plan | PerSample:
-    """The plan of these samples of the batch."""
+def plan_of_samples(plan: Plan | PerSample, start: int, end: int) -> Plan | PerSample:
+    """Return the plan of samples `start` to `end` of the batch."""
     return PerSample(plan.plans[start:end]) if isinstance(plan, PerSample) else plan
 
 
-def pull(
+def add_gradient(
     recipe: Recipe,
     world: RunComponents,
     plan: Plan | PerSample,
@@ -43,36 +43,42 @@ def pull(
     kwargs: dict[str, Any],
     renoise: torch.Generator,
     scale: tuple[float, float],
-    hold: Hold | None = None,
+    hold: ExtraGradient | None = None,
 ) -> Tensor:
-    """One rollout and its gradient, added into `.grad`.
-
-    Returns [7]: reward, loss, clamped, weight, closed, health (0 or NaN), what `hold` says (0 without one).
+    """Sample one batch and add its gradient to `.grad`.
 
     The graph of decoder and reward is run and freed before the transformer's backward pass begins.
+
+    Args:
+        scale: (lambda of the hinge, share of this rollout in the iteration's batch).
+        hold: adds a further gradient, such as the anchor's.
+
+    Returns:
+        [7]: reward, loss, clamped share, weight, closed share, health (0, or NaN if an image has NaN), the figure of
+            `hold`.
     """
     lambda_, share = scale
-    images, outputs, found, surgery, fields = _sample(recipe, world, plan, kwargs, renoise)
+    images, outputs, leap_distances, surgery, fields = _sample(recipe, world, plan, kwargs, renoise)
     decoded = [images, *(surgery.decode(x) for x in outputs[1:])]
-    graders = srpo_support.graders(recipe, plan, world.reward, renoise)
-    scores = [grade(_whole(image), texts) for image, grade in zip(decoded, graders, strict=True)]
-    weights = objective.weights(plan, surgery.trajectory, found, recipe.weights_at, recipe.objective.tau)
+    rewards = srpo_support.output_rewards(recipe, plan, world.reward, renoise)
+    scores = [grade(_without_nan(image), texts) for image, grade in zip(decoded, rewards, strict=True)]
+    weights = objective.weights(plan, surgery.trajectory, leap_distances, recipe.weights_at, recipe.objective.tau)
     loss = objective.loss(scores, weights.w, lambda_)
     cotangents = objective.cotangents(loss * share, outputs)
     if recipe.rollout.memory == "staged":
         backward(plan, surgery.trajectory, fields, cotangents, generator=renoise, check=False)
     else:
         torch.autograd.backward(outputs, cotangents)
-    held = hold(surgery, share) if hold else loss.detach() * 0
+    extra = hold(surgery, share) if hold else loss.detach() * 0
     with torch.no_grad():
-        reward = scores[0] if plan.exact else world.reward(_whole(surgery.decode(surgery.trajectory[0])), texts)
+        reward = scores[0] if plan.exact else world.reward(_without_nan(surgery.decode(surgery.trajectory[0])), texts)
         health = sum((image.detach().sum() * 0 for image in decoded), loss.detach() * 0)
         closed = (torch.stack([score.detach() for score in scores]) >= lambda_).float().mean()
-        grades = reward.mean(), loss.detach(), weights.clamped, weights.w.mean(), closed, health, held
-        return torch.stack(grades).float()
+        figures = reward.mean(), loss.detach(), weights.clamped, weights.w.mean(), closed, health, extra
+        return torch.stack(figures).float()
 
 
-def pull_several(
+def add_shared_gradient(
     recipe: Recipe,
     world: RunComponents,
     plans: Sequence[Plan | PerSample],
@@ -80,63 +86,72 @@ def pull_several(
     kwargs: dict[str, Any],
     renoise: torch.Generator,
     scale: tuple[float, float],
-    hold: Hold | None = None,
+    hold: ExtraGradient | None = None,
 ) -> Tensor:
-    """As `pull`, for several exact plans: their output is the rollout's x_0, hence one decode and one reward gradient.
+    """As `add_gradient`, for several exact plans on one rollout, which share one decode and one reward gradient.
 
-    The loss is their mean, each with weights of its own.
+    All of them output the rollout's x_0. The loss is the mean over plans, each with its own similarity weights.
     """
     lambda_, share = scale
     with operate(world.pipe) as surgery:
-        world.pipe(num_inference_steps=recipe.rollout.steps, **call_of(recipe), **kwargs, output_type="latent")
+        world.pipe(
+            num_inference_steps=recipe.rollout.steps, **pipeline_arguments(recipe), **kwargs, output_type="latent"
+        )
     x_0, tail = surgery.trajectory[0].detach().requires_grad_(), (surgery.trajectory, surgery.field)
     image = surgery.decode(x_0)
-    score = world.reward(_whole(image), texts)
+    score = world.reward(_without_nan(image), texts)
     loss = objective.loss([score], torch.ones_like(score), lambda_)
     (unweighted,) = objective.cotangents(loss * share / len(plans), (x_0,))
-    found: list[objective.Weights] = []
+    weights_of_plans: list[objective.Weights] = []
     for plan in plans:
-        apart = distances(plan, *tail, generator=renoise) if recipe.weights_at != "none" else {}
-        found.append(objective.weights(plan, surgery.trajectory, apart, recipe.weights_at, recipe.objective.tau))
-        cotangent = unweighted * found[-1].w.to(unweighted).view(-1, *[1] * (unweighted.dim() - 1))
+        leap_distances = distances(plan, *tail, generator=renoise) if recipe.weights_at != "none" else {}
+        weights_of_plans.append(
+            objective.weights(plan, surgery.trajectory, leap_distances, recipe.weights_at, recipe.objective.tau)
+        )
+        cotangent = unweighted * weights_of_plans[-1].w.to(unweighted).view(-1, *[1] * (unweighted.dim() - 1))
         if recipe.rollout.memory == "staged":
             backward(plan, *tail, cotangent, generator=renoise, check=False)
         else:
             torch.autograd.backward(apply(plan, *tail, recipe.rollout.memory, generator=renoise), cotangent)
-    held = hold(surgery, share) if hold else loss.detach() * 0
+    extra = hold(surgery, share) if hold else loss.detach() * 0
     with torch.no_grad():
-        w = torch.stack([weights.w for weights in found]).mean(0)
-        clamped = torch.stack([weights.clamped for weights in found]).mean()
+        w = torch.stack([weights.w for weights in weights_of_plans]).mean(0)
+        clamped = torch.stack([weights.clamped for weights in weights_of_plans]).mean()
         loss = objective.loss([score], w, lambda_)
         health = image.detach().sum() * 0 + loss * 0
         closed = (score >= lambda_).float().mean()
-        return torch.stack([score.mean(), loss, clamped, w.mean(), closed, health, held]).float()
+        return torch.stack([score.mean(), loss, clamped, w.mean(), closed, health, extra]).float()
 
 
 def _sample(
     recipe: Recipe, world: RunComponents, plan: Plan | PerSample, kwargs: dict[str, Any], renoise: torch.Generator
 ) -> tuple[Tensor, tuple[Tensor, ...], dict[int, Tensor], Surgery, Fields]:
-    """A rollout through the pipe: images of the plan's first output, all outputs, its leaps' distances, the surgery."""
+    """Run the pipeline; return (images of the plan's first output, all outputs, leap distances, surgery, fields)."""
     rollout, memory = recipe.rollout, recipe.rollout.memory
-    call = {"num_inference_steps": rollout.steps, **call_of(recipe), **kwargs, **srpo_support.rollout_guidance(recipe)}
-    if memory != "staged" and isinstance(plan, Plan) and not srpo_support.guided(plan):
+    call = {
+        "num_inference_steps": rollout.steps,
+        **pipeline_arguments(recipe),
+        **kwargs,
+        **srpo_support.rollout_guidance(recipe),
+    }
+    if memory != "staged" and isinstance(plan, Plan) and not srpo_support.needs_guided_field(plan):
         with operate(world.pipe, plan, memory=memory, generator=renoise) as surgery:
             images = world.pipe(**call, output_type="pt")[0]
         return images, surgery.outputs, surgery.distances, surgery, surgery.field
     with operate(world.pipe) as surgery:
         world.pipe(**call, output_type="latent")
-    tail = surgery.trajectory, srpo_support.fields(recipe, plan, surgery)
+    run = surgery.trajectory, srpo_support.velocity_fields(recipe, plan, surgery)
     if memory == "staged":
-        found = values(plan, *tail, generator=renoise)
+        outputs_of_plan = values(plan, *run, generator=renoise)
     else:
-        found = apply(plan, *tail, memory, generator=renoise)
-    outputs = (found,) if isinstance(found, Tensor) else found
+        outputs_of_plan = apply(plan, *run, memory, generator=renoise)
+    outputs = (outputs_of_plan,) if isinstance(outputs_of_plan, Tensor) else outputs_of_plan
     if memory == "staged":
         outputs = tuple(x.detach().requires_grad_() for x in outputs)
-    apart = distances(plan, *tail, generator=renoise) if recipe.weights_at != "none" else {}
-    return surgery.decode(outputs[0]), outputs, apart, surgery, tail[1]
+    leap_distances = distances(plan, *run, generator=renoise) if recipe.weights_at != "none" else {}
+    return surgery.decode(outputs[0]), outputs, leap_distances, surgery, run[1]
 
 
-def _whole(images: Tensor) -> Tensor:
-    """The images with NaN as grey: a reward may refuse NaN, and the step is skipped for it all the same."""
+def _without_nan(images: Tensor) -> Tensor:
+    """Replace NaN by grey: a reward may refuse NaN, and the step is skipped anyway."""
     return torch.nan_to_num(images, nan=0.5, posinf=1.0, neginf=0.0)

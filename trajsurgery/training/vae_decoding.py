@@ -1,4 +1,4 @@
-"""How a frozen VAE decodes with gradient: in tiles, recomputed, in float32, and on the device only while it does."""
+"""Decoding with gradient through a frozen VAE: tiles, recomputation, dtype, offloading."""
 
 from __future__ import annotations
 
@@ -16,45 +16,45 @@ from trajsurgery.errors import RecipeError
 from trajsurgery.training.settings import Decoder
 
 OVERLAP = 0.25
-"""Of a tile's side with the next one's: diffusers' own."""
+"""Share of a tile's side that overlaps the next one (diffusers' value)."""
 
 
-def prepare(vae: Any, settings: Decoder, autocast: bool = False) -> None:
-    """Makes a VAE decode as the settings say, whoever calls it.
+def prepare_vae(vae: Any, settings: Decoder, autocast: bool = False) -> None:
+    """Configure a VAE as the settings say, for every later call of `decode`.
 
     Args:
-        vae: frozen, where it is to decode.
-        autocast: whether the transformer runs in bfloat16 (precision "auto").
+        vae: frozen, on the device where it decodes.
+        autocast: whether the transformer runs in bfloat16 (for precision "auto").
 
     Raises:
-        RecipeError: its class has no tiles, slices or gradient checkpointing.
+        RecipeError: its class supports no tiles, slices or gradient checkpointing.
     """
-    wanted = dtype(vae, settings, autocast)
-    if any(p.dtype != wanted for p in vae.parameters()):  # the dry run's parameters can't be moved
-        nn.Module.to(vae, wanted)
+    weights_dtype = vae_dtype(vae, settings, autocast)
+    if any(p.dtype != weights_dtype for p in vae.parameters()):  # the dry run's parameters can't be moved
+        nn.Module.to(vae, weights_dtype)
     if settings.tiling is not None:
-        _tile(vae, settings.tiling)
+        _enable_tiling(vae, settings.tiling)
     if settings.slicing:
         if not hasattr(vae, "use_slicing"):
             raise RecipeError(f"--decoder.slicing: {type(vae).__name__} decodes no slices. Leave it out.")
         vae.enable_slicing()
     if settings.checkpointing:
-        _recompute(vae)
-    _cast(vae)
+        _checkpoint_decoder(vae)
+    _decode_in_own_dtype(vae)
     device = next(vae.parameters()).device
     if not settings.stay and device.type != "cpu":
         OffloadedModule(vae, device)
 
 
-def dtype(vae: Any, settings: Decoder, autocast: bool) -> torch.dtype:
-    """That of the VAE's weights; a VAE whose config is silent may overflow."""
-    safe = not getattr(vae.config, "force_upcast", True)
-    small = settings.precision == "bfloat16" or (settings.precision == "auto" and autocast and safe)
+def vae_dtype(vae: Any, settings: Decoder, autocast: bool) -> torch.dtype:
+    """Return the dtype for the VAE's weights. Without `force_upcast = false` in its config, bfloat16 may overflow."""
+    bfloat16_is_safe = not getattr(vae.config, "force_upcast", True)
+    small = settings.precision == "bfloat16" or (settings.precision == "auto" and autocast and bfloat16_is_safe)
     return torch.bfloat16 if small else torch.float32
 
 
-def _tile(vae: Any, side: int) -> None:
-    """Sets the side of the tiles: diffusers has it as one number, or as height, width and strides."""
+def _enable_tiling(vae: Any, side: int) -> None:
+    """Set the side of the tiles; diffusers VAEs take it as one number, or as height, width and strides."""
     taken = set(inspect.signature(vae.enable_tiling).parameters) if hasattr(vae, "enable_tiling") else set[str]()
     if {"tile_sample_min_height", "tile_sample_stride_height"} <= taken:
         sides = {f"tile_sample_min_{way}": side for way in ("height", "width")}
@@ -71,10 +71,10 @@ def _tile(vae: Any, side: int) -> None:
         raise RecipeError(f"--decoder.tiling: {type(vae).__name__} decodes no tiles of a given side. Leave it out.")
 
 
-def _recompute(vae: Any) -> None:
-    """Keeps the input of each call of the decoder, which is an image's, a batch's or a tile's, and then of each block.
+def _checkpoint_decoder(vae: Any) -> None:
+    """Checkpoint each call of the decoder (an image, a batch or a tile), and each block inside it.
 
-    Decoders that remember frames from call to call, as those of some videos, can't be called again.
+    Decoders that keep frames between calls, as some video VAEs do, can't be recomputed.
     """
     if not getattr(vae, "_supports_gradient_checkpointing", False):
         raise RecipeError(
@@ -93,8 +93,8 @@ def _recompute(vae: Any) -> None:
     vae.decoder.forward = again
 
 
-def _cast(vae: Any) -> None:
-    """Whatever the pipe's latents are, the VAE decodes them in its own dtype, outside of autocast."""
+def _decode_in_own_dtype(vae: Any) -> None:
+    """Let the VAE decode in the dtype of its weights, outside autocast."""
     decode = vae.decode
 
     @functools.wraps(decode)
@@ -107,12 +107,12 @@ def _cast(vae: Any) -> None:
 
 
 class OffloadedModule:
-    """A frozen module whose weights are on the device from a call of its `encode` or `decode` to the backward pass.
+    """A frozen module whose weights are on the device only from `encode` or `decode` until the backward pass is over.
 
-    They never change: the copies on the device are made anew each time, and dropped.
+    The weights never change: they are copied to the device each time, and the copies are dropped.
 
     Args:
-        device: where it works.
+        device: where it computes.
         home: where its weights stay.
     """
 
@@ -128,19 +128,19 @@ class OffloadedModule:
 
     @property
     def here(self) -> bool:
-        """Whether it is on the device."""
-        return any(tensor.data_ptr() != kept.data_ptr() for tensor, kept in self._weights)
+        """Whether the weights are on the device."""
+        return any(tensor.data_ptr() != home.data_ptr() for tensor, home in self._weights)
 
     def arrive(self) -> None:
-        """Copies the weights to the device, if they are not there."""
+        """Copy the weights to the device, unless they are there."""
         if not self.here:
-            for tensor, kept in self._weights:
-                tensor.data = kept.to(self.device, copy=True)
+            for tensor, home in self._weights:
+                tensor.data = home.to(self.device, copy=True)
 
     def leave(self) -> None:
-        """Drops the copies."""
-        for tensor, kept in self._weights:
-            tensor.data = kept
+        """Drop the copies on the device."""
+        for tensor, home in self._weights:
+            tensor.data = home
 
     def _visiting(self, work: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(work)
@@ -162,11 +162,11 @@ class OffloadedModule:
         return visit
 
     def _done(self, graph: _Graph, _: Tensor) -> None:
-        """The backward pass has come through to the input."""
+        """Called when the backward pass has reached the input."""
         self._graphs.discard(graph)
         if not self._graphs:
             self.leave()
 
 
 class _Graph:
-    """Lives as long as a decoding's graph does."""
+    """Marks one decode whose backward pass has not run yet."""

@@ -1,13 +1,13 @@
-"""ReNO's ascent (Eyring et al., 2024, arXiv 2406.04312): x_T of one prompt climbs a reward, and no weight changes.
+"""ReNO (Eyring et al., 2024, arXiv 2406.04312): gradient ascent of a reward in the initial noise x_T; weights stay
+frozen.
 
-The loss is - weight * reward(image) + penalty * (|x_T|^2 / 2 - (d - 1) log |x_T|). Its gradient goes through decoder
-and sampler to x_T (`reno`), is clipped, and SGD with Nesterov's momentum takes a step. The second term is the negative
-logarithm of how probable a norm is among Gaussian noises of d numbers, and least at |x_T| = sqrt(d - 1).
+The loss is - weight * reward(image) + penalty * (|x_T|^2 / 2 - (d - 1) log |x_T|). Its gradient passes through decoder
+and sampler to x_T (`reno`), is clipped, and SGD with Nesterov momentum takes a step. The second term is the negative
+log density of the norm of d Gaussian numbers, smallest at |x_T| = sqrt(d - 1).
 
-Deviations from the authors' code: several steps of the sampler instead of one; one reward with one weight (theirs are
-sums: a reward of your own can be `Weighted`); float32, not float16; the image is graded as the reward grades, where
-theirs feeds one crop to all scorers. A gradient that is not finite ends the ascent. The best noise is, as theirs, that
-of the highest reward, whatever its penalty.
+Deviations from the authors' code: several sampler steps instead of one; one reward with one weight (a sum is
+`Weighted`); float32, not float16; each reward does its own preprocessing instead of sharing one crop. A gradient that
+is not finite ends the search. As theirs, the best noise is the one with the highest reward, whatever its penalty.
 """
 
 from __future__ import annotations
@@ -27,23 +27,24 @@ from trajsurgery.rewards.by_name import Reward
 from trajsurgery.training.objective import DETACHED
 
 RETAINED = 4
-"""The most steps whose activations are kept by default; more are run again one by one in the backward pass."""
+"""Up to this many steps keep their activations by default; longer rollouts are recomputed step by step."""
 
 
 @dataclass(frozen=True)
-class Climb:
-    """How x_T moves; the numbers are the authors'."""
+class AscentSettings:
+    """Settings of the optimizer on x_T; defaults are the authors'."""
 
     rate: float = 5.0
-    """Of SGD."""
+    """Learning rate of SGD."""
     momentum: float = 0.9
-    """Nesterov's."""
+    """Nesterov momentum."""
     clip: float = 0.1
-    """The gradient's norm is clipped to it, so that a step is at most rate * clip / (1 - momentum) long."""
+    """The gradient's norm is clipped to it; a step is at most rate * clip / (1 - momentum) long."""
     penalty: float = 0.01
-    """The weight of the norm's improbability."""
+    """Weight of the negative log density of the norm."""
     weight: float = 5.0
-    """Of the reward (5 is the authors' for HPSv2; 1 for ImageReward, 0.05 for PickScore's logits, 1 for a cosine)."""
+    """Weight of the reward (the authors': 5 for HPSv2, 1 for ImageReward, 0.05 for PickScore's logits, 1 for a cosine).
+    """
 
     def __post_init__(self) -> None:
         ranges = {
@@ -62,8 +63,8 @@ class Climb:
 
 
 @dataclass(frozen=True, eq=False)
-class Way:
-    """From a noise to a score: a pipe with the arguments of its calls, and a reward."""
+class RewardPath:
+    """From a noise to a score: a pipeline, the arguments of its calls, and a reward."""
 
     pipe: Any
     """A diffusers pipeline, frozen."""
@@ -72,27 +73,27 @@ class Way:
     steps: int
     """T."""
     call: Mapping[str, Any]
-    """What the pipe is called with, beside its steps and its latents."""
+    """Arguments of the pipeline beside its steps and latents."""
     memory: Literal["retain", "recompute"] | None = None
-    """retain up to RETAINED steps, else recompute, if left out."""
+    """By default retain up to RETAINED steps, else recompute."""
 
     def start(self, generator: torch.Generator) -> Tensor:
-        """x_T as the pipe draws it, [1, *latent] in the form that it takes as `latents`."""
+        """Draw x_T as the pipeline does, [1, *latent], in the form of its `latents` argument."""
         with operate(self.pipe) as surgery:
             self.pipe(**self.call, num_inference_steps=self.steps, generator=generator, output_type="latent")
         return surgery.trajectory[self.steps].clone()
 
-    def pull(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The image [1, ...], its score [1], and the score's gradient to x_T, of x's shape.
+    def score_gradient(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the image [1, ...], its score [1], and the score's gradient with respect to x_T.
 
         Raises:
             RecipeError: the reward's scores carry no gradient.
         """
         plan = reno(*range(self.steps - 1, 0, -1))
         memory = self.memory or ("retain" if self.steps <= RETAINED else "recompute")
-        given = {**self.call, "num_inference_steps": self.steps, "latents": x.detach().clone()}
+        arguments = {**self.call, "num_inference_steps": self.steps, "latents": x.detach().clone()}
         with operate(self.pipe, plan, memory=memory) as surgery:
-            image = self.pipe(**given, output_type="pt")[0]
+            image = self.pipe(**arguments, output_type="pt")[0]
         score = self.reward(image, [self.prompt])
         if not score.requires_grad:
             raise RecipeError(DETACHED)
@@ -102,18 +103,18 @@ class Way:
         return image.detach(), score.detach(), gradient
 
 
-def improbability(x: Tensor) -> Tensor:
-    """|x|^2 / 2 - (d - 1) log |x|, 0-dim, for d numbers: -log of the density of a noise's norm, up to a constant."""
+def negative_log_density(x: Tensor) -> Tensor:
+    """Return |x|^2 / 2 - (d - 1) log |x|, 0-dim: -log of the density of a Gaussian noise's norm, up to a constant."""
     norm = torch.linalg.vector_norm(x)
     return norm.square() / 2 - (x.numel() - 1) * norm.log()
 
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """One image on the way."""
+    """One image of the search."""
 
     iteration: int
-    """From 0, the noise as it was drawn."""
+    """From 0, the initial noise."""
     reward: float
     norm: float
     """|x_T|."""
@@ -124,25 +125,25 @@ class Frame:
 
 
 class Ascent:
-    """x_T and its momentum, and the best one so far."""
+    """x_T with its optimizer, and the best noise so far."""
 
-    def __init__(self, start: Tensor, climb: Climb) -> None:
+    def __init__(self, start: Tensor, climb: AscentSettings) -> None:
         self.climb = climb
         self.x = torch.nn.Parameter(start.detach().clone())
         self.optimiser = torch.optim.SGD([self.x], lr=climb.rate, momentum=climb.momentum, nesterov=True)
         self.iteration = 0
-        """The next frame's."""
+        """Number of the next frame."""
         self.best: tuple[Frame, Tensor] | None = None
-        """The frame of the highest reward, and its x_T."""
+        """The frame with the highest reward, and its x_T."""
 
-    def step(self, way: Way) -> Frame:
-        """Grades the image of x_T, then moves x_T.
+    def step(self, way: RewardPath) -> Frame:
+        """Score the image of x_T, then move x_T.
 
         Raises:
-            RecipeError: score or gradient are not finite, or the reward is detached; x_T is where it was.
+            RecipeError: score or gradient are not finite, or the reward is detached; x_T is unchanged.
         """
-        image, score, up = way.pull(self.x)
-        (back,) = torch.autograd.grad(improbability(self.x), self.x)
+        image, score, up = way.score_gradient(self.x)
+        (back,) = torch.autograd.grad(negative_log_density(self.x), self.x)
         self.x.grad = self.climb.penalty * back - self.climb.weight * up.to(back)
         norm = torch.nn.utils.clip_grad_norm_([self.x], self.climb.clip)
         frame = Frame(self.iteration, float(score), float(self.x.detach().norm()), float(norm), image)

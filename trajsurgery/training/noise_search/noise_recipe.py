@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trajsurgery.errors import RecipeError
-from trajsurgery.training.noise_search.ascent import Climb
+from trajsurgery.training.noise_search.ascent import AscentSettings
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class NoiseRecipe:
     """T, the sampler's steps: 1 to 4 keep all activations, more are run again in the backward pass."""
     iterations: int = 50
     """Images graded; a finished run goes on if there are more of them."""
-    climb: Climb = field(default_factory=Climb)
+    climb: AscentSettings = field(default_factory=AscentSettings)
     size: int | None = 32
     """Height and width of the image in pixels; the pipeline's own if left out."""
     guidance: float = 3.5
@@ -63,7 +63,7 @@ def presets(output: str) -> dict[str, NoiseRecipe]:
     The embedded world's noise has 256 numbers where theirs has 16384: with a fifth of their rate a step is as long
     beside it as theirs.
     """
-    tiny = NoiseRecipe(climb=Climb(rate=1.0), output=Path(output))
+    tiny = NoiseRecipe(climb=AscentSettings(rate=1.0), output=Path(output))
     large = {"model": "black-forest-labs/FLUX.1-schnell", "reward": "hpsv2.1", "steps": 1, "size": 512, "guidance": 0.0}
-    paper = replace(tiny, preset="paper", prompt="A red dog and a green cat", climb=Climb(), **large)
+    paper = replace(tiny, preset="paper", prompt="A red dog and a green cat", climb=AscentSettings(), **large)
     return {"tiny": tiny, "paper": replace(paper, output=Path(f"{output}_paper"))}
