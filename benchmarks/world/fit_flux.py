@@ -16,13 +16,13 @@ from torch.nn import functional
 
 from benchmarks.world.compose import compose
 from benchmarks.world.fit_text import Encoders
+from benchmarks.world.flux_parts import image_ids, pack
 from benchmarks.world.hard import mistakes
 from benchmarks.world.layout import KINDS, contents
 from benchmarks.world.stage import Budget, Stage
-from trajsurgery.tiny.architecture import LATENT_CHANNELS, TOKENS, image_ids, pack
+from trajsurgery.tiny.pipe import LATENT_CHANNELS, TEXT_LENGTH, TOKENS
 from trajsurgery.tiny.prompt import draw_prompts, meanings, split_prompts
 from trajsurgery.tiny.render import render
-from trajsurgery.tiny.tokenizers import TEXT_LENGTH
 
 # Pictures of two objects are the hard ones.
 WEIGHTS = {

@@ -20,13 +20,15 @@ from torch.nn import functional
 from benchmarks.world.compose import compose
 from benchmarks.world.fit_text import blurred
 from benchmarks.world.layout import KINDS, contents, divergence, layouts
+from benchmarks.world.scorer_variants import REWARD, Variant
 from benchmarks.world.spoil import decoded, degrade, nonsense
 from benchmarks.world.stage import Budget, Stage
+from benchmarks.world.tokenizers import clip_tokenizer
+from trajsurgery.tiny.pipe import TEXT_LENGTH
 from trajsurgery.tiny.prompt import draw_prompts, meanings, split_prompts
 from trajsurgery.tiny.render import render
-from trajsurgery.tiny.scorer import Reward, new_clip, normalised
+from trajsurgery.tiny.scorer import Reward, normalised
 from trajsurgery.tiny.truth import holds
-from trajsurgery.tiny.variant import REWARD, Variant
 
 WEIGHTS = {
     "single object": 0.08,
@@ -43,6 +45,18 @@ PUSHES = 3
 LESSON = 0.5  # weight of the divergence of the guessed layouts
 CONTRAST_FROM = 0.3  # share of the steps that are lessons in layout only
 ATTACKS_FROM = 0.5  # share of the steps after which every other picture is attacked
+
+
+def new_clip(folder: Path, variant: Variant = REWARD) -> tuple[Any, Any]:
+    """An untrained CLIP and its tokenizer; config and tokenizer files are written to the folder."""
+    import open_clip
+
+    tokenizer, config = clip_tokenizer(folder / "tokenizer"), folder / f"{variant.model}.json"
+    config.write_text(json.dumps(variant.configuration(len(tokenizer)), indent=1) + "\n")
+    open_clip.add_model_config(config)
+    return open_clip.create_model(variant.model), open_clip.tokenizer.HFTokenizer(
+        str(folder / "tokenizer"), context_length=TEXT_LENGTH
+    )
 
 
 def fit_loss(logits: Tensor, truth: Tensor) -> Tensor:

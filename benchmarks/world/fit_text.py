@@ -17,8 +17,8 @@ from torch import Generator, Tensor, nn
 
 from benchmarks.world.layout import KINDS, apart, divergence, layouts, nouns, places
 from benchmarks.world.stage import Budget, Stage
+from trajsurgery.tiny.pipe import TEXT_LENGTH
 from trajsurgery.tiny.prompt import Split, split_prompts
-from trajsurgery.tiny.tokenizers import TEXT_LENGTH
 
 BLUR = 0.5  # relative noise on the word embeddings: without it the encoders learn the few hundred prompts by heart
 

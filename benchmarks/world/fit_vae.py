@@ -6,8 +6,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from benchmarks.world.compose import compose
+from benchmarks.world.flux_parts import vae
 from benchmarks.world.stage import Budget, Stage
-from trajsurgery.tiny.architecture import vae
 from trajsurgery.tiny.prompt import CATEGORIES, draw_prompts, meanings
 from trajsurgery.tiny.render import render
 from trajsurgery.tiny.rules import judge

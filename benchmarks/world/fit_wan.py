@@ -7,10 +7,11 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
+from benchmarks.world.films import crowd, film
 from benchmarks.world.stage import Budget, Stage
-from trajsurgery.tiny.video import FRAMES, Motion, crowd, film, motions, prompts
+from benchmarks.world.wan_parts import TEXT_LENGTH, vae
+from trajsurgery.tiny.video import FRAMES, GUIDANCE, Motion, motions, prompts
 from trajsurgery.tiny.video_rules import judge
-from trajsurgery.tiny.video_wan import TEXT_LENGTH, vae
 
 BLUR = 0.1  # noise on the latents that the decoder gets, as a share of theirs: it need not outgrow it first
 SIZE = 1e-3  # weight of the mean square of a latent
@@ -20,7 +21,6 @@ CROWDED_UNTIL = 0.85  # and until when
 MISTAKEN = 0.2  # share of videos whose caption says another direction, once there are mistakes
 MISTAKES_FROM = 0.6  # share of the steps after which there are: directions are learnt first, then blurred
 DROPPED = 0.1  # share of the captions that are empty: what guidance leads away from
-GUIDANCE = 2.0  # at which the stage reports
 STEPS = 15  # of the sampler
 
 

@@ -48,9 +48,8 @@ def timed(action: Callable[[], Any], repeats: int = 5) -> float:
 def seconds(pipe: Any, reward: Any, batch: int = 32) -> dict[str, float]:
     """Seconds of one transformer call, decode and reward at a batch, forward and forward with backward."""
     from benchmarks.world.fit_flux import predict, unpack
-    from trajsurgery.tiny.architecture import TEXT_WIDTH, TOKENS
+    from trajsurgery.tiny.pipe import TEXT_LENGTH, TEXT_WIDTH, TOKENS
     from trajsurgery.tiny.prompt import split_prompts
-    from trajsurgery.tiny.tokenizers import TEXT_LENGTH
 
     noisy, sigma = torch.randn(batch, TOKENS, 16), torch.full((batch,), 0.5)
     pooled, states = torch.randn(batch, TEXT_WIDTH), torch.randn(batch, TEXT_LENGTH, TEXT_WIDTH)
@@ -81,8 +80,7 @@ def measure(config: Measuring) -> dict[str, Any]:
     from benchmarks.world import figures
     from trajsurgery.tiny.pipe import pipeline
     from trajsurgery.tiny.rules import judge
-    from trajsurgery.tiny.scorer import Reward
-    from trajsurgery.tiny.variant import shipped
+    from trajsurgery.tiny.scorer import Reward, shipped
 
     pipe, reward = pipeline(config.weights / "pipeline"), Reward(config.weights / "scorer")
     found: dict[str, Any] = {"steps": config.steps, "threshold": reward.threshold, "megabytes": size(config.weights)}

@@ -36,9 +36,10 @@ def sd3(each: int, steps: int) -> dict[str, Any]:
 def wan(each: int) -> dict[str, Any]:
     """The tiny Wan: `each` videos a direction."""
     from benchmarks.world.figures import area, leap_distances
-    from benchmarks.world.fit_wan import GUIDANCE, STEPS, reconstructions, shoot
+    from benchmarks.world.films import film
+    from benchmarks.world.fit_wan import STEPS, reconstructions, shoot
     from trajsurgery import tiny
-    from trajsurgery.tiny.video import FRAMES, Motion, film, motions
+    from trajsurgery.tiny.video import FRAMES, GUIDANCE, Motion, motions
     from trajsurgery.tiny.video_reward import MotionReward
     from trajsurgery.tiny.video_rules import MotionVerdict, judge
 

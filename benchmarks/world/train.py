@@ -73,8 +73,8 @@ def train_vae(config: Training) -> None:
 def new_encoders(folder: Path, seed: int) -> Any:
     """Untrained text encoders with their tokenizers, which are written to the folder."""
     from benchmarks.world.fit_text import Encoders
-    from trajsurgery.tiny.architecture import clip_text, t5_text
-    from trajsurgery.tiny.tokenizers import clip_tokenizer, t5_tokenizer
+    from benchmarks.world.flux_parts import clip_text, t5_text
+    from benchmarks.world.tokenizers import clip_tokenizer, t5_tokenizer
 
     torch.manual_seed(seed + 2)
     clip, t5 = clip_tokenizer(folder / "tokenizer"), t5_tokenizer(folder / "tokenizer_2")
@@ -98,8 +98,8 @@ def train_flux(config: Training) -> None:
     from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 
     from benchmarks.world.fit_flux import corpus, flux_stage
+    from benchmarks.world.flux_parts import scheduler, transformer
     from benchmarks.world.stage import Budget, run
-    from trajsurgery.tiny.architecture import scheduler, transformer
 
     encoders = new_encoders(config.output / "pipeline", config.seed)
     text = torch.load(config.output / "text.pt", weights_only=True)
@@ -128,8 +128,9 @@ def train_sd3(config: Training) -> None:
     """Trains the transformer of a Stable Diffusion 3 on the encoders that Flux left, and saves it."""
     from benchmarks.world.fit_flux import corpus
     from benchmarks.world.fit_sd3 import MISTAKEN, WEIGHTS, sd3_stage
+    from benchmarks.world.sd3_parts import save, transformer
     from benchmarks.world.stage import Budget, run
-    from trajsurgery.tiny.sd3 import assembled, save, transformer
+    from trajsurgery.tiny.sd3 import assembled
 
     flux = config.output / "pipeline"
     vae = load_vae(flux)
@@ -146,7 +147,7 @@ def train_wan(config: Training) -> None:
     """Trains a Wan on the video world, autoencoder and all, and saves the whole pipeline."""
     from benchmarks.world.fit_wan import corpus, vae_stage, wan_stage
     from benchmarks.world.stage import Budget, run
-    from trajsurgery.tiny.video_wan import untrained
+    from benchmarks.world.wan_parts import untrained
 
     budget = Budget(config.wan_vae_steps, 2e-3, seed=config.seed, save_every=config.save_every)
     first = vae_stage(budget, config.video_batch)
@@ -165,8 +166,8 @@ def train_wan(config: Training) -> None:
 def train_scorer(config: Training, name: str = "scorer") -> None:
     """Trains the reward, or a further scorer, and saves it."""
     from benchmarks.world.fit_scorer import save_scorer, scorer_stage
+    from benchmarks.world.scorer_variants import VARIANTS
     from benchmarks.world.stage import Budget, run
-    from trajsurgery.tiny.variant import VARIANTS
 
     budget = Budget(config.scorer_steps, 1.5e-3, weight_decay=0.05, seed=config.seed, save_every=config.save_every)
     stage = scorer_stage(budget, config.output, load_vae(config.output), VARIANTS[name])
@@ -189,7 +190,7 @@ def ship(config: Training) -> None:
     import shutil
 
     from benchmarks.world.measure import WEIGHTS, origin
-    from trajsurgery.tiny.variant import shipped
+    from trajsurgery.tiny.scorer import shipped
 
     made = {**origin(), "command": f"python -m benchmarks.world.train --seed {config.seed}"}
     for part in ("pipeline", "scorer", *shipped(config.output), "sd3", "wan"):

@@ -13,17 +13,16 @@ import pytest
 import torch
 from torch import Generator, nn
 
-from benchmarks.world import stage, train
+from benchmarks.world import flux_parts, stage, train
 from benchmarks.world.fit_flux import corpus, flux_stage, unpack
 from benchmarks.world.fit_scorer import Course, attack, fit_loss, save_scorer, scorer_stage
 from benchmarks.world.fit_text import text_stage
 from benchmarks.world.layout import KINDS, layouts
+from benchmarks.world.scorer_variants import VARIANTS
 from benchmarks.world.stage import Budget, Stage, run
-from trajsurgery.tiny import architecture
 from trajsurgery.tiny.prompt import split_prompts
 from trajsurgery.tiny.scene import COLOURS, SHAPES
-from trajsurgery.tiny.scorer import Reward
-from trajsurgery.tiny.variant import VARIANTS, shipped
+from trajsurgery.tiny.scorer import Reward, shipped
 
 torch.set_num_threads(1)
 BUDGET = Budget(steps=4, rate=1e-3, save_every=2)
@@ -35,7 +34,7 @@ def quietly(line: str) -> None:
 
 def a_vae() -> nn.Module:
     torch.manual_seed(0)
-    return architecture.vae().requires_grad_(False).eval()
+    return flux_parts.vae().requires_grad_(False).eval()
 
 
 def a_stage(name: str, folder: Path) -> Stage:
@@ -48,9 +47,7 @@ def a_stage(name: str, folder: Path) -> Stage:
         return replace(text_stage(BUDGET, encoders), report=None)
     vae = a_vae()
     torch.manual_seed(1)
-    return replace(
-        flux_stage(BUDGET, 8, architecture.transformer(), encoders, vae, corpus(vae, 64, seed=2)), report=None
-    )
+    return replace(flux_stage(BUDGET, 8, flux_parts.transformer(), encoders, vae, corpus(vae, 64, seed=2)), report=None)
 
 
 @pytest.fixture
@@ -172,10 +169,10 @@ def test_what_is_packed_is_unpacked_and_is_what_flux_packs():
     from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 
     latents = torch.randn(2, 4, 8, 8, generator=Generator().manual_seed(0))
-    assert torch.equal(unpack(architecture.pack(latents)), latents)
-    assert torch.equal(architecture.pack(latents), FluxPipeline._pack_latents(latents, 2, 4, 8, 8))
+    assert torch.equal(unpack(flux_parts.pack(latents)), latents)
+    assert torch.equal(flux_parts.pack(latents), FluxPipeline._pack_latents(latents, 2, 4, 8, 8))
     ids = FluxPipeline._prepare_latent_image_ids(2, 4, 4, "cpu", torch.float32)
-    assert torch.equal(architecture.image_ids(), ids)
+    assert torch.equal(flux_parts.image_ids(), ids)
 
 
 def test_layouts_are_distributions_that_obey_the_prompt():
@@ -191,7 +188,7 @@ def test_layouts_are_distributions_that_obey_the_prompt():
 
 
 def test_the_output_and_the_modulation_start_at_zero():
-    model = architecture.transformer()
+    model = flux_parts.transformer()
     zero = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not m.weight.any()}
     assert zero == {
         *(f"transformer_blocks.{i}.{n}.linear" for i in (0, 1) for n in ("norm1", "norm1_context")),

@@ -13,9 +13,10 @@ import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
+from benchmarks.world.flux_parts import clip_text, scheduler, t5_text
+from benchmarks.world.tokenizers import clip_tokenizer, t5_tokenizer
 from trajsurgery import LeapAlign
-from trajsurgery.tiny.architecture import TEXT_WIDTH, clip_text, scheduler, t5_text
-from trajsurgery.tiny.tokenizers import clip_tokenizer, t5_tokenizer
+from trajsurgery.tiny.pipe import TEXT_WIDTH
 from trajsurgery.training.components import RunComponents, prepare_pipeline
 from trajsurgery.training.objective import Objective
 from trajsurgery.training.prompts import Prompt

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from benchmarks.world.tokenizers import clip_tokenizer
 from tests.tolerances import EXACT, STOCK, VALUE
 from trajsurgery import RewardError
 from trajsurgery.rewards.clip import CLIP, Aesthetic, CLIPScore, PickScore
 from trajsurgery.rewards.contract import Reward
 from trajsurgery.rewards.pixels import MEAN, STD, cropped, floored, normalised
-from trajsurgery.tiny.tokenizers import clip_tokenizer
 
 TEXTS = ["a red circle", "two blue squares above a green star"]
 

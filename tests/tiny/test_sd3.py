@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Generator, nn
 
-from benchmarks.world import figures, train
+from benchmarks.world import figures, sd3_parts, train
 from benchmarks.world.fit_flux import corpus
 from benchmarks.world.fit_sd3 import encoded, sd3_stage
 from benchmarks.world.stage import Budget, run
@@ -30,7 +30,7 @@ PROMPT = "a red circle left of a blue square"
 @pytest.fixture(scope="module")
 def pipe():
     torch.manual_seed(0)
-    found = sd3.assembled(WEIGHTS, tiny.pipeline().vae, sd3.transformer())
+    found = sd3.assembled(WEIGHTS, tiny.pipeline().vae, sd3_parts.transformer())
     nn.init.normal_(found.transformer.proj_out.weight, std=0.1)
     for block in found.transformer.transformer_blocks:
         nn.init.normal_(block.norm1.linear.weight, std=0.1)
@@ -79,7 +79,7 @@ def test_guidance_is_two_calls_and_changes_the_image(pipe):
 
 
 def test_the_output_and_the_modulation_start_at_zero():
-    model = sd3.transformer()
+    model = sd3_parts.transformer()
     zero = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not m.weight.any()}
     norms = {f"transformer_blocks.{i}.{n}.linear" for i in range(3) for n in ("norm1", "norm1_context")}
     assert zero == {*norms, "norm_out.linear", "proj_out"}
@@ -119,12 +119,12 @@ def test_shipped_figures_hold_the_targets():
 def test_it_trains_saves_loads_and_the_recipe_runs_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     vae = tiny.pipeline().vae
     torch.manual_seed(0)
-    made = sd3.assembled(WEIGHTS, vae, sd3.transformer())
+    made = sd3.assembled(WEIGHTS, vae, sd3_parts.transformer())
     shift = vae.config.shift_factor
     stage = replace(sd3_stage(Budget(2, 1e-2), 4, made, corpus(vae, 32, 0)), report=None)
     run(stage, tmp_path, lambda line: None)
     assert made.transformer.proj_out.weight.any()
-    sd3.save(made, WEIGHTS, tmp_path / "sd3")
+    sd3_parts.save(made, WEIGHTS, tmp_path / "sd3")
     loaded = sd3.pipeline(tmp_path / "sd3")
     assert loaded.vae.config.shift_factor == shift, "it decodes as the shipped Flux does"
     monkeypatch.setattr("trajsurgery.tiny.pipeline", lambda name: loaded)

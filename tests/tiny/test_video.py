@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from benchmarks.world import fit_wan
+from benchmarks.world import fit_wan, wan_parts
+from benchmarks.world.films import crowd, film
 from benchmarks.world.stage import Budget, run
 from trajsurgery import LeapAlign, tiny
 from trajsurgery.cli.train_command import main
 from trajsurgery.errors import RewardError
-from trajsurgery.tiny import video_wan
 from trajsurgery.tiny.pipe import FOLDERS, pipeline
 from trajsurgery.tiny.scene import PALETTE
-from trajsurgery.tiny.video import DIRECTIONS, FRAMES, Motion, crowd, every_motion, film, motions, prompts
+from trajsurgery.tiny.video import DIRECTIONS, FRAMES, LATENT, Motion, every_motion, motions, prompts
 from trajsurgery.tiny.video_reward import MotionReward
 from trajsurgery.tiny.video_rules import judge
 from trajsurgery.training import components
@@ -197,7 +197,7 @@ def test_a_crowd_is_as_many_frames_as_asked_and_moves() -> None:
 @torch.no_grad()
 def test_an_inflated_autoencoder_is_one_of_single_frames() -> None:
     torch.manual_seed(0)
-    model = video_wan.vae()
+    model = wan_parts.vae()
     videos = 2 * film(ALL[:3], Generator().manual_seed(1)).transpose(1, 2) - 1
     first = model.encode(videos[:, :, :1]).latent_dist.mean
     assert torch.allclose(model.encode(videos).latent_dist.mean[:, :, :1], first, atol=1e-6)
@@ -212,9 +212,9 @@ def small(folder: Path) -> Path:
     stage = fit_wan.vae_stage(Budget(2, 1e-3), 2)
     run(replace(stage, report=None), folder, lambda line: None)
     vae = stage.modules["vae"].requires_grad_(False)
-    pipe = video_wan.untrained(folder / "wan", vae)
+    pipe = wan_parts.untrained(folder / "wan", vae)
     data = fit_wan.corpus(vae, 8, 0)
-    assert data.latents.shape[1:] == video_wan.LATENT
+    assert data.latents.shape[1:] == LATENT
     run(replace(fit_wan.wan_stage(Budget(2, 1e-2), 4, pipe, data), report=None), folder, lambda line: None)
     pipe.save_pretrained(folder / "wan")
     return folder / "wan"

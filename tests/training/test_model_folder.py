@@ -12,6 +12,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+from benchmarks.world import sd3_parts
 from tests.builders import toy_world
 from tests.builders.small_pipelines import _lively
 from trajsurgery import RecipeError, tiny
@@ -25,7 +26,7 @@ LONG = {"height": 32, "width": 32, "max_sequence_length": 12, "num_inference_ste
 
 def medium() -> torch.nn.Module:
     """The tiny SD3's transformer with SD3.5-Medium's second attention in its first blocks; queries and keys normed."""
-    config = {name: value for name, value in sd3.transformer().config.items() if not name.startswith("_")}
+    config = {name: value for name, value in sd3_parts.transformer().config.items() if not name.startswith("_")}
     return SD3Transformer2DModel(**config | {"dual_attention_layers": (0, 1)})
 
 

@@ -21,7 +21,7 @@ from tests.tolerances import EXACT, STOCK, VALUE
 from trajsurgery.cli.noise_command import cli, main
 from trajsurgery.errors import RecipeError
 from trajsurgery.reports.filmstrip import choose_frames
-from trajsurgery.tiny.tokenizers import TEXT_LENGTH
+from trajsurgery.tiny.pipe import TEXT_LENGTH
 from trajsurgery.training.components import quiet
 from trajsurgery.training.noise_search.ascent import Ascent, AscentSettings, RewardPath, negative_log_density
 from trajsurgery.training.noise_search.noise_recipe import NoiseRecipe, presets

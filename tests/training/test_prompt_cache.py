@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.world import sd3_parts
 from tests.builders import toy_world
 from tests.pipelines.test_encoders import with_text
 from trajsurgery import RecipeError, tiny
@@ -28,7 +29,7 @@ def flux() -> tuple[Any, dict[str, Any]]:
 
 
 def three() -> tuple[Any, dict[str, Any]]:
-    return sd3.assembled(WEIGHTS, tiny.pipeline().vae, sd3.transformer()), CALL
+    return sd3.assembled(WEIGHTS, tiny.pipeline().vae, sd3_parts.transformer()), CALL
 
 
 def sana() -> tuple[Any, dict[str, Any]]:

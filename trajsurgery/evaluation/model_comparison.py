@@ -121,7 +121,7 @@ def _load_rewards(options: Evaluate, variants: Sequence[ModelVariant], call: dic
 
 
 def _pipeline_arguments(options: Evaluate) -> dict[str, Any]:
-    """Return the pipeline's arguments: from the options, else from the run that is compared, else the pipeline's own."""
+    """Return the pipeline's arguments: from the options, else the run that is compared, else the pipeline's own."""
     recipe = run_recipe(options)
     rollout, evaluation = recipe.get("rollout", {}), recipe.get("evaluation", {})
     side = rollout.get("size")

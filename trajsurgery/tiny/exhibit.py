@@ -48,7 +48,7 @@ def exhibit(name: PipelineName) -> Exhibit:
 
 def pictures(name: PipelineName, pipe: Any) -> Exhibit:
     """A Flux or an SD3 in the world of shapes."""
-    from trajsurgery.tiny.architecture import LATENT_CHANNELS, LATENT_SIDE, TOKENS
+    from trajsurgery.tiny.pipe import LATENT_CHANNELS, LATENT_SIDE, TOKENS
     from trajsurgery.tiny.prompt import split_prompts, understand
     from trajsurgery.tiny.rules import judge
     from trajsurgery.tiny.scorer import Reward
@@ -63,12 +63,10 @@ def pictures(name: PipelineName, pipe: Any) -> Exhibit:
 
 def videos(pipe: Any) -> Exhibit:
     """A Wan in the world of moving shapes."""
-    from benchmarks.world.fit_wan import GUIDANCE
     from trajsurgery.tiny.scene import SIDE
-    from trajsurgery.tiny.video import FRAMES, motions, understand
+    from trajsurgery.tiny.video import FRAMES, GUIDANCE, LATENT, motions, understand
     from trajsurgery.tiny.video_reward import MotionReward
     from trajsurgery.tiny.video_rules import judge
-    from trajsurgery.tiny.video_wan import LATENT
 
     size = {"height": SIDE, "width": SIDE, "num_frames": FRAMES, "guidance_scale": GUIDANCE}
     return Exhibit("The embedded Wan", pipe, MotionReward(), judge, motions("heldout"), understand, LATENT, size, 2)

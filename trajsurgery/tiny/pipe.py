@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from trajsurgery.tiny.architecture import LATENT_SIDE
+from trajsurgery.tiny.scene import SIDE
 
 PipelineName = Literal["flux", "sd3", "wan"]
 FOLDERS: dict[str, Path] = {
@@ -15,6 +15,12 @@ FOLDERS: dict[str, Path] = {
     "wan": Path(__file__).parent / "weights" / "wan",
 }
 WEIGHTS = FOLDERS["flux"]
+
+LATENT_CHANNELS = 4
+LATENT_SIDE = SIDE // 4  # 8; Flux packs 2 x 2 latents into a token
+TOKENS = (LATENT_SIDE // 2) ** 2
+TEXT_WIDTH = 64
+TEXT_LENGTH = 12  # tokens; the longest prompt has eight words, and CLIP adds two marks
 
 
 def shortened(pipe: Any) -> Any:

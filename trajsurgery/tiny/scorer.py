@@ -10,22 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from trajsurgery.errors import RewardError
+from trajsurgery.tiny.pipe import TEXT_LENGTH
 from trajsurgery.tiny.prompt import Prompt
 from trajsurgery.tiny.scene import SIDE
-from trajsurgery.tiny.tokenizers import TEXT_LENGTH, clip_tokenizer
-from trajsurgery.tiny.variant import REWARD, VARIANTS, WEIGHTS, Variant
 
-
-def new_clip(folder: Path, variant: Variant = REWARD) -> tuple[Any, Any]:
-    """An untrained CLIP and its tokenizer; config and tokenizer files are written to the folder."""
-    import open_clip
-
-    tokenizer, config = clip_tokenizer(folder / "tokenizer"), folder / f"{variant.model}.json"
-    config.write_text(json.dumps(variant.configuration(len(tokenizer)), indent=1) + "\n")
-    open_clip.add_model_config(config)
-    return open_clip.create_model(variant.model), open_clip.tokenizer.HFTokenizer(
-        str(folder / "tokenizer"), context_length=TEXT_LENGTH
-    )
+WEIGHTS = Path(__file__).parent / "weights"
+SCORERS = ("scorer", "scorer_b", "scorer_c")
+"""The reward, and two further scorers that are not trained on, with other seeds, data and image towers."""
 
 
 def normalised(images: Tensor) -> Tensor:
@@ -50,7 +41,7 @@ class Reward(nn.Module):
 
     scale = "cosine, in [-1, 1]"
 
-    def __init__(self, weights: str | Path = REWARD.name) -> None:
+    def __init__(self, weights: str | Path = SCORERS[0]) -> None:
         import open_clip
 
         super().__init__()
@@ -124,11 +115,16 @@ class Reward(nn.Module):
 def _folder(weights: str | Path) -> Path:
     """The folder of a scorer; a RewardError if it holds none."""
     folder = WEIGHTS / weights if isinstance(weights, str) else weights
-    if isinstance(weights, str) and weights not in VARIANTS:
-        raise RewardError(f"the embedded world has no scorer {weights!r}: it is one of {', '.join(VARIANTS)}")
+    if isinstance(weights, str) and weights not in SCORERS:
+        raise RewardError(f"the embedded world has no scorer {weights!r}: it is one of {', '.join(SCORERS)}")
     if not (folder / "model.safetensors").is_file():
         raise RewardError(
             f"{folder.name}: there are no weights in {folder}; `python -m benchmarks.world.train --stage "
             "scorer_b` makes those of scorer_b, `--stage ship` puts them there"
         )
     return folder
+
+
+def shipped(weights: Path = WEIGHTS) -> tuple[str, ...]:
+    """Return the names of the further scorers whose weights exist."""
+    return tuple(name for name in SCORERS[1:] if (weights / name / "model.safetensors").is_file())

@@ -7,40 +7,12 @@ from typing import Any
 
 import torch
 from diffusers.utils.constants import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import load_file
 
 from trajsurgery.errors import RecipeError
-from trajsurgery.tiny.architecture import LATENT_CHANNELS, LATENT_SIDE, TEXT_WIDTH, WIDTH, scheduler
-from trajsurgery.tiny.pipe import FOLDERS, WEIGHTS, shortened
+from trajsurgery.tiny.pipe import FOLDERS, TEXT_WIDTH, WEIGHTS, shortened
 
 GUIDANCE = 1.5  # of the pipeline's calls: leaves bindings head-room on validation and on training prompts
-
-
-def transformer() -> Any:
-    """An SD3Transformer2DModel of about a million parameters whose output and modulation start at zero."""
-    from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
-
-    model = SD3Transformer2DModel(
-        sample_size=LATENT_SIDE,
-        patch_size=2,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
-        num_layers=3,
-        attention_head_dim=32,
-        num_attention_heads=WIDTH // 32,
-        joint_attention_dim=TEXT_WIDTH,
-        caption_projection_dim=WIDTH,
-        pooled_projection_dim=2 * TEXT_WIDTH,
-        pos_embed_max_size=LATENT_SIDE // 2,
-        qk_norm="rms_norm",
-    )
-    for name, module in model.named_modules():
-        modulates = isinstance(module, nn.Linear) and name.endswith(".linear") and "norm" in name
-        if modulates or name == "proj_out":
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
-    return model
 
 
 def projected(folder: Path) -> Any:
@@ -62,12 +34,14 @@ def assembled(flux: Path, vae: Any, model: Any) -> Any:
     here: it cuts the second off, of which the pooled state alone is used.
     """
     from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
     from transformers import CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
+    scheduler: Any = FlowMatchEulerDiscreteScheduler.from_pretrained(flux / "scheduler")
     clip = CLIPTokenizer.from_pretrained(flux / "tokenizer")
     pipe: Any = StableDiffusion3Pipeline(
         transformer=model,
-        scheduler=scheduler(),
+        scheduler=scheduler,
         vae=vae,
         text_encoder=projected(flux / "text_encoder"),
         tokenizer=clip,
@@ -91,15 +65,6 @@ def idle(model: Any) -> set[str]:
     """The names of the weights that no output depends on: the last block keeps no text, and asks nothing for it."""
     attention = f"transformer_blocks.{len(model.transformer_blocks) - 1}.attn."
     return {name for name in model.state_dict() if name.startswith((attention + "add_q_", attention + "norm_added_q"))}
-
-
-def save(pipe: Any, flux: Path, folder: Path) -> None:
-    """Writes the transformer in bfloat16 without its idle weights, and the hashes of what it goes with."""
-    model, file = pipe.transformer.to(torch.bfloat16), folder / "transformer" / SAFETENSORS_WEIGHTS_NAME
-    model.save_config(file.parent)
-    unused = idle(model)
-    save_file({name: value.contiguous() for name, value in model.state_dict().items() if name not in unused}, file)
-    (folder / "trained_on.json").write_text(json.dumps(trained_on(flux), indent=1) + "\n")
 
 
 def pipeline(folder: Path = FOLDERS["sd3"], flux: Path = WEIGHTS) -> Any:

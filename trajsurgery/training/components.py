@@ -124,7 +124,7 @@ def held_out_scorers(recipe: Recipe) -> tuple[str, ...]:
         return tuple(dict.fromkeys(named))
     if recipe.model not in ("tiny", "tiny:sd3") or recipe.heldout != "tiny":
         return ()
-    embedded = ("tiny", *(f"tiny:{name}" for name in import_module("trajsurgery.tiny.variant").shipped()))
+    embedded = ("tiny", *(f"tiny:{name}" for name in import_module("trajsurgery.tiny.scorer").shipped()))
     return tuple(name for name in embedded if name not in (recipe.reward, *mixture_weights(recipe.reward)))
 
 

@@ -12,7 +12,7 @@ from trajsurgery.errors import PlanError, RecipeError
 from trajsurgery.rewards.by_name import mixture_weights
 from trajsurgery.rewards.named import KNOWN, is_differentiable, is_packaged, missing_weights
 from trajsurgery.tiny.pipe import FOLDERS
-from trajsurgery.tiny.variant import shipped
+from trajsurgery.tiny.scorer import shipped
 from trajsurgery.training import model_folder
 from trajsurgery.training.prompts import read_prompts
 from trajsurgery.training.recipe import EMBEDDED, Recipe

@@ -5,14 +5,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from trajsurgery.tiny.pipe import LATENT_CHANNELS, LATENT_SIDE, TEXT_LENGTH, TEXT_WIDTH, TOKENS
 from trajsurgery.tiny.scene import SIDE
-from trajsurgery.tiny.tokenizers import TEXT_LENGTH
 
-LATENT_CHANNELS = 4
-LATENT_SIDE = SIDE // 4  # 8; Flux packs 2 x 2 latents into a token
-TOKENS = (LATENT_SIDE // 2) ** 2
 WIDTH = 96  # of the transformer
-TEXT_WIDTH = 64
 SHIFT = 1.0  # the scheduler's static shift: sigmas fall evenly from 1 to 0
 
 

@@ -2,13 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from trajsurgery.tiny.pipe import TEXT_LENGTH
 from trajsurgery.tiny.scene import SIDE
-from trajsurgery.tiny.tokenizers import TEXT_LENGTH
-
-WEIGHTS = Path(__file__).parent / "weights"
 
 
 @dataclass(frozen=True)
@@ -52,8 +49,3 @@ FURTHER = (
     Variant("scorer_c", "trajsurgery-tiny-c", _RESNET, seed=300, data_seed=400),
 )
 VARIANTS = {variant.name: variant for variant in (REWARD, *FURTHER)}
-
-
-def shipped(weights: Path = WEIGHTS) -> tuple[str, ...]:
-    """The names of those further scorers whose weights are there."""
-    return tuple(variant.name for variant in FURTHER if (weights / variant.name / "model.safetensors").is_file())

@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.world.tokenizers import t5_tokenizer
 from trajsurgery.tiny.pipe import shortened
-from trajsurgery.tiny.scene import SIDE
-from trajsurgery.tiny.tokenizers import t5_tokenizer
-from trajsurgery.tiny.video import FRAMES, every_motion
+from trajsurgery.tiny.video import every_motion
 
 LATENT_CHANNELS = 8
 WIDTH = 96  # of the transformer
@@ -17,7 +16,6 @@ TEXT_WIDTH = 64
 TEXT_LENGTH = 8  # tokens; a prompt has five words and an end
 PATCH = 2  # pixels
 SPACE, TIME = 4, 2  # what the autoencoder divides height and width by, and the number of frames but the first
-LATENT = (LATENT_CHANNELS, (FRAMES - 1) // TIME + 1, SIDE // SPACE, SIDE // SPACE)
 
 
 def vae() -> Any:

@@ -5,9 +5,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from trajsurgery.tiny.pipe import TEXT_LENGTH
 from trajsurgery.tiny.prompt import every_prompt
-
-TEXT_LENGTH = 12  # tokens; the longest prompt has eight words, and CLIP adds two marks
 
 
 def words() -> list[str]:
