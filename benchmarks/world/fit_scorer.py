@@ -27,8 +27,8 @@ from benchmarks.world.tokenizers import clip_tokenizer
 from trajsurgery.tiny.pipe import TEXT_LENGTH
 from trajsurgery.tiny.prompt import draw_prompts, meanings, split_prompts
 from trajsurgery.tiny.render import render
-from trajsurgery.tiny.scorer import Reward, normalised
-from trajsurgery.tiny.truth import holds
+from trajsurgery.tiny.scorer import Reward, to_model_range
+from trajsurgery.tiny.truth import is_true
 
 WEIGHTS = {
     "single object": 0.08,
@@ -108,7 +108,7 @@ class Course:
         self.pool = compose(meanings(draw_prompts("train", POOL, WEIGHTS, generator)), generator)
         parts = [decoded(vae, render(self.pool[slice(i, i + 256)]), generator) for i in range(0, POOL, 256)]
         self.pictures = torch.cat(parts)
-        self.pool_truth = holds(self.pool, self.meaning, every_pair=True)
+        self.pool_truth = is_true(self.pool, self.meaning, every_pair=True)
         self.layouts = layouts(self.prompts["train"], generator)
 
     @property
@@ -117,7 +117,7 @@ class Course:
 
     def see(self, images: Tensor) -> Tensor:
         """Unit embeddings of images in [0, 1]."""
-        return self.clip.encode_image(normalised(images), normalize=True)
+        return self.clip.encode_image(to_model_range(images), normalize=True)
 
     def read(self, tokens: Tensor) -> Tensor:
         """Unit embeddings of texts."""
@@ -140,7 +140,7 @@ class Course:
         fresh = compose(meanings(draw_prompts("train", 3 * BATCH // 4, WEIGHTS, generator)), generator)
         rows = torch.randint(POOL, (BATCH // 4,), generator=generator)
         clean = torch.cat([render(fresh), self.pictures[rows]])
-        truth = torch.cat([holds(fresh, self.meaning, every_pair=True), self.pool_truth[rows]])
+        truth = torch.cat([is_true(fresh, self.meaning, every_pair=True), self.pool_truth[rows]])
         images = torch.cat([degrade(clean, generator), nonsense(clean[:SPOILT], generator)])
         shown = torch.cat([contents(fresh), contents(self.pool[rows])])
         return images, torch.cat([truth, torch.zeros(SPOILT, len(self.meaning), dtype=torch.bool)]), shown
@@ -165,7 +165,7 @@ class Course:
         """How often a validation prompt's render fits it better than all validation prompts that are false of it."""
         prompts, copies = self.prompts["validation"], 6
         scenes = compose(meanings([p for p in prompts for _ in range(copies)]), Generator().manual_seed(6))
-        truth = holds(scenes, meanings(prompts), every_pair=True)
+        truth = is_true(scenes, meanings(prompts), every_pair=True)
         logits = self.logits(self.see(render(scenes)), self.read(self.tokens["validation"]))
         best = logits.masked_fill(truth, float("-inf")).amax(1)
         own = logits.gather(1, torch.arange(len(prompts)).repeat_interleave(copies)[:, None])[:, 0]

@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks.world.flux_parts import WIDTH
 from trajsurgery.tiny.pipe import LATENT_CHANNELS, LATENT_SIDE, TEXT_WIDTH
-from trajsurgery.tiny.sd3 import idle, trained_on
+from trajsurgery.tiny.sd3 import trained_on, unused_weights
 
 
 def transformer() -> Any:
@@ -44,6 +44,6 @@ def save(pipe: Any, flux: Path, folder: Path) -> None:
     """Writes the transformer in bfloat16 without its idle weights, and the hashes of what it goes with."""
     model, file = pipe.transformer.to(torch.bfloat16), folder / "transformer" / SAFETENSORS_WEIGHTS_NAME
     model.save_config(file.parent)
-    unused = idle(model)
+    unused = unused_weights(model)
     save_file({name: value.contiguous() for name, value in model.state_dict().items() if name not in unused}, file)
     (folder / "trained_on.json").write_text(json.dumps(trained_on(flux), indent=1) + "\n")

@@ -130,13 +130,13 @@ def train_sd3(config: Training) -> None:
     from benchmarks.world.fit_sd3 import MISTAKEN, WEIGHTS, sd3_stage
     from benchmarks.world.sd3_parts import save, transformer
     from benchmarks.world.stage import Budget, run
-    from trajsurgery.tiny.sd3 import assembled
+    from trajsurgery.tiny.sd3 import assemble_pipeline
 
     flux = config.output / "pipeline"
     vae = load_vae(flux)
     data = corpus(vae, config.scenes, config.seed, WEIGHTS, MISTAKEN, scaled=True)
     torch.manual_seed(config.seed + 4)
-    pipe = assembled(flux, vae, transformer())
+    pipe = assemble_pipeline(flux, vae, transformer())
     budget = Budget(config.sd3_steps, 2e-3, seed=config.seed, save_every=config.save_every)
     run(sd3_stage(budget, config.batch, pipe, data), config.output, say)
     save(pipe, flux, config.output / "sd3")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from benchmarks.world.tokenizers import t5_tokenizer
-from trajsurgery.tiny.pipe import shortened
+from trajsurgery.tiny.pipe import limit_prompt_length
 from trajsurgery.tiny.video import every_motion
 
 LATENT_CHANNELS = 8
@@ -134,4 +134,4 @@ def untrained(folder: Path, autoencoder: Any) -> Any:
         scheduler=scheduler(),
         transformer=transformer(),
     )
-    return shortened(pipe)
+    return limit_prompt_length(pipe)

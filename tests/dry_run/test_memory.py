@@ -19,10 +19,10 @@ from tests.builders.small_pipelines import PIPELINES, Small
 from trajsurgery import LeapAlign, RecipeError, backward, leapalign, operate, plan_memory
 from trajsurgery.cli.train_command import cli
 from trajsurgery.dry_run import MemoryPlan, Spec, spec
-from trajsurgery.dry_run.count import Counted, count
-from trajsurgery.dry_run.fake_pipeline import made
-from trajsurgery.dry_run.kernels import KERNELS
-from trajsurgery.dry_run.measure import Alive, counter
+from trajsurgery.dry_run.fake_pipeline import build_model
+from trajsurgery.dry_run.gpu_kernels import KERNELS
+from trajsurgery.dry_run.measure import PeakMemory, flop_counter
+from trajsurgery.dry_run.model_costs import ModelCosts, measure_model
 from trajsurgery.training import lora, vae_decoding
 from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.settings import Decoder, Hardware, Rollout, Trained
@@ -69,19 +69,19 @@ def prepared(name: str, settings: Recipe) -> Small:
     return real
 
 
-COUNTED: dict[str, Counted] = {}
+COUNTED: dict[str, ModelCosts] = {}
 
 
 def planned(name: str, settings: Recipe) -> MemoryPlan:
     """The plan of a recipe; what is counted for it, which takes most of the time, is shared by the ways of running."""
     alike = repr((name, replace(settings, rollout=replace(settings.rollout, memory="retain"))))
 
-    def once(*args: Any, **kwargs: Any) -> Counted:
+    def once(*args: Any, **kwargs: Any) -> ModelCosts:
         if alike not in COUNTED:
-            COUNTED[alike] = count(*args, **kwargs)
+            COUNTED[alike] = measure_model(*args, **kwargs)
         return COUNTED[alike]
 
-    with mock.patch("trajsurgery.dry_run.estimate.count", once):
+    with mock.patch("trajsurgery.dry_run.memory_plan.count", once):
         return plan_memory(settings, PLAN, found=small(name), kernels="cpu")
 
 
@@ -97,7 +97,7 @@ class Unnamed:
 
 def operations() -> Any:
     """The library's counter."""
-    found: Any = counter()
+    found: Any = flop_counter()
     found.mod_tracker = Unnamed()
     return found
 
@@ -201,7 +201,7 @@ def test_the_decoders_figures_are_those_of_a_decode(name: str, way: str) -> None
     with operate(real.pipe) as surgery:
         real(output_type="latent")
     x = surgery.trajectory[0].detach().requires_grad_()
-    with Alive() as alive:
+    with PeakMemory() as alive:
         surgery.decode(x).sum().backward()
     with operations() as flops:
         surgery.decode(x).sum().backward()
@@ -276,7 +276,7 @@ def test_a_dry_run_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_shipped_configs_have_the_published_size(model: str, parameters: int) -> None:
     found = spec(model)
     with torch.device("meta"):
-        transformer = made(found.transformer, torch.bfloat16)
+        transformer = build_model(found.transformer, torch.bfloat16)
     assert sum(p.numel() for p in transformer.parameters()) == parameters == found.published
 
 
@@ -292,7 +292,7 @@ def test_real_models(model: str, size: int, parameters: int, kept: float, forwar
     """One velocity call in bfloat16, one image, without guidance, all norms as a CPU keeps them."""
     rollout = Rollout(steps=25, precision="bfloat16", size=size, guidance=1.0)
     with KERNELS["cpu"]():
-        found = count(Recipe(rollout=rollout, model=model), spec(model), 1, sharded=True)
+        found = measure_model(Recipe(rollout=rollout, model=model), spec(model), 1, sharded=True)
     assert found.model.count("transformer") == parameters == spec(model).published
     assert found.call.kept / GIB == pytest.approx(kept, abs=0.01)
     assert found.call.forward / 1e12 == pytest.approx(forward, abs=0.01)

@@ -21,9 +21,9 @@ from trajsurgery.cli import main
 from trajsurgery.errors import RecipeError
 from trajsurgery.evaluation import model_comparison
 from trajsurgery.evaluation.picture_scores import find_pictures, mean_and_error, read_picture, score_pictures
-from trajsurgery.rewards import contract, named
-from trajsurgery.rewards.by_name import load_reward
-from trajsurgery.rewards.mixed import Relative, Weighted
+from trajsurgery.rewards import contract, packaged
+from trajsurgery.rewards.loading import load_reward
+from trajsurgery.rewards.mixtures import Relative, Weighted
 from trajsurgery.training.recipe import Recipe
 
 CPU = torch.device("cpu")
@@ -39,20 +39,20 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_every_name_makes_a_reward_or_says_what_to_fetch(tmp_path: Path) -> None:
-    for name, found in named.NAMES.items():
-        assert named.is_packaged(name)
+    for name, found in packaged.NAMES.items():
+        assert packaged.is_packaged(name)
         with pytest.raises(RewardError, match=f"hf download {found.repository}"):
-            named.load_packaged(name)
-        assert f"hf download {found.repository}" in str(named.missing_weights(name))
-        assert named.missing_weights(f"{name}:{tmp_path}") is None
-        assert "there is no" in str(named.missing_weights(f"{name}:{tmp_path}/gone"))
-    assert named.load_packaged("nothing") is None
-    assert not named.is_packaged("nothing")
-    assert not named.is_packaged("remote")
-    assert named.is_packaged("remote:here:1")
+            packaged.load_packaged(name)
+        assert f"hf download {found.repository}" in str(packaged.missing_weights(name))
+        assert packaged.missing_weights(f"{name}:{tmp_path}") is None
+        assert "there is no" in str(packaged.missing_weights(f"{name}:{tmp_path}/gone"))
+    assert packaged.load_packaged("nothing") is None
+    assert not packaged.is_packaged("nothing")
+    assert not packaged.is_packaged("remote")
+    assert packaged.is_packaged("remote:here:1")
     with pytest.raises(RewardError, match="HOST:PORT"):
-        named.load_packaged("remote:here")
-    assert named.is_packaged("hpsv2")
+        packaged.load_packaged("remote:here")
+    assert packaged.is_packaged("hpsv2")
     with pytest.raises(RewardError, match=r"HPS_v2.1_compressed"):
         load_reward("hpsv2", CPU)
     with pytest.raises(RecipeError, match=r"pickscore.*remote:HOST:PORT"):
@@ -64,7 +64,7 @@ def test_names_are_those_that_rewards_have() -> None:
     from trajsurgery.rewards.imagereward import ImageReward
 
     for kind in (PickScore, CLIPScore, Aesthetic, ImageReward):
-        assert named.NAMES[kind.name].kind == kind.__name__
+        assert packaged.NAMES[kind.name].kind == kind.__name__
     assert Recipe().reward == "tiny"
 
 

@@ -22,7 +22,7 @@ from trajsurgery.cli.train_command import main
 from trajsurgery.evaluation import validation_rounds
 from trajsurgery.evaluation.held_out import evaluate
 from trajsurgery.reports import run_report, validation_report
-from trajsurgery.rewards.by_name import mixture_weights
+from trajsurgery.rewards.loading import mixture_weights
 from trajsurgery.training.checkpoint import CHECKPOINT, METRICS, Log, TrainingState, resume
 from trajsurgery.training.components import RunComponents
 from trajsurgery.training.early_stopping import EarlyStopping

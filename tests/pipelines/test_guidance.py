@@ -11,7 +11,7 @@ from tests.builders.pipelines.checks import flat, gap, gradient, transformers
 from tests.builders.pipelines.every import BUILDERS
 from tests.tolerances import STOCK, VALUE
 from trajsurgery import SurgeryError, backward, leapalign, operate
-from trajsurgery.pipelines.guidance import Sides
+from trajsurgery.pipelines.guidance import GuidancePasses
 from trajsurgery.plans.plan import Plan, latent
 
 GUIDED: dict[str, tuple[float, dict[str, float]]] = {
@@ -103,7 +103,7 @@ class Doubled(torch.nn.Module):
 def test_the_sides_of_a_large_output_are_told_apart_in_any_dtype(dtype):
     """The sum over so many elements is above float16's largest number."""
     model = Doubled()
-    told = Sides([model])
+    told = GuidancePasses([model])
     x = torch.ones(2, 2**18, dtype=dtype, requires_grad=True)
     without, conditional = model(x).chunk(2)
     v = without + 3.5 * (conditional - without)
@@ -118,7 +118,7 @@ class Twice(Doubled):
 
 def test_two_models_in_one_step_are_refused():
     first, second = Doubled(), Twice()
-    told = Sides([first, second])
+    told = GuidancePasses([first, second])
     v = second(first(torch.ones(2, 3)))
     with pytest.raises(SurgeryError, match="Doubled, Twice"):
         told.tell(v[:1] - v[1:])
@@ -126,7 +126,7 @@ def test_two_models_in_one_step_are_refused():
 
 def test_what_a_given_up_call_left_is_dropped():
     model = Doubled()
-    told = Sides([model])
+    told = GuidancePasses([model])
     model(torch.ones(2, 3))
     told.tell(torch.ones(1, 3))
     assert not told._noted

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_flatten
 from tests.builders.pipelines.every import BUILDERS
 from tests.builders.pipelines.parts import Small
 from trajsurgery import SamplerError, leapalign, operate
-from trajsurgery.pipelines.call_record import Record
+from trajsurgery.pipelines.call_record import CallRecord
 from trajsurgery.plans.plan import Plan
 
 
@@ -183,17 +183,17 @@ def test_a_loop_that_writes_into_a_models_output_is_replayed_as_it_was() -> None
         assert torch.equal(field(trajectory[t], trajectory.sigma(t)), trajectory.velocity(t)), f"at t = {t}"
 
 
-def forgetful(self: Record, size: int) -> None:
+def forgetful(self: CallRecord, size: int) -> None:
     """Keeps the shape of every output, as of those that are too large."""
     FULL_TRIM(self, 0)
 
 
-FULL_TRIM = Record.trim
+FULL_TRIM = CallRecord.trim
 
 
 def test_outputs_too_large_to_keep_are_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
     """A loop that carries the latents alone is entered all the same; another one is told from it."""
-    monkeypatch.setattr(Record, "trim", forgetful)
+    monkeypatch.setattr(CallRecord, "trim", forgetful)
     for small, carries in ((BUILDERS["Flux"](), False), (BUILDERS["SD3"](), False), (with_sound(), True)):
         with operate(small.pipe) as surgery:
             small()
@@ -206,7 +206,7 @@ def test_outputs_too_large_to_keep_are_zeros(monkeypatch: pytest.MonkeyPatch) ->
             assert torch.equal(surgery.field(trajectory[2], trajectory.sigma(2)), trajectory.velocity(2))
 
 
-def noted(record: Record) -> list[torch.Tensor]:
+def noted(record: CallRecord) -> list[torch.Tensor]:
     leaves = tree_flatten(list(record.templates.values()))[0]
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 

@@ -10,7 +10,7 @@ import sympy
 import torch
 
 from trajsurgery import Plan, Polynomial, RectifiedFlow, Trigonometric, latent, leapalign, noise, recorded
-from trajsurgery.plans.derivatives import QuadratureWeight, tidy
+from trajsurgery.plans.derivatives import QuadratureWeight, simplify
 from trajsurgery.plans.interpolants import finite_leap, weights
 
 SIGMAS = [1.0, 0.75, 0.5, 0.0]
@@ -117,17 +117,17 @@ def _line(at: Any, other: Any, start: Any, to: Any) -> tuple[Any, tuple[Any, Any
 
 def test_what_is_factored_and_what_is_left() -> None:
     k, j = sympy.symbols("k j")
-    assert str(tidy(k * j - k**2)) == "k*(j - k)"
-    assert tidy(0.5) == 0.5
-    assert tidy(3) == 3
+    assert str(simplify(k * j - k**2)) == "k*(j - k)"
+    assert simplify(0.5) == 0.5
+    assert simplify(3) == 3
     names = sympy.symbols("a:i")
     few, many = sum(k * a for a in names[:7]), sum(k * a for a in names[:8])
     assert (len(few.free_symbols), len(many.free_symbols)) == (8, 9)
-    assert isinstance(tidy(few), sympy.Mul)
-    assert isinstance(tidy(many), sympy.Add)
+    assert isinstance(simplify(few), sympy.Mul)
+    assert isinstance(simplify(many), sympy.Add)
     short, long = (sum(k**n * j for n in range(1, count + 1)) for count in (60, 61))
-    assert isinstance(tidy(short), sympy.Mul)
-    assert isinstance(tidy(long), sympy.Add)
+    assert isinstance(simplify(short), sympy.Mul)
+    assert isinstance(simplify(long), sympy.Add)
 
 
 def test_which_quadratures_are_written_out() -> None:

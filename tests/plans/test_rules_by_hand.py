@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from trajsurgery import Plan, PlanError, latent, leapalign, noise, recorded
-from trajsurgery.plans.legality import PLAN_RULES, sampled, violations
+from trajsurgery.plans.legality import PLAN_RULES, check_sampled, violations
 from trajsurgery.plans.nodes import Advance, Leap, Noise, Scale, Velocity
 from trajsurgery.plans.rules import RULES
 
@@ -179,10 +179,10 @@ def test_illegal(make: Callable[[], Any], rule: str, received: str) -> None:
 )
 def test_sigmas(sigmas: list[float], legal: bool) -> None:
     if legal:
-        sampled(sigmas)
+        check_sampled(sigmas)
         return
     with pytest.raises(PlanError, match=r"the sigmas received, \["):
-        sampled(sigmas)
+        check_sampled(sigmas)
 
 
 def test_every_rule_is_here() -> None:

@@ -15,7 +15,7 @@ from tests.tolerances import EXACT, STOCK, VALUE
 from trajsurgery import RewardError
 from trajsurgery.rewards.clip import CLIP, Aesthetic, CLIPScore, PickScore
 from trajsurgery.rewards.contract import Reward
-from trajsurgery.rewards.pixels import MEAN, STD, cropped, floored, normalised
+from trajsurgery.rewards.preprocessing import MEAN, STD, floor_offset, normalize, resize_and_crop
 
 TEXTS = ["a red circle", "two blue squares above a green star"]
 
@@ -72,10 +72,12 @@ def cosines(folder: Path, pixels: Tensor, factor: bool = False) -> Tensor:
 @pytest.mark.parametrize("size", [(28, 28), (40, 40), (31, 60), (77, 30), (5, 4), (300, 401)])
 def test_pickscore_is_transformers_model_on_the_middle(folder: Path, size: tuple[int, int]) -> None:
     reward, given = PickScore(folder), images(*size)
-    wanted = cosines(folder, normalised(cropped(given, 28, floored)))
+    wanted = cosines(folder, normalize(resize_and_crop(given, 28, floor_offset)))
     torch.testing.assert_close(reward(given, TEXTS), wanted, rtol=VALUE[torch.float32], atol=VALUE[torch.float32])
     raw = PickScore(folder, raw=True)
-    torch.testing.assert_close(raw(given, TEXTS), cosines(folder, normalised(cropped(given, 28, floored)), True))
+    torch.testing.assert_close(
+        raw(given, TEXTS), cosines(folder, normalize(resize_and_crop(given, 28, floor_offset)), True)
+    )
     assert raw.threshold == pytest.approx(0.4 * raw.factor)
     assert (reward.threshold, reward.alpha, reward.learning_rate, raw.name) == (0.4, 0.1, 1e-5, "pickscore raw")
 
@@ -89,7 +91,7 @@ def test_pixels_are_those_of_transformers_processor(size: tuple[int, int]) -> No
     processor = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     picture = Image.fromarray(raw[0].permute(1, 2, 0).numpy())
     wanted = torch.from_numpy(np.asarray(processor(picture, return_tensors="np")["pixel_values"]))
-    found = normalised(cropped(raw.float() / 255, 28, floored))
+    found = normalize(resize_and_crop(raw.float() / 255, 28, floor_offset))
     assert tuple(processor.image_mean) == pytest.approx(MEAN)
     assert float((found - wanted).abs().max()) * max(STD) * 255 < 2.5
 
@@ -173,15 +175,15 @@ def test_what_is_not_there_is_named(folder: Path, head: Path, tmp_path: Path) ->
     del state["visual_projection.weight"]
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RewardError, match=r"lacks 1 of CLIP's weights, visual_projection.weight"):
-        CLIP("CLIPScore", tmp_path, floored)
+        CLIP("CLIPScore", tmp_path, floor_offset)
     state = load_file(folder / "model.safetensors") | {"score_head.weight": torch.zeros(1)}
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RewardError, match=r"holds 1 weights that are not CLIP's, such as score_head.weight"):
-        CLIP("CLIPScore", tmp_path, floored)
+        CLIP("CLIPScore", tmp_path, floor_offset)
     counted = {f"{part}_model.embeddings.position_ids": torch.arange(3)[None] for part in ("vision", "text")}
     state = load_file(folder / "model.safetensors") | counted
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    CLIP("CLIPScore", tmp_path, floored, folder)
+    CLIP("CLIPScore", tmp_path, floor_offset, folder)
     save_file(load_file(folder / "model.safetensors"), tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RewardError, match="hf download laion/CLIP-ViT-H-14-laion2B-s32B-b79K"):
         PickScore(tmp_path)

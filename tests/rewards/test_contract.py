@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from trajsurgery import RewardError
-from trajsurgery.rewards.contract import Reward, checkpointed
+from trajsurgery.rewards.contract import Reward, checkpoint_layers
 
 
 class Brightness(Reward):
@@ -124,7 +124,7 @@ def test_checkpointing_changes_no_bit_and_keeps_less() -> None:
         return torch.autograd.grad(total, images)[0]
 
     before = gradient()
-    checkpointed(plain.layers)
+    checkpoint_layers(plain.layers)
     assert torch.equal(gradient(), before)
     assert kept[1] < kept[0]
     assert not plain.training

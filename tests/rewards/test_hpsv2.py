@@ -14,7 +14,7 @@ from PIL import Image
 from tests.tolerances import STOCK
 from trajsurgery import RewardError
 from trajsurgery.rewards import hpsv2
-from trajsurgery.rewards.hpsv2 import MEAN, STD, HPSv2, prepared
+from trajsurgery.rewards.hpsv2 import MEAN, STD, HPSv2, preprocess
 
 SMALL = {
     "embed_dim": 16,
@@ -58,7 +58,7 @@ def test_it_is_a_cosine_and_differentiable(reward: HPSv2) -> None:
 
 
 def test_the_picture_is_resized_by_its_longer_side_and_padded_with_black() -> None:
-    found = prepared(images(1, 3, 20, 40), 28)
+    found = preprocess(images(1, 3, 20, 40), 28)
     black = (torch.zeros(3) - torch.tensor(MEAN)) / torch.tensor(STD)
     assert found.shape == (1, 3, 28, 28)
     for row in (0, 6, 21, 27):
@@ -77,7 +77,7 @@ def test_it_is_the_official_preprocessing_up_to_its_rounding(size: tuple[int, in
     top, left = (28 - height) // 2, (28 - width) // 2
     canvas[top : top + height, left : left + width] = np.asarray(small, dtype=np.float32) / 255
     wanted = (canvas - np.array(MEAN, dtype=np.float32)) / np.array(STD, dtype=np.float32)
-    found = prepared(raw.permute(2, 0, 1)[None].float() / 255, 28)[0].permute(1, 2, 0)
+    found = preprocess(raw.permute(2, 0, 1)[None].float() / 255, 28)[0].permute(1, 2, 0)
     assert float((found - torch.from_numpy(wanted)).abs().max()) < 0.02
 
 

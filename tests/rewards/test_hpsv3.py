@@ -12,8 +12,8 @@ from tests.rewards.originals import record, small
 from tests.rewards.test_originals import made_hpsv3
 from tests.tolerances import STOCK
 from trajsurgery import RewardError
+from trajsurgery.rewards.hpsv3_question import QUESTION
 from trajsurgery.rewards.judge import Judge
-from trajsurgery.rewards.question import QUESTION
 
 
 def test_the_gradient_agrees_with_finite_differences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

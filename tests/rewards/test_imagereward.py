@@ -15,8 +15,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from tests.tolerances import STOCK, VALUE
 from trajsurgery import RewardError
-from trajsurgery.rewards.imagereward import ImageReward, renamed, towers
-from trajsurgery.rewards.pixels import cropped, nearest, normalised
+from trajsurgery.rewards.imagereward import ImageReward, build_towers, rename_weights
+from trajsurgery.rewards.preprocessing import normalize, resize_and_crop, round_offset
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "dog", "two", "red", "##s"]
 TEXTS = ["a red cat", "two dogs"]
@@ -75,8 +75,8 @@ def test_every_name_of_the_full_size_is_used_and_none_is_missing() -> None:
     text = {"hidden_size": 768, "num_hidden_layers": 12, "vocab_size": 30524, "intermediate_size": 3072}
     shapes = layout(vision, text | {"max_position_embeddings": 512})
     with torch.device("meta"):
-        found = renamed({name: torch.empty(shape) for name, shape in shapes.items()})
-        see, read = towers({}, {})
+        found = rename_weights({name: torch.empty(shape) for name, shape in shapes.items()})
+        see, read = build_towers({}, {})
     ours = {f"vision.{k}": v.shape for k, v in see.state_dict().items()}
     ours |= {f"text.{k}": v.shape for k, v in read.state_dict().items()}
     loaded = {k: v.shape for k, v in found.items() if not k.startswith("head.")}
@@ -184,7 +184,7 @@ def padded(*rows: list[int]) -> Tensor:
 def test_the_score_is_the_original_s_formula(folder: Path, state: dict[str, Tensor], size: tuple[int, int]) -> None:
     given = images(*size)
     tokens = padded([2, 5, 9, 6, 3], [2, 8, 7, 10, 3])  # [CLS] a red cat [SEP], [CLS] two dog ##s [SEP]
-    wanted = Plain(state).score(normalised(cropped(given, 32, nearest)), tokens)
+    wanted = Plain(state).score(normalize(resize_and_crop(given, 32, round_offset)), tokens)
     found = made(folder).double()(given, TEXTS)
     assert float((found - wanted).norm()) <= VALUE[torch.float64] * float(wanted.norm())
     single = made(folder)(given.float(), TEXTS)

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from tests.tolerances import EXACT, STOCK
 from trajsurgery import RewardError
-from trajsurgery.rewards.by_name import mixture_parts
 from trajsurgery.rewards.contract import Reward
-from trajsurgery.rewards.mixed import Relative, Weighted
+from trajsurgery.rewards.loading import mixture_parts
+from trajsurgery.rewards.mixtures import Relative, Weighted
 
 
 class Wave(Reward):

@@ -16,9 +16,9 @@ from trajsurgery.rewards import hpsv3
 from trajsurgery.rewards.clip import Aesthetic, CLIPScore, PickScore
 from trajsurgery.rewards.contract import Reward
 from trajsurgery.rewards.hpsv2 import HPSv2
+from trajsurgery.rewards.hpsv3_question import QUESTION
 from trajsurgery.rewards.imagereward import ImageReward
 from trajsurgery.rewards.judge import Judge
-from trajsurgery.rewards.question import QUESTION
 
 RECORDED = json.loads((Path(__file__).parent / "originals" / "recorded.json").read_text())
 ALIKE = 1e-4
@@ -123,8 +123,8 @@ def test_hpsv3_at_full_size_uses_every_name() -> None:
     shapes = layouts.hpsv3(hpsv3.VISION, hpsv3.TEXT, 151658)
     assert layouts.digest(shapes) == RECORDED["full sizes"]["scores"]["hpsv3"]
     with torch.device("meta"):
-        state = hpsv3.renamed({name: torch.empty(shape) for name, shape in shapes.items()})
-        see, read, head = hpsv3.parts(state, {}, {})
+        state = hpsv3.rename_weights({name: torch.empty(shape) for name, shape in shapes.items()})
+        see, read, head = hpsv3.build_parts(state, {}, {})
     ours = {
         f"{prefix}.{k}": v.shape
         for prefix, part in (("visual", see), ("text", read), ("head", head))
@@ -211,8 +211,8 @@ def test_clip_at_full_size_uses_every_name(size: str) -> None:
 
 
 def test_the_aesthetic_head_at_full_size_uses_every_name() -> None:
-    from trajsurgery.rewards.heads import linears
+    from trajsurgery.rewards.linear_heads import linear_head
 
     state = {name: torch.zeros(shape) for name, shape in layouts.aesthetic().items()}
-    head = linears("Aesthetic", state, 768)
+    head = linear_head("Aesthetic", state, 768)
     assert sorted(tuple(p.shape) for p in head.parameters()) == sorted(layouts.aesthetic().values())

@@ -12,7 +12,16 @@ from torch import Tensor
 
 from tests.tolerances import STOCK, VALUE
 from trajsurgery import RewardError
-from trajsurgery.rewards.pixels import MEAN, STD, cropped, fitted, floored, nearest, normalised, resized
+from trajsurgery.rewards.preprocessing import (
+    MEAN,
+    STD,
+    floor_offset,
+    normalize,
+    pil_resize,
+    resize_and_crop,
+    resize_and_pad,
+    round_offset,
+)
 
 SIZES = {
     "square": (64, 64),
@@ -48,7 +57,7 @@ def near(found: Tensor, wanted: Tensor) -> bool:
 def test_resizing_is_pil_s_filter(size: tuple[int, int]) -> None:
     image = picture(*size)
     for height, width in ((SIDE, SIDE), (SIDE, 41), (9, SIDE)):
-        assert near(resized(image, height, width), by_pil(image, height, width))
+        assert near(pil_resize(image, height, width), by_pil(image, height, width))
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
@@ -62,7 +71,7 @@ def test_bytes_differ_by_pil_s_rounding_alone(size: tuple[int, int]) -> None:
     for each in ((SIDE, size[0]), (SIDE, SIDE)):
         small = small.resize(each, Image.Resampling.BICUBIC)
     wanted = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None].float()
-    assert float((resized(raw.float() / 255, SIDE, SIDE) * 255 - wanted).abs().max()) < 0.5 * 1.3 + 0.5 + 0.01
+    assert float((pil_resize(raw.float() / 255, SIDE, SIDE) * 255 - wanted).abs().max()) < 0.5 * 1.3 + 0.5 + 0.01
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
@@ -76,7 +85,7 @@ def test_the_whole_picture_is_fitted(size: tuple[int, int]) -> None:
     top, left = (SIDE - height) // 2, (SIDE - width) // 2
     small = resize(image, [height, width], InterpolationMode.BICUBIC, antialias=True)  # HPSv2's: on floats, not clipped
     wanted[..., top : top + height, left : left + width] = small
-    assert near(fitted(image, SIDE), wanted)
+    assert near(resize_and_pad(image, SIDE), wanted)
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
@@ -85,7 +94,7 @@ def test_the_middle_is_cut_out_as_torchvision_does(size: tuple[int, int]) -> Non
 
     image = picture(*size)
     wanted = center_crop(by_pil(image, *resize(image, SIDE).shape[-2:]), [SIDE])
-    assert near(cropped(image, SIDE, nearest), wanted)
+    assert near(resize_and_crop(image, SIDE, round_offset), wanted)
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
@@ -96,16 +105,16 @@ def test_the_middle_is_cut_out_as_transformers_does(size: tuple[int, int]) -> No
     image = picture(*size)
     height, width = get_resize_output_image_size(image[0].numpy(), SIDE, default_to_square=False)
     wanted = center_crop(by_pil(image, height, width)[0].numpy(), (SIDE, SIDE))
-    assert near(cropped(image, SIDE, floored), torch.from_numpy(wanted)[None])
+    assert near(resize_and_crop(image, SIDE, floor_offset), torch.from_numpy(wanted)[None])
 
 
 def test_the_two_corners_differ() -> None:
-    assert [floored(n) for n in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert [nearest(n) for n in range(8)] == [0, 0, 1, 2, 2, 2, 3, 4]
+    assert [floor_offset(n) for n in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [round_offset(n) for n in range(8)] == [0, 0, 1, 2, 2, 2, 3, 4]
 
 
 def test_the_normalisation_is_clip_s() -> None:
-    found = normalised(picture(4, 4))[0, :, 1, 2]
+    found = normalize(picture(4, 4))[0, :, 1, 2]
     wanted = (picture(4, 4)[0, :, 1, 2] - torch.tensor(MEAN)) / torch.tensor(STD)
     assert torch.allclose(found, wanted)
 
@@ -113,24 +122,28 @@ def test_the_normalisation_is_clip_s() -> None:
 @pytest.mark.parametrize("size", [(40, 40), (20, 50), (50, 21), (6, 5)])
 @pytest.mark.parametrize(
     "way",
-    [lambda x: fitted(x, SIDE), lambda x: cropped(x, SIDE, floored), lambda x: cropped(x, SIDE, nearest)],
+    [
+        lambda x: resize_and_pad(x, SIDE),
+        lambda x: resize_and_crop(x, SIDE, floor_offset),
+        lambda x: resize_and_crop(x, SIDE, round_offset),
+    ],
     ids=["fitted", "floored", "nearest"],
 )
 def test_the_gradient_agrees_with_finite_differences(way: Callable[[Tensor], Tensor], size: tuple[int, int]) -> None:
     image = (0.3 + 0.4 * picture(*size, torch.float64)).requires_grad_()
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(3, SIDE, SIDE, generator=generator, dtype=torch.float64)
-    (gradient,) = torch.autograd.grad((normalised(way(image)).sin() * weights).sum(), image)
+    (gradient,) = torch.autograd.grad((normalize(way(image)).sin() * weights).sum(), image)
     direction = torch.randn(image.shape, generator=generator, dtype=torch.float64)
     with torch.no_grad():
-        ahead, back = ((normalised(way(image + s * 1e-5 * direction)).sin() * weights).sum() for s in (1, -1))
+        ahead, back = ((normalize(way(image + s * 1e-5 * direction)).sin() * weights).sum() for s in (1, -1))
     analytic = float((gradient * direction).sum())
     assert abs(analytic - float(ahead - back) / 2e-5) <= STOCK * abs(analytic)
 
 
 def test_a_picture_that_vanishes_is_named() -> None:
     with pytest.raises(RewardError, match="1 x 1000 are too narrow"):
-        fitted(picture(1, 1000), SIDE)
+        resize_and_pad(picture(1, 1000), SIDE)
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
@@ -142,8 +155,8 @@ def test_rounded_it_is_pil_s_bytes_level_for_level(size: tuple[int, int]) -> Non
         for each in ((width, size[0]), (width, height)):
             small = small.resize(each, Image.Resampling.BICUBIC)
         given = (raw.float() / 255).requires_grad_()
-        found = resized(given, height, width, rounded=True)
+        found = pil_resize(given, height, width, rounded=True)
         assert torch.equal((found[0] * 255).round().to(torch.uint8), torch.from_numpy(np.array(small)).permute(2, 0, 1))
-        plain = resized(given, height, width)
+        plain = pil_resize(given, height, width)
         assert float((found - plain).detach().abs().max()) * 255 < 1.7
         assert torch.equal(torch.autograd.grad(found.sum(), given)[0], torch.autograd.grad(plain.sum(), given)[0])

@@ -10,9 +10,9 @@ import sympy
 import torch
 
 from trajsurgery import Plan, PlanError, SamplerError, apply, latent, leapalign, noise, recorded, rollout, sample
-from trajsurgery.plans.closed_form import _product
+from trajsurgery.plans.closed_form import _multiply
 from trajsurgery.plans.interpolants import InvertedFlow, Polynomial, RectifiedFlow, Trigonometric
-from trajsurgery.plans.legality import Violation, sampled, violations
+from trajsurgery.plans.legality import Violation, check_sampled, violations
 from trajsurgery.plans.nodes import Leap
 from trajsurgery.surgery import autograd_functions
 from trajsurgery.surgery.execution import first_call
@@ -35,18 +35,18 @@ def test_inverted_flow() -> None:
     "a, b, found", [(1, S, S), (S, 1, S), (-1, S, -S), (0, S, 0), (S, 2, 2 * S), (S, -1, -S), (2, 3, 6)]
 )
 def test_a_product(a: Any, b: Any, found: Any) -> None:
-    assert _product(a, b) == found
+    assert _multiply(a, b) == found
 
 
 def test_a_number_times_a_difference_stays_a_product() -> None:
-    for made in (_product(sympy.Float(0.5), K - J), _product(K - J, sympy.Float(0.5))):
+    for made in (_multiply(sympy.Float(0.5), K - J), _multiply(K - J, sympy.Float(0.5))):
         assert str(made) == "0.5*(-j + k)"
 
 
 @pytest.mark.parametrize("sigmas", [None, 3, [None], ["a", "b"], [torch.zeros(2), 0.0], torch.ones(3, device="meta")])
 def test_what_is_no_list_of_numbers_is_no_sampler(sigmas: Any) -> None:
     with pytest.raises(PlanError, match="sigmas"):
-        sampled(sigmas)
+        check_sampled(sigmas)
 
 
 def test_a_violation_is_a_value() -> None:
@@ -135,7 +135,7 @@ def test_interpolants_are_values(kind: type) -> None:
 
 
 def test_a_factor_of_one_leaves_a_difference_as_it_is() -> None:
-    assert _product(K - J, 1) == K - J
+    assert _multiply(K - J, 1) == K - J
 
 
 def test_supports_of_an_euler_advance_lie_above_its_end() -> None:

@@ -9,7 +9,7 @@ import torch
 from tests.builders.linear_field import X0, Counted, W, first, rolled
 from trajsurgery import Plan, Trajectory, latent, leapalign, noise
 from trajsurgery.surgery.execution import Execution, first_call
-from trajsurgery.surgery.velocity_calls import retained
+from trajsurgery.surgery.velocity_calls import retained_call
 
 
 def executed(plan: Plan, t: int) -> Execution:
@@ -77,7 +77,7 @@ def test_a_call_that_trains_nothing_is_read_off_the_rollout() -> None:
     field = Counted()
     execution.trajectory.velocities[1] = rolled().velocity(1)
     execution.trajectory.latents[0] = rolled()[0]
-    (found,) = execution.finish(field, retained)
+    (found,) = execution.finish(field, retained_call)
     assert field.times == [0.5]
     assert first(found) == X0
 

@@ -119,7 +119,7 @@ def test_a_leap_of_the_wrong_sign(monkeypatch):
 
 def test_a_detach_that_is_dropped(monkeypatch):
     def compute(self, node, faithful):
-        self.tensors[node] = node_values.value(node, self.tensors, self.trajectory, faithful, self.generator)
+        self.tensors[node] = node_values.node_value(node, self.tensors, self.trajectory, faithful, self.generator)
         self.faithful |= {node} if faithful else set()
 
     monkeypatch.setattr(Execution, "_compute", compute)

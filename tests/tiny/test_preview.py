@@ -11,9 +11,18 @@ from matplotlib.image import imread
 
 from trajsurgery import tiny
 from trajsurgery.errors import RecipeError
-from trajsurgery.tiny.exhibit import Exhibit, exhibit
-from trajsurgery.tiny.exhibit import videos as wan_of
-from trajsurgery.tiny.preview import GAP, Preview, beside, chosen, main, settings, sheet, shown
+from trajsurgery.tiny.preview import (
+    GAP,
+    Preview,
+    draw_sheet,
+    find_model,
+    find_prompts,
+    frames_side_by_side,
+    main,
+    run_settings,
+)
+from trajsurgery.tiny.preview_models import PreviewModel, preview_model
+from trajsurgery.tiny.preview_models import video_model as wan_of
 from trajsurgery.tiny.prompt import CATEGORIES
 from trajsurgery.tiny.video import DIRECTIONS
 
@@ -22,25 +31,27 @@ SHORT = Preview(prompts=("a circle", "a red square and a green circle"), noises=
 
 
 @pytest.fixture(scope="module")
-def flux() -> Exhibit:
-    return exhibit("flux")
+def flux() -> PreviewModel:
+    return preview_model("flux")
 
 
-def test_a_sheet_is_judged_and_scored_and_has_the_same_noise_in_every_row(flux: Exhibit):
-    prompts, done = chosen(SHORT, flux), []
-    found = sheet("base", flux, prompts, SHORT, lambda: done.append(1))
+def test_a_sheet_is_judged_and_scored_and_has_the_same_noise_in_every_row(flux: PreviewModel):
+    prompts, done = find_prompts(SHORT, flux), []
+    found = draw_sheet("base", flux, prompts, SHORT, lambda: done.append(1))
     assert len(done) == 2
     assert found.images.shape == (2, 3, 3, 32, 32)
     for row, prompt in enumerate(prompts):
         assert torch.equal(found.correct[row], tiny.judge(found.images[row], [prompt] * 3).correct)
         assert torch.allclose(found.reward[row], flux.reward(found.images[row], [prompt] * 3), atol=1e-5)
-    alike = sheet("base", flux, [prompts[1], prompts[1]], SHORT, lambda: None).images
+    alike = draw_sheet("base", flux, [prompts[1], prompts[1]], SHORT, lambda: None).images
     assert torch.equal(alike[0], alike[1])
     assert torch.equal(alike[0], found.images[1])
     assert not torch.allclose(alike[0, 0], alike[0, 1], atol=0.05), "columns are different noises"
 
 
-def test_tuned_weights_are_drawn_beside_the_untuned(flux: Exhibit, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_tuned_weights_are_drawn_beside_the_untuned(
+    flux: PreviewModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     flux.pipe.transformer.save_pretrained(tmp_path / "transformer")
     (tmp_path / "recipe.json").write_text(json.dumps({"model": "tiny"}))
     both = main(Preview(**{**vars(SHORT), "run": tmp_path}))
@@ -58,7 +69,7 @@ def test_the_other_models_are_drawn_as_their_run_calls_them(name: str, tmp_path:
     run = tmp_path / name
     tiny.pipeline(name).transformer.save_pretrained(run / "transformer")  # pyright: ignore[reportArgumentType]
     (run / "recipe.json").write_text(json.dumps({"model": f"tiny:{name}", "rollout": {"guidance": 2.25}}))
-    assert shown(Preview(run=run)).call["guidance_scale"] == 2.25
+    assert find_model(Preview(run=run)).call["guidance_scale"] == 2.25
     text = "a red circle moves right" if name == "wan" else "a circle"
     path = main(Preview(run=run, prompts=(text,), noises=1, steps=2))
     assert imread(path).std() > 0.05
@@ -66,32 +77,32 @@ def test_the_other_models_are_drawn_as_their_run_calls_them(name: str, tmp_path:
 
 def test_frames_stand_side_by_side():
     frames = torch.rand(5, 3, 32, 32)
-    strip = beside(frames)
+    strip = frames_side_by_side(frames)
     assert strip.shape == (3, 32, 5 * 32 + 4 * GAP)
     for i in range(5):
         assert torch.equal(strip[..., i * (32 + GAP) :][..., :32], frames[i])
-    assert beside(frames[0]) is not None
-    assert torch.equal(beside(frames[0]), frames[0])
+    assert frames_side_by_side(frames[0]) is not None
+    assert torch.equal(frames_side_by_side(frames[0]), frames[0])
 
 
-def test_what_it_cannot_draw_is_said(flux: Exhibit, tmp_path: Path):
+def test_what_it_cannot_draw_is_said(flux: PreviewModel, tmp_path: Path):
     with pytest.raises(RecipeError, match="holds no tuned weights: let the run end"):
-        settings(tmp_path)
+        run_settings(tmp_path)
     (tmp_path / "transformer").mkdir()
     (tmp_path / "transformer" / "config.json").write_text("{}")
     (tmp_path / "recipe.json").write_text(json.dumps({"model": "some/flux"}))
     with pytest.raises(RecipeError, match="a run of some/flux"):
-        settings(tmp_path)
+        run_settings(tmp_path)
     with pytest.raises(RecipeError, match="no prompt 'a cat'"):
-        chosen(Preview(prompts=("a cat",)), flux)
+        find_prompts(Preview(prompts=("a cat",)), flux)
     with pytest.raises(RecipeError, match="noises and steps: at least 1"):
         Preview(noises=0, steps=0)
 
 
-def test_all_categories_are_shown(flux: Exhibit):
-    prompts = chosen(Preview(each=2), flux)
+def test_all_categories_are_shown(flux: PreviewModel):
+    prompts = find_prompts(Preview(each=2), flux)
     assert [prompt.category for prompt in prompts] == [c for c in CATEGORIES for _ in range(2)]
-    many = chosen(Preview(each=1000), flux)
+    many = find_prompts(Preview(each=1000), flux)
     assert len({prompt.text for prompt in many}) == len(many)
     moving = wan_of(None).evenly(2)
     assert [prompt.category for prompt in moving] == [d for d in DIRECTIONS for _ in range(2)]

@@ -30,7 +30,7 @@ PROMPT = "a red circle left of a blue square"
 @pytest.fixture(scope="module")
 def pipe():
     torch.manual_seed(0)
-    found = sd3.assembled(WEIGHTS, tiny.pipeline().vae, sd3_parts.transformer())
+    found = sd3.assemble_pipeline(WEIGHTS, tiny.pipeline().vae, sd3_parts.transformer())
     nn.init.normal_(found.transformer.proj_out.weight, std=0.1)
     for block in found.transformer.transformer_blocks:
         nn.init.normal_(block.norm1.linear.weight, std=0.1)
@@ -119,7 +119,7 @@ def test_shipped_figures_hold_the_targets():
 def test_it_trains_saves_loads_and_the_recipe_runs_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     vae = tiny.pipeline().vae
     torch.manual_seed(0)
-    made = sd3.assembled(WEIGHTS, vae, sd3_parts.transformer())
+    made = sd3.assemble_pipeline(WEIGHTS, vae, sd3_parts.transformer())
     shift = vae.config.shift_factor
     stage = replace(sd3_stage(Budget(2, 1e-2), 4, made, corpus(vae, 32, 0)), report=None)
     run(stage, tmp_path, lambda line: None)

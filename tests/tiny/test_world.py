@@ -25,7 +25,7 @@ from trajsurgery.tiny.prompt import (
 from trajsurgery.tiny.render import render
 from trajsurgery.tiny.scene import ABSENT, APART, SIDE, SLOTS, Scenes
 from trajsurgery.tiny.segment import components, segment
-from trajsurgery.tiny.truth import holds
+from trajsurgery.tiny.truth import is_true
 
 torch.set_num_threads(1)
 
@@ -96,20 +96,20 @@ def test_unknown_split_and_unknown_text_are_errors():
 
 def test_every_scene_makes_its_prompt_true_and_its_hard_negatives_false(drawn):
     prompts, scenes, _ = drawn
-    assert holds(scenes, meanings(prompts)).all()
+    assert is_true(scenes, meanings(prompts)).all()
     for i in range(0, len(prompts), 7):
         near = hard_negatives(prompts[i])
         assert len(near) >= 3, prompts[i]
         copies = scenes[torch.full((len(near),), i)]
-        assert not holds(copies, meanings(near)).any(), prompts[i]
+        assert not is_true(copies, meanings(near)).any(), prompts[i]
 
 
 def test_pairwise_and_every_pair_agree(drawn):
     prompts, scenes, _ = drawn
     asked = meanings(prompts)
-    table = holds(scenes[slice(0, 40)], asked, every_pair=True)
+    table = is_true(scenes[slice(0, 40)], asked, every_pair=True)
     for i in range(40):
-        assert torch.equal(table[i], holds(scenes[torch.full((len(prompts),), i)], asked))
+        assert torch.equal(table[i], is_true(scenes[torch.full((len(prompts),), i)], asked))
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_pairwise_and_every_pair_agree(drawn):
 )
 def test_scenes_and_their_pictures_are_judged_as_a_person_would(text, objects, true):
     made = scene(*objects)
-    assert bool(holds(made, meanings(understand([text])))) is true
+    assert bool(is_true(made, meanings(understand([text])))) is true
     assert bool(tiny.judge(render(made), [text]).correct) is true
 
 

@@ -35,7 +35,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """A pipeline with tokenizers, and the folder that it was saved in."""
     torch.manual_seed(0)
     flux = tiny.pipeline()
-    pipe = flux if request.param == "flux" else sd3.assembled(WEIGHTS, flux.vae, _lively(medium()))
+    pipe = flux if request.param == "flux" else sd3.assemble_pipeline(WEIGHTS, flux.vae, _lively(medium()))
     path = tmp_path_factory.mktemp(request.param) / "model"
     pipe.save_pretrained(path)
     return pipe, path

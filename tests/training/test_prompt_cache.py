@@ -29,7 +29,7 @@ def flux() -> tuple[Any, dict[str, Any]]:
 
 
 def three() -> tuple[Any, dict[str, Any]]:
-    return sd3.assembled(WEIGHTS, tiny.pipeline().vae, sd3_parts.transformer()), CALL
+    return sd3.assemble_pipeline(WEIGHTS, tiny.pipeline().vae, sd3_parts.transformer()), CALL
 
 
 def sana() -> tuple[Any, dict[str, Any]]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from trajsurgery.errors import RecipeError, SurgeryError
 from trajsurgery.reports.filmstrip import draw_filmstrip
-from trajsurgery.rewards.by_name import Reward, load_reward, score_one
+from trajsurgery.rewards.loading import Reward, load_reward, score_one
 from trajsurgery.training import components, preflight
 from trajsurgery.training.checkpoint import write_atomically
 from trajsurgery.training.noise_search.ascent import Ascent, Frame, RewardPath

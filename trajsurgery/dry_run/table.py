@@ -1,4 +1,4 @@
-"""A memory plan on the terminal."""
+"""A memory plan as a table on the terminal."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from trajsurgery.dry_run.estimate import MemoryPlan
+from trajsurgery.dry_run.memory_plan import MemoryPlan
 
 LABELS = {
     "ema": "EMA",
@@ -21,56 +21,56 @@ KERNELS = {
 }
 
 
-def table(found: MemoryPlan) -> Group:
-    """The setting, bytes a GPU, operations and seconds an iteration, the fewest GPUs, notes."""
-    setting = found.setting
+def table(plan: MemoryPlan) -> Group:
+    """Return the settings, bytes a GPU, operations and seconds of an iteration, the fewest GPUs, and notes."""
+    setting = plan.setting
     gpus = setting["gpus"]
-    head = Table(title=f"{setting['method']} on {found.model}", show_header=False, box=None)
+    head = Table(title=f"{setting['method']} on {plan.model}", show_header=False, box=None)
     rows = {
-        "plan": found.plan,
+        "plan": plan.plan,
         "images": f"{setting['size']} px, batch {setting['batch']}, {setting['images at once a GPU']} at once on each",
         "text": f"{setting['text tokens']} tokens",
         "GPUs": f"{gpus} of {setting['memory bytes'] / 1e9:.0f} GB"
         + (", weights, gradients, moments and EMA sharded by FSDP" if gpus > 1 else ""),
         "kernels": KERNELS[setting["kernels"]],
         "precision": f"{setting['precision']}, checkpointing {'on' if setting['checkpointing'] else 'off'}",
-        "trains": f"{setting['train']}: {found.trained:,} of {found.parameters:,} parameters",
-        "gradient": f"{setting['memory']}, {found.calls} velocity calls of {setting['steps']} steps",
-        "configs": found.source,
+        "trains": f"{setting['train']}: {plan.trained:,} of {plan.parameters:,} parameters",
+        "gradient": f"{setting['memory']}, {plan.calls} velocity calls of {setting['steps']} steps",
+        "configs": plan.source,
     }
     for name, value in rows.items():
         head.add_row(name, Text(value))
     size = Table(title="memory of one GPU")
     size.add_column("part")
-    word, bytes_ = ("GiB", 2**30) if found.peak >= 2**30 else ("MiB", 2**20)
+    word, bytes_ = ("GiB", 2**30) if plan.peak >= 2**30 else ("MiB", 2**20)
     size.add_column(word, justify="right")
-    for name, value in (*found.held.items(), *found.passing.items()):
+    for name, value in (*plan.held.items(), *plan.passing.items()):
         size.add_row(
             LABELS.get(name, name),
             f"{value / bytes_:,.2f}",
-            end_section=name in (list(found.held)[-1], list(found.passing)[-1]),
+            end_section=name in (list(plan.held)[-1], list(plan.passing)[-1]),
         )
-    size.add_row("peak", f"{found.peak / bytes_:,.2f}", style="bold")
+    size.add_row("peak", f"{plan.peak / bytes_:,.2f}", style="bold")
     work = Table(title="work of one iteration, all GPUs")
     work.add_column("part")
-    whole = sum(found.flops.values())
+    whole = sum(plan.flops.values())
     unit, scale = ("TFLOP", 1e12) if whole >= 1e12 else ("GFLOP", 1e9)
     work.add_column(unit, justify="right")
-    for name, value in found.flops.items():
+    for name, value in plan.flops.items():
         work.add_row(name, f"{value / scale:,.1f}")
     work.add_row("all", f"{whole / scale:,.1f}", style="bold")
-    return Group(head, size, work, *map(Text, _closing(found)))
+    return Group(head, size, work, *map(Text, _closing(plan)))
 
 
-def _closing(found: MemoryPlan) -> list[str]:
-    setting, needed = found.setting, found.gpus_needed
+def _closing(plan: MemoryPlan) -> list[str]:
+    setting, needed = plan.setting, plan.gpus_needed
     card = f"{setting['memory bytes'] / 1e9:.0f} GB"
-    fits = "it fits" if found.fits else "it does NOT fit"
+    fits = "it fits" if plan.fits else "it does NOT fit"
     hold = f"GPU of {card} holds" if needed == 1 else f"GPUs of {card} hold"
     least = f"{needed} {hold} it" if needed else f"no number of {card} GPUs does"
     speed = f"{setting['utilisation']:.0%} of {setting['flops'] / 1e12:.0f} TFLOP/s on each of {setting['gpus']}"
     return [
         f"{fits}; {least}.",
-        f"{found.seconds:.1f} s an iteration at {speed}.",
-        *(f"note: {note}" for note in found.notes),
+        f"{plan.seconds:.1f} s an iteration at {speed}.",
+        *(f"note: {note}" for note in plan.notes),
     ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trajsurgery.evaluation import diversity
-from trajsurgery.rewards.by_name import mixture_parts
+from trajsurgery.rewards.loading import mixture_parts
 from trajsurgery.training.components import PromptCache, RunComponents, pipeline_arguments
 from trajsurgery.training.prompts import Prompt
 from trajsurgery.training.recipe import Recipe

@@ -26,7 +26,7 @@ from trajsurgery.evaluation.held_out import spread_over_categories
 from trajsurgery.evaluation.model_variants import ModelVariant, base_model, find_variants, run_recipe
 from trajsurgery.evaluation.options import Evaluate
 from trajsurgery.evaluation.picture_scores import Picture, reward_facts, score_pictures
-from trajsurgery.rewards.by_name import Reward, load_reward, score_one
+from trajsurgery.rewards.loading import Reward, load_reward, score_one
 from trajsurgery.training.checkpoint import write_atomically
 from trajsurgery.training.components import quiet
 from trajsurgery.training.preflight import reward_problem

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from trajsurgery.errors import RecipeError
 from trajsurgery.evaluation.options import Evaluate
-from trajsurgery.rewards.weights import cached
+from trajsurgery.rewards.weight_files import cached_file
 from trajsurgery.training import components
 from trajsurgery.training.preflight import model_problem
 from trajsurgery.training.recipe import EMBEDDED, Recipe
@@ -105,7 +105,7 @@ def _tuned_variant(where: str) -> ModelVariant:
         return _tuned_variant(str(path / "transformer"))
     name = (path.parent if path.name == "transformer" else path).name.removesuffix(".safetensors") or where
     name = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
-    if _adapter_file(path) is not None or (not path.exists() and cached(where, LORA)):
+    if _adapter_file(path) is not None or (not path.exists() and cached_file(where, LORA)):
         return ModelVariant(name, "adapters", where)
     if (path / "config.json").is_file() and not (path / "model_index.json").is_file():
         return ModelVariant(name, "transformer", where)

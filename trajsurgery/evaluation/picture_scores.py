@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from trajsurgery.errors import RewardError
 from trajsurgery.evaluation.options import Score
 from trajsurgery.rewards import contract
-from trajsurgery.rewards.by_name import Reward, load_reward
+from trajsurgery.rewards.loading import Reward, load_reward
 from trajsurgery.training.checkpoint import write_atomically
 from trajsurgery.training.components import quiet
 from trajsurgery.training.preflight import reward_problem

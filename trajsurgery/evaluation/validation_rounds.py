@@ -16,7 +16,7 @@ import torch
 
 from trajsurgery.errors import RecipeError
 from trajsurgery.evaluation.held_out import HeldOutScores, evaluate, spread_over_categories
-from trajsurgery.rewards.by_name import mixture_weights
+from trajsurgery.rewards.loading import mixture_weights
 from trajsurgery.training.anchor import swapped
 from trajsurgery.training.checkpoint import METRICS, Log, TrainingState, save, write_atomically
 from trajsurgery.training.components import PromptCache, RunComponents

@@ -1,4 +1,4 @@
-"""One file a method: a function of times that returns a plan, and a frozen dataclass that draws the times."""
+"""The methods, one file each: functions of times that return a plan, and frozen dataclasses that draw the times."""
 
 from trajsurgery.methods.draft import (
     AlignProp,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from trajsurgery.errors import PlanError
-from trajsurgery.methods.draws import counted, uniform
+from trajsurgery.methods.draws import check_steps, uniform
 from trajsurgery.plans.plan import Plan, latent
 
 
@@ -73,7 +73,7 @@ class DRaFT1:
 
     def draw(self, steps: int, generator: torch.Generator | None = None) -> Plan:
         """A plan for a sampler of `steps` steps."""
-        counted(steps)
+        check_steps(steps)
         return Plan(*draft_k(1).outputs, steps=steps)
 
 
@@ -86,7 +86,7 @@ class WholeTrajectory:
 
     def draw(self, steps: int, generator: torch.Generator | None = None) -> Plan:
         """A plan for a sampler of `steps` steps."""
-        counted(steps)
+        check_steps(steps)
         return whole_trajectory(steps)
 
 
@@ -105,7 +105,7 @@ class DRaFTK:
         Raises:
             PlanError: more steps than the sampler has.
         """
-        counted(steps)
+        check_steps(steps)
         return Plan(*draft_k(steps if self.k is None else self.k).outputs, steps=steps)
 
 
@@ -127,7 +127,7 @@ class AlignProp:
         Raises:
             PlanError: `most` does not lie in 1..`steps`.
         """
-        counted(steps)
+        check_steps(steps)
         most = steps if self.most is None else self.most
         if not 1 <= most <= steps:
             raise PlanError(f"AlignProp(most={most}) on {steps} steps: the gradient runs through 1..{steps} of them.")
@@ -145,5 +145,5 @@ class DRaFTLV:
 
     def draw(self, steps: int, generator: torch.Generator | None = None) -> Plan:
         """A plan for a sampler of `steps` steps."""
-        counted(steps)
+        check_steps(steps)
         return Plan(*draft_lv(self.n).outputs, steps=steps)

@@ -1,4 +1,4 @@
-"""Random times."""
+"""Random draws of times."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from trajsurgery.errors import PlanError
 
 
-def counted(steps: object) -> None:
-    """Raises PlanError for what is no number of steps."""
+def check_steps(steps: object) -> None:
+    """Raise PlanError unless this is a number of steps."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise PlanError(
             f"draw received steps={steps!r}: it is the sampler's number of steps, an int of at least 1, 25."
@@ -20,12 +20,12 @@ def counted(steps: object) -> None:
 
 
 def uniform(count: int, generator: torch.Generator | None) -> int:
-    """An int in 0..count - 1."""
+    """Return an int in 0..count - 1."""
     return int(torch.randint(count, (), generator=generator).item())
 
 
-def late(last: int, steps: int, generator: torch.Generator | None) -> int:
-    """An early-stop time, uniform among the last `last` steps: randint(1, m) of Algorithm 1, line 2.
+def late_time(last: int, steps: int, generator: torch.Generator | None) -> int:
+    """Return an early-stop time, uniform among the last `last` steps: randint(1, m) of Algorithm 1, line 2.
 
     Raises:
         PlanError: `last` is below 1.
@@ -35,15 +35,15 @@ def late(last: int, steps: int, generator: torch.Generator | None) -> int:
     return 1 + uniform(min(last, steps), generator)
 
 
-def choose(among: Sequence[int], count: int, generator: torch.Generator | None) -> list[int]:
-    """`count` distinct ones, every subset alike."""
+def distinct(among: Sequence[int], count: int, generator: torch.Generator | None) -> list[int]:
+    """Return `count` distinct items; every subset is equally likely."""
     return [among[int(i)] for i in torch.randperm(len(among), generator=generator)[:count]]
 
 
-def biased(among: Sequence[int], count: int, bias: float, generator: torch.Generator | None) -> list[int]:
-    """`count` distinct ones, drawn one by one; the odds of the i-th of all, i from 1, are proportional to i^bias.
+def biased_distinct(among: Sequence[int], count: int, bias: float, generator: torch.Generator | None) -> list[int]:
+    """Return `count` distinct items, drawn one by one with odds of the i-th (from 1) proportional to i^bias.
 
-    With times in falling order late ones are drawn more often.
+    With times in falling order, late ones are drawn more often.
     """
     if not count:
         return []
@@ -51,8 +51,8 @@ def biased(among: Sequence[int], count: int, bias: float, generator: torch.Gener
     return [among[int(i)] for i in torch.multinomial(odds, count, generator=generator)]
 
 
-def midpoint(steps: int, of: Literal["j", "k"], generator: torch.Generator | None) -> tuple[int, int]:
-    """T >= k > j >= 1: one of them uniform, the other half way from it to the trajectory's end on its side.
+def midpoint_pair(steps: int, of: Literal["j", "k"], generator: torch.Generator | None) -> tuple[int, int]:
+    """Return T >= k > j >= 1: one of them uniform, the other half way from it to the trajectory's end on its side.
 
     Args:
         of: the one that lies in the middle.
@@ -68,8 +68,8 @@ def midpoint(steps: int, of: Literal["j", "k"], generator: torch.Generator | Non
     return steps - (steps - j) // 2, j
 
 
-def split(shares: Sequence[float], steps: int, generator: torch.Generator | None) -> tuple[int, int]:
-    """T >= k > j >= 2: j - 1, k - j and T + 1 - k are a Dirichlet draw of `shares`, rounded to at least 1 of T.
+def dirichlet_pair(shares: Sequence[float], steps: int, generator: torch.Generator | None) -> tuple[int, int]:
+    """Return T >= k > j >= 2: j - 1, k - j and T + 1 - k are a Dirichlet draw of `shares`, rounded, each at least 1.
 
     Raises:
         PlanError: fewer than three steps.

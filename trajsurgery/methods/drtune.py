@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from trajsurgery.errors import PlanError
-from trajsurgery.methods.draws import counted, late, uniform
+from trajsurgery.methods.draws import check_steps, late_time, uniform
 from trajsurgery.plans.plan import Plan, latent, recorded
 
 
@@ -62,14 +62,14 @@ class DRTune:
         Raises:
             PlanError: more training times than steps; `last` is below 1.
         """
-        counted(steps)
+        check_steps(steps)
         if not 1 <= self.train <= steps:
             raise PlanError(
                 f"DRTune(train={self.train}) on {steps} steps: the number of training times lies in 1..{steps}."
             )
         apart = steps // self.train
         while True:
-            stop = late(self.last, steps, generator)
+            stop = late_time(self.last, steps, generator)
             first = 1 + uniform(steps - (self.train - 1) * apart, generator)
             times = {first + i * apart for i in range(self.train)}
             if max(times) >= stop:

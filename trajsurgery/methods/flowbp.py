@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from trajsurgery.errors import PlanError
-from trajsurgery.methods.draws import biased, counted, split
+from trajsurgery.methods.draws import biased_distinct, check_steps, dirichlet_pair
 from trajsurgery.plans.interpolants import weights
 from trajsurgery.plans.nodes import Factor, LatentNode, VelocityNode
 from trajsurgery.plans.plan import Plan, latent, recorded
@@ -177,10 +177,10 @@ class FlowBPSparse:
         Raises:
             PlanError: more active times than steps.
         """
-        counted(steps)
+        check_steps(steps)
         if not 1 <= self.active <= steps:
             raise PlanError(f"FlowBPSparse(active={self.active}) on {steps} steps: it lies in 1..{steps}.")
-        active = biased(range(steps, 0, -1), self.active, self.bias, generator)
+        active = biased_distinct(range(steps, 0, -1), self.active, self.bias, generator)
         return flowbp_sparse(steps, active, self.sigmas, self.rescale)
 
 
@@ -207,13 +207,13 @@ class FlowBPBridge:
         Raises:
             PlanError: fewer than two active times, or more than steps.
         """
-        counted(steps)
+        check_steps(steps)
         if not 2 <= self.active <= steps:
             raise PlanError(f"FlowBPBridge(active={self.active}) on {steps} steps: it lies in 2..{steps}.")
         j = 1 + min(torch.randperm(steps, generator=generator)[:2].tolist())
         below = min(self.active - min(max(round(self.active * (steps - j) / steps), 1), self.active - 1), j)
-        active = biased(range(steps, j, -1), self.active - below, self.bias, generator)
-        active += biased(range(j - 1, 0, -1), below - 1, self.bias, generator)
+        active = biased_distinct(range(steps, j, -1), self.active - below, self.bias, generator)
+        active += biased_distinct(range(j - 1, 0, -1), below - 1, self.bias, generator)
         return flowbp_bridge(steps, j, active, self.alpha, self.sigmas, self.rescale)
 
 
@@ -239,8 +239,8 @@ class FlowBPLagrange:
         Raises:
             PlanError: fewer than three steps; another number of sigmas.
         """
-        counted(steps)
+        check_steps(steps)
         _lengths(steps, self.sigmas)
-        k, j = split(self.shares, steps, generator)
+        k, j = dirichlet_pair(self.shares, steps, generator)
         drawn = flowbp_lagrange(k, j, self.alpha, self.scale, self.sigmas, self.rescale)
         return Plan(*drawn.outputs, steps=steps)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from trajsurgery.errors import PlanError
-from trajsurgery.methods.draws import choose, counted, midpoint, split, uniform
+from trajsurgery.methods.draws import check_steps, dirichlet_pair, distinct, midpoint_pair, uniform
 from trajsurgery.plans.nodes import Factor, Time
 from trajsurgery.plans.plan import Plan, latent
 
@@ -96,7 +96,7 @@ class LeapAlign:
             PlanError: the window is no part of (0, 1), or holds fewer times than leaps, or no pair at the distance;
                 settings that exclude one another.
         """
-        counted(steps)
+        check_steps(steps)
         if not 0 <= self.window[0] < self.window[1] <= 1:
             raise PlanError(
                 f"LeapAlign(window={self.window}): a window is two shares of T, rising, in [0, 1]: (0, 0.5) is the "
@@ -117,13 +117,13 @@ class LeapAlign:
                 f"LeapAlign(window={self.window}) leaves the times {list(allowed)} of {steps}, too few for "
                 f"{self.leaps} leaps. Widen the window, or take more steps."
             )
-        return sorted(choose(allowed, self.leaps, generator), reverse=True)
+        return sorted(distinct(allowed, self.leaps, generator), reverse=True)
 
     def _pair(self, steps: int, generator: torch.Generator | None) -> Sequence[int]:
         draws = {
-            "midpoint": lambda: midpoint(steps, "j", generator),
-            "midpoint-k": lambda: midpoint(steps, "k", generator),
-            "dirichlet": lambda: split((2.5, 6.0, 2.0), steps, generator),
+            "midpoint": lambda: midpoint_pair(steps, "j", generator),
+            "midpoint-k": lambda: midpoint_pair(steps, "k", generator),
+            "dirichlet": lambda: dirichlet_pair((2.5, 6.0, 2.0), steps, generator),
         }
         if self.leaps != 2 or self.window != (0.0, 1.0) or self.pairs not in draws:
             raise PlanError(

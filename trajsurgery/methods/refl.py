@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trajsurgery.methods.draws import counted, late
+from trajsurgery.methods.draws import check_steps, late_time
 from trajsurgery.plans.nodes import Time
 from trajsurgery.plans.plan import Plan, latent
 
@@ -34,5 +34,5 @@ class ReFL:
         Raises:
             PlanError: `last` is below 1.
         """
-        counted(steps)
-        return Plan(*refl(late(self.last, steps, generator)).outputs, steps=steps)
+        check_steps(steps)
+        return Plan(*refl(late_time(self.last, steps, generator)).outputs, steps=steps)

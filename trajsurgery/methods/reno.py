@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trajsurgery.methods.draws import counted
+from trajsurgery.methods.draws import check_steps
 from trajsurgery.plans.nodes import Time
 from trajsurgery.plans.plan import Plan, noise
 
@@ -36,5 +36,5 @@ class ReNO:
 
     def draw(self, steps: int, generator: torch.Generator | None = None) -> Plan:
         """A plan for a sampler of `steps` steps."""
-        counted(steps)
+        check_steps(steps)
         return Plan(*reno(*range(steps - 1, 0, -1)).outputs, steps=steps)

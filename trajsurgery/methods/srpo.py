@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from trajsurgery.errors import PlanError
-from trajsurgery.methods.draws import counted, uniform
+from trajsurgery.methods.draws import check_steps, uniform
 from trajsurgery.plans.nodes import Draw, Leap, Recover, Time
 from trajsurgery.plans.plan import Plan, latent
 
@@ -91,7 +91,7 @@ class SRPO:
         Raises:
             PlanError: no time is left between the step and T; settings that are out of their ranges.
         """
-        counted(steps)
+        check_steps(steps)
         self._check()
         both, times = self.inversion and self._relative, self._times(steps)
         free = [m for m in times if m + self.step < steps and m > self.step * both]  # at T nothing of the image is left

@@ -1,4 +1,4 @@
-"""What one call of a pipeline was made with, and what it is not to do again."""
+"""The record of one pipeline call: its arguments and random state, and results that a replay need not compute again."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 from trajsurgery.errors import SamplerError
 from trajsurgery.pipelines.guidance import GuidanceGradient
 from trajsurgery.pipelines.scheduler import Schedule
-from trajsurgery.pipelines.timestep_inputs import Clock
+from trajsurgery.pipelines.timestep_inputs import TimestepInputs
 
 _MISSING = object()
 
 
 @dataclass
-class Record:
-    """One call of a pipeline: enough to enter its loop again at any step."""
+class CallRecord:
+    """One call of a pipeline: everything needed to replay its loop from any step."""
 
     pipe: Any
     base: type
@@ -32,37 +32,37 @@ class Record:
     generators: dict[int, Tensor]
     """{id of a generator among the arguments: its state when the call began}."""
     random: Tensor
-    """The CPU's global generator's state when the call began."""
+    """State of the CPU's global generator when the call began."""
     random_cuda: list[Tensor]
-    """Those of the GPUs."""
+    """States of the GPUs' generators."""
     guidance: GuidanceGradient
     encodings: dict[tuple[int, str], list[Any]] = field(default_factory=dict[tuple[int, str], list[Any]])
-    """{(id of the pipe or of a component, name of its method): what it returned, call by call}."""
+    """{(id of the pipe or a component, method name): its results, call by call}."""
     templates: dict[nn.Module, list[Any]] = field(default_factory=dict[nn.Module, list[Any]])
-    """What the modules that the loop called returned, call by call; large tensors on the meta device (`trim`)."""
-    clock: Clock = field(default_factory=Clock)
-    """What the modules were handed as their times."""
+    """Results of the modules that the loop called, call by call; large tensors on the meta device (`trim`)."""
+    clock: TimestepInputs = field(default_factory=TimestepInputs)
+    """The timestep inputs of the modules."""
     size: float = math.inf
-    """The numbers that a tensor of theirs may hold to be kept itself."""
+    """Tensors of results with more numbers than this are kept as shapes."""
     timesteps: list[Any] = field(default_factory=list[Any])
-    """What `scheduler.step` was called with, call by call."""
+    """Timestep arguments of `scheduler.step`, call by call."""
     announced: bool = False
-    """Whether the pipeline asked for its progress bar before the loop."""
+    """Whether the pipeline created its progress bar before the loop."""
     carried: str | None = None
     """What carries tensors from one model call to the next beside the latents, if that was seen."""
     arrived: set[tuple[int, int]] = field(default_factory=set[tuple[int, int]])
-    """The re-entries (call, skipped steps) whose timestep was seen to be the recorded one: asked of a device once."""
+    """Replays (call, skipped steps) whose timestep was checked against the recorded one."""
     doubled: bool = False
-    """Whether the first step's latents can only be substituted by another step before it."""
+    """Whether the first step's latents can only be substituted after another step."""
     schedule: Schedule = field(init=False)
     start: Tensor = field(init=False)
-    """x_T as the loop began with it."""
+    """x_T at the start of the loop."""
 
     @classmethod
     def of(
         cls, pipe: Any, base: type, args: tuple[Any, ...], kwargs: dict[str, Any], guidance: GuidanceGradient = "both"
-    ) -> Record:
-        """The record of a call that is about to be made."""
+    ) -> CallRecord:
+        """Return the record of a call that is about to be made."""
         bound = inspect.signature(inspect.unwrap(base.__call__)).bind(pipe, *args, **kwargs)
         bound.apply_defaults()
         arguments = dict(bound.arguments)
@@ -73,17 +73,17 @@ class Record:
         return cls(pipe, base, arguments, states, torch.get_rng_state(), gpus, guidance)
 
     def begin(self) -> None:
-        """Drops the model calls that were made before the loop."""
+        """Drop the model calls made before the loop."""
         self.templates.clear()
         self.clock.clear()
 
     def watch(self) -> Callable[[], None]:
-        """Notes the outputs of the modules that are called from now on, until the returned function is."""
+        """Record the results of modules called from now on; return a function that stops it."""
 
         def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            self.carried = self.carried or _cache(module, (args, kwargs, output))
+            self.carried = self.carried or _cache_of(module, (args, kwargs, output))
             self.clock.note(len(self.timesteps), module, args, kwargs)
-            self.templates.setdefault(module, []).append(tree_map(lambda value: _kept(value, self.size), output))
+            self.templates.setdefault(module, []).append(tree_map(lambda value: _copied(value, self.size), output))
 
         modules = [m for m in self.pipe.components.values() if isinstance(m, nn.Module)]
         handles = [module.register_forward_hook(note, with_kwargs=True) for module in modules]
@@ -95,7 +95,7 @@ class Record:
         return stop
 
     def stateless(self) -> None:
-        """Raises SamplerError if a model's call was seen to depend on those before it."""
+        """Raise SamplerError if a model call was seen to depend on earlier ones."""
         if self.carried is not None:
             raise SamplerError(
                 f"{self.base.__name__}'s model calls share {self.carried}: a velocity that depends on earlier calls is "
@@ -104,17 +104,17 @@ class Record:
             )
 
     def trim(self, size: int) -> None:
-        """From now on keeps the shape alone of tensors that hold more numbers (control nets' hidden states).
+        """From now on keep only the shape of larger tensors (hidden states of ControlNets).
 
-        What is kept stands in for skipped calls: second streams and guidance with a memory go on as they did.
+        Kept results replace skipped calls, so that second streams and guidance with a memory work as in the rollout.
         """
         self.size = size
         for outputs in self.templates.values():
-            outputs[:] = [tree_map(lambda value: _kept(value, size), output) for output in outputs]
+            outputs[:] = [tree_map(lambda value: _copied(value, size), output) for output in outputs]
 
     @contextlib.contextmanager
     def encoding(self) -> Generator[None]:
-        """Keeps what the pipeline's encoders return, without gradient; those that draw random numbers run anew."""
+        """Cache the results of the pipeline's encoders, without gradient; those that draw random numbers run again."""
         depth = 0
 
         def kept(owner: Any, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -123,16 +123,16 @@ class Record:
                 depth += 1
                 try:
                     with torch.no_grad():
-                        found = function(*args, **kwargs)
+                        encoding = function(*args, **kwargs)
                 finally:
                     depth -= 1
                 if depth == 0 and not _generators({"": args, **kwargs}):
-                    self.encodings.setdefault((id(owner), name), []).append(found)
-                return found
+                    self.encodings.setdefault((id(owner), name), []).append(encoding)
+                return encoding
 
             return encode
 
-        held = [(owner, name, owner.__dict__.get(name)) for owner, name in encoders(self.pipe, self.base)]
+        held = [(owner, name, owner.__dict__.get(name)) for owner, name in encoder_methods(self.pipe, self.base)]
         for owner, name, _ in held:
             owner.__dict__[name] = kept(owner, name, getattr(owner, name))
         try:
@@ -143,7 +143,7 @@ class Record:
                 owner.__dict__.update({} if before is None else {name: before})
 
     def again(self) -> dict[str, Any]:
-        """The arguments of the call, its generators as they were, callbacks left out."""
+        """Return the call's arguments, generators reset to their states and callbacks left out."""
 
         def rewound(value: Any) -> Any:
             if isinstance(value, list | tuple):
@@ -158,8 +158,8 @@ class Record:
         return {name: rewound(value) for name, value in self.arguments.items()} | silent
 
 
-def encoders(pipe: Any, base: type) -> Iterator[tuple[Any, str]]:
-    """The pipe's `encode_...` methods and its components' `encode`."""
+def encoder_methods(pipe: Any, base: type) -> Iterator[tuple[Any, str]]:
+    """Yield the pipeline's `encode_...` methods and its components' `encode`."""
     for name in dir(base):
         if name.startswith("encode_") and callable(getattr(base, name)):
             yield pipe, name
@@ -169,8 +169,8 @@ def encoders(pipe: Any, base: type) -> Iterator[tuple[Any, str]]:
 
 
 @contextlib.contextmanager
-def replaced(thing: Any, name: str, value: Any) -> Generator[None]:
-    """Shadows an attribute of the class by one of the object."""
+def shadow_attribute(thing: Any, name: str, value: Any) -> Generator[None]:
+    """Shadow an attribute of the class by one of the object."""
     before = thing.__dict__.get(name, _MISSING)
     thing.__dict__[name] = value
     try:
@@ -183,28 +183,28 @@ def replaced(thing: Any, name: str, value: Any) -> Generator[None]:
 
 @contextlib.contextmanager
 def skipped_calls(templates: dict[nn.Module, list[Any]]) -> Generator[None]:
-    """What was noted instead of the modules' calls: their outputs, or zeros of the same shapes."""
+    """Return recorded results instead of calling the modules; zeros where only shapes were kept."""
     with contextlib.ExitStack() as stack:
         for module, outputs in templates.items():
             # what torch calls instead of forward and its hooks (offloading, FSDP): a skipped call runs neither
-            stack.enter_context(replaced(module, "_compiled_call_impl", _stand_in(outputs)))
+            stack.enter_context(shadow_attribute(module, "_compiled_call_impl", _recorded_forward(outputs)))
         yield
 
 
-def _stand_in(templates: list[Any]) -> Callable[..., Any]:
-    """For a module's forward: what it returned, call by call."""
+def _recorded_forward(templates: list[Any]) -> Callable[..., Any]:
+    """Replacement of a module's forward: its recorded results, call by call."""
     count = 0
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         nonlocal count
         template = templates[count % len(templates)]
         count += 1
-        return _filled(template)
+        return _zeros_for_meta(template)
 
     return forward
 
 
-def _filled(template: Any) -> Any:
+def _zeros_for_meta(template: Any) -> Any:
     def leaf(value: Any) -> bool:
         return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], Tensor) and value[0].is_meta
 
@@ -217,29 +217,31 @@ def _filled(template: Any) -> Any:
 
 
 def _generators(arguments: dict[str, Any]) -> list[torch.Generator]:
-    found: list[torch.Generator] = []
+    generators: list[torch.Generator] = []
     for value in arguments.values():
-        found += [v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, torch.Generator)]
-    return found
+        generators += [
+            v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, torch.Generator)
+        ]
+    return generators
 
 
-def _cache(module: nn.Module, given: Any) -> str | None:
-    """What a module's call shares with others, by its kind: a cache among its arguments or results, or of its own."""
+def _cache_of(module: nn.Module, arguments: Any) -> str | None:
+    """Return what a module's call shares with other calls: a cache among its arguments or results, or its own."""
     if getattr(module, "is_cache_enabled", False):
         return f"the cache of {type(module).__name__}.enable_cache()"
-    return next((f"a {type(v).__name__}" for v in tree_leaves(given) if _holds_tensors(v)), None)
+    return next((f"a {type(v).__name__}" for v in tree_leaves(arguments) if _holds_tensors(v)), None)
 
 
 def _holds_tensors(thing: Any, depth: int = 3) -> bool:
-    """Whether it is an object of a class unknown to torch, with tensors in its attributes."""
+    """Whether this is an object of a class unknown to torch with tensors in its attributes."""
     if isinstance(thing, Tensor | nn.Module | type) or not hasattr(thing, "__dict__"):
         return False
     inner = tree_leaves(vars(thing))
     return any(isinstance(v, Tensor) or (depth > 0 and _holds_tensors(v, depth - 1)) for v in inner)
 
 
-def _kept(value: Any, size: float) -> Any:
-    """A copy, since some loops go on to write into what a module returned; of a large tensor its shape and device."""
+def _copied(value: Any, size: float) -> Any:
+    """Copy a result, since some loops write into it afterwards; of a large tensor keep shape and device."""
     if not isinstance(value, Tensor):
         return value
     return (torch.empty_like(value, device="meta"), value.device) if value.numel() > size else value.detach().clone()

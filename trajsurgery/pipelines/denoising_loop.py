@@ -1,4 +1,4 @@
-"""One recorded call of a pipe: its scheduler's steps followed, the grad mode of its model calls decided one by one."""
+"""Follows one call of a pipeline: reads its scheduler steps, and decides which model calls run with gradient."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from trajsurgery.errors import PlanError, SamplerError
-from trajsurgery.pipelines.call_record import Record, skipped_calls
-from trajsurgery.pipelines.guidance import GuidanceGradient, sides
+from trajsurgery.pipelines.call_record import CallRecord, skipped_calls
+from trajsurgery.pipelines.guidance import GuidanceGradient, guidance_passes
 from trajsurgery.pipelines.pipeline_field import PipelineField
-from trajsurgery.pipelines.replay import Sample
-from trajsurgery.pipelines.scheduler import Schedule, first_entry, rerouted
+from trajsurgery.pipelines.replay import SchedulerOutput
+from trajsurgery.pipelines.scheduler import Schedule, first_timetable_entry, reroute
 from trajsurgery.plans.nodes import (
     Connect,
     Latent,
@@ -30,14 +30,14 @@ from trajsurgery.plans.nodes import (
     Velocity,
 )
 from trajsurgery.plans.plan import Plan
-from trajsurgery.surgery.execution import Execution, first_call, fitting
+from trajsurgery.surgery.execution import Execution, bind_to_steps, first_call
 from trajsurgery.surgery.trajectory import Trajectory
-from trajsurgery.surgery.velocity_calls import Memory, outputs
+from trajsurgery.surgery.velocity_calls import Memory, run_outputs
 
 
 @dataclass(frozen=True)
 class OperateOptions:
-    """What `operate` was asked for."""
+    """The arguments of `operate`."""
 
     plan: Plan | None
     memory: Memory
@@ -46,10 +46,10 @@ class OperateOptions:
     whole: bool
 
 
-class Loop:
-    """A context around the pipe's `__call__`; `results` holds what `Surgery` shows."""
+class DenoisingLoop:
+    """A context around the pipeline's `__call__`; `results` holds what `Surgery` shows."""
 
-    def __init__(self, wish: OperateOptions, record: Record) -> None:
+    def __init__(self, wish: OperateOptions, record: CallRecord) -> None:
         self.wish, self.record = wish, record
         self.results: dict[str, Any] = {}
         self.scheduler = record.pipe.scheduler
@@ -72,22 +72,22 @@ class Loop:
         """The calls of `scheduler.step` so far; -1 before there is a schedule."""
         self.t = -1
 
-    def __enter__(self) -> Loop:
+    def __enter__(self) -> DenoisingLoop:
         pipe = self.record.pipe
         with contextlib.ExitStack() as stack:
             mode = torch.is_grad_enabled()
             stack.callback(lambda: torch.set_grad_enabled(mode))
-            stack.enter_context(rerouted(self.scheduler, set_timesteps=self._set_timesteps, step=self._step))
+            stack.enter_context(reroute(self.scheduler, set_timesteps=self._set_timesteps, step=self._step))
             stack.enter_context(self.record.encoding())
             shown = pipe.progress_bar
             pipe.__dict__["progress_bar"] = lambda *args, **kwargs: (self._begin(kwargs), shown(*args, **kwargs))[1]
             stack.callback(lambda: pipe.__dict__.pop("progress_bar", None))
             stack.callback(lambda: self.stop_watching())
-            self.tell, stop_telling = sides(pipe, self.wish.guidance)
+            self.tell, stop_telling = guidance_passes(pipe, self.wish.guidance)
             stack.callback(stop_telling)
             if self.wish.plan is not None and self.wish.memory == "retain":
                 for module in (m for m in pipe.components.values() if isinstance(m, nn.Module)):
-                    stack.callback(module.register_forward_pre_hook(_untied, with_kwargs=True).remove)
+                    stack.callback(module.register_forward_pre_hook(_copy_arguments, with_kwargs=True).remove)
             self.stack = stack.pop_all()
         return self
 
@@ -123,7 +123,7 @@ class Loop:
         self.stop_watching = self.record.watch()
 
     def _begin(self, shown: dict[str, Any]) -> None:
-        """The pipeline asks for its progress bar: the loop is next. Is its first model call the plan's?"""
+        """The pipeline creates its progress bar, so the loop is next: prepare its first model call."""
         if self.count != 0:
             return
         self.record.announced = True
@@ -132,7 +132,7 @@ class Loop:
         if plan is None or self.wish.memory != "retain":
             return
         with contextlib.suppress(PlanError, SamplerError):  # told at the first step, when T is known for certain
-            steps = Schedule.of(self.scheduler, first_entry(self.scheduler)).steps
+            steps = Schedule.of(self.scheduler, first_timetable_entry(self.scheduler)).steps
             steps = min(steps, shown.get("total") or steps)
             self.call = first_call(plan.prepared(steps), steps)
         torch.set_grad_enabled(self.call is not None)
@@ -142,9 +142,9 @@ class Loop:
         if self.ended:
             self.count += 1
             last = self.count == self.record.schedule.calls
-            return Sample(self._show() if last else sample)
-        found = step(model_output.detach(), timestep, sample.detach(), *args, **kwargs)
-        real = found[0] if isinstance(found, tuple) else found.prev_sample
+            return SchedulerOutput(self._show() if last else sample)
+        output = step(model_output.detach(), timestep, sample.detach(), *args, **kwargs)
+        real = output[0] if isinstance(output, tuple) else output.prev_sample
         if self.count == 0:
             self._start(sample)
         schedule = self.record.schedule
@@ -153,31 +153,31 @@ class Loop:
             self.record.trim(4 * sample.numel())
         if self.count in schedule.starts:
             self._record_step(model_output, sample)
-            if not self.wish.whole and self.plan is not None and 1 < self.t == _last_needed(self.plan):
+            if not self.wish.whole and self.plan is not None and 1 < self.t == _last_needed_time(self.plan):
                 self._end(self.plan)
-                return found
+                return output
         landed, self.count = schedule.lands(self.count), self.count + 1
         if not landed:  # the next call of the model is at no time of the rollout's
             self.given = self.call = None
-            return found
+            return output
         self.t -= 1
         self.trajectory.latents[self.t] = real
-        given = self._next(real)
-        self.given, self.version = given, given._version if self.execution is not None else 0
-        if isinstance(found, tuple):
-            return (given, *found[1:])
-        found.prev_sample = given
-        return found
+        next_sample = self._next(real)
+        self.given, self.version = next_sample, next_sample._version if self.execution is not None else 0
+        if isinstance(output, tuple):
+            return (next_sample, *output[1:])
+        output.prev_sample = next_sample
+        return output
 
     def _start(self, sample: Tensor) -> None:
-        """The loop's first step is made: its place in the timetable is known, and with it T."""
-        schedule = self.record.schedule = Schedule.of(self.scheduler, first_entry(self.scheduler))
+        """The loop's first step is made: its position in the timetable is known, and with it T."""
+        schedule = self.record.schedule = Schedule.of(self.scheduler, first_timetable_entry(self.scheduler))
         self.t = schedule.steps
         start = self.record.start = sample.detach().clone()  # it may be a buffer that is written to again
         if self.wish.plan is not None:
             self.record.stateless()
             try:
-                self.plan = fitting(self.wish.plan, self.t)
+                self.plan = bind_to_steps(self.wish.plan, self.t)
             except PlanError as error:
                 if self.t == schedule.whole:
                     raise
@@ -198,7 +198,7 @@ class Loop:
             self.call = None
 
     def _record_step(self, v: Tensor, sample: Tensor) -> None:
-        """x_t as the loop hands it over (masks and callbacks change it after the step before), v_t after guidance."""
+        """Record x_t as the loop passes it (masks and callbacks change it after a step), and v_t after guidance."""
         if self.given is not None and (
             sample is not self.given or (self.execution is not None and sample._version != self.version)
         ):
@@ -213,9 +213,10 @@ class Loop:
                 self.tell(v.detach())  # drops what a call left that is not the plan's after all
 
     def _change(self, given: Tensor, sample: Tensor) -> None:
-        """The loop went on with another x_t than it was given: what was computed from that one is computed anew.
+        """The loop continued from another x_t than it received: compute again what depends on it.
 
-        The model's call is the plan's only if its input still is: it depends on what was given through the change.
+        The model's call is the plan's only if its input still is: it depends on what the loop received through the
+        change.
         """
         same = sample is not given and sample.dtype == given.dtype and torch.equal(sample, self.trajectory[self.t])
         if same and sample.requires_grad == given.requires_grad:
@@ -229,7 +230,9 @@ class Loop:
             self.call = None
 
     def _next(self, real: Tensor) -> Tensor:
-        """The sample for the loop: the plan's node where its next call is the plan's, else the sampler's own."""
+        """Return the next sample for the loop: the plan's node where its next call is the plan's, else the sampler's
+        own.
+        """
         execution = self.execution
         if self.t == 0:
             return self._finish(real)
@@ -241,7 +244,7 @@ class Loop:
         return real if self.call is None else execution.tensors[self.call.x]
 
     def _finish(self, real: Tensor) -> Tensor:
-        """The sample that the pipeline decodes: the plan's first output, or the sampler's own."""
+        """Return the sample that the pipeline decodes: the plan's first output, or the sampler's own."""
         self.stop_watching()
         if self.plan is None:
             return real
@@ -249,7 +252,7 @@ class Loop:
         return self._show()
 
     def _end(self, plan: Plan) -> None:
-        """The rollout ends here: the loop runs on without model calls, to its own tail."""
+        """End the rollout here: the loop continues without model calls up to its own decoding."""
         self.stop_watching()
         self._output(plan)
         self.ended, self.count = True, self.count + 1
@@ -257,18 +260,18 @@ class Loop:
 
     def _output(self, plan: Plan) -> None:
         assert self.execution is not None
-        found = outputs(self.results["field"], self.wish.memory, self.execution, None)
-        self.results["outputs"], self.results["distances"] = found, self.execution.distances()
+        computed = run_outputs(self.results["field"], self.wish.memory, self.execution, None)
+        self.results["outputs"], self.results["distances"] = computed, self.execution.distances()
 
     def _show(self) -> Tensor:
-        """The plan's first output, with grad where the pipeline's images can have one."""
+        """Return the plan's first output, with grad where the pipeline's images can have one."""
         self.t = 0
         torch.set_grad_enabled(self.record.arguments.get("output_type", "pt") in ("pt", "latent"))
         return self.results["outputs"][0]
 
 
-def _untied(module: nn.Module, args: Any, kwargs: Any) -> Any:
-    """Copies for a call that keeps them until the backward pass: some loops write the next latents into the last's."""
+def _copy_arguments(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Copy arguments that a call keeps until the backward pass: some loops write the next latents into them."""
 
     def copied(value: Any) -> Any:
         return value.clone() if isinstance(value, Tensor) and value.is_floating_point() else value
@@ -276,8 +279,8 @@ def _untied(module: nn.Module, args: Any, kwargs: Any) -> Any:
     return tree_map(copied, (args, kwargs)) if torch.is_grad_enabled() else None
 
 
-def _last_needed(plan: Plan) -> int:
-    """The last time of the rollout that an output of a bound plan needs; its velocity may be, too."""
+def _last_needed_time(plan: Plan) -> int:
+    """Return the last time of the rollout that an output of a bound plan needs."""
 
     def read(node: Node) -> Time | None:
         if isinstance(node, Latent | Recorded | Connect):

@@ -1,7 +1,7 @@
 """Classifier-free guidance: which of its two passes keep their gradient.
 
-With v = u + s (c - u) the gradient goes to both sides, s to the conditional one and 1 - s, of the other sign, to the
-unconditional one. "conditional" keeps the first alone: s dc/dtheta. The value is the same.
+With v = u + s (c - u) the gradient goes to both passes: s to the conditional one, 1 - s (of the other sign) to the
+unconditional one. "conditional" keeps the first alone, s dc/dtheta. Values are the same.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from trajsurgery.surgery import autograd_functions
 GuidanceGradient = Literal["both", "conditional"]
 
 
-def known_guidance(name: str) -> None:
-    """Raises SurgeryError for another way than the two there are."""
+def check_guidance_gradient(name: str) -> None:
+    """Raise SurgeryError for an unknown choice."""
     if name not in ("both", "conditional"):
         raise SurgeryError(f'guidance_gradient={name!r}: it is "both" or "conditional".')
 
 
-class Sides:
-    """The outputs of the modules that one step calls, told apart by how the velocity depends on them.
+class GuidancePasses:
+    """The outputs of the modules called in one step, sorted into passes by how the velocity depends on them.
 
-    A side is a row of a call's batch. What enters the velocity with the sign of the whole is conditional, with the
-    other sign unconditional, whatever the order, the number and the batching of the calls. A guidance scale of at most
-    1 has no other sign: nothing is cut then.
+    A pass is a row of a call's batch. Rows that enter the velocity with the sign of the whole are conditional, those
+    with the other sign unconditional, whatever the order, number and batching of the calls. With a guidance scale of at
+    most 1 there is no other sign, and nothing is cut.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -52,7 +52,7 @@ class Sides:
         return passed
 
     def tell(self, v: Tensor) -> None:
-        """Closes the gates of the unconditional rows, once the velocity is known."""
+        """Close the gates of the unconditional rows, once the velocity is known."""
         noted, of = self._noted, {type(module).__name__ for module in self._of}
         self.forget()
         if not noted or not v.requires_grad:
@@ -73,11 +73,11 @@ class Sides:
                 gate.rows = row * whole > 0
 
     def forget(self) -> None:
-        """Drops what was noted: the step was not the plan's."""
+        """Drop the records of a step that is not the plan's."""
         self._noted, self._of = [], set()
 
     def stop(self) -> None:
-        """Takes the hooks off."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
@@ -86,9 +86,9 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def sides(pipe: Any, guidance: GuidanceGradient) -> tuple[Callable[[Tensor], None], Callable[[], None]]:
-    """What to tell the velocity to, and what ends it; both do nothing where both sides keep their gradient."""
+def guidance_passes(pipe: Any, guidance: GuidanceGradient) -> tuple[Callable[[Tensor], None], Callable[[], None]]:
+    """Return functions to pass the velocity to and to end with; both do nothing where both passes keep their gradient."""
     if guidance == "both":
         return lambda _: None, lambda: None
-    found = Sides(m for m in pipe.components.values() if isinstance(m, nn.Module))
-    return found.tell, found.stop
+    passes = GuidancePasses(m for m in pipe.components.values() if isinstance(m, nn.Module))
+    return passes.tell, passes.stop

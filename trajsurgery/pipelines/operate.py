@@ -1,8 +1,8 @@
-"""Any diffusers flow pipeline, unmodified: `operate(pipe, plan)`.
+"""Surgery on an unmodified diffusers pipeline: `operate(pipe, plan)`.
 
-For the time of the block the pipe gets a one-off subclass whose `__call__` records its arguments and reroutes the
-scheduler's `set_timesteps` and `step` while it runs. `step` sees every x_t and v_t, decides whether the next model call
-runs with grad, and returns as the next sample the plan's own node for it: the sampler's value, bit for bit.
+For the time of the block the pipeline gets a one-off subclass whose `__call__` records its arguments and reroutes the
+scheduler's `set_timesteps` and `step`. `step` sees every x_t and v_t, decides whether the next model call runs with
+grad, and returns the plan's own node as the next sample: the sampler's value, bit for bit.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from trajsurgery.errors import SamplerError, SurgeryError
-from trajsurgery.pipelines.call_record import Record
-from trajsurgery.pipelines.denoising_loop import Loop, OperateOptions
-from trajsurgery.pipelines.guidance import GuidanceGradient, known_guidance
+from trajsurgery.pipelines.call_record import CallRecord
+from trajsurgery.pipelines.denoising_loop import DenoisingLoop, OperateOptions
+from trajsurgery.pipelines.guidance import GuidanceGradient, check_guidance_gradient
 from trajsurgery.pipelines.pipeline_field import PipelineField
-from trajsurgery.pipelines.scheduler import flow_matching
+from trajsurgery.pipelines.scheduler import check_flow_matching
 from trajsurgery.plans import legality
 from trajsurgery.plans.plan import Plan
-from trajsurgery.surgery.execution import planned
+from trajsurgery.surgery.execution import check_plan
 from trajsurgery.surgery.trajectory import Trajectory
-from trajsurgery.surgery.velocity_calls import Memory, known
+from trajsurgery.surgery.velocity_calls import Memory, check_memory
 
 _ONE_OFF = "_operated_by_trajsurgery"
 
@@ -38,50 +38,51 @@ def operate(
     guidance_gradient: GuidanceGradient = "both",
     whole: bool = True,
 ) -> Surgery:
-    """A block in which the pipe's calls carry the plan's gradient; the images are the plain call's, bit for bit.
+    """Return a context in which the pipeline's calls carry the plan's gradient; images are the plain call's, bit for
+    bit.
 
         with operate(pipe, leapalign(18, 7)) as surgery:
             images = pipe(prompt, num_inference_steps=25, output_type="pt").images
         reward(images, prompt).sum().backward()
 
-    T is the number of steps that the loop really runs: image-to-image pipelines run the tail of their schedule only,
-    and a sampler that calls the model twice a step (Heun) counts its intervals, velocities being those of the first
-    call. On a sampler whose steps are not Euler's (multistep, stochastic) every leap is a prediction, as is
-    `leap(t - 1)`: `print(plan.cost(surgery.trajectory))` says "unfaithful" and where.
+    T is the number of steps that the loop really runs: image-to-image pipelines run only the tail of their schedule,
+    and a sampler that calls the model twice a step (Heun) counts intervals, with the velocities of the first call. On a
+    sampler whose steps are not Euler's (multistep, stochastic) every leap is a prediction, as is `leap(t - 1)`:
+    `print(plan.cost(surgery.trajectory))` says "unfaithful" and where.
 
     Args:
         pipe: any diffusers pipeline with a flow-matching scheduler.
-        plan: what the gradient may pass; without one the rollout is recorded only.
+        plan: which edges pass the gradient; without one the rollout is only recorded.
         memory: "retain" keeps the activations of the plan's calls, which are the rollout's own; "recompute" keeps none
-            and makes the calls again in the backward pass, through the pipe itself.
-        generator: draws the noises of renoised samples (torch's default if left out).
-        guidance_gradient: of classifier-free guidance, v = u + s (c - u). "both": both passes are in the graph.
-            "conditional": the conditional one alone, s dc/dtheta; u counts as a constant. The values are the same.
-        whole: False ends the rollout at the last time that an output needs (ReFL, DRTune): no model call is made after
-            it, the trajectory holds no later latents, `distances` none of the leaps that land there.
+            and makes the calls again in the backward pass, through the pipeline itself.
+        generator: draws the noises of renoised samples (by default torch's global one).
+        guidance_gradient: for classifier-free guidance, v = u + s (c - u). "both": both passes are in the graph.
+            "conditional": the conditional one alone, s dc/dtheta; u is a constant. The values are the same.
+        whole: False ends the rollout at the last time that an output needs (ReFL, DRTune): no later model call is made,
+            and the trajectory and `distances` hold no later times.
 
     Raises:
-        SamplerError: no flow-matching scheduler; a block inside a block on one pipe.
-        PlanError: no plan, or one with unbound names; an unknown `memory`; in the call: it has another number of steps.
+        SamplerError: no flow-matching scheduler; a block inside a block on one pipeline.
+        PlanError: no plan, or unbound names; an unknown `memory`; during the call: another number of steps.
         SurgeryError: an unknown `guidance_gradient`.
     """
-    known(memory)
-    known_guidance(guidance_gradient)
+    check_memory(memory)
+    check_guidance_gradient(guidance_gradient)
     if plan is not None:
-        planned(plan)
-        legality.bound(plan.outputs, plan.names)
+        check_plan(plan)
+        legality.check_bound(plan.outputs, plan.names)
     return Surgery(pipe, OperateOptions(plan, memory, generator, guidance_gradient, whole))
 
 
 class Surgery:
-    """What a call of the pipe inside the block left: the last call's, if there were several."""
+    """The results of a pipeline call inside the block: the last call's, if there were several."""
 
     outputs: tuple[Tensor, ...]
     """The plan's outputs, [batch, *latent] as the loop holds them, with gradient."""
     trajectory: Trajectory
-    """The rollout: it outlives the block and its plan."""
+    """The rollout. It may be used after the block, and with other plans."""
     field: PipelineField
-    """The pipe as a velocity field, for `apply` and `backward` on the trajectory, also after the block."""
+    """The pipeline as a velocity field, for `apply` and `backward` on the trajectory, also after the block."""
     distances: dict[int, Tensor]
     """{t: [batch]}: mean |x_t - prediction| of the plan's leaps, as `trajsurgery.distances`."""
 
@@ -90,7 +91,7 @@ class Surgery:
         self._pipe, self._base = pipe, type(pipe)
 
     def decode(self, x: Tensor) -> Any:
-        """Latents [batch, *latent] to images through the pipe's own tail, with gradient: for the later outputs."""
+        """Decode latents [batch, *latent] through the pipeline's own tail, with gradient: for the later outputs."""
         return self.field.decode(x)
 
     def __getattr__(self, name: str) -> Any:
@@ -109,7 +110,7 @@ class Surgery:
                 f"a block of operate() on this {self._base.__mro__[1].__name__} is open already. Close it first, or "
                 "record once with operate(pipe) and run several plans on surgery.trajectory."
             )
-        flow_matching(self._pipe)
+        check_flow_matching(self._pipe)
         members = {_ONE_OFF: True, "__call__": self._recorded_call(), "__module__": self._base.__module__}
         self._pipe.__class__ = type(self._base.__name__, (self._base,), members)
         return self
@@ -124,8 +125,8 @@ class Surgery:
     def _recorded_call(self) -> Any:
         @functools.wraps(self._base.__call__)
         def call(pipe: Any, *args: Any, **kwargs: Any) -> Any:
-            record = Record.of(pipe, self._base, args, kwargs, self._wish.guidance)
-            loop = Loop(self._wish, record)
+            record = CallRecord.of(pipe, self._base, args, kwargs, self._wish.guidance)
+            loop = DenoisingLoop(self._wish, record)
             try:
                 with loop:
                     return self._base.__call__(pipe, *args, **kwargs)

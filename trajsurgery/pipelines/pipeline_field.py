@@ -1,4 +1,4 @@
-"""The velocity field that a recorded pipeline is: its own `__call__`, entered again for one timestep (`entry.py`)."""
+"""A recorded pipeline as a velocity field: its own `__call__`, replayed for one timestep (replay.py)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from trajsurgery.errors import SamplerError
-from trajsurgery.pipelines.call_record import Record
-from trajsurgery.pipelines.replay import Entry
+from trajsurgery.pipelines.call_record import CallRecord
+from trajsurgery.pipelines.replay import Replay
 from trajsurgery.surgery.trajectory import Trajectory
 
 
@@ -18,10 +18,10 @@ class PipelineField:
     """The velocity field of a recorded call: `field(x, sigma) -> v`, after guidance.
 
     It works inside the block and after it. x is [batch, *latent] as the loop holds it, sigma a time of the rollout, or
-    [batch] of them (`clock.Clock`).
+    [batch] of them (`timestep_inputs.TimestepInputs`).
     """
 
-    def __init__(self, record: Record, trajectory: Trajectory) -> None:
+    def __init__(self, record: CallRecord, trajectory: Trajectory) -> None:
         self.record, self._trajectory = record, trajectory
         self._versions = self._changes()
         self._checked: set[int] = set()
@@ -29,15 +29,15 @@ class PipelineField:
         self._places = {i * trajectory.sigmas.element_size(): i for i in range(record.schedule.steps)}
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters of the modules that the loop calls."""
+        """Return the parameters of the modules that the loop calls."""
         for module in self.record.templates:
             yield from module.parameters()
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """One model call (two or more with classifier-free guidance).
+        """Make one model call (two or more with classifier-free guidance).
 
         Raises:
-            SamplerError: sigma is not a time of the rollout; the pipeline's loop can't be entered there.
+            SamplerError: sigma is not a time of the rollout; the pipeline's loop can't be replayed there.
         """
         self.record.stateless()
         schedule = self.record.schedule
@@ -47,27 +47,29 @@ class PipelineField:
                 return self._apart(x, steps)
             sigma = sigma[0]
         step = self._step_at(sigma)
-        found = self._entered(schedule.starts[step], x)
+        velocity = self._entered(schedule.starts[step], x)
         if schedule.steps - step not in self._checked:
-            self._check(schedule.steps - step, x.detach(), found.detach())
-        return found
+            self._check(schedule.steps - step, x.detach(), velocity.detach())
+        return velocity
 
     def _apart(self, x: Tensor, steps: list[int]) -> Tensor:
-        """One model call of samples at steps of their own."""
+        """Make one model call for samples at different steps."""
         schedule = self.record.schedule
         calls = [schedule.starts[step] for step in steps]
-        found = Entry(self.record, max(calls), max(calls), x, torch.is_grad_enabled(), calls).velocity()
-        assert found is not None
+        velocity = Replay(self.record, max(calls), max(calls), x, torch.is_grad_enabled(), calls).velocity()
+        assert velocity is not None
         times = [schedule.steps - step for step in steps]
         if not self._checked_apart.issuperset(times) and self._changes() == self._versions:
-            self._check_apart(times, x.detach(), found.detach())
-        return found
+            self._check_apart(times, x.detach(), velocity.detach())
+        return velocity
 
     def _step_at(self, sigma: Tensor) -> int:
-        """The step that begins at sigma. The trajectory's own times are known by their place, without their device."""
-        own, times = self._trajectory.sigmas, self.record.schedule.times[:-1]
-        if sigma.dim() == 0 and sigma.dtype == own.dtype and sigma.data_ptr() - own.data_ptr() in self._places:
-            return self._places[sigma.data_ptr() - own.data_ptr()]
+        """Return the step that begins at sigma. The trajectory's own times are recognised by position, without the
+        device.
+        """
+        sigmas, times = self._trajectory.sigmas, self.record.schedule.times[:-1]
+        if sigma.dim() == 0 and sigma.dtype == sigmas.dtype and sigma.data_ptr() - sigmas.data_ptr() in self._places:
+            return self._places[sigma.data_ptr() - sigmas.data_ptr()]
         if sigma.dim() or float(sigma) not in times:
             raise SamplerError(
                 f"the pipeline's field was called at sigma = {sigma.tolist()}, no time of its sampler: {list(times)}."
@@ -77,24 +79,24 @@ class PipelineField:
     def _entered(self, call: int, x: Tensor) -> Tensor:
         gradient = torch.is_grad_enabled()
         if call == 0 and not self.record.doubled:
-            found = Entry(self.record, 0, 0, x, gradient).velocity()
-            if found is not None:
-                return found
+            velocity = Replay(self.record, 0, 0, x, gradient).velocity()
+            if velocity is not None:
+                return velocity
             self.record.doubled = True  # the latents that it prepares are not what its loop begins with
-        found = Entry(self.record, call, max(call, 1), x, gradient).velocity()
-        assert found is not None
-        return found
+        velocity = Replay(self.record, call, max(call, 1), x, gradient).velocity()
+        assert velocity is not None
+        return velocity
 
     def _check(self, t: int, x: Tensor, v: Tensor) -> None:
-        """Raises SamplerError if the same weights give another velocity at the same x_t than the rollout's.
+        """Raise SamplerError if the same weights give another velocity at the same x_t than in the rollout.
 
         Waits for the device, once for each time of a rollout.
         """
         if self._changes() != self._versions or not torch.equal(x, self._trajectory[t]):
             return
         self._checked.add(t)
-        wanted = self._trajectory.velocity(t).double()
-        apart = (v.double() - wanted).norm() / wanted.norm().clamp_min(1e-30)
+        expected = self._trajectory.velocity(t).double()
+        apart = (v.double() - expected).norm() / expected.norm().clamp_min(1e-30)
         if float(apart) > (0.01 if v.dtype in (torch.float32, torch.float64) else 0.1):
             raise SamplerError(
                 f"{self.record.base.__name__}, entered again at t = {t}, gives another velocity than in its rollout "
@@ -103,11 +105,11 @@ class PipelineField:
             )
 
     def _check_apart(self, times: list[int], x: Tensor, v: Tensor) -> None:
-        """As `_check`, sample by sample, of those that are at the rollout's x_t."""
+        """As `_check`, for each sample that is at the rollout's x_t."""
         samples = [self._trajectory.sample(i) for i in range(len(times))]
         real = torch.cat([sample[t] for sample, t in zip(samples, times, strict=True)])
-        wanted = torch.cat([sample.velocity(t) for sample, t in zip(samples, times, strict=True)]).double()
-        miss = (v.double() - wanted).flatten(1).norm(dim=1) / wanted.flatten(1).norm(dim=1).clamp_min(1e-30)
+        expected = torch.cat([sample.velocity(t) for sample, t in zip(samples, times, strict=True)]).double()
+        miss = (v.double() - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1).clamp_min(1e-30)
         misses: list[float] = torch.where((x == real).flatten(1).all(1), miss, torch.nan).tolist()
         self._checked_apart.update(t for t, apart in zip(times, misses, strict=True) if apart == apart)
         worst = max((apart for apart in misses if apart == apart), default=0.0)
@@ -119,10 +121,10 @@ class PipelineField:
             )
 
     def _changes(self) -> int:
-        """How often the weights have been changed in place."""
+        """Return how often the weights have been changed in place."""
         modules = (m for m in self.record.pipe.components.values() if isinstance(m, nn.Module))
         return sum(p._version for module in modules for p in module.parameters())
 
     def decode(self, x: Tensor) -> Any:
-        """Latents [batch, *latent] through the pipeline's own tail: its images, with gradient."""
-        return Entry(self.record, -1, self.record.schedule.calls, x, True).decoded()
+        """Decode latents [batch, *latent] through the pipeline's own tail, with gradient."""
+        return Replay(self.record, -1, self.record.schedule.calls, x, True).decoded()

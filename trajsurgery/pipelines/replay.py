@@ -1,9 +1,9 @@
-"""A pipeline's own `__call__`, entered again for one timestep.
+"""Replay a pipeline's own `__call__` for one timestep.
 
-The loop runs with the recorded arguments. Until the wanted step its model calls are skipped (what they returned stands
-in), so that the loop's own index, schedule and memory are what they were; then the latents are substituted inside the
-loop, one model call is made, and what it passes to `scheduler.step` is the velocity. The first step's latents are
-substituted where the pipeline prepares them.
+The loop runs with the recorded arguments. Model calls before the wanted step are skipped and return their recorded
+results, so that the loop's index, schedule and memory are as in the rollout. Then the latents are substituted inside
+the loop, one model call is made, and what the loop passes to `scheduler.step` is the velocity. For the first step, the
+latents are substituted where the pipeline prepares them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from trajsurgery.errors import SamplerError
-from trajsurgery.pipelines.call_record import Record, encoders, replaced, skipped_calls
-from trajsurgery.pipelines.guidance import sides
-from trajsurgery.pipelines.scheduler import rerouted
+from trajsurgery.pipelines.call_record import CallRecord, encoder_methods, shadow_attribute, skipped_calls
+from trajsurgery.pipelines.guidance import guidance_passes
+from trajsurgery.pipelines.scheduler import reroute
 
 
 class _Stop(BaseException):
@@ -31,11 +31,11 @@ class _Stop(BaseException):
         self.velocity = velocity
 
 
-class Entry:
-    """One re-entry: the model calls of the first `skipped` steps are left out, then the latents are substituted."""
+class Replay:
+    """One replay: skip the model calls of the first `skipped` steps, then substitute the latents."""
 
     def __init__(
-        self, record: Record, call: int, skipped: int, x: Tensor, gradient: bool, calls: list[int] | None = None
+        self, record: CallRecord, call: int, skipped: int, x: Tensor, gradient: bool, calls: list[int] | None = None
     ) -> None:
         self.record, self.call, self.skipped, self.x, self.gradient = record, call, skipped, x, gradient
         self.calls = calls
@@ -46,7 +46,7 @@ class Entry:
         self.skipping: contextlib.ExitStack
 
     def velocity(self) -> Tensor | None:
-        """What the loop passes to `scheduler.step` at the call; None: the latents were not substituted."""
+        """Return what the loop passes to `scheduler.step` at the call; None if the latents were not substituted."""
         try:
             self._run(self.record.again())
         except _Stop as stop:
@@ -57,7 +57,7 @@ class Entry:
         )
 
     def decoded(self) -> Any:
-        """What the pipeline returns for the latents."""
+        """Return what the pipeline returns for the latents."""
         images = self._run(self.record.again() | {"output_type": "pt", "return_dict": True})
         return next(iter(images.values())) if hasattr(images, "values") else images[0]
 
@@ -65,8 +65,8 @@ class Entry:
         pipe, base = self.record.pipe, self.record.base
         with contextlib.ExitStack() as self.stack:
             enter = self.stack.enter_context
-            enter(_kept(pipe))
-            enter(_kept(pipe.scheduler))
+            enter(_restore_attributes(pipe))
+            enter(_restore_attributes(pipe.scheduler))
             # of all devices, which is the default, torch warns where there are several
             devices = [self.x.device] if self.x.is_cuda else []
             enter(torch.random.fork_rng(devices))
@@ -75,11 +75,11 @@ class Entry:
             for device in devices:
                 torch.cuda.set_rng_state(self.record.random_cuda[device.index or 0], device)
             self.skipping = enter(contextlib.ExitStack())
-            enter(rerouted(pipe.scheduler, set_timesteps=self._set_timesteps, step=self._step))
-            for owner, name in encoders(pipe, base):
+            enter(reroute(pipe.scheduler, set_timesteps=self._set_timesteps, step=self._step))
+            for owner, name in encoder_methods(pipe, base):
                 memory = iter(self.record.encodings.get((id(owner), name), ()))
                 if (id(owner), name) in self.record.encodings:
-                    enter(replaced(owner, name, lambda *_, memory=memory, **__: next(memory)))
+                    enter(shadow_attribute(owner, name, lambda *_, memory=memory, **__: next(memory)))
             if self.skipped == 0:
                 for name in (n for n in dir(base) if n.startswith("prepare_") and "latents" in n):
                     pipe.__dict__[name] = self._substituting(getattr(base, name).__get__(pipe))
@@ -88,7 +88,7 @@ class Entry:
             return inspect.unwrap(base.__call__)(pipe, **arguments)
 
     def _substituting(self, prepare: Callable[..., Any]) -> Callable[..., Any]:
-        """A method that prepares latents, with x for what the loop began with."""
+        """Wrap a method that prepares latents: replace the loop's initial latents by x."""
         start = self.record.start
 
         def substituted(value: Any) -> Any:
@@ -116,7 +116,7 @@ class Entry:
             self._begin()
 
     def _begin(self) -> None:
-        """The loop begins: its model calls are skipped from here on, or made if the first is wanted."""
+        """The loop begins: skip its model calls, or make them if the first is wanted."""
         if self.begun:
             return
         self.begun = True
@@ -132,7 +132,7 @@ class Entry:
             self.stack.callback(self.record.clock.hands(self.calls))
         torch.set_grad_enabled(self.gradient)
         if self.gradient and self.call >= 0:
-            self.tell, stop = sides(self.record.pipe, self.record.guidance)
+            self.tell, stop = guidance_passes(self.record.pipe, self.record.guidance)
             self.stack.callback(stop)
 
     def _step(self, step: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -144,19 +144,21 @@ class Entry:
         if self.count == self.skipped:
             self._open()
             sample = self.x
-        return (sample,) if kwargs.get("return_dict") is False else Sample(sample)
+        return (sample,) if kwargs.get("return_dict") is False else SchedulerOutput(sample)
 
     def _arrived(self, v: Tensor, timestep: Any, sample: Tensor) -> None:
-        """Leaves with the velocity, if it is the one that was asked for."""
+        """Leave with the velocity, if this is the wanted call."""
         if self.skipped == 0:
             lost = self.x.requires_grad and self.gradient and not sample.requires_grad
             if lost or sample.shape != self.x.shape or not torch.equal(sample, self.x.to(sample.dtype)):
                 raise _Stop(None)
-        wanted = self.record.timesteps[self.call]
+        recorded_timestep = self.record.timesteps[self.call]
         arrived = self.call, self.skipped
-        if arrived not in self.record.arrived and not torch.equal(torch.as_tensor(timestep), torch.as_tensor(wanted)):
+        if arrived not in self.record.arrived and not torch.equal(
+            torch.as_tensor(timestep), torch.as_tensor(recorded_timestep)
+        ):
             raise SamplerError(
-                f"{self.record.base.__name__}'s loop, entered again for the timestep {wanted}, came to {timestep}: its "
+                f"{self.record.base.__name__}'s loop, entered again for the timestep {recorded_timestep}, came to {timestep}: its "
                 "schedule depends on more than its arguments. Use memory='retain' with a plan that fits one pass."
             )
         self.record.arrived.add(arrived)
@@ -164,12 +166,12 @@ class Entry:
         raise _Stop(v)
 
 
-class Sample(tuple[Tensor]):
+class SchedulerOutput(tuple[Tensor]):
     """A scheduler's output, read by name or by index."""
 
     __slots__ = ()
 
-    def __new__(cls, sample: Tensor) -> Sample:
+    def __new__(cls, sample: Tensor) -> SchedulerOutput:
         return super().__new__(cls, (sample,))
 
     @property
@@ -179,8 +181,8 @@ class Sample(tuple[Tensor]):
 
 
 @contextlib.contextmanager
-def _kept(thing: Any) -> Generator[None]:
-    """Puts an object's attributes back."""
+def _restore_attributes(thing: Any) -> Generator[None]:
+    """Restore an object's attributes on exit."""
     before = dict(thing.__dict__)
     try:
         yield

@@ -1,4 +1,4 @@
-"""A diffusers scheduler as a sampler: what it must be, the times of its steps, and its methods rerouted for a while."""
+"""diffusers schedulers: which are flow matching, the times of their steps, and rerouting of their methods."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from trajsurgery.plans.interpolants import InvertedFlow, RectifiedFlow
 from trajsurgery.surgery.trajectory import check_sigmas
 
 
-def flow_matching(pipe: Any) -> None:
-    """Raises SamplerError before any work if the pipe's scheduler can't be a flow-matching one."""
+def check_flow_matching(pipe: Any) -> None:
+    """Raise SamplerError before any work if the pipeline's scheduler can't be a flow-matching one."""
     scheduler = getattr(pipe, "scheduler", None)
     if scheduler is None or not hasattr(pipe, "components"):
         raise SamplerError(
@@ -38,27 +38,27 @@ def flow_matching(pipe: Any) -> None:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The T steps that a loop runs, each made of one call of `scheduler.step` or, as Heun's, of more."""
+    """The T steps that a loop runs, each made of one call of `scheduler.step`, or of more as with Heun."""
 
     sigmas: Tensor
     """[T + 1] times, noise first."""
     times: tuple[float, ...]
-    """The same as numbers, which no device is asked for."""
+    """The same as numbers, so that no device is read."""
     starts: tuple[int, ...]
-    """The number, from 0, of the call that begins each step."""
+    """For each step, the number (from 0) of the call that begins it."""
     calls: int
-    """How many calls there are in all."""
+    """The number of calls in all."""
     whole: int
     """T of the whole schedule, of which the loop may run the tail."""
 
     @classmethod
     def of(cls, scheduler: Any, first: int) -> Schedule:
-        """What is left of the scheduler's timetable from its entry `first` on.
+        """Return the schedule from entry `first` of the scheduler's timetable on.
 
         A call between two equal sigmas corrects the sample of the call before: the two are one step.
 
         Raises:
-            SamplerError: a timetable that is none of a flow-matching sampler's.
+            SamplerError: the timetable is not that of a flow-matching sampler.
         """
         sigmas, calls = scheduler.sigmas.detach().clone(), len(scheduler.timesteps)
         if len(sigmas) != calls + 1:
@@ -86,19 +86,19 @@ class Schedule:
         return call + 1 in self.starts or call + 1 >= self.calls
 
     def interpolant(self) -> RectifiedFlow:
-        """Rectified flow; the one whose sigma is the image's share where sigmas rise."""
+        """Rectified flow; for rising sigmas, the one whose sigma is the image's share."""
         return InvertedFlow() if self.times[0] < self.times[-1] else RectifiedFlow()
 
 
-def first_entry(scheduler: Any) -> int:
-    """The entry of the timetable at which the loop begins: after its first step, or as announced before it."""
+def first_timetable_entry(scheduler: Any) -> int:
+    """Return the timetable entry at which the loop begins: after its first step, or as announced before it."""
     index, begin = (getattr(scheduler, name, None) for name in ("step_index", "begin_index"))
     return index - 1 if isinstance(index, int) and index > 0 else begin or 0
 
 
 @contextlib.contextmanager
-def rerouted(scheduler: Any, **around: Callable[..., Any]) -> Generator[None]:
-    """Methods of this one scheduler called as `around(method, ...)`; its class stays, which pipelines look at."""
+def reroute(scheduler: Any, **around: Callable[..., Any]) -> Generator[None]:
+    """Call methods of this one scheduler as `around(method, ...)`; its class stays, since pipelines check it."""
     shadows = {name: scheduler.__dict__.pop(name) for name in around if name in scheduler.__dict__}
     for name in around:
         function = shadows.get(name, getattr(scheduler, name))
@@ -113,7 +113,7 @@ def rerouted(scheduler: Any, **around: Callable[..., Any]) -> Generator[None]:
 
 
 class _Rerouted:
-    """A method whose copies, on the scheduler's own (for a second stream such as sound), are not rerouted."""
+    """A rerouted method. Copies of the scheduler (for a second stream such as sound) keep the original method."""
 
     def __init__(self, scheduler: Any, function: Callable[..., Any], around: Callable[..., Any]) -> None:
         self.scheduler, self.function, self.around = scheduler, function, around

@@ -1,9 +1,9 @@
-"""What tells a model its time: the vectors among the arguments of its calls, noted step by step in the rollout.
+"""The arguments that tell a model its time: 1-dim tensors of its calls, recorded step by step.
 
-A pipeline expands its timestep to the batch, scales it in its own way and hands it on under a name of its own. None of
-this is looked at. Where samples are to be at times of their own, row r of every vector that the model is handed is row
-r of what it was handed in the rollout at that sample's step, if the rollout handed it another at its end than at its
-beginning: guidance, which does not change, is left as it is. Guidance doubles the batch: row r is sample r % batch.
+A pipeline expands its timestep to the batch, scales it in its own way and passes it under its own argument name; none
+of this is assumed here. Where samples are at different steps, row r of each 1-dim argument is row r of what was
+recorded at that sample's step, if the recorded values differ between the rollout's ends (guidance, which does not
+change, is left alone). Guidance doubles the batch: row r is sample r % batch.
 """
 
 from __future__ import annotations
@@ -19,25 +19,26 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from trajsurgery.errors import SamplerError
 
 
-class Clock:
-    """The vectors of every model call of a rollout."""
+class TimestepInputs:
+    """The 1-dim arguments of every model call of a rollout."""
 
     def __init__(self) -> None:
         self._noted: dict[nn.Module, dict[int, list[dict[int, Tensor]]]] = {}
         self._varying: dict[nn.Module, set[int]] = {}
 
     def note(self, call: int, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Keeps the 1-dim tensors of a module's call, by their place, under the number of the scheduler's call."""
-        found = {i: a.detach().clone() for i, a in enumerate(tree_flatten((args, kwargs))[0]) if _vector(a)}
-        self._noted.setdefault(module, {}).setdefault(call, []).append(found)
+        """Record the 1-dim tensors of a module's call by position, under the number of the scheduler's call."""
+        vectors = {i: a.detach().clone() for i, a in enumerate(tree_flatten((args, kwargs))[0]) if _is_vector(a)}
+        self._noted.setdefault(module, {}).setdefault(call, []).append(vectors)
 
     def clear(self) -> None:
-        """Drops the calls before the loop."""
+        """Drop the calls before the loop."""
         self._noted.clear()
         self._varying.clear()
 
     def hands(self, calls: Sequence[int]) -> Callable[[], None]:
-        """From now on every sample's row of the vectors is that of its own call, until the returned function is called.
+        """From now on give every sample's row of the arguments from its own call, until the returned function is
+        called.
 
         Args:
             calls: the scheduler's call of each sample, [batch].
@@ -68,10 +69,10 @@ class Clock:
         return stop
 
     def _places(self, module: nn.Module, batch: int) -> set[int]:
-        """Where the module is handed its time. Waits for the device, once a module.
+        """Return the positions of the time arguments. Waits for the device, once for each module.
 
         Raises:
-            SamplerError: nowhere.
+            SamplerError: there are none.
         """
         if module not in self._varying:
             noted = self._noted[module]
@@ -86,5 +87,5 @@ class Clock:
         return self._varying[module]
 
 
-def _vector(value: Any) -> bool:
+def _is_vector(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() == 1

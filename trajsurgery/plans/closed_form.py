@@ -17,8 +17,8 @@ import sympy
 
 from trajsurgery.errors import PlanError
 from trajsurgery.plans import formula, tables
-from trajsurgery.plans.derivatives import Times, derivative, tidy
-from trajsurgery.plans.graph import passes
+from trajsurgery.plans.derivatives import TimeSymbols, derivative, simplify
+from trajsurgery.plans.graph import passes_gradient
 from trajsurgery.plans.interpolants import Interpolant
 from trajsurgery.plans.nodes import Node, Noise, Time, Velocity, walk
 
@@ -122,20 +122,20 @@ class Expansion:
 
 def expand(outputs: Sequence[Node], sigmas: Sequence[float] | None, interpolant: Interpolant, limit: int) -> Expansion:
     """Derives the closed form from the graph; see `Plan.gradient`."""
-    chains = Chains(outputs, Times(sigmas), interpolant)
+    chains = CallChains(outputs, TimeSymbols(sigmas), interpolant)
     return Expansion(list(islice(chains.terms(), limit)), chains.count, tuple(outputs), interpolant)
 
 
-class Chains:
+class CallChains:
     """The chains of calls of a plan: counted by dynamic programming over its DAG, and listed one by one."""
 
-    def __init__(self, outputs: Sequence[Node], times: Times, interpolant: Interpolant) -> None:
+    def __init__(self, outputs: Sequence[Node], times: TimeSymbols, interpolant: Interpolant) -> None:
         self.outputs = outputs
         self._rank = {node: i for i, node in enumerate(walk(outputs))}
         self._weights = {
             node: derivative(node, times, interpolant)
             for node in self._rank
-            if passes(node) and not isinstance(node, Velocity | Noise)
+            if passes_gradient(node) and not isinstance(node, Velocity | Noise)
         }
         self._linear: dict[Node, Linear] = {}
         self.calls: dict[Node, frozenset[Node]] = {}
@@ -170,9 +170,9 @@ class Chains:
                     found.setdefault(at, []).append(coefficient)
                 else:
                     weights = zip(at.parents, self._weights.get(at, ()), strict=False)
-                    ways += [(parent, _product(coefficient, weight)) for parent, weight in weights if weight != 0]
+                    ways += [(parent, _multiply(coefficient, weight)) for parent, weight in weights if weight != 0]
             calls = sorted(found, key=lambda call: -self._rank[call])
-            merged = {call: found[call][0] if len(found[call]) == 1 else tidy(sum(found[call])) for call in calls}
+            merged = {call: found[call][0] if len(found[call]) == 1 else simplify(sum(found[call])) for call in calls}
             self._linear[node] = {call: coefficient for call, coefficient in merged.items() if coefficient != 0}
         return self._linear[node]
 
@@ -183,7 +183,7 @@ class Chains:
             longer: list[Term] = []
             for term in level:
                 for call, c in self._next(term).items():
-                    longer.append(Term(_product(term.coefficient, c), (*term.calls, call), term.output))
+                    longer.append(Term(_multiply(term.coefficient, c), (*term.calls, call), term.output))
                     yield replace(longer[-1], coefficient=sympy.sympify(longer[-1].coefficient))
             level = longer
 
@@ -194,7 +194,7 @@ class Chains:
         return self.linear(last.x) if isinstance(last, Velocity) else {}
 
 
-def _product(a: Any, b: Any) -> Any:
+def _multiply(a: Any, b: Any) -> Any:
     """a b; most factors are 1, and sympy's multiplication is slow. 0.3 (k - j) stays a product."""
     if isinstance(a, int) and a == 1:
         return b

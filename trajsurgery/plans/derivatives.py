@@ -22,7 +22,7 @@ SYMBOLS, ADDENDS = 8, 60
 """A coefficient with more is left as it is: factoring it would take minutes."""
 
 
-class Times:
+class TimeSymbols:
     """The sigma of each time."""
 
     def __init__(self, sigmas: Sequence[Any] | None) -> None:
@@ -52,12 +52,12 @@ class Times:
         return sympy.Float(a) if self.sigmas is None else sympy.Rational(repr(a))
 
 
-def derivative(node: Node, times: Times, interpolant: Interpolant) -> list[Any]:
+def derivative(node: Node, times: TimeSymbols, interpolant: Interpolant) -> list[Any]:
     """d(node)/d(parent) for each parent of a node that passes gradients on."""
-    return [tidy(weight) for weight in _WEIGHTS[type(node)](node, times, interpolant)]
+    return [simplify(weight) for weight in _WEIGHTS[type(node)](node, times, interpolant)]
 
 
-def tidy(coefficient: Any) -> Any:
+def simplify(coefficient: Any) -> Any:
     """Like terms merged, the result as a product; numbers as they are."""
     if isinstance(coefficient, int | float) or coefficient.is_number or coefficient.is_Symbol:
         return coefficient
@@ -90,11 +90,11 @@ class QuadratureWeight(sympy.Function):
         return rf"w_{{{at}}}^{{{start} \to {to}}}"
 
 
-def _leap(node: Leap, times: Times, interpolant: Interpolant) -> Sequence[Any]:
+def _leap(node: Leap, times: TimeSymbols, interpolant: Interpolant) -> Sequence[Any]:
     return interpolant.leap(times(node.x.t), times(node.to), times.xp)
 
 
-def _advance(node: Advance, times: Times, interpolant: Interpolant) -> Sequence[Any]:
+def _advance(node: Advance, times: TimeSymbols, interpolant: Interpolant) -> Sequence[Any]:
     order = list(node.velocities)
     ranks = {v: math.inf if v.t == START else v.t for v in order}
     if not any(isinstance(t, str) for t in ranks.values()):  # names still unbound stand in the order given
@@ -108,15 +108,15 @@ def _advance(node: Advance, times: Times, interpolant: Interpolant) -> Sequence[
     return [1, *(ws[v] for v in node.velocities)]
 
 
-def _factor(node: Discount | Scale, times: Times, interpolant: Interpolant) -> Sequence[Any]:
+def _factor(node: Discount | Scale, times: TimeSymbols, interpolant: Interpolant) -> Sequence[Any]:
     return [times.factor(node.a)]
 
 
-def _renoise(node: Renoise, times: Times, interpolant: Interpolant) -> Sequence[Any]:
+def _renoise(node: Renoise, times: TimeSymbols, interpolant: Interpolant) -> Sequence[Any]:
     return [interpolant.alpha(times(node.to), times.xp)]
 
 
-def _recover(node: Recover, times: Times, interpolant: Interpolant) -> Sequence[Any]:
+def _recover(node: Recover, times: TimeSymbols, interpolant: Interpolant) -> Sequence[Any]:
     return [1 / interpolant.alpha(times(node.x.t), times.xp)]
 
 
@@ -124,7 +124,7 @@ def _rational(sigma: Any) -> Any:
     return sympy.Rational(int(sigma.numerator), int(sigma.denominator))
 
 
-_WEIGHTS: dict[type[Node], Callable[[Any, Times, Interpolant], Sequence[Any]]] = {
+_WEIGHTS: dict[type[Node], Callable[[Any, TimeSymbols, Interpolant], Sequence[Any]]] = {
     Leap: _leap,
     Advance: _advance,
     Connect: lambda *_: [1],

@@ -29,7 +29,7 @@ N = TypeVar("N", bound="Node")
 
 
 @dataclass_transform(frozen_default=True)
-class _Interned(type):
+class _HashConsed(type):
     """Gives back the node that already has these fields (hash-consing, as tinygrad's UOps)."""
 
     _cache: ClassVar[weakref.WeakValueDictionary[tuple[Any, ...], Node]] = weakref.WeakValueDictionary()
@@ -38,7 +38,7 @@ class _Interned(type):
         node: Node = super().__call__(*args, **kwargs)
         key = (cls, *((type(value), value) for value in (getattr(node, f.name) for f in fields(node))))
         try:
-            return _Interned._cache.setdefault(key, node)
+            return _HashConsed._cache.setdefault(key, node)
         except TypeError:
             raise PlanError(
                 f"a {node.op} received {node.settings()}: a setting is a number or a name, none that can change, such "
@@ -48,7 +48,7 @@ class _Interned(type):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Node(metaclass=_Interned):
+class Node(metaclass=_HashConsed):
     """A value of the plan. Hash and equality are identity: equal nodes are the same object."""
 
     op: ClassVar[str]

@@ -32,7 +32,7 @@ def coefficient(expansion: Any, term: Any) -> str:
     return ("- " if negative else "") + (f"({written})" if size.is_Add else written)
 
 
-def left(expansion: Any) -> str:
+def left_side(expansion: Any) -> str:
     """What is differentiated: `dx_0/dtheta`, and by x_T where it trains."""
     by = ["x_T" if noise else "theta" for noise in (False, True)
           if any(isinstance(term.calls[-1], Noise) == noise for term in expansion.terms)]  # fmt: skip

@@ -35,11 +35,11 @@ def build(outputs: Sequence[Node]) -> nx.DiGraph[Any]:
     for node in walk(outputs):
         graph.add_node(node, op=node.op, t=node.t, output=node in outputs)
         for parent in node.parents:
-            graph.add_edge(parent, node, gradient=passes(node))
+            graph.add_edge(parent, node, gradient=passes_gradient(node))
     return graph
 
 
-def passes(node: Node) -> bool:
+def passes_gradient(node: Node) -> bool:
     """Whether a gradient that arrives at the node goes on to its parents."""
     blocked = isinstance(node, Detach | DetachVelocity | Latent | Recorded)
     return not blocked and not (isinstance(node, Discount | Scale) and node.a == 0)
@@ -52,7 +52,7 @@ def reached(outputs: Sequence[Node]) -> list[Node]:
     for node in reversed(list(walk(outputs))):
         if node in found:
             order.append(node)
-            found.update(node.parents if passes(node) else ())
+            found.update(node.parents if passes_gradient(node) else ())
     return order
 
 
@@ -66,7 +66,7 @@ def needs_gradient(outputs: Sequence[Node]) -> set[Node]:
     live: set[Node] = set()
     for node in walk(outputs):
         source = isinstance(node, Velocity | Noise)
-        if source or (passes(node) and any(parent in live for parent in node.parents)):
+        if source or (passes_gradient(node) and any(parent in live for parent in node.parents)):
             live.add(node)
     return live
 

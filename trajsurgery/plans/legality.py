@@ -56,25 +56,25 @@ def violations(outputs: Sequence[Any], steps: Any = None) -> list[Violation]:
     return found
 
 
-def legal(outputs: Sequence[Any], steps: int | None = None) -> None:
+def check_legal(outputs: Sequence[Any], steps: int | None = None) -> None:
     """Raises PlanError with every broken rule."""
     _raise(violations(outputs, steps))
 
 
-def bound(outputs: Sequence[Node], names: Sequence[str]) -> None:
+def check_bound(outputs: Sequence[Node], names: Sequence[str]) -> None:
     """Raises PlanError if names are left to bind."""
     if names:
         _raise([_plan_violation("unbound", f"{', '.join(names)} in {arrows(outputs)}")])
 
 
-def runnable(outputs: Sequence[Node], names: Sequence[str], planned: int | None, steps: int) -> None:
+def check_runnable(outputs: Sequence[Node], names: Sequence[str], planned: int | None, steps: int) -> None:
     """Raises PlanError if a plan drawn for `planned` steps has names, or does not fit `steps` steps."""
-    bound(outputs, names)
+    check_bound(outputs, names)
     if planned is not None and planned != steps:
         _raise([_plan_violation("steps", f"a plan for {planned} steps, a trajectory of {steps}")])
 
 
-def sampled(sigmas: Any) -> None:
+def check_sampled(sigmas: Any) -> None:
     """Raises PlanError unless sigmas are a sampler's [T + 1] times: finite, strictly monotone, in [0, 1]."""
     try:
         times = [float(sigma) for sigma in sigmas]

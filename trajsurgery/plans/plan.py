@@ -89,7 +89,7 @@ class Plan:
     def __init__(self, *outputs: LatentNode, steps: int | None = None) -> None:
         object.__setattr__(self, "outputs", outputs)
         object.__setattr__(self, "steps", steps)
-        legality.legal(outputs, steps)
+        legality.check_legal(outputs, steps)
 
     @cached_property
     def nodes(self) -> tuple[Node, ...]:
@@ -185,9 +185,9 @@ class Plan:
         if limit < 0:
             raise PlanError(f"plan.gradient received limit={limit}: it is the number of terms to list, 0 or more.")
         if sigmas is not None:
-            legality.sampled(sigmas)
-            legality.runnable(self.outputs, (), self.steps, len(sigmas) - 1)
-            legality.legal(self.outputs, len(sigmas) - 1)
+            legality.check_sampled(sigmas)
+            legality.check_runnable(self.outputs, (), self.steps, len(sigmas) - 1)
+            legality.check_legal(self.outputs, len(sigmas) - 1)
         return expand(self.outputs, sigmas, interpolant or RectifiedFlow(), limit)
 
     def draw(self, path: str | Path) -> Path:
@@ -246,9 +246,9 @@ class Plan:
 
 @lru_cache(maxsize=256)
 def _prepared(plan: Plan, steps: int) -> Plan:
-    legality.runnable(plan.outputs, plan.names, plan.steps, steps)
+    legality.check_runnable(plan.outputs, plan.names, plan.steps, steps)
     bound = plan.at(**{START: steps})
-    legality.legal(bound.outputs, steps)
+    legality.check_legal(bound.outputs, steps)
     return bound
 
 

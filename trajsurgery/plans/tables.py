@@ -22,7 +22,7 @@ def table(expansion: Any, norms: Sequence[float] | None = None) -> Table:
     """
     listed, count = len(expansion.terms), expansion.count
     caption = f"{count} terms" if listed == count else f"{count} terms, {listed} of them listed"
-    found = Table(title=formula.left(expansion), caption=caption)
+    found = Table(title=formula.left_side(expansion), caption=caption)
     several = len(expansion.outputs) > 1
     for name in (*(["output"] if several else []), "coefficient", "Jacobians", "source", "order"):
         found.add_column(name, justify="right" if name == "coefficient" else "left")

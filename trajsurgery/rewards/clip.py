@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trajsurgery.errors import RewardError
-from trajsurgery.rewards.contract import Reward, checkpointed
-from trajsurgery.rewards.heads import linears
-from trajsurgery.rewards.pixels import cropped, floored, nearest, normalised
-from trajsurgery.rewards.weights import file_of, folder_of
+from trajsurgery.rewards.contract import Reward, checkpoint_layers
+from trajsurgery.rewards.linear_heads import linear_head
+from trajsurgery.rewards.preprocessing import floor_offset, normalize, resize_and_crop, round_offset
+from trajsurgery.rewards.weight_files import find_file, find_folder
 
 LARGE = "openai/clip-vit-large-patch14"
 
@@ -41,7 +41,7 @@ class CLIP(nn.Module):
         from transformers import AutoTokenizer, CLIPModel
 
         super().__init__()
-        folder = folder_of(reward, model, str(model))
+        folder = find_folder(reward, model, str(model))
         loaded: Any = CLIPModel.from_pretrained(
             str(folder), local_files_only=True, dtype=torch.float32, output_loading_info=True
         )
@@ -52,25 +52,25 @@ class CLIP(nn.Module):
         spare = sorted(key for key in loaded[1]["unexpected_keys"] if not key.endswith(".position_ids"))
         if spare:  # position ids are counted, not learnt: files of old versions hold them
             raise RewardError(f"{reward}: {folder} holds {len(spare)} weights that are not CLIP's, such as {spare[0]}.")
-        words = folder_of(reward, tokenizer or folder, str(folder), "tokenizer_config.json")
+        words = find_folder(reward, tokenizer or folder, str(folder), "tokenizer_config.json")
         self.tokenizer: Any = AutoTokenizer.from_pretrained(str(words), local_files_only=True)
         self.side, self.corner = int(self.model.config.vision_config.image_size), corner
         self.length = int(self.model.config.text_config.max_position_embeddings)
         if checkpointing:
-            checkpointed(self.model.vision_model.encoder.layers)
+            checkpoint_layers(self.model.vision_model.encoder.layers)
 
     def images(self, images: Tensor, rounded: bool = False) -> Tensor:
         """Float[batch dim], of images in [0, 1] of any size; `rounded`: see `pixels.resized`."""
         weight: Tensor = self.model.visual_projection.weight
-        pixels = normalised(cropped(images.to(weight), self.side, self.corner, rounded))
+        pixels = normalize(resize_and_crop(images.to(weight), self.side, self.corner, rounded))
         return functional.normalize(self.model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
 
     def texts(self, prompts: list[str]) -> Tensor:
         """Float[batch dim], of texts, cut at CLIP's length."""
         tokens = self.tokenizer(prompts, padding=True, truncation=True, max_length=self.length, return_tensors="pt")
-        given = {name: tokens[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+        inputs = {name: tokens[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
         with torch.no_grad():
-            return functional.normalize(self.model.get_text_features(**given).pooler_output, dim=-1)
+            return functional.normalize(self.model.get_text_features(**inputs).pooler_output, dim=-1)
 
     def cosines(self, images: Tensor, prompts: list[str], rounded: bool = False) -> Tensor:
         """Float[batch], of each image and its text."""
@@ -108,9 +108,9 @@ class PickScore(Reward):
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if tokenizer is None and not (folder_of("PickScore", model, str(model)) / "tokenizer_config.json").is_file():
+        if tokenizer is None and not (find_folder("PickScore", model, str(model)) / "tokenizer_config.json").is_file():
             tokenizer = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-        self.clip = CLIP("PickScore", model, floored, tokenizer, checkpointing)
+        self.clip = CLIP("PickScore", model, floor_offset, tokenizer, checkpointing)
         self.factor = float(self.clip.model.logit_scale.detach().exp()) if raw else 1.0
         if raw:
             self.name, self.scale = "pickscore raw", "exp(logit_scale) * cosine: good pictures have 20 to 26"
@@ -139,7 +139,7 @@ class CLIPScore(Reward):
 
     def __init__(self, model: str | Path = LARGE, checkpointing: bool = False) -> None:
         super().__init__()
-        self.clip = CLIP("CLIPScore", model, nearest, checkpointing=checkpointing)
+        self.clip = CLIP("CLIPScore", model, round_offset, checkpointing=checkpointing)
         self.eval().requires_grad_(False)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
@@ -166,10 +166,10 @@ class Aesthetic(Reward):
 
     def __init__(self, head: str | Path | None = None, model: str | Path = LARGE, checkpointing: bool = False) -> None:
         super().__init__()
-        path = file_of("Aesthetic", head, "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth")
-        self.clip = CLIP("Aesthetic", model, nearest, checkpointing=checkpointing)
+        path = find_file("Aesthetic", head, "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth")
+        self.clip = CLIP("Aesthetic", model, round_offset, checkpointing=checkpointing)
         width = int(self.clip.model.config.projection_dim)
-        self.head = linears("Aesthetic", torch.load(path, map_location="cpu", weights_only=True), width)
+        self.head = linear_head("Aesthetic", torch.load(path, map_location="cpu", weights_only=True), width)
         self.eval().requires_grad_(False)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The contract of a reward: what it says about itself, what it takes, what it has to give back."""
+"""The base class of rewards: what a reward states, what it receives, and checks of its input and output."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from torch.utils.checkpoint import checkpoint
 from trajsurgery.errors import RewardError
 
 SLACK = 1e-3
-"""How far outside of [0, 1] a value may lie: decoders round."""
+"""How far outside [0, 1] a value may lie: decoders round."""
 
 
 class Reward(nn.Module, ABC):
     """`reward(images, prompts)`: images Float[batch 3 h w] in [0, 1] of any size and a text for each, to Float[batch].
 
-    It is differentiable in the images; its weights are frozen and in eval mode. A reward of your own says what stands
-    below about itself and writes `score`; the checks are made here.
+    It is differentiable in the images; its weights are frozen and in eval mode. A subclass sets the attributes below
+    and writes `score`; this class checks input and output.
 
     Raises:
         RewardError: images of another shape, dtype or range, or with NaN; another number of prompts; scores that are
-            not one finite number an image, or that have lost the gradient.
+            not one finite number an image, or that lost the gradient.
     """
 
     name: str
     scale: str
-    """What a score is, and where it lies."""
+    """What a score is, and its range."""
     threshold: float | None = None
     """lambda of the hinge that fits the scale; None if nobody has published one."""
     alpha: float | None = None
@@ -44,19 +44,20 @@ class Reward(nn.Module, ABC):
     autocast: torch.dtype | None = None
     """Set it to torch.bfloat16 to run the model under autocast."""
     rounded: bool = False
-    """Set it to True for the originals' own numbers on pictures of bytes: what PIL resizes there is rounded to 255
-    levels here too, and the gradient passes the rounding as if it were not there. Each reward says what it changes."""
+    """Set it to True for the originals' numbers on picture files: values that PIL rounds to 255 levels are rounded here
+    too, and the gradient ignores the rounding.
+    """
     differentiable: bool = True
-    """False for judges that answer in text: they grade and can't be trained on."""
+    """False for judges that answer in text: they score and can't be trained on."""
 
     @abstractmethod
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """Float[batch], for images and prompts that have been checked."""
+        """Return Float[batch], for images and prompts that were checked."""
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Float[batch], the scores; see the class."""
-        texts = _paired(self.name, images, prompts)
-        _in_range(self.name, images)
+        texts = _check_prompts(self.name, images, prompts)
+        _check_images(self.name, images)
         if images.requires_grad and torch.is_grad_enabled() and not self.differentiable:
             raise RewardError(
                 f"{self.name} answers in text and has no gradient: it can't be trained on. Let it grade: as one of "
@@ -64,16 +65,16 @@ class Reward(nn.Module, ABC):
             )
         with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
             scores: Any = self.score(images, texts)
-        return _usable(self.name, images, scores)
+        return _check_scores(self.name, images, scores)
 
 
-def checkpointed(layers: Iterable[nn.Module]) -> None:
-    """Gradient checkpointing of each layer, in eval mode too, where transformers and open_clip differ."""
+def checkpoint_layers(layers: Iterable[nn.Module]) -> None:
+    """Gradient checkpointing of each layer, also in eval mode, where transformers and open_clip switch it off."""
     for layer in layers:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
 
 
-def _paired(name: str, images: Tensor, prompts: Sequence[str]) -> list[str]:
+def _check_prompts(name: str, images: Tensor, prompts: Sequence[str]) -> list[str]:
     if images.dim() != 4 or images.shape[1] != 3 or isinstance(prompts, str) or len(prompts) != len(images):
         raise RewardError(
             f"{name} takes images [batch, 3, h, w] and one prompt for each; received {list(images.shape)} and "
@@ -84,7 +85,7 @@ def _paired(name: str, images: Tensor, prompts: Sequence[str]) -> list[str]:
     return [str(prompt) for prompt in prompts]
 
 
-def _in_range(name: str, images: Tensor) -> None:
+def _check_images(name: str, images: Tensor) -> None:
     if not images.is_floating_point():
         raise RewardError(
             f"{name} takes images of floats in [0, 1], received {images.dtype}: divide bytes by 255, but note that no "
@@ -100,10 +101,10 @@ def _in_range(name: str, images: Tensor) -> None:
         )
 
 
-def _usable(name: str, images: Tensor, scores: Any) -> Tensor:
+def _check_scores(name: str, images: Tensor, scores: Any) -> Tensor:
     if not isinstance(scores, Tensor) or scores.shape != (len(images),):
-        found = f"shape {list(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
-        raise RewardError(f"{name} returned {found} for {len(images)} images: `score` gives one number an image.")
+        received = f"shape {list(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+        raise RewardError(f"{name} returned {received} for {len(images)} images: `score` gives one number an image.")
     if not bool(scores.detach().isfinite().all()):
         raise RewardError(
             f"{name} gave scores that are not finite ({scores.tolist()}): its weights are spoilt, or too large for "

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from trajsurgery.errors import RewardError
-from trajsurgery.rewards.contract import Reward, checkpointed
-from trajsurgery.rewards.pixels import MEAN, STD, fitted, normalised
-from trajsurgery.rewards.weights import file_of
+from trajsurgery.rewards.contract import Reward, checkpoint_layers
+from trajsurgery.rewards.preprocessing import MEAN, STD, normalize, resize_and_pad
+from trajsurgery.rewards.weight_files import find_file
 
-__all__ = ["FILES", "MEAN", "REPOSITORY", "STD", "HPSv2", "prepared"]
+__all__ = ["FILES", "MEAN", "REPOSITORY", "STD", "HPSv2", "preprocess"]
 
 REPOSITORY = "xswu/HPSv2"
 FILES = {"2.0": "HPS_v2_compressed.pt", "2.1": "HPS_v2.1_compressed.pt"}
@@ -51,7 +51,7 @@ class HPSv2(Reward):
         if version not in FILES:
             raise RewardError(f"there is no HPSv2 of version {version!r}: it is {' or '.join(FILES)}.")
         self.name = f"hpsv{version}"
-        path = file_of(f"HPSv{version}", file, REPOSITORY, FILES[version])
+        path = find_file(f"HPSv{version}", file, REPOSITORY, FILES[version])
         saved = torch.load(path, map_location="cpu", weights_only=True)
         self.clip: Any = open_clip.create_model(model)
         try:
@@ -61,7 +61,7 @@ class HPSv2(Reward):
         self.tokenizer = open_clip.get_tokenizer(model)
         self.side = int(self.clip.visual.image_size[0])
         if checkpointing:
-            checkpointed(self.clip.visual.transformer.resblocks)
+            checkpoint_layers(self.clip.visual.transformer.resblocks)
         self.eval().requires_grad_(False)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
@@ -69,10 +69,10 @@ class HPSv2(Reward):
         weight: Tensor = self.clip.text_projection
         with torch.no_grad():
             texts = self.clip.encode_text(self.tokenizer(prompts).to(weight.device), normalize=True)
-        pixels = prepared(images.to(weight), self.side)
+        pixels = preprocess(images.to(weight), self.side)
         return (self.clip.encode_image(pixels, normalize=True) * texts).sum(-1)
 
 
-def prepared(images: Tensor, side: int) -> Tensor:
-    """The longer side resized to `side`, zeros around it, then CLIP's normalisation: Float[batch 3 side side]."""
-    return normalised(fitted(images, side))
+def preprocess(images: Tensor, side: int) -> Tensor:
+    """Resize the longer side to `side`, pad with zeros, then apply CLIP's normalisation: Float[batch 3 side side]."""
+    return normalize(resize_and_pad(images, side))

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from trajsurgery.errors import RewardError
-from trajsurgery.rewards.contract import Reward, checkpointed
-from trajsurgery.rewards.pixels import normalised, resized
-from trajsurgery.rewards.question import IMAGE, REWARD, asked
-from trajsurgery.rewards.weights import file_of, folder_of
+from trajsurgery.rewards.contract import Reward, checkpoint_layers
+from trajsurgery.rewards.hpsv3_question import IMAGE, REWARD, question_text
+from trajsurgery.rewards.preprocessing import normalize, pil_resize
+from trajsurgery.rewards.weight_files import find_file, find_folder
 
 PATCH, MERGED = 14, 2
 """The side of a patch, and how many of them a token spans in each direction."""
@@ -82,17 +82,17 @@ class HPSv3(Reward):
         from transformers import AddedToken, AutoTokenizer
 
         super().__init__()
-        path = file_of("HPSv3", file, "MizzenAI/HPSv3", "HPSv3.safetensors")
-        words = folder_of("HPSv3", tokenizer, str(tokenizer), "tokenizer_config.json")
+        path = find_file("HPSv3", file, "MizzenAI/HPSv3", "HPSv3.safetensors")
+        words = find_folder("HPSv3", tokenizer, str(tokenizer), "tokenizer_config.json")
         self.tokenizer: Any = AutoTokenizer.from_pretrained(str(words), local_files_only=True)
         self.tokenizer.add_tokens([AddedToken(REWARD, special=True)], special_tokens=True)
-        state = renamed(_read(path))
-        self.visual, self.text, self.head = parts(state, vision or {}, text or {})
+        state = rename_weights(_read(path))
+        self.visual, self.text, self.head = build_parts(state, vision or {}, text or {})
         for part, prefix in ((self.visual, "visual."), (self.text, "text."), (self.head, "head.")):
             kind = torch.float32 if part is self.head else dtype
-            own = {k.removeprefix(prefix): v.to(kind) for k, v in state.items() if k.startswith(prefix)}
+            weights = {k.removeprefix(prefix): v.to(kind) for k, v in state.items() if k.startswith(prefix)}
             try:
-                part.load_state_dict(own, assign=True)
+                part.load_state_dict(weights, assign=True)
             except RuntimeError as error:
                 raise RewardError(f"{path.name} does not hold HPSv3's weights ({prefix}*): {error}") from error
         if len(self.tokenizer) > self.text.config.vocab_size:
@@ -101,7 +101,7 @@ class HPSv3(Reward):
                 f"{REWARD}: it is another tokenizer than Qwen2-VL-7B-Instruct's."
             )
         if checkpointing:
-            checkpointed((*self.visual.blocks, *self.text.layers))
+            checkpoint_layers((*self.visual.blocks, *self.text.layers))
         self.eval().requires_grad_(False)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
@@ -111,7 +111,7 @@ class HPSv3(Reward):
     def outputs(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Float[batch 2]: the mean, and the logarithm of the deviation, as the head gives them."""
         first: Tensor = self.head[0].weight
-        pixels = prepared(images.to(first), self.rounded)
+        pixels = preprocess(images.to(first), self.rounded)
         grid = [1, pixels.shape[-2] // PATCH, pixels.shape[-1] // PATCH]
         ids = self.tokens(prompts, grid[1] * grid[2] // MERGED**2).to(first.device)
         seen = self.visual(
@@ -127,22 +127,25 @@ class HPSv3(Reward):
 
     def tokens(self, prompts: list[str], count: int) -> Tensor:
         """Int[batch length]: the question about each prompt after `count` tokens of the image, padded at the end."""
-        found: Tensor = self.tokenizer(
-            [asked(prompt, count) for prompt in prompts], padding=True, padding_side="right", return_tensors="pt"
+        tokens: Tensor = self.tokenizer(
+            [question_text(prompt, count) for prompt in prompts],
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
         )["input_ids"]
-        for prompt, row in zip(prompts, found):
+        for prompt, row in zip(prompts, tokens):
             if int((row == self._token(IMAGE)).sum()) != count or int((row == self._token(REWARD)).sum()) != 1:
                 raise RewardError(
                     f"hpsv3: the prompt {prompt!r} holds {IMAGE} or {REWARD}, marks of the model: drop it."
                 )
-        return found
+        return tokens
 
     def _token(self, name: str) -> int:
         return int(self.tokenizer.convert_tokens_to_ids(name))
 
 
-def size(height: int, width: int) -> tuple[int, int]:
-    """The size that an image gets: its ratio, nearly, in multiples of 28 whose product is about `AREA`.
+def target_size(height: int, width: int) -> tuple[int, int]:
+    """Return the size an image is resized to: nearly its ratio, in multiples of 28 whose product is about `AREA`.
 
     Raises:
         RewardError: a side is more than 200 times the other, before or after.
@@ -160,9 +163,9 @@ def size(height: int, width: int) -> tuple[int, int]:
     return new
 
 
-def prepared(images: Tensor, rounded: bool = False) -> Tensor:
+def preprocess(images: Tensor, rounded: bool = False) -> Tensor:
     """Resized to the model's size and normalised: Float[batch 3 h w]."""
-    return normalised(resized(images, *size(*images.shape[-2:]), rounded))
+    return normalize(pil_resize(images, *target_size(*images.shape[-2:]), rounded))
 
 
 def patches(pixels: Tensor) -> Tensor:
@@ -177,24 +180,26 @@ def patches(pixels: Tensor) -> Tensor:
     return frames.reshape(batch * rows * columns * MERGED**2, -1)
 
 
-def parts(state: Mapping[str, Tensor], vision: Mapping[str, Any], text: Mapping[str, Any]) -> tuple[Any, Any, Any]:
-    """transformers' two towers and the head, of the architecture alone: on the meta device, but for their tables.
+def build_parts(
+    state: Mapping[str, Tensor], vision: Mapping[str, Any], text: Mapping[str, Any]
+) -> tuple[Any, Any, Any]:
+    """Build transformers' two towers and the head without weights, on the meta device except for their tables.
 
     Args:
-        state: whose embedding says how many tokens there are.
+        state: its embedding gives the number of tokens.
     """
     from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig, Qwen2VLVisionConfig
     from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel, Qwen2VLTextModel
 
     if "text.embed_tokens.weight" not in state:
         raise RewardError("HPSv3: the file has no model.embed_tokens.weight: it is not HPSv3.safetensors.")
-    known = len(state["text.embed_tokens.weight"])
+    vocabulary_size = len(state["text.embed_tokens.weight"])
     see: Any = Qwen2VisionTransformerPretrainedModel
     read: Any = Qwen2VLTextModel
     seen: Any = Qwen2VLVisionConfig
-    said: Any = Qwen2VLTextConfig
+    text_config: Any = Qwen2VLTextConfig
     sees = seen(**{**VISION, **vision})
-    reads = said(**{**TEXT, **text, "vocab_size": known, "bos_token_id": None, "eos_token_id": None})
+    reads = text_config(**{**TEXT, **text, "vocab_size": vocabulary_size, "bos_token_id": None, "eos_token_id": None})
     with torch.device("meta"):
         visual = see._from_config(sees)
         language = read._from_config(reads)
@@ -208,23 +213,23 @@ def parts(state: Mapping[str, Tensor], vision: Mapping[str, Any], text: Mapping[
     return visual, language, head
 
 
-def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def rename_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The original's state dict under our names, `visual.`, `text.` and `head.`, less what is not used.
 
     Raises:
         RewardError: a name that the original does not have.
     """
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     for key, value in state.items():
         if key == "lm_head.weight":
             continue
         for pattern, name in NAMES:
             if re.match(pattern, key):
-                found[re.sub(pattern, name, key)] = value
+                weights[re.sub(pattern, name, key)] = value
                 break
         else:
             raise RewardError(f"HPSv3: the file holds {key!r}, which HPSv3.safetensors does not.")
-    return found
+    return weights
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:
@@ -232,5 +237,5 @@ def _read(path: Path) -> Mapping[str, Tensor]:
         from safetensors.torch import load_file
 
         return load_file(path)
-    found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return found.get("model", found)
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return state.get("model", state)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from trajsurgery.errors import RewardError
-from trajsurgery.rewards.contract import Reward, checkpointed
-from trajsurgery.rewards.heads import linears
-from trajsurgery.rewards.pixels import cropped, nearest, normalised
-from trajsurgery.rewards.weights import file_of, folder_of
+from trajsurgery.rewards.contract import Reward, checkpoint_layers
+from trajsurgery.rewards.linear_heads import linear_head
+from trajsurgery.rewards.preprocessing import normalize, resize_and_crop, round_offset
+from trajsurgery.rewards.weight_files import find_file, find_folder
 
 CENTRE, SPREAD = 0.16717362830052426, 1.0333394966054072
 """Mean and standard deviation of the head's outputs: a score is (output - CENTRE) / SPREAD."""
@@ -94,12 +94,12 @@ class ImageReward(Reward):
         from transformers import BertTokenizer
 
         super().__init__()
-        path = file_of("ImageReward", file, "THUDM/ImageReward", "ImageReward.pt")
-        words = folder_of("ImageReward", tokenizer, str(tokenizer), "tokenizer_config.json")
+        path = find_file("ImageReward", file, "THUDM/ImageReward", "ImageReward.pt")
+        words = find_folder("ImageReward", tokenizer, str(tokenizer), "tokenizer_config.json")
         self.tokenizer: Any = BertTokenizer.from_pretrained(str(words), local_files_only=True)
-        self.vision, self.text = towers(vision or {}, text or {})
-        state = renamed(torch.load(path, map_location="cpu", weights_only=True))
-        self.head = linears("ImageReward", _under(state, "head."), int(self.text.config.hidden_size))
+        self.vision, self.text = build_towers(vision or {}, text or {})
+        state = rename_weights(torch.load(path, map_location="cpu", weights_only=True))
+        self.head = linear_head("ImageReward", _under(state, "head."), int(self.text.config.hidden_size))
         for tower, prefix in ((self.vision, "vision."), (self.text, "text.")):
             try:
                 tower.load_state_dict(_under(state, prefix))
@@ -107,13 +107,13 @@ class ImageReward(Reward):
                 raise RewardError(f"{path.name} does not hold ImageReward's {prefix[:-1]} tower: {error}") from error
         self.side = int(self.vision.config.image_size)
         if checkpointing:
-            checkpointed((*self.vision.encoder.layers, *self.text.encoder.layer))
+            checkpoint_layers((*self.vision.encoder.layers, *self.text.encoder.layer))
         self.eval().requires_grad_(False)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Float[batch]; see the class."""
         weight: Tensor = self.vision.embeddings.class_embedding
-        pixels = normalised(cropped(images.to(weight), self.side, nearest, self.rounded))
+        pixels = normalize(resize_and_crop(images.to(weight), self.side, round_offset, self.rounded))
         cut = {"padding": "max_length", "truncation": True, "max_length": LENGTH, "return_tensors": "pt"}
         tokens = self.tokenizer(prompts, **cut)
         hidden = self.text(
@@ -124,7 +124,7 @@ class ImageReward(Reward):
         return (self.head(hidden[:, 0]).squeeze(-1) - CENTRE) / SPREAD
 
 
-def towers(vision: Mapping[str, Any], text: Mapping[str, Any]) -> tuple[Any, Any]:
+def build_towers(vision: Mapping[str, Any], text: Mapping[str, Any]) -> tuple[Any, Any]:
     """transformers' BLIP parts of ImageReward's architecture: the image tower and the text tower."""
     from transformers import BlipTextConfig, BlipVisionConfig, BlipVisionModel
     from transformers.models.blip.modeling_blip_text import BlipTextModel
@@ -133,24 +133,24 @@ def towers(vision: Mapping[str, Any], text: Mapping[str, Any]) -> tuple[Any, Any
     return BlipVisionModel(seen), BlipTextModel(read, add_pooling_layer=False)
 
 
-def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def rename_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The original's state dict under our names, `vision.`, `text.` and `head.`, less what is not used.
 
     Raises:
         RewardError: a name that the original does not have.
     """
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     for key, value in state.items():
         if UNUSED.match(key):
             continue
         for pattern, name in NAMES:
             ours, hits = re.subn(pattern, name, key)
             if hits:
-                found[ours] = value
+                weights[ours] = value
                 break
         else:
             raise RewardError(f"ImageReward: the file holds {key!r}, which ImageReward.pt does not.")
-    return found
+    return weights
 
 
 def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

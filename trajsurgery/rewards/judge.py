@@ -1,4 +1,4 @@
-"""Judges: models that look at an image and answer in text, as UnifiedReward. They grade and can't be trained on."""
+"""Judges: models that look at an image and answer in text, such as UnifiedReward. They have no gradient."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from torch import Tensor
 
 from trajsurgery.errors import RewardError
 from trajsurgery.rewards.contract import Reward
-from trajsurgery.rewards.weights import folder_of
+from trajsurgery.rewards.weight_files import find_folder
 
 QUESTION = (
     "You are given a text caption and a generated image. Judge how well the image matches the caption, and how good "
     "the image itself is, and assign one score from 1 (worst) to 5 (best) after 'Final Score:'.\n"
     "Text Caption: [{prompt}]"
 )
-"""What is asked, unless the judge is given other words; `{prompt}` stands for the caption."""
+"""The default question; `{prompt}` stands for the caption."""
 
 ANSWER = r"Final Score:?\**\s*\[?(-?\d+(?:\.\d+)?)"
-"""Where the number is in the answer."""
+"""Finds the number in the answer."""
 
 
 class Judge(Reward):
     """The number that a vision-language model writes after "Final Score:" (UnifiedReward, arXiv 2503.05236).
 
-    It has no gradient: as a training reward it is refused, evaluation.metrics and `trajsurgery score` take it. The
-    image is rounded to bytes, and the model writes its most likely words.
+    It has no gradient: recipes refuse it as a reward; evaluation.metrics and `trajsurgery score` accept it. The image
+    is rounded to bytes, and decoding is greedy.
 
     Args:
         model: a folder, or a hub id in the local cache, of any image-text-to-text model of transformers, with its
             processor and chat template.
-        question: holds {prompt} once.
-        answer: a regular expression whose first group is the number; its last hit in the answer counts.
-        length: tokens that it may write.
+        question: contains {prompt} once.
+        answer: a regular expression whose first group is the number; the last match in the answer counts.
+        length: the most tokens it may write.
         dtype: of the model.
 
     Raises:
-        RewardError: no such model; an answer without a number; images that want a gradient.
+        RewardError: no such model; an answer without a number; images that require a gradient.
     """
 
     name = "unifiedreward"
@@ -59,7 +59,7 @@ class Judge(Reward):
         super().__init__()
         if question.count("{prompt}") != 1 or re.compile(answer).groups < 1:
             raise RewardError("a judge's question holds {prompt} once, and its answer's pattern a group: (...).")
-        folder = folder_of("Judge", model, str(model))
+        folder = find_folder("Judge", model, str(model))
         try:
             from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -73,32 +73,32 @@ class Judge(Reward):
     @torch.no_grad()
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Float[batch]; see the class."""
-        found = [self.number(self.said(image, prompt)) for image, prompt in zip(images, prompts)]
-        return torch.tensor(found, device=images.device)
+        scores = [self.number(self.said(image, prompt)) for image, prompt in zip(images, prompts)]
+        return torch.tensor(scores, device=images.device)
 
     def said(self, image: Tensor, prompt: str) -> str:
-        """The judge's answer about one image, [3, h, w]."""
+        """Return the judge's answer about one image, [3, h, w]."""
         from torchvision.transforms.functional import to_pil_image
 
         picture = to_pil_image((image.float().cpu() * 255).round().clamp(0, 255).to(torch.uint8))
-        asked = {"type": "text", "text": self.question.replace("{prompt}", prompt)}
-        turn = [{"role": "user", "content": [{"type": "image"}, asked]}]
+        question = {"type": "text", "text": self.question.replace("{prompt}", prompt)}
+        turn = [{"role": "user", "content": [{"type": "image"}, question]}]
         text = self.processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        given = self.processor(text=[text], images=[picture], return_tensors="pt").to(self.model.device)
-        written = self.model.generate(**given, max_new_tokens=self.length, do_sample=False)
-        return self.processor.tokenizer.decode(written[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
+        inputs = self.processor(text=[text], images=[picture], return_tensors="pt").to(self.model.device)
+        written = self.model.generate(**inputs, max_new_tokens=self.length, do_sample=False)
+        return self.processor.tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
-    def number(self, said: str) -> float:
-        """The score in an answer.
+    def number(self, answer: str) -> float:
+        """Return the score in an answer.
 
         Raises:
             RewardError: there is none.
         """
-        hits = [hit.group(1) for hit in self.answer.finditer(said)]
+        hits = [hit.group(1) for hit in self.answer.finditer(answer)]
         try:
             return float(hits[-1])
         except (IndexError, ValueError) as error:
             raise RewardError(
-                f"{self.name} answered without a score ({self.answer.pattern}): {said[-300:]!r}. Allow it more words "
+                f"{self.name} answered without a score ({self.answer.pattern}): {answer[-300:]!r}. Allow it more words "
                 "(`length`), or give the `question` and the `answer` pattern that this judge was trained with."
             ) from error

@@ -59,7 +59,7 @@ class Remote(Reward):
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Float[batch], the scores there, on the images' device."""
-        found: Any = _Asked.apply(images, self, prompts)
+        found: Any = _RemoteScores.apply(images, self, prompts)
         return found
 
     def request(self, words: dict[str, Any], tensors: dict[str, Tensor]) -> Message:
@@ -106,7 +106,7 @@ class Remote(Reward):
         return {**super().__getstate__(), "_socket": None}
 
 
-class _Asked(torch.autograd.Function):
+class _RemoteScores(torch.autograd.Function):
     """scores = r(images), computed elsewhere; backward: the vector-Jacobian product, computed elsewhere too."""
 
     @staticmethod

@@ -1,7 +1,7 @@
-"""The autograd Functions of the surgery: the only place that edits gradients.
+"""The autograd Functions of the surgery, the only place that edits gradients.
 
-`pred + (real - pred).detach()` rounds wherever prediction and rollout differ by the order of their values; these
-Functions give the real value itself, in every dtype.
+`pred + (real - pred).detach()` rounds wherever prediction and rollout differ by the order of their values. These
+Functions return the real value itself, in every dtype.
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ Call = Callable[[Tensor], Tensor]
 
 
 def connect(prediction: Tensor, real: Tensor) -> Tensor:
-    """The value of `real`, exactly; the gradient goes to `prediction` unchanged (LeapAlign, Eq. 6-7).
+    """Return the value of `real`, exactly; the gradient goes to `prediction` unchanged (LeapAlign, Eq. 6-7).
 
     Args:
-        prediction: [batch, *latent], the carrier of the gradient.
+        prediction: [batch, *latent], receives the gradient.
         real: [batch, *latent], the rollout's value, a constant.
     """
     return _apply(_Connect, prediction, real.detach())
 
 
 def scale(x: Tensor, factor: float) -> Tensor:
-    """The value of `x`, exactly; the gradient times `factor` (Eq. 9). A factor of 0 is a real stop."""
+    """Return the value of `x`, exactly, with its gradient multiplied by `factor` (Eq. 9). A factor of 0 stops it for
+    real.
+    """
     if factor == 0:
         return x.detach()
     return x if factor == 1 else _apply(_Scale, x, factor)
@@ -37,27 +39,27 @@ def scale(x: Tensor, factor: float) -> Tensor:
 
 @dataclass
 class Gate:
-    """Which rows of a batch pass their gradient, decided between the forward and the backward pass."""
+    """Which rows of a batch pass their gradient; it may be set between the forward and the backward pass."""
 
     rows: Tensor | None = None
     """[batch] of bool; None: all."""
 
 
 def gated(x: Tensor, gate: Gate) -> Tensor:
-    """The value of `x`, exactly; the gradient of the rows that the gate then passes."""
+    """Return the value of `x`, exactly; in the backward pass only the gate's rows pass their gradient."""
     return _apply(_Gated, x, gate)
 
 
 def recompute(call: Call, x: Tensor, params: Sequence[Tensor], value: Tensor | None) -> Tensor:
-    """`call(x)` whose activations are not kept: the backward pass runs the call again.
+    """Return `call(x)` without keeping its activations: the backward pass runs the call again.
 
-    The autocast and attention-kernel state of this moment is restored for it. First-order reverse mode only.
+    The autocast and attention-kernel state of the forward pass is restored for it. First-order reverse mode only.
 
     Args:
         call: the model at one time.
         x: [batch, *latent].
         params: the leaves that `call` trains; their gradients are returned to them.
-        value: what `call(x)` returns, if it is known: then the forward pass costs nothing.
+        value: the result of `call(x)`, if it is recorded: then the forward pass costs nothing.
     """
     return _apply(_Recompute, call, value, x, *params)
 
@@ -154,13 +156,13 @@ class _Recompute(torch.autograd.Function):
                 "reentrant kind loses it where the call's input needs none: pass use_reentrant=False, as diffusers' "
                 "enable_gradient_checkpointing() does. Or what trains was frozen since the forward pass."
             )
-        wanted = [v for v, need in zip((x, *ctx.params), ctx.needs_input_grad[2:], strict=True) if need]
-        found = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype), allow_unused=True))
-        return None, None, *(next(found) if need else None for need in ctx.needs_input_grad[2:])
+        inputs = [v for v, need in zip((x, *ctx.params), ctx.needs_input_grad[2:], strict=True) if need]
+        gradients = iter(torch.autograd.grad(out, inputs, grad.to(out.dtype), allow_unused=True))
+        return None, None, *(next(gradients) if need else None for need in ctx.needs_input_grad[2:])
 
 
 def _kernel_state(device: str) -> tuple[Any, ...]:
-    """The settings that decide which kernels a model call runs."""
+    """Return the settings that decide which kernels a model call runs."""
     enabled = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device)
     sdp = torch.backends.cuda

@@ -1,4 +1,4 @@
-"""The value of each primitive but the model call: all of them linear in their parents."""
+"""The value of each primitive other than the model call. All are linear in their parents."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ from trajsurgery.surgery.trajectory import Trajectory
 Of = Mapping[Node, Tensor]
 
 
-def value(node: Node, of: Of, trajectory: Trajectory, faithful: bool, generator: torch.Generator | None) -> Tensor:
-    """The node's value, [batch, *latent], given its parents' in `of`.
+def node_value(node: Node, of: Of, trajectory: Trajectory, faithful: bool, generator: torch.Generator | None) -> Tensor:
+    """Return the node's value, [batch, *latent], from its parents' values in `of`.
 
     Args:
         faithful: whether the rollout recorded the value (`graph.is_faithful`).
-        generator: draws the noises that the trajectory does not hold yet.
+        generator: draws noises that the trajectory does not hold yet.
     """
     return _VALUES[type(node)](node, of, trajectory, faithful, generator)
 
 
 def predict(interpolant: Interpolant, x: Tensor, v: Tensor, k: Tensor, j: Tensor) -> Tensor:
-    """A x + B v: the one-step prediction at sigma j from x and v at sigma k (Eq. 3, Eq. 20)."""
+    """Return A x + B v: the one-step prediction at sigma j from x and v at sigma k (Eq. 3, Eq. 20)."""
     a, b = interpolant.leap(k, j, torch)
     start = x if isinstance(interpolant, RectifiedFlow) else a * x
     return start + b * v
@@ -52,8 +52,8 @@ def predict(interpolant: Interpolant, x: Tensor, v: Tensor, k: Tensor, j: Tensor
 
 def _leap(node: Leap, of: Of, trajectory: Trajectory, faithful: bool, _: Any) -> Tensor:
     k, j = _sigma(trajectory, node.x.t), _sigma(trajectory, node.to)
-    found = predict(trajectory.interpolant, of[node.x], of[node.v], k, j)
-    return autograd_functions.connect(found, trajectory[_int(node.to)]) if faithful else found
+    prediction = predict(trajectory.interpolant, of[node.x], of[node.v], k, j)
+    return autograd_functions.connect(prediction, trajectory[_int(node.to)]) if faithful else prediction
 
 
 def _advance(node: Advance, of: Of, trajectory: Trajectory, *_: Any) -> Tensor:
@@ -98,7 +98,7 @@ def _noise(node: Noise, of: Of, trajectory: Trajectory, *_: Any) -> Tensor:
 
 
 def _sigma(trajectory: Trajectory, t: object) -> Tensor:
-    """The time of t, in the latents' precision if theirs is higher: schedulers' sigmas are float32."""
+    """Return sigma_t, in the latents' precision if that is higher: schedulers' sigmas are float32."""
     sigma = trajectory.sigma(_int(t))
     latent = next(iter(trajectory.latents.values()))  # any: a trajectory made by hand may hold some alone
     return sigma.to(torch.promote_types(sigma.dtype, latent.dtype))

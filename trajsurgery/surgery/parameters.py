@@ -1,4 +1,4 @@
-"""What trains: the leaves that receive the gradient of a velocity field."""
+"""What trains: the leaves that receive a velocity field's gradient."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from trajsurgery.errors import SamplerError
-from trajsurgery.surgery.validation import called
+from trajsurgery.surgery.validation import call_field
 
 Field = Callable[[Tensor, Tensor], Tensor]
 """A velocity field: field(x, sigma) -> v, with x and v [batch, *latent] and sigma 0-dim or [batch], in [0, 1]."""
 
 Fields = Field | Mapping[str | None, Field]
-"""A field, or several by name; the default one's name is None."""
+"""One field, or several by name; the default one's name is None."""
 
 Params = Iterable[Tensor] | Mapping[str, Tensor] | None
 
 _found: weakref.WeakKeyDictionary[Any, tuple[Tensor, ...]] = weakref.WeakKeyDictionary()
 
 
-def named(fields: Fields, name: str | None) -> Field:
-    """The field of that name.
+def field_named(fields: Fields, name: str | None) -> Field:
+    """Return the field of that name.
 
     Raises:
         SamplerError: there is none.
@@ -32,24 +32,24 @@ def named(fields: Fields, name: str | None) -> Field:
     if not isinstance(fields, Mapping):
         if name is None:
             return fields
-        known: list[str | None] = [None]
+        names: list[str | None] = [None]
     elif name in fields:
         return fields[name]
     else:
-        known = list(fields)
+        names = list(fields)
     raise SamplerError(
-        f"the plan calls the field {name!r}, and the fields given are {known}. Run it with a mapping of names to "
+        f"the plan calls the field {name!r}, and the fields given are {names}. Run it with a mapping of names to "
         "fields, {None: default_field, 'guided': other_field}."
     )
 
 
-def trains(field: Field) -> bool:
-    """Whether the field has parameters of its own that require a gradient."""
+def has_trainable_parameters(field: Field) -> bool:
+    """Whether the field has parameters that require a gradient."""
     return hasattr(field, "parameters") and any(p.requires_grad for p in field.parameters())  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def leaves(field: Field, x: Tensor, sigma: Tensor, params: Params = None, required: bool = True) -> tuple[Tensor, ...]:
-    """The leaves that the field trains.
+    """Return the leaves that the field trains.
 
     They are `params` if given, else the field's own parameters, else the leaves of the autograd graph of one call
     `field(x, sigma)`, which is made once for each field.
@@ -61,8 +61,8 @@ def leaves(field: Field, x: Tensor, sigma: Tensor, params: Params = None, requir
         SamplerError: no leaf requires a gradient, and one is required.
     """
     if params is not None:
-        return trainable(params, required)
-    return trainable(
+        return trainable_only(params, required)
+    return trainable_only(
         field.parameters()  # pyright: ignore[reportFunctionMemberAccess]
         if hasattr(field, "parameters")
         else _cached(field, x, sigma),
@@ -70,8 +70,8 @@ def leaves(field: Field, x: Tensor, sigma: Tensor, params: Params = None, requir
     )
 
 
-def trainable(params: Iterable[Tensor] | Mapping[str, Tensor], required: bool = True) -> tuple[Tensor, ...]:
-    """Those that require a gradient.
+def trainable_only(params: Iterable[Tensor] | Mapping[str, Tensor], required: bool = True) -> tuple[Tensor, ...]:
+    """Return the parameters that require a gradient.
 
     Raises:
         SamplerError: none does, and one is required.
@@ -81,20 +81,20 @@ def trainable(params: Iterable[Tensor] | Mapping[str, Tensor], required: bool = 
             f"params= received a {type(params).__name__}: it takes several tensors (model.parameters(), [weight]), "
             "or a mapping of names to tensors."
         )
-    given = tuple(params.values() if isinstance(params, Mapping) else params)
-    others = [type(p).__name__ for p in given if not isinstance(p, Tensor)]  # pyright: ignore[reportUnnecessaryIsInstance]
+    parameters = tuple(params.values() if isinstance(params, Mapping) else params)
+    others = [type(p).__name__ for p in parameters if not isinstance(p, Tensor)]  # pyright: ignore[reportUnnecessaryIsInstance]
     if others:
         raise SamplerError(
             f"params= received {others[0]}s: it takes tensors, or a mapping of names to tensors "
             "(model.parameters(), dict(model.named_parameters()))."
         )
-    found = tuple(p for p in given if p.requires_grad)
-    if required and not found:
+    trained = tuple(p for p in parameters if p.requires_grad)
+    if required and not trained:
         raise SamplerError(
             "no parameter of the field requires a gradient: the plan has nothing to train. Call requires_grad_() on "
             "what is to train, or pass params=."
         )
-    return found
+    return trained
 
 
 def _cached(field: Field, x: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
@@ -107,21 +107,22 @@ def _cached(field: Field, x: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
 
 
 def _walk(field: Field, x: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
-    """The leaves of the graph of one call."""
+    """Return the leaves of the graph of one call."""
     with torch.enable_grad():
-        return _leaves_of(called(field, x.detach(), sigma))
+        return _leaves_of(call_field(field, x.detach(), sigma))
 
 
-def complete(call: Callable[[Tensor], Tensor], trained: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
-    """The call, checked: every leaf that its value depends on is its input or one of those that train.
+def checked_call(call: Callable[[Tensor], Tensor], trained: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return the call with a check that its value depends on no leaf besides its input and those that train.
 
-    A field may have got other leaves since they were looked up (thawed, swapped): they would get no gradient, silently.
+    A field may have got other leaves since they were looked up (unfrozen, replaced): they would silently get no
+    gradient.
     """
 
     def checked(x: Tensor) -> Tensor:
         out = call(x)
-        known = {id(leaf) for leaf in (x, *trained)}
-        missed = [tuple(leaf.shape) for leaf in _leaves_of(out) if id(leaf) not in known]
+        expected = {id(leaf) for leaf in (x, *trained)}
+        missed = [tuple(leaf.shape) for leaf in _leaves_of(out) if id(leaf) not in expected]
         if missed:
             raise SamplerError(
                 f"the field depends on leaves of shapes {missed} that it did not depend on when its parameters were "
@@ -135,15 +136,15 @@ def complete(call: Callable[[Tensor], Tensor], trained: Sequence[Tensor]) -> Cal
 
 def _leaves_of(out: Tensor) -> tuple[Tensor, ...]:
     stack: list[Any] = [out.grad_fn]
-    seen, found = set[Any](), list[Tensor]()
+    seen, leaves_found = set[Any](), list[Tensor]()
     if out.grad_fn is None and out.requires_grad:
-        found.append(out)
+        leaves_found.append(out)
     while stack:
         node = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
-            found.append(node.variable)
+            leaves_found.append(node.variable)
         stack.extend(parent for parent, _ in node.next_functions)
-    return tuple(found)
+    return tuple(leaves_found)

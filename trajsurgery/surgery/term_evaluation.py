@@ -1,7 +1,7 @@
-"""The closed form, evaluated term by term.
+"""The closed form of a plan's gradient, evaluated term by term on a trajectory.
 
-It shares no code with the execution of plans: values are walked here anew, and each term is a product of
-vector-Jacobian products of single model calls. That is what makes it a witness.
+It shares no code with the execution of plans: it computes values anew, and each term as a product of vector-Jacobian
+products of single model calls. So it can serve as a proof.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from trajsurgery.plans.nodes import (
     walk,
 )
 from trajsurgery.plans.tables import table
-from trajsurgery.surgery.parameters import Fields, Params, leaves, named, trainable
-from trajsurgery.surgery.validation import called
+from trajsurgery.surgery.parameters import Fields, Params, field_named, leaves, trainable_only
+from trajsurgery.surgery.validation import call_field
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,10 +64,14 @@ class Evaluation(Sequence[Tensor]):
         Terms of x_T, which are no gradients of parameters, are left out.
         """
         sums: dict[str, list[Tensor]] = {}
-        for term, found in zip(self.expansion.terms, self.terms, strict=True):
+        for term, gradients in zip(self.expansion.terms, self.terms, strict=True):
             if not isinstance(term.calls[-1], Noise):
-                kept = sums.setdefault(term.kind, list(found))
-                sums[term.kind] = kept if kept[0] is found[0] else [a + b for a, b in zip(kept, found, strict=True)]
+                sums_of_kind = sums.setdefault(term.kind, list(gradients))
+                sums[term.kind] = (
+                    sums_of_kind
+                    if sums_of_kind[0] is gradients[0]
+                    else [a + b for a, b in zip(sums_of_kind, gradients, strict=True)]
+                )
         return {kind: _norm(total) for kind, total in sums.items()}
 
     def __rich__(self) -> Any:
@@ -122,13 +126,13 @@ def evaluate(expansion: Any, trajectory: Any, fields: Fields, cotangent: Any, pa
 def _trained(expansion: Any, walker: _Walk, params: Params) -> tuple[Tensor, ...]:
     required = not any(isinstance(term.calls[-1], Noise) for term in expansion.terms)
     if params is not None:
-        return trainable(params, required)
-    found: dict[int, Tensor] = {}
+        return trainable_only(params, required)
+    parameters: dict[int, Tensor] = {}
     for call in dict.fromkeys(term.calls[-1] for term in expansion.terms):
         if isinstance(call, Velocity):
             field, x, sigma = walker.at(call)
-            found.update((id(leaf), leaf) for leaf in leaves(field, x, sigma, required=required))
-    return tuple(found.values())
+            parameters.update((id(leaf), leaf) for leaf in leaves(field, x, sigma, required=required))
+    return tuple(parameters.values())
 
 
 class _Walk:
@@ -144,14 +148,14 @@ class _Walk:
             if node not in self.values:
                 with torch.no_grad():
                     self.values[node] = self._value(node)
-        return named(self.fields, call.field), self.values[call.x].detach(), self._sigma(call.t)
+        return field_named(self.fields, call.field), self.values[call.x].detach(), self._sigma(call.t)
 
     def pull_latent(self, call: Any, cotangent: Tensor) -> Tensor:
         """(dv/dx)^T c."""
         x = self.at(call)[1].clone().requires_grad_()
         with torch.enable_grad():
-            found = _maybe(torch.autograd.grad(self._call(call, x), x, cotangent, allow_unused=True))[0]
-        return torch.zeros_like(x) if found is None else found
+            gradient = _allow_none(torch.autograd.grad(self._call(call, x), x, cotangent, allow_unused=True))[0]
+        return torch.zeros_like(x) if gradient is None else gradient
 
     def pull_params(self, call: Any, cotangent: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """(dv/dtheta)^T c."""
@@ -159,13 +163,13 @@ class _Walk:
             return ()
         x = self.at(call)[1]
         with torch.enable_grad():
-            found = _maybe(torch.autograd.grad(self._call(call, x), params, cotangent, allow_unused=True))
-        return tuple(torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True))
+            gradients = _allow_none(torch.autograd.grad(self._call(call, x), params, cotangent, allow_unused=True))
+        return tuple(torch.zeros_like(p) if g is None else g for p, g in zip(params, gradients, strict=True))
 
     def _call(self, call: Velocity, x: Tensor) -> Tensor:
         """The model at a call's time."""
         t = self._int(call.t)
-        return called(named(self.fields, call.field), x, self._sigma(t), t, self.trajectory.velocities.get(t))
+        return call_field(field_named(self.fields, call.field), x, self._sigma(t), t, self.trajectory.velocities.get(t))
 
     def _sigma(self, t: Any) -> Tensor:
         return self.trajectory.sigma(self._int(t))
@@ -205,6 +209,6 @@ class _Walk:
                 raise AssertionError(node)
 
 
-def _maybe(found: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+def _allow_none(gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
     """torch.autograd.grad with allow_unused also returns None, which its stub does not say."""
-    return found
+    return gradients

@@ -1,4 +1,4 @@
-"""A recorded rollout: every x_t and v_t of the sampler's own run, constants to autograd."""
+"""A recorded rollout: every x_t and v_t of the sampler's run, constants to autograd."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trajsurgery.plans.interpolants import Interpolant, RectifiedFlow
 from trajsurgery.plans.nodes import START, Draw
 from trajsurgery.surgery.parameters import Fields, Params
 from trajsurgery.surgery.term_evaluation import Evaluation, evaluate
-from trajsurgery.surgery.validation import check_noise, matching
+from trajsurgery.surgery.validation import check_noise, match_cotangents
 
 _EPS = torch.finfo(torch.float32).eps
 
@@ -32,11 +32,11 @@ class Trajectory:
     """{t: [batch, *latent]} for t in T..1, after guidance."""
     interpolant: Interpolant = field(default_factory=RectifiedFlow)
     euler: bool | None = True
-    """Whether the sampler's steps are Euler's; None: it is measured, for each step that a plan asks about."""
+    """Whether the sampler's steps are Euler's; None: measured, for each step that a plan asks about."""
     start: Tensor | None = None
-    """x_T as it was handed in: the leaf that `noise()` gives its gradient to."""
+    """x_T as it was passed in: the leaf that `noise()` gives its gradient to."""
     noises: dict[tuple[Draw, int], Tensor] = field(default_factory=dict[tuple[Draw, int], Tensor])
-    """{(draw, to): [batch, *latent]}: what renoised samples are made of, drawn once."""
+    """{(draw, to): [batch, *latent]}: noises of renoised samples, each drawn once."""
     _measured: dict[int, bool] = field(default_factory=dict[int, bool])
 
     def __post_init__(self) -> None:
@@ -46,8 +46,8 @@ class Trajectory:
                 f"the interpolant received is {self.interpolant!r}: it is an object, RectifiedFlow(), Trigonometric(), "
                 "Polynomial() or one of your own."
             )
-        for name, given, lowest in (("latents", self.latents, 0), ("velocities", self.velocities, 1)):
-            _recorded(name, given, lowest, self.steps)
+        for name, tensors, lowest in (("latents", self.latents, 0), ("velocities", self.velocities, 1)):
+            _check_records(name, tensors, lowest, self.steps)
         shapes = {tuple(a.shape) for a in (*self.latents.values(), *self.velocities.values())}
         if len(shapes) > 1:
             raise SamplerError(f"a trajectory's latents and velocities have one shape; received {sorted(shapes)}.")
@@ -62,19 +62,19 @@ class Trajectory:
         return self._held("x", self.latents, t)
 
     def replace(self, t: int, x: Tensor) -> None:
-        """Records another x_t: the sampler went on with it instead of the one that its step gave."""
+        """Record another x_t: the sampler continued from it instead of the step's own result."""
         self._check(t, 0)
         self.latents[t] = x
         for step in (t, t + 1):  # both begin or end in x_t
             self._measured.pop(step, None)
 
     def velocity(self, t: int) -> Tensor:
-        """v_t, [batch, *latent], for t in 1..T."""
+        """Return v_t, [batch, *latent], for t in 1..T."""
         self._check(t, 1)
         return self._held("v", self.velocities, t)
 
     def sigma(self, t: int) -> Tensor:
-        """The time of t, 0-dim, in [0, 1]."""
+        """Return the time of t, 0-dim, in [0, 1]."""
         self._check(t, 0)
         return self.sigmas[self.steps - t]
 
@@ -96,7 +96,7 @@ class Trajectory:
         return bool(((x + change - landed).abs() <= rounding).all().item())
 
     def noise(self, draw: Draw, to: int, generator: torch.Generator | None = None) -> Tensor:
-        """The noise of a renoised sample, drawn once for each (draw, to); draw="rollout" is x_T."""
+        """Return the noise of a renoised sample, drawn once for each (draw, to); draw="rollout" is x_T."""
         if draw == "rollout":
             return self[self.steps]
         if (draw, to) not in self.noises:
@@ -108,13 +108,13 @@ class Trajectory:
         return self.noises[draw, to]
 
     def sample(self, i: int) -> Trajectory:
-        """The trajectory of sample i alone, [1, *latent], read through this one: noises are drawn for the batch."""
+        """Return the trajectory of sample i alone, [1, *latent], as a view: noises are drawn for the batch."""
         return _Sample(self, i)
 
     def evaluate(self, expansion: Any, fields: Fields, cotangent: Any, params: Params = None) -> Evaluation:
-        """The closed form's terms on this trajectory: what `Expansion.evaluate` returns."""
-        given = matching(cotangent, [self[self.steps]] * len(expansion.outputs))
-        return evaluate(expansion, self, fields, given, params)
+        """Evaluate the closed form's terms on this trajectory; see `Expansion.evaluate`."""
+        cotangents = match_cotangents(cotangent, [self[self.steps]] * len(expansion.outputs))
+        return evaluate(expansion, self, fields, cotangents, params)
 
     def _check(self, t: int, lowest: int) -> None:
         if not isinstance(t, Integral) or not lowest <= t <= self.steps:
@@ -153,11 +153,11 @@ class _Sample(Trajectory):
         return self.whole._held(letter, held, t)[self.i : self.i + 1]
 
 
-def _recorded(name: str, given: object, lowest: int, steps: int) -> None:
-    """Raises SamplerError for what can't be a trajectory's latents or velocities."""
-    if not isinstance(given, dict):
-        raise SamplerError(f"a trajectory's {name} are a dict of t to tensor; received a {type(given).__name__}.")
-    for t, a in cast(dict[Any, Any], given).items():
+def _check_records(name: str, tensors: object, lowest: int, steps: int) -> None:
+    """Raise SamplerError unless these can be a trajectory's latents or velocities."""
+    if not isinstance(tensors, dict):
+        raise SamplerError(f"a trajectory's {name} are a dict of t to tensor; received a {type(tensors).__name__}.")
+    for t, a in cast(dict[Any, Any], tensors).items():
         times = isinstance(t, Integral) and lowest <= int(t) <= steps
         if not times or not isinstance(a, Tensor) or not a.is_floating_point():
             kind = str(a.dtype) if isinstance(a, Tensor) else type(a).__name__
@@ -167,7 +167,7 @@ def _recorded(name: str, given: object, lowest: int, steps: int) -> None:
 
 
 def check_sigmas(sigmas: Tensor) -> None:
-    """Raises SamplerError unless sigmas is [T + 1], floating, finite, strictly monotone and in [0, 1]."""
+    """Raise SamplerError unless sigmas is [T + 1], floating, finite, strictly monotone and in [0, 1]."""
     if not isinstance(sigmas, Tensor) or not sigmas.is_floating_point() or sigmas.is_meta:  # pyright: ignore[reportUnnecessaryIsInstance]
         kind = f"{sigmas.dtype} on {sigmas.device}" if isinstance(sigmas, Tensor) else type(sigmas).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
         raise SamplerError(f"sigmas received {kind}: they are a floating tensor of numbers, or a list of floats.")
@@ -176,21 +176,21 @@ def check_sigmas(sigmas: Tensor) -> None:
         raise SamplerError(
             f"sigmas has shape {shape}; a sampler of T steps has [T + 1] of them, T >= 1, from noise to image."
         )
-    known = sigmas.detach().double().cpu()
-    if not bool(torch.isfinite(known).all()):
-        raise SamplerError(f"sigmas holds NaN or Inf: {known.tolist()}.")
-    steps = known.diff()
+    values = sigmas.detach().double().cpu()
+    if not bool(torch.isfinite(values).all()):
+        raise SamplerError(f"sigmas holds NaN or Inf: {values.tolist()}.")
+    steps = values.diff()
     if not (bool((steps < 0).all()) or bool((steps > 0).all())):
-        raise SamplerError(f"sigmas is not strictly monotone: {known.tolist()}. Drop the repeated times.")
-    if bool((known < 0).any()) or bool((known > 1).any()):
+        raise SamplerError(f"sigmas is not strictly monotone: {values.tolist()}. Drop the repeated times.")
+    if bool((values < 0).any()) or bool((values > 1).any()):
         raise SamplerError(
-            f"sigmas runs from {known[0]:g} to {known[-1]:g}; a flow-matching sampler's times lie in [0, 1]. Is this a "
-            "diffusion (variance-preserving or EDM) scheduler?"
+            f"sigmas runs from {values[0]:g} to {values[-1]:g}; a flow-matching sampler's times lie in [0, 1]. Is this "
+            "a diffusion (variance-preserving or EDM) scheduler?"
         )
 
 
 def as_sigmas(sigmas: Tensor | Sequence[float], like: Tensor) -> Tensor:
-    """Sigmas as a checked [T + 1] tensor on the device of the latents."""
+    """Return sigmas as a checked [T + 1] tensor on the device of the latents."""
     check_noise(like)
     dtype = like.dtype if like.dtype in (torch.float32, torch.float64) else torch.float32
     if isinstance(sigmas, Tensor):

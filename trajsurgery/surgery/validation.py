@@ -1,4 +1,4 @@
-"""What a run is handed by its user, and when it is refused: a field's velocities, x_T, cotangents, generators."""
+"""Validation of user input: velocities, noise, cotangents, generators."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from torch import Tensor
 from trajsurgery.errors import SamplerError
 
 
-def called(
+def call_field(
     field: Callable[[Tensor, Tensor], Tensor],
     x: Tensor,
     sigma: Tensor,
     t: int | tuple[int, ...] | None = None,
     recorded: Tensor | None = None,
 ) -> Tensor:
-    """field(x, sigma), if it is a velocity: a new tensor like x, with x left as it was. Never waits for the device.
+    """Return field(x, sigma) after checking it: a new tensor like x, with x unchanged. Never waits for the device.
 
     Args:
         x: [batch, *latent].
-        t: where, for the message, each sample's own if they differ; None where the field's leaves are looked up.
-        recorded: the rollout's own velocity at t, if there is one: its dtype will do.
+        t: for the message, each sample's own if they differ; None while the field's leaves are looked up.
+        recorded: the rollout's velocity at t, if there is one: its dtype is accepted.
 
     Raises:
-        SamplerError: no function of (x, sigma); no tensor of x's shape and device; a dtype that is not floating or
-            wider than x's; x changed in place; x itself returned.
+        SamplerError: the field is no function of (x, sigma), or returns no tensor of x's shape and device, a dtype that
+            is not floating or wider than x's, or x itself; x was changed in place.
     """
     where = "" if t is None else f", at t = {t}"
-    before = version(x)
-    v: Any = _run(field, x, sigma, where)
-    if version(x) != before:
+    before = change_count(x)
+    v: Any = _call(field, x, sigma, where)
+    if change_count(x) != before:
         raise SamplerError(
             f"the field changed its input in place{where}: x_t and what was recorded of it are spoilt. Work on a copy "
             "in the field (x = x.clone(), or x * a for x.mul_(a)), and roll out anew."
@@ -60,8 +60,8 @@ def called(
     return v
 
 
-def _run(field: Any, x: Tensor, sigma: Tensor, where: str) -> Any:
-    """The call; what autograd and Python say of a field that can't be called so is said in the field's terms."""
+def _call(field: Any, x: Tensor, sigma: Tensor, where: str) -> Any:
+    """Call the field; rewrite errors of autograd and Python in terms of the field."""
     if not callable(field):
         raise SamplerError(
             f"the field is a {type(field).__name__}, which can't be called{where}: it is a function (x, sigma) -> v."
@@ -93,13 +93,13 @@ def _takes_two(field: Any) -> bool:
     return True
 
 
-def version(x: Tensor) -> int:
-    """How often the tensor was changed in place; 0 where torch does not count (inference mode)."""
+def change_count(x: Tensor) -> int:
+    """Return how often the tensor was changed in place; 0 where torch does not count (inference mode)."""
     return 0 if x.is_inference() else x._version
 
 
 def check_noise(noise: object) -> None:
-    """Raises SamplerError unless x_T can be one: a floating tensor with a batch."""
+    """Raise SamplerError unless x_T is a floating tensor with a batch."""
     if not isinstance(noise, Tensor):
         raise SamplerError(f"the noise received is a {type(noise).__name__}: x_T is a tensor, [batch, *latent].")
     if noise.dim() == 0 or not noise.is_floating_point():
@@ -110,7 +110,7 @@ def check_noise(noise: object) -> None:
 
 
 def check_generator(generator: object) -> None:
-    """Raises SamplerError for what is no torch.Generator."""
+    """Raise SamplerError unless this is a torch.Generator."""
     if generator is not None and not isinstance(generator, torch.Generator):
         raise SamplerError(
             f"generator= received a {type(generator).__name__}: it is a torch.Generator, "
@@ -118,50 +118,50 @@ def check_generator(generator: object) -> None:
         )
 
 
-def matching(cotangent: Any, outputs: Sequence[Tensor], check: bool = True) -> tuple[Tensor, ...]:
-    """The cotangents as a tuple, one for each output, in its dtype.
+def match_cotangents(cotangent: Any, outputs: Sequence[Tensor], check: bool = True) -> tuple[Tensor, ...]:
+    """Return the cotangents as a tuple, one for each output, in its dtype.
 
     Args:
-        check: whether NaN and Inf are looked for, which waits for the device.
+        check: whether to look for NaN and Inf, which waits for the device.
 
     Raises:
         SamplerError: another number, shape or device; no floating tensors; NaN or Inf.
     """
     several = isinstance(cotangent, Iterable) and not isinstance(cotangent, Tensor | str | Mapping)
-    given: tuple[Any, ...] = tuple(cotangent) if several else (cotangent,)
-    wanted = [tuple(output.shape) for output in outputs]
-    received = [tuple(c.shape) if isinstance(c, Tensor) else type(c).__name__ for c in given]
-    if received != wanted:
+    cotangents: tuple[Any, ...] = tuple(cotangent) if several else (cotangent,)
+    shapes = [tuple(output.shape) for output in outputs]
+    received = [tuple(c.shape) if isinstance(c, Tensor) else type(c).__name__ for c in cotangents]
+    if received != shapes:
         raise SamplerError(
-            f"cotangents of shapes {received} for outputs of shapes {wanted}: give one for each output, alike: "
+            f"cotangents of shapes {received} for outputs of shapes {shapes}: give one for each output, alike: "
             "d(loss)/d(output), as torch.autograd.grad(loss, outputs) returns it."
         )
-    for i, (c, output) in enumerate(zip(given, outputs, strict=True)):
+    for i, (c, output) in enumerate(zip(cotangents, outputs, strict=True)):
         if not c.is_floating_point() or c.device != output.device:
             raise SamplerError(
                 f"cotangent {i} is {c.dtype} on {c.device}, its output {output.dtype} on {output.device}: give it a "
                 "floating dtype, on the output's device."
             )
     if check:
-        spoilt = [i for i, c in enumerate(given) if _looked_at(c) and not bool(c.isfinite().all())]
+        spoilt = [i for i, c in enumerate(cotangents) if _readable(c) and not bool(c.isfinite().all())]
         if spoilt:
             raise SamplerError(
                 f"cotangents {spoilt} hold NaN or Inf: every parameter would get NaN. Look at the reward and at the "
                 "decoder (bfloat16 overflows there), or skip this batch."
             )
-    return tuple(c.to(output.dtype) for c, output in zip(given, outputs, strict=True))
+    return tuple(c.to(output.dtype) for c, output in zip(cotangents, outputs, strict=True))
 
 
 def check_finite(latents: Mapping[int, Tensor], velocities: Mapping[int, Tensor]) -> None:
-    """Raises SamplerError if x_0 is not finite, naming the first t that is not. Waits for the device once.
+    """Raise SamplerError if x_0 is not finite, naming the first t that is not. Waits for the device once.
 
-    What a step makes of NaN is NaN: x_0 speaks for them all.
+    NaN at one step makes all later steps NaN, so x_0 is enough to look at first.
     """
-    if not _looked_at(latents[0]) or bool(latents[0].isfinite().all()):
+    if not _readable(latents[0]) or bool(latents[0].isfinite().all()):
         return
     for t in sorted(latents, reverse=True):
-        for name, found in (("x", latents[t]), ("v", velocities.get(t, latents[t]))):
-            bad = ~found.isfinite().flatten(1 if found.dim() > 1 else 0).all(-1)
+        for name, tensor in (("x", latents[t]), ("v", velocities.get(t, latents[t]))):
+            bad = ~tensor.isfinite().flatten(1 if tensor.dim() > 1 else 0).all(-1)
             if bool(bad.any()):
                 what = "the noise handed in" if t == max(latents) and name == "x" else f"{name}_{t}"
                 raise SamplerError(
@@ -170,7 +170,7 @@ def check_finite(latents: Mapping[int, Tensor], velocities: Mapping[int, Tensor]
                 )
 
 
-def _looked_at(x: Tensor) -> bool:
-    """Whether a tensor's numbers can be read here: not of a fake or sharded one, not under a torch.func transform."""
+def _readable(x: Tensor) -> bool:
+    """Whether a tensor's numbers can be read: not of fake or sharded tensors, nor under a torch.func transform."""
     plain = type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta
     return plain and not torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]

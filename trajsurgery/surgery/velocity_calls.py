@@ -1,8 +1,8 @@
 """The ways to make a plan's model calls.
 
-Apart from them a plan is linear. The ways of running differ only in what stands in the place of a model call: the call
-itself (retain), a Function that runs it again in the backward pass (recompute), or a leaf whose gradient the staged
-sweep collects.
+Apart from them a plan is linear. The ways of running differ only in what replaces a model call: the call itself
+(retain), a Function that runs it again in the backward pass (recompute), or a leaf whose gradient the staged sweep
+uses.
 """
 
 from __future__ import annotations
@@ -16,18 +16,27 @@ from torch import Tensor
 from trajsurgery.errors import PlanError, SamplerError
 from trajsurgery.plans.nodes import Node, Noise, Velocity
 from trajsurgery.surgery import autograd_functions
-from trajsurgery.surgery.parameters import Field, Fields, Params, complete, leaves, named, trainable, trains
+from trajsurgery.surgery.parameters import (
+    Field,
+    Fields,
+    Params,
+    checked_call,
+    field_named,
+    has_trainable_parameters,
+    leaves,
+    trainable_only,
+)
 from trajsurgery.surgery.trajectory import Trajectory
-from trajsurgery.surgery.validation import called
+from trajsurgery.surgery.validation import call_field
 
 Memory = Literal["retain", "recompute"]
 
 Call = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor | None, str | None], Tensor]
-"""What stands for a model call: (model at one time, x [batch, *latent], recorded value if any, field's name) -> v."""
+"""Replaces a model call: (model at one time, x [batch, *latent], recorded value if any, field's name) -> v."""
 
 
 class Run(Protocol):
-    """A plan's run on a whole trajectory; so is that of one plan for each sample (`lockstep.Lockstep`)."""
+    """A plan's run on a whole trajectory, or that of a plan for each sample (`PerSampleExecution`)."""
 
     trajectory: Trajectory
 
@@ -42,26 +51,26 @@ class Run(Protocol):
         ...
 
     def finish(self, fields: Fields, call: Call) -> tuple[Tensor, ...]:
-        """The outputs."""
+        """Return the outputs."""
         ...
 
     def distances(self) -> dict[int, Tensor]:
-        """{t: [batch]}."""
+        """Return {t: [batch]}."""
         ...
 
 
-def known(memory: str) -> None:
-    """Raises PlanError for another way to keep activations than the two there are."""
+def check_memory(memory: str) -> None:
+    """Raise PlanError unless `memory` is a known way to keep activations."""
     if memory not in ("retain", "recompute"):
         raise PlanError(f'memory={memory!r}: it is "retain" or "recompute"; the staged sweep is trajsurgery.backward.')
 
 
-def retained(call: Callable[[Tensor], Tensor], x: Tensor, known: Tensor | None, name: str | None) -> Tensor:
-    """The call itself: its activations are kept."""
+def retained_call(call: Callable[[Tensor], Tensor], x: Tensor, recorded: Tensor | None, name: str | None) -> Tensor:
+    """Make the call itself, keeping its activations."""
     return call(x)
 
 
-def asked(
+def velocity_at(
     fields: Fields,
     name: str | None,
     call: Call,
@@ -69,55 +78,55 @@ def asked(
     sigma: Tensor,
     t: int | tuple[int, ...],
     recorded: Tensor | None,
-    known: Tensor | None,
+    value: Tensor | None,
     live: bool,
 ) -> Tensor:
-    """The velocity at x, through `call` where a gradient reaches it.
+    """Return the velocity at x, through `call` where a gradient reaches it.
 
     Args:
         sigma: 0-dim, or [batch].
-        recorded: the rollout's own velocity at t, if there is one: its dtype will do.
-        known: the call's value, if the rollout recorded it.
+        recorded: the rollout's velocity at t, if there is one: its dtype is accepted.
+        value: the call's value, if the rollout recorded it.
     """
-    field = named(fields, name)
+    field = field_named(fields, name)
     if not live:
         with torch.no_grad():
-            return called(field, x, sigma, t, recorded)
+            return call_field(field, x, sigma, t, recorded)
     with torch.enable_grad():
-        return call(lambda x: training(field, called(field, x, sigma, t, recorded), t), x, known, name)
+        return call(lambda x: check_trains(field, call_field(field, x, sigma, t, recorded), t), x, value, name)
 
 
-def outputs(fields: Fields, memory: Memory, execution: Run, params: Params) -> tuple[Tensor, ...]:
-    """The outputs of a run, with the calls that are left made in the way of `memory`."""
-    known(memory)
+def run_outputs(fields: Fields, memory: Memory, execution: Run, params: Params) -> tuple[Tensor, ...]:
+    """Return the outputs of a run, making the remaining calls in the way of `memory`."""
+    check_memory(memory)
     if params is not None:  # once: it may be an iterator
-        params = trainable(params, not any(isinstance(node, Noise) for node in execution.live))
-    if memory == "retain" or _transforming():
-        return _differentiable(execution.finish(fields, retained))
+        params = trainable_only(params, not any(isinstance(node, Noise) for node in execution.live))
+    if memory == "retain" or _inside_torch_func():
+        return _check_differentiable(execution.finish(fields, retained_call))
     trained = recompute_leaves(execution, fields, params)
 
-    def recomputed(call: Callable[[Tensor], Tensor], x: Tensor, known: Tensor | None, name: str | None) -> Tensor:
-        checked = complete(call, trained[name]) if params is None else call
-        return autograd_functions.recompute(checked, x, trained[name], known)
+    def recomputed(call: Callable[[Tensor], Tensor], x: Tensor, recorded: Tensor | None, name: str | None) -> Tensor:
+        checked = checked_call(call, trained[name]) if params is None else call
+        return autograd_functions.recompute(checked, x, trained[name], recorded)
 
-    return _differentiable(execution.finish(fields, recomputed))
+    return _check_differentiable(execution.finish(fields, recomputed))
 
 
-def _differentiable(found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The outputs, if each requires a gradient, as the plan says it does."""
-    idle = [i for i, output in enumerate(found) if not output.requires_grad]
-    if idle and not _transforming():
+def _check_differentiable(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return the outputs, or raise if one that has a gradient by the plan requires none."""
+    idle = [i for i, output in enumerate(outputs) if not output.requires_grad]
+    if idle and not _inside_torch_func():
         raise SamplerError(
             f"outputs {idle} of the plan carry no gradient: no parameter of the field requires a gradient, or it runs "
             "under no_grad or inference_mode. Call requires_grad_() on what is to train, and leave such blocks."
         )
-    return found
+    return outputs
 
 
-def training(field: Field, v: Tensor, t: int | tuple[int, ...]) -> Tensor:
-    """The velocity, if it carries a gradient or the field has no parameter that trains."""
-    lost = torch.is_grad_enabled() and not v.requires_grad and not _transforming()
-    if lost and trains(field):
+def check_trains(field: Field, v: Tensor, t: int | tuple[int, ...]) -> Tensor:
+    """Return the velocity if it carries a gradient or the field is frozen on purpose; else raise."""
+    lost = torch.is_grad_enabled() and not v.requires_grad and not _inside_torch_func()
+    if lost and has_trainable_parameters(field):
         raise SamplerError(
             f"the velocity at t = {t} carries no gradient, though the field has parameters that train. Either it runs "
             "under no_grad or inference_mode: leave such blocks. Or its gradient checkpointing is the reentrant one, "
@@ -127,28 +136,29 @@ def training(field: Field, v: Tensor, t: int | tuple[int, ...]) -> Tensor:
 
 
 def recompute_leaves(execution: Run, fields: Fields, params: Params) -> dict[str | None, tuple[Tensor, ...]]:
-    """The leaves of every field that the plan calls with gradient, by the field's name; some fields may be frozen.
+    """Return the leaves of every field that the plan calls with gradient, by the field's name; some fields may be
+    frozen.
 
     Raises:
         SamplerError: no field has any; they are sharded.
     """
     calls = execution.calls
-    found: dict[str | None, tuple[Tensor, ...]] = {}
+    leaves_by_field: dict[str | None, tuple[Tensor, ...]] = {}
     for name in dict.fromkeys(node.field for node in calls):
         t = next(node.t for node in calls if node.field == name and isinstance(node.t, int))
         x, sigma = execution.trajectory[t], execution.trajectory.sigma(t)
-        found[name] = leaves(named(fields, name), x, sigma, params, required=False)
-    every = [leaf for part in found.values() for leaf in part]
-    trainable(every, required=not any(isinstance(node, Noise) for node in execution.live))
+        leaves_by_field[name] = leaves(field_named(fields, name), x, sigma, params, required=False)
+    every = [leaf for part in leaves_by_field.values() for leaf in part]
+    trainable_only(every, required=not any(isinstance(node, Noise) for node in execution.live))
     if any(hasattr(leaf, "device_mesh") for leaf in every):
         raise SamplerError(
             "memory='recompute' returns parameter gradients from an autograd.Function, which sharded (DTensor) "
             "parameters silently drop. Use trajsurgery.backward(plan, trajectory, field, cotangent), the staged sweep."
         )
-    return found
+    return leaves_by_field
 
 
-def _transforming() -> bool:
-    """Whether a torch.func transform or forward AD is at work: a Function over captured parameters is zero there."""
+def _inside_torch_func() -> bool:
+    """Whether a torch.func transform or forward AD is active, where a Function over captured parameters gives zeros."""
     dual = torch.autograd.forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage]
     return dual or torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]

@@ -1,7 +1,7 @@
-"""Which term of the closed form a wrong gradient holds with another factor, and with which.
+"""Find which term of the closed form has a wrong factor in a wrong gradient.
 
-A gradient that misses is taken apart: the terms of the closed form, and those that the plan stops, are evaluated each
-by itself, and least squares finds the factor of each in the gradient at hand.
+The terms of the closed form, and those that the plan stops, are evaluated one by one; least squares finds the factor of
+each in the gradient at hand.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from trajsurgery.errors import PlanError
 from trajsurgery.plans.nodes import Discount, LatentNode, Node, Noise, Scale
 from trajsurgery.plans.plan import Plan
-from trajsurgery.testing.case import Case, is_stop
+from trajsurgery.testing.proof_cases import Case, is_stop
 
 Measure = Callable[[Sequence[tuple[Tensor, ...]], Sequence[tuple[Tensor, ...]]], Tensor]
 """(cotangents, directions) -> [cotangents, directions]: <direction, gradient for the cotangent>."""
@@ -30,33 +30,35 @@ MOST_TERMS, SAME, EXPLAINED = 200, 1e-9, 1e-5
 
 @dataclass
 class Part:
-    """Terms that no gradient on this field tells apart; mostly one."""
+    """Terms whose gradients have one direction on this field; usually a single term."""
 
     column: Tensor
-    """The measured values of the first one, with the factor 1."""
+    """The measured values of the first term, with factor 1."""
     terms: list[Any] = field(default_factory=list[Any])
     wanted: float = 0.0
-    """The factor that the closed form says."""
+    """Its factor in the closed form."""
 
 
 def explain(case: Case, measure: Measure) -> str:
-    """Lines that name the terms which a measured gradient holds with wrong factors."""
-    count = math.ceil(math.sqrt(4 * min(MOST_TERMS, _opened(case)[1].count))) + 2
+    """Return lines that name the terms with wrong factors in a measured gradient."""
+    count = math.ceil(math.sqrt(4 * min(MOST_TERMS, _with_named_factors(case)[1].count))) + 2
     cotangents = [case.cotangents(seed) for seed in range(10, 10 + count)]
     directions = [case.direction(seed) for seed in range(50, 50 + count)]
     parts = _parts(case, cotangents, directions)
     missed = measure(cotangents, directions).double().flatten()
     missed = missed - sum((part.wanted * part.column for part in parts), torch.zeros_like(missed))
     off, left = _factors(parts, missed)
-    lines = [_told(case, parts[i], off[i]) for i in off]
+    lines = [_sentence(case, parts[i], off[i]) for i in off]
     if left > EXPLAINED:
-        known = f". The nearest, which leave {left:.0%} of the difference:" if lines else "."
-        lines.insert(0, f"no factors of the terms explain it: a call at another input, or a field that changes{known}")
+        heading = f". The nearest, which leave {left:.0%} of the difference:" if lines else "."
+        lines.insert(
+            0, f"no factors of the terms explain it: a call at another input, or a field that changes{heading}"
+        )
     return "\n".join(f"  {line}" for line in lines)
 
 
-def _opened(case: Case) -> tuple[Plan, Any]:
-    """The plan with its stops as a factor named `stop` and its other factors named; and its closed form."""
+def _with_named_factors(case: Case) -> tuple[Plan, Any]:
+    """Return the plan with its stops as a factor named `stop` and its other factors named, and its closed form."""
     called = {value: name for name, value in case.bound.factors.items()}
     made: dict[Node, Any] = {}
     for node in case.plan.nodes:
@@ -75,23 +77,23 @@ def _opened(case: Case) -> tuple[Plan, Any]:
 
 
 def _parts(case: Case, cotangents: Sequence[Any], directions: Sequence[Any]) -> list[Part]:
-    """What every term gives for the cotangents and directions, with stops open."""
-    plan, symbolic = _opened(case)
+    """Evaluate every term for the cotangents and directions, with stops open."""
+    plan, symbolic = _with_named_factors(case)
     values = {name: value for name, value in {**case.bound.factors, STOP: 1.0}.items() if name in plan.names}
     numeric = plan.at(**values).gradient(interpolant=case.trajectory.interpolant, limit=MOST_TERMS)
     listed = replace(numeric, count=len(numeric.terms))
     shown = symbolic if len(symbolic.terms) == len(numeric.terms) else numeric
-    found = [listed.evaluate(case.trajectory, case.fields, list(c), case.params).terms for c in cotangents]
+    evaluations = [listed.evaluate(case.trajectory, case.fields, list(c), case.params).terms for c in cotangents]
     parts: list[Part] = []
     for i, term in enumerate(shown.terms):
-        column = torch.stack([_inner(term, f[i], d) for f in found for d in directions])
+        column = torch.stack([_inner(term, f[i], d) for f in evaluations for d in directions])
         if float(column.norm()) > 0:
             _join(parts, Part(column, [replace(shown, terms=[term], count=1)], float(STOP not in _powers(term))))
     return parts
 
 
 def _join(parts: list[Part], new: Part) -> None:
-    """Adds a part, or its terms to one of the same direction."""
+    """Add a part, or add its terms to a part of the same direction."""
     for part in parts:
         scale = float(part.column @ new.column / part.column.square().sum())
         if float((new.column - scale * part.column).norm()) <= SAME * float(new.column.norm()):
@@ -101,14 +103,14 @@ def _join(parts: list[Part], new: Part) -> None:
     parts.append(new)
 
 
-def _inner(term: Any, found: Sequence[Tensor], direction: Sequence[Tensor]) -> Tensor:
-    """<gradient of a term, direction>; a term of `noise()` has the gradient of x_T alone, the last part."""
-    of = direction[-1:] if isinstance(term.calls[-1], Noise) else direction[: len(found)]
-    return sum(((a.double() * b.double()).sum() for a, b in zip(found, of, strict=True)), torch.zeros(()).double())
+def _inner(term: Any, gradient: Sequence[Tensor], direction: Sequence[Tensor]) -> Tensor:
+    """Return <gradient of a term, direction>; for a term of `noise()`, the gradient of x_T, the last part."""
+    of = direction[-1:] if isinstance(term.calls[-1], Noise) else direction[: len(gradient)]
+    return sum(((a.double() * b.double()).sum() for a, b in zip(gradient, of, strict=True)), torch.zeros(()).double())
 
 
 def _factors(parts: Sequence[Part], missed: Tensor) -> tuple[dict[int, float], float]:
-    """How much of each part is missing or too much, and what share of it stays unexplained: one part if one will do."""
+    """Return the missing or surplus factor of each part, and the unexplained share; one part if one suffices."""
     size = float(missed.norm())
     if not parts or size == 0:
         return {}, 1.0
@@ -117,36 +119,38 @@ def _factors(parts: Sequence[Part], missed: Tensor) -> tuple[dict[int, float], f
     rest = [float((missed - shares[i] * units[:, i]).norm()) / size for i in range(len(parts))]
     best = min(range(len(parts)), key=rest.__getitem__)
     if rest[best] <= EXPLAINED:
-        found, left = {best: float(shares[best])}, rest[best]
+        shares_found, left = {best: float(shares[best])}, rest[best]
     else:
         solved = torch.linalg.lstsq(units, missed[:, None], driver="gelsd").solution[:, 0]
         left = float((units @ solved - missed).norm()) / size
-        found = {i: float(share) for i, share in enumerate(solved) if abs(float(share)) > EXPLAINED * size}
-    return {i: share / float(parts[i].column.norm()) for i, share in found.items()}, left
+        shares_found = {i: float(share) for i, share in enumerate(solved) if abs(float(share)) > EXPLAINED * size}
+    return {i: share / float(parts[i].column.norm()) for i, share in shares_found.items()}, left
 
 
-def _told(case: Case, part: Part, off: float) -> str:
-    """The sentence about one part."""
+def _sentence(case: Case, part: Part, off: float) -> str:
+    """Return the sentence about one part."""
     same = [one for one in part.terms if STOP not in _powers(one.terms[0])] or part.terms
-    told = _term(case, same[0])
+    subject = _term(case, same[0])
     if len(same) > 1:
-        told = f"the sum of the terms {' and '.join(_written(case, one) for one in same)}, which have one direction,"
+        subject = (
+            f"the sum of the terms {' and '.join(_term_text(case, one) for one in same)}, which have one direction,"
+        )
     if abs(part.wanted) < EXPLAINED:
-        return f"{told} is there, {off:.6g} times, though the plan stops it (detach, or a factor 0)"
+        return f"{subject} is there, {off:.6g} times, though the plan stops it (detach, or a factor 0)"
     powers = _powers(same[0].terms[0])
-    return f"{told} {_factor(case, powers, 1 + off / part.wanted)}"
+    return f"{subject} {_factor(case, powers, 1 + off / part.wanted)}"
 
 
 def _term(case: Case, one: Any) -> str:
-    """A term's kind, text and times."""
+    """Return a term's kind, text and times."""
     term = one.terms[0]
     kind = "single-step" if term.order == 0 else "nested" if term.order == 1 else f"{term.order} times nested"
     through = f", through the input at t = {', '.join(map(str, term.jacobians))}" if term.jacobians else ""
-    return f"the {kind} term {_written(case, one)} (at t = {term.source}{through})"
+    return f"the {kind} term {_term_text(case, one)} (at t = {term.source}{through})"
 
 
-def _written(case: Case, one: Any) -> str:
-    """The term as the paper writes it, with the names that its times were bound to."""
+def _term_text(case: Case, one: Any) -> str:
+    """Return the term as the paper writes it, with the names that its times were bound to."""
     opened = replace(one.terms[0], coefficient=one.terms[0].coefficient.subs(STOP, 1))
     text = str(replace(one, terms=[opened])).splitlines()[opened.output].split(" = ", 1)[1]
     for name, t in case.bound.times.items():
@@ -155,46 +159,46 @@ def _written(case: Case, one: Any) -> str:
 
 
 def _factor(case: Case, powers: dict[str, int], factor: float) -> str:
-    """What a factor says: missing, a wrong sign, twice, a power of a discount, a time."""
+    """Describe a factor: missing, wrong sign, twice, a power of a discount, a time."""
     if abs(factor) < EXPLAINED:
         return "is missing (factor 0)"
-    if _near(factor, -1):
+    if _is_near(factor, -1):
         return "has the wrong sign (factor -1)"
     for name, value in case.bound.factors.items():
         for power, sign in product((1, -1, 2, -2), (1, -1)):
-            if _near(factor, sign * value**power):
+            if _is_near(factor, sign * value**power):
                 has = powers.get(name, 0)
                 lead = "" if sign == 1 else "has the wrong sign, and "
-                said = f"{sign * value**power:.6g} = {'-' if sign < 0 else ''}{_power(name, power)}"
-                return f"{lead}carries {_power(name, has + power)} instead of {_power(name, has)}: a factor {said}"
-    if _near(factor, 2):
+                text = f"{sign * value**power:.6g} = {'-' if sign < 0 else ''}{_power(name, power)}"
+                return f"{lead}carries {_power(name, has + power)} instead of {_power(name, has)}: a factor {text}"
+    if _is_near(factor, 2):
         return "is counted twice (factor 2)"
     for name, value in _times(case):
         for power, sign in product((1, -1), (1, -1)):
-            if _near(factor, sign * value**power):
+            if _is_near(factor, sign * value**power):
                 shown = f"{'-' if sign < 0 else ''}{'1 / ' if power < 0 else ''}{name}"
                 return f"is off by a factor {factor:.6g} = {shown}"
     return f"is off by a factor {factor:.6g}"
 
 
 def _times(case: Case) -> Iterator[tuple[str, float]]:
-    """The sigmas of the plan's times, and their differences."""
+    """Return the sigmas of the plan's times, and their differences."""
     called = {t: name for name, t in case.bound.times.items()}
     ts = sorted({n.t for n in case.plan.nodes if isinstance(n.t, int) and n.t > 0}, reverse=True)
-    known = [(called.get(t, f"sigma_{t}"), float(case.trajectory.sigma(t))) for t in ts]
-    yield from known
-    yield from ((f"({a} - {b})", x - y) for i, (a, x) in enumerate(known) for b, y in known[i + 1 :])
+    sigmas = [(called.get(t, f"sigma_{t}"), float(case.trajectory.sigma(t))) for t in ts]
+    yield from sigmas
+    yield from ((f"({a} - {b})", x - y) for i, (a, x) in enumerate(sigmas) for b, y in sigmas[i + 1 :])
 
 
 def _powers(term: Any) -> dict[str, int]:
-    """The powers of the named factors in a term's coefficient."""
-    found = term.coefficient.as_powers_dict().items()
-    return {str(base): int(power) for base, power in found if base.is_Symbol and power.is_Integer}
+    """Return the powers of the named factors in a term's coefficient."""
+    factors = term.coefficient.as_powers_dict().items()
+    return {str(base): int(power) for base, power in factors if base.is_Symbol and power.is_Integer}
 
 
 def _power(name: str, power: int) -> str:
     return f"no {name}" if power == 0 else name if power == 1 else f"{name}^{power}"
 
 
-def _near(a: float, b: float) -> bool:
+def _is_near(a: float, b: float) -> bool:
     return math.isclose(a, b, rel_tol=EXPLAINED, abs_tol=1e-12)

@@ -1,7 +1,4 @@
-"""Hypothesis strategies for plans, fields, trajectories and methods.
-
-Every primitive has an entry in `MOVES`, so that drawn plans reach all of them.
-"""
+"""Hypothesis strategies for plans, fields, trajectories and methods. `MOVES` has an entry for every primitive."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ from trajsurgery.methods import (
     LeapAlign,
     ReFL,
 )
-from trajsurgery.plans.graph import passes, trained
+from trajsurgery.plans.graph import passes_gradient, trained
 from trajsurgery.plans.interpolants import Interpolant, Polynomial, RectifiedFlow, Trigonometric
 from trajsurgery.plans.nodes import START, LatentNode, Node, Noise, Recover, Velocity, VelocityNode, walk
 from trajsurgery.plans.plan import Plan, latent, noise, recorded
@@ -32,7 +29,7 @@ from trajsurgery.plans.rules import QUADRATURES, renoised
 from trajsurgery.surgery.api import rollout
 from trajsurgery.surgery.parameters import Field
 from trajsurgery.surgery.trajectory import Trajectory
-from trajsurgery.testing.velocity import MLP, Gaussian
+from trajsurgery.testing.velocity_fields import MLP, Gaussian
 
 INTERPOLANTS: tuple[Interpolant, ...] = (RectifiedFlow(), Trigonometric(), Polynomial())
 
@@ -53,24 +50,28 @@ Method = (
 
 @dataclass
 class Growth:
-    """A plan while it is drawn: what the next move can build on, newest first."""
+    """A plan while it is drawn: nodes that the next move can build on, newest first."""
 
     steps: int
     fields: tuple[str, ...]
     latents: list[LatentNode]
 
     def t(self, node: Node) -> int:
-        """The node's time as a number."""
+        """Return the node's time as a number."""
         return self.steps if node.t == START else int(node.t)
 
     def latent(self, draw: st.DrawFn, lowest: int = 0, highest: int | None = None) -> LatentNode:
-        """One of the newest latents at a time in `lowest`..`highest`, or else a fresh one."""
+        """Return one of the newest latents at a time in `lowest`..`highest`, or a fresh one."""
         top = self.steps if highest is None else highest
-        known = [x for x in self.latents if lowest <= self.t(x) <= top][:4]
-        return draw(st.sampled_from([*known[:1], *known])) if known else latent(draw(st.integers(lowest, top)))
+        candidates = [x for x in self.latents if lowest <= self.t(x) <= top][:4]
+        return (
+            draw(st.sampled_from([*candidates[:1], *candidates]))
+            if candidates
+            else latent(draw(st.integers(lowest, top)))
+        )
 
     def velocities(self, t: int) -> list[VelocityNode]:
-        """The velocities at that time."""
+        """Return the velocities at that time."""
         return [v for v in walk(self.latents) if isinstance(v, VelocityNode) and self.t(v) == t]
 
 
@@ -84,7 +85,7 @@ def _leap(draw: st.DrawFn, grown: Growth) -> LatentNode:
 
 
 def _by(change: Callable[[st.DrawFn, Growth, LatentNode], VelocityNode]) -> Move:
-    """A leap by a velocity that is made of the leap's start."""
+    """Return a leap by a velocity made from the leap's start."""
 
     def move(draw: st.DrawFn, grown: Growth) -> LatentNode:
         x = grown.latent(draw, 1)
@@ -139,13 +140,13 @@ MOVES: dict[str, Move] = {
     "advance": _advance,
     "noise": lambda draw, grown: noise(),
 }
-"""How a plan grows: for each primitive a latent that is made with it, or None where it does not apply."""
+"""How a plan grows: for each primitive a latent made with it, or None where it does not apply."""
 
 _USUAL = ("leap", "leap", "connect", "velocity", *MOVES)
 
 
 def factors(largest: float = 1.0) -> st.SearchStrategy[float]:
-    """Factors of discount and scale: 0, 1 and what lies between, up to `largest`."""
+    """Factors of discount and scale: 0, 1 and values between, up to `largest`."""
     return st.sampled_from((1.0, 0.0, 0.5, largest)) | st.floats(0, largest, width=16, allow_subnormal=False)
 
 
@@ -164,12 +165,12 @@ def plans(
     A plan may hold `noise()`: run it on a trajectory whose noise requires a gradient.
 
     Args:
-        size: how many moves build the plan, at most; a move adds a latent, with what it is made of.
-        outputs: how many outputs there are, at most.
-        fields: the names of the fields that calls may use beside the default one.
-        ops: the primitives to grow by; all of them if left out.
-        calls: half of the plans go on from where the moves led them until an output's gradient reaches a drawn number
-            of calls, at most this many (not if `ops` are given).
+        size: the most moves that build the plan; a move adds a latent and what it is made of.
+        outputs: the most outputs.
+        fields: names of fields that calls may use beside the default one.
+        ops: the primitives to grow by; by default all.
+        calls: half of the plans continue until an output's gradient reaches a drawn number of calls, at most this many
+            (not if `ops` are given).
     """
     first = latent(draw(st.integers(1, steps)))
     grown = Growth(steps, tuple(fields), [first])
@@ -185,7 +186,7 @@ def plans(
 
 
 def _longer(draw: st.DrawFn, grown: Growth, x: LatentNode, calls: int) -> LatentNode:
-    """The latent, led on by leaps (over noised images, once at 0) until its gradient reaches that many calls."""
+    """Lead the latent on by leaps (over renoised images, once at 0) until its gradient reaches that many calls."""
     paths = _paths(x)
     for _ in range(calls - len(trained([x]))):
         if grown.t(x) == 0:
@@ -200,12 +201,12 @@ def _longer(draw: st.DrawFn, grown: Growth, x: LatentNode, calls: int) -> Latent
 
 
 def _paths(end: Node) -> int:
-    """How many paths lead from calls to the node: its closed form has no more terms."""
-    found: dict[Node, int] = {}
+    """Count the paths from calls to the node; its closed form has at most as many terms."""
+    counts: dict[Node, int] = {}
     for node in walk([end]):
-        up = sum(found[parent] for parent in node.parents) if passes(node) else 0
-        found[node] = up + isinstance(node, Velocity | Noise)
-    return found[end]
+        up = sum(counts[parent] for parent in node.parents) if passes_gradient(node) else 0
+        counts[node] = up + isinstance(node, Velocity | Noise)
+    return counts[end]
 
 
 _MOST_PATHS = 30
@@ -240,10 +241,10 @@ def trajectories(
     """Rollouts of a field in float64 on random times, batches of 1 to 3. Their noise requires a gradient.
 
     Args:
-        field: `MLP(shape[-1])` if left out.
-        steps: 1 to 8 if left out.
+        field: by default `MLP(shape[-1])`.
+        steps: by default 1 to 8.
         shape: of a latent, without the batch.
-        interpolants: what leaps may assume; rectified flow if left out.
+        interpolants: what leaps may assume; by default rectified flow.
     """
     times = draw(sigmas(draw(st.integers(1, 8)) if steps is None else steps))
     batch = draw(st.integers(1, 3))

@@ -1,11 +1,18 @@
-"""The embedded world: coloured shapes, a tiny Flux trained on them, a reward to climb and rules to check it by.
+"""The embedded world: coloured shapes, tiny pipelines trained on them, a reward, and rules to check it by.
 
     pipe = tiny.pipeline()                      # a real FluxPipeline, float32, 32 x 32 pixels
     reward = tiny.Reward()                      # (images in [0, 1], prompts) -> cosines, differentiable
     prompts = tiny.prompts("heldout")           # every held-out prompt
     verdict = tiny.judge(images, prompts)       # .correct, .junk, .table()
 
-Nothing of diffusers, transformers or open_clip is imported before it is used.
+pipe.py, sd3.py                       the shipped pipelines: Flux, Wan, SD3 scorer.py                             the
+reward, a small open_clip CLIP scene.py, prompt.py, truth.py         scenes, prompts, and whether a prompt is true of a
+scene render.py, segment.py, rules.py       scenes to pixels, pixels to scenes, the rule-based judge video.py,
+video_rules.py, video_reward.py   the video world preview.py, preview_models.py         `python -m
+trajsurgery.tiny.preview` weights/                              trained weights, how they were made and what they reach
+
+It imports nothing of this library but `errors`; diffusers, transformers and open_clip are imported when used. What made
+the weights is in benchmarks/world.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,11 +46,11 @@ def __getattr__(name: str) -> Any:
 
 
 def pipeline(name: "PipelineName" = "flux") -> Any:
-    """A shipped pipeline, in float32, with the world's defaults: `pipe("a red circle left of a blue square")`.
+    """Load a shipped pipeline in float32, with the world's defaults: `pipe("a red circle left of a blue square")`.
 
     "flux" is a FluxPipeline without guidance; "sd3" a StableDiffusion3Pipeline with real classifier-free guidance, to
-    be called with `guidance_scale=1.5`; "wan" a WanPipeline of the video world, to be called with its size,
-    `pipe("a red circle moves right", height=32, width=32, num_frames=5, guidance_scale=2)`.
+    be called with `guidance_scale=1.5`; "wan" a WanPipeline of the video world, to be called with its size, `pipe("a
+    red circle moves right", height=32, width=32, num_frames=5, guidance_scale=2)`.
 
     Raises ValueError for another name.
     """
@@ -64,11 +71,11 @@ def prompts(
     count: int | None = None,
     ratio: "Mapping[str, float] | None" = None,
 ) -> "list[Prompt]":
-    """Prompts of the split "train", "validation" or "heldout".
+    """Return prompts of the split "train", "validation" or "heldout".
 
     With neither generator nor count, all of them, grouped by category. With both, `count` drawn at random: of "train"
     in the paper's ratio of categories (7:5:3:1:1:0 for position, counting, attribute binding, colours, two objects,
-    single object) or in the one given, {category: weight}; of the others all six categories equally often.
+    single object) or in the given one, {category: weight}; of the others all six categories equally often.
 
     Raises ValueError for another split, or if only one of generator and count is given.
     """
@@ -85,7 +92,7 @@ def prompts(
 
 
 def judge(images: "Tensor", prompts: "Sequence[Prompt | str]") -> "Verdict":
-    """Judges images, Float[batch 3 32 32] in [0, 1], each by its prompt; see `trajsurgery.tiny.rules.judge`."""
+    """Judge images, Float[batch 3 32 32] in [0, 1], each by its prompt; see `trajsurgery.tiny.rules.judge`."""
     from trajsurgery.tiny.rules import judge
 
     return judge(images, prompts)

@@ -1,4 +1,4 @@
-"""The shipped pipelines: stock diffusers classes, loaded from the package, whose defaults are those of the world."""
+"""The shipped pipelines: stock diffusers classes with the world's defaults."""
 
 from pathlib import Path
 from types import MethodType
@@ -23,16 +23,16 @@ TEXT_WIDTH = 64
 TEXT_LENGTH = 12  # tokens; the longest prompt has eight words, and CLIP adds two marks
 
 
-def shortened(pipe: Any) -> Any:
-    """The pipe, silent, with prompts of at most as many tokens as its T5 tokenizer says: the rest would be padding.
+def limit_prompt_length(pipe: Any) -> Any:
+    """Return the pipeline, without progress bars, with prompts of at most as many tokens as its T5 tokenizer allows.
 
-    Nothing but two attributes of the instance is set; its class and its `__call__` are diffusers' own.
+    Only two attributes of the instance are set; its class and its `__call__` are diffusers' own.
     """
     names = [name for name in ("tokenizer_3", "tokenizer_2", "tokenizer") if hasattr(pipe, name)]
-    longest, own = getattr(pipe, names[0]).model_max_length, type(pipe)._get_t5_prompt_embeds
+    longest, get_embeds = getattr(pipe, names[0]).model_max_length, type(pipe)._get_t5_prompt_embeds
 
     def embeds(self: Any, *args: Any, max_sequence_length: int = longest, **options: Any) -> Any:
-        return own(self, *args, max_sequence_length=min(max_sequence_length, longest), **options)
+        return get_embeds(self, *args, max_sequence_length=min(max_sequence_length, longest), **options)
 
     pipe._get_t5_prompt_embeds = MethodType(embeds, pipe)
     pipe.set_progress_bar_config(disable=True)
@@ -40,15 +40,15 @@ def shortened(pipe: Any) -> Any:
 
 
 def pipeline(folder: Path = WEIGHTS) -> Any:
-    """The pipeline of the folder in float32: the Flux of the embedded world, or the Wan of the videos.
+    """Load the pipeline of a folder in float32: the Flux of the embedded world, or the Wan of the videos.
 
-    Prompts are as long as the world's (see `shortened`), images 32 x 32 pixels unless said otherwise. After a plain
-    `from_pretrained(folder)` say `height=32, width=32, max_sequence_length=12`. A Wan has to be told its size in any
-    case: `height=32, width=32, num_frames=5`.
+    Prompts are as long as the world's (see `limit_prompt_length`), images 32 x 32 pixels by default. After a plain
+    `from_pretrained(folder)` pass `height=32, width=32, max_sequence_length=12`. A Wan always needs its size:
+    `height=32, width=32, num_frames=5`.
     """
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     pipe: Any = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     if hasattr(pipe, "default_sample_size"):
         pipe.default_sample_size = LATENT_SIDE
-    return shortened(pipe)
+    return limit_prompt_length(pipe)

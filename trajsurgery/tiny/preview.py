@@ -1,7 +1,7 @@
-"""`python -m trajsurgery.tiny.preview`: a sheet of what an embedded model draws, untuned and, with --run, tuned.
+"""`python -m trajsurgery.tiny.preview`: a sheet of pictures by an embedded model, untuned and, with --run, tuned.
 
-A row is a held-out prompt, a column a noise, the same for all prompts and for both models; the frames of a video stand
-side by side. Each picture carries the rules' verdict and its reward.
+A row is a held-out prompt, a column a noise, the same for all prompts and both models; frames of a video stand side by
+side. Each picture carries the rules' verdict and its reward.
 """
 
 import json
@@ -15,8 +15,8 @@ from torch import Generator, Tensor
 from torch.nn import functional
 
 from trajsurgery.errors import RecipeError
-from trajsurgery.tiny.exhibit import Exhibit, exhibit
 from trajsurgery.tiny.pipe import PipelineName
+from trajsurgery.tiny.preview_models import PreviewModel, preview_model
 
 RIGHT, WRONG = "#2e7d32", "#b3442e"
 GAP = 1  # white pixels between the frames of a video
@@ -24,24 +24,25 @@ GAP = 1  # white pixels between the frames of a video
 
 @dataclass(frozen=True)
 class Preview:
-    """What to draw, and where to."""
+    """What to draw, and where."""
 
     run: Path | None = None
-    """The output folder of a finished run on an embedded model, as outputs/leapalign_flux; else the base alone."""
+    """Output folder of a finished run on an embedded model, such as outputs/leapalign_flux; by default the base alone.
+    """
     model: PipelineName = "flux"
-    """The embedded model to draw without a run; a run says for itself which."""
+    """The embedded model to draw without a run."""
     prompts: tuple[str, ...] = ()
-    """Prompts of the model's world; `each` held-out ones of every category if left out."""
+    """Prompts of the model's world; by default `each` held-out ones of every category."""
     each: int = 2
-    """Held-out prompts of every category; of a Wan, of every direction."""
+    """Held-out prompts of every category; for Wan, of every direction."""
     noises: int | None = None
-    """Pictures of each prompt: 4, or 2 videos, if left out."""
+    """Pictures of each prompt; by default 4, or 2 videos."""
     steps: int = 25
-    """The sampler's steps."""
+    """Sampler steps."""
     seed: int = 0
     """Of the noises."""
     output: Path | None = None
-    """The picture's file: preview.png in the run's folder, or outputs/preview.png."""
+    """The picture's file; by default preview.png in the run's folder, or outputs/preview.png."""
     threads: int = 1
 
     def __post_init__(self) -> None:
@@ -53,7 +54,7 @@ class Preview:
 
 @dataclass(frozen=True, eq=False)
 class Sheet:
-    """The pictures of one model, prompt by prompt, with what is said of them."""
+    """The pictures of one model, prompt by prompt, with verdicts and rewards."""
 
     title: str
     images: Tensor
@@ -70,8 +71,8 @@ class Sheet:
         return f"{self.title}: {right:.0%} right, reward {reward:.3f}"
 
 
-def settings(run: Path) -> dict[str, Any]:
-    """The recipe of a finished run on an embedded model.
+def run_settings(run: Path) -> dict[str, Any]:
+    """Return the recipe of a finished run on an embedded model.
 
     Raises:
         RecipeError: the folder holds no tuned weights, or those of another model.
@@ -81,32 +82,34 @@ def settings(run: Path) -> dict[str, Any]:
         raise RecipeError(
             f"{run / 'transformer'} holds no tuned weights: let the run end first, or pass --run with another folder."
         )
-    found = json.loads(recipe.read_text()) if recipe.is_file() else {"model": "tiny"}
-    if found["model"].partition(":")[0] != "tiny":
-        raise RecipeError(f"{run} holds a run of {found['model']}: this draws the embedded models, tiny and tiny:NAME.")
-    return found
+    recipe_dict = json.loads(recipe.read_text()) if recipe.is_file() else {"model": "tiny"}
+    if recipe_dict["model"].partition(":")[0] != "tiny":
+        raise RecipeError(
+            f"{run} holds a run of {recipe_dict['model']}: this draws the embedded models, tiny and tiny:NAME."
+        )
+    return recipe_dict
 
 
-def shown(config: Preview) -> Exhibit:
-    """The untuned model that is drawn, called as the run calls it.
+def find_model(config: Preview) -> PreviewModel:
+    """Return the untuned model, called as the run calls it.
 
     Raises:
-        RecipeError: as `settings`.
+        RecipeError: as `run_settings`.
     """
     if config.run is None:
-        return exhibit(config.model)
-    recipe = settings(config.run)
-    found = exhibit(recipe["model"].partition(":")[2] or "flux")
-    if "guidance_scale" in found.call and "rollout" in recipe:
-        found.call["guidance_scale"] = recipe["rollout"]["guidance"]
-    return found
+        return preview_model(config.model)
+    recipe = run_settings(config.run)
+    model = preview_model(recipe["model"].partition(":")[2] or "flux")
+    if "guidance_scale" in model.call and "rollout" in recipe:
+        model.call["guidance_scale"] = recipe["rollout"]["guidance"]
+    return model
 
 
-def chosen(config: Preview, model: Exhibit) -> list[Any]:
-    """The prompts asked for.
+def find_prompts(config: Preview, model: PreviewModel) -> list[Any]:
+    """Return the prompts to draw.
 
     Raises:
-        RecipeError: the model's world can't say one of them.
+        RecipeError: the model's world does not know one of them.
     """
     try:
         return model.understand(config.prompts) if config.prompts else model.evenly(config.each)
@@ -114,8 +117,8 @@ def chosen(config: Preview, model: Exhibit) -> list[Any]:
         raise RecipeError(str(error)) from error
 
 
-def sheet(title: str, model: Exhibit, prompts: list[Any], config: Preview, advance: Any) -> Sheet:
-    """Draws and judges all pictures of one model; calls `advance()` after each prompt."""
+def draw_sheet(title: str, model: PreviewModel, prompts: list[Any], config: Preview, advance: Any) -> Sheet:
+    """Draw and judge all pictures of one model; call `advance()` after each prompt."""
     noises = config.noises or model.columns
     noise = torch.randn(noises, *model.noise, generator=Generator().manual_seed(config.seed))
     parts: list[Tensor] = []
@@ -123,24 +126,24 @@ def sheet(title: str, model: Exhibit, prompts: list[Any], config: Preview, advan
         options: dict[str, Any] = {"num_inference_steps": config.steps, "latents": noise, "output_type": "pt"}
         parts.append(model.pipe([prompt.text] * noises, **options, **model.call)[0].float())
         advance()
-    images, asked = torch.cat(parts), [prompt for prompt in prompts for _ in range(noises)]
+    images, repeated_prompts = torch.cat(parts), [prompt for prompt in prompts for _ in range(noises)]
     with torch.no_grad():
-        scores = model.reward(images, asked)
+        scores = model.reward(images, repeated_prompts)
     shape = (len(prompts), noises)
-    correct = model.judge(images, asked).correct
+    correct = model.judge(images, repeated_prompts).correct
     return Sheet(title, images.unflatten(0, shape), correct.view(shape), scores.view(shape))
 
 
-def beside(picture: Tensor) -> Tensor:
-    """Float[3 h w]; the frames of a video, Float[frames 3 h w], are set side by side."""
+def frames_side_by_side(picture: Tensor) -> Tensor:
+    """Return Float[3 h w]; frames of a video, Float[frames 3 h w], are set side by side."""
     if picture.dim() == 3:
         return picture
     framed = functional.pad(picture, (0, GAP), value=1.0)
     return framed.permute(1, 2, 0, 3).flatten(2)[..., :-GAP]
 
 
-def draw(path: Path, title: str, prompts: list[Any], sheets: list[Sheet]) -> None:
-    """The contact sheet: a row for each prompt, the models side by side."""
+def save_sheet(path: Path, title: str, prompts: list[Any], sheets: list[Sheet]) -> None:
+    """Save the contact sheet: a row for each prompt, the models side by side."""
     from matplotlib.figure import Figure
 
     images = sheets[0].images
@@ -173,17 +176,19 @@ def draw(path: Path, title: str, prompts: list[Any], sheets: list[Sheet]) -> Non
 def _picture(axes: Any, part: Sheet, row: int, n: int) -> None:
     right = bool(part.correct[row, n])
     colour = RIGHT if right else WRONG
-    axes.imshow(beside(part.images[row, n]).permute(1, 2, 0).numpy(), interpolation="nearest", vmin=0, vmax=1)
+    axes.imshow(
+        frames_side_by_side(part.images[row, n]).permute(1, 2, 0).numpy(), interpolation="nearest", vmin=0, vmax=1
+    )
     axes.set(xticks=[], yticks=[])
     axes.set_xlabel(f"{'✓' if right else '✗'} {float(part.reward[row, n]):.2f}", fontsize=7, color=colour, labelpad=1)
     axes.spines[:].set_color(colour)
 
 
 def main(config: Preview) -> Path:
-    """Draws the sheet and says where it is.
+    """Draw the sheet and print where it is.
 
     Raises:
-        RecipeError: the run's folder holds no tuned weights, or a prompt can't be said.
+        RecipeError: the run's folder holds no tuned weights, or a prompt is unknown.
     """
     from diffusers.utils import logging as bars
     from rich.progress import Progress
@@ -192,13 +197,13 @@ def main(config: Preview) -> Path:
     torch.set_num_threads(config.threads)
     bars.disable_progress_bar()
     more_bars.disable_progress_bar()
-    model = shown(config)
-    prompts = chosen(config, model)
+    model = find_model(config)
+    prompts = find_prompts(config, model)
     with Progress(transient=True) as progress:
         task = progress.add_task("drawing", total=len(prompts) * (1 if config.run is None else 2))
 
         def of(title: str) -> Sheet:
-            return sheet(title, model, prompts, config, lambda: progress.advance(task))
+            return draw_sheet(title, model, prompts, config, lambda: progress.advance(task))
 
         sheets = [of("untuned")]
         if config.run is not None:
@@ -206,7 +211,7 @@ def main(config: Preview) -> Path:
             model.pipe.transformer = transformer.eval()
             sheets.append(of("tuned"))
     path = config.output or (config.run or Path("outputs")) / "preview.png"
-    draw(path, model.name if config.run is None else f"Tuned: {config.run}", prompts, sheets)
+    save_sheet(path, model.name if config.run is None else f"Tuned: {config.run}", prompts, sheets)
     print("\n".join([*(part.told for part in sheets), f"Picture: {path}"]))
     return path
 

@@ -167,14 +167,14 @@ def _by_text() -> dict[str, Prompt]:
 
 def understand(prompts: Sequence[Prompt | str]) -> list[Prompt]:
     """Prompts, or their texts, as prompts. Raises ValueError on a text that the world can't say."""
-    known = _by_text()
+    by_text = _by_text()
     for prompt in prompts:
-        if isinstance(prompt, str) and prompt not in known:
+        if isinstance(prompt, str) and prompt not in by_text:
             raise ValueError(
                 f"the embedded world has no prompt {prompt!r}; say it like {every_prompt()[-1].text!r} or like one of "
                 "trajsurgery.tiny.prompts('train')"
             )
-    return [known[prompt] if isinstance(prompt, str) else prompt for prompt in prompts]
+    return [by_text[prompt] if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
 def draw_prompts(split: Split, count: int, weights: Mapping[str, float], generator: Generator) -> list[Prompt]:

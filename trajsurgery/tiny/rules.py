@@ -1,4 +1,4 @@
-"""The rule-based evaluator: is the picture what the prompt asked for? It learns nothing and no reward has seen it."""
+"""The rule-based evaluator: does the picture show what its prompt asks for? Nothing is learned."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor
 from trajsurgery.tiny.prompt import CATEGORIES, Prompt, meanings, understand
 from trajsurgery.tiny.scene import SIDE, Scenes
 from trajsurgery.tiny.segment import segment
-from trajsurgery.tiny.truth import holds
+from trajsurgery.tiny.truth import is_true
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,6 @@ def judge(images: Tensor, prompts: Sequence[Prompt | str]) -> Verdict:
             f"judge() takes images [batch, 3, {SIDE}, {SIDE}] and one prompt for each; "
             f"received {tuple(images.shape)} and {len(prompts)} prompts"
         )
-    asked = understand(prompts)
+    parsed = understand(prompts)
     scenes, junk = segment(images)
-    return Verdict(holds(scenes, meanings(asked)), junk, scenes, tuple(asked))
+    return Verdict(is_true(scenes, meanings(parsed)), junk, scenes, tuple(parsed))

@@ -1,4 +1,4 @@
-"""The reward of the world: a real open_clip CLIP, small, robust, and frozen."""
+"""The reward of the world: a small, frozen open_clip CLIP."""
 
 import json
 import math
@@ -19,8 +19,8 @@ SCORERS = ("scorer", "scorer_b", "scorer_c")
 """The reward, and two further scorers that are not trained on, with other seeds, data and image towers."""
 
 
-def normalised(images: Tensor) -> Tensor:
-    """Images in [0, 1] to the tower's range, [-1, 1]."""
+def to_model_range(images: Tensor) -> Tensor:
+    """Map images in [0, 1] to the model's range, [-1, 1]."""
     return 2 * images - 1
 
 
@@ -28,15 +28,15 @@ class Reward(nn.Module):
     """How well pictures fit their prompts: the cosine of CLIP's image and text embeddings.
 
     `reward(images, prompts)` takes images Float[batch 3 32 32] in [0, 1] and a text or `Prompt` for each, and returns
-    Float[batch] in [-1, 1]. It is differentiable in the images, its weights are frozen, and it takes images of its own
-    dtype, float32 or, after `.double()`, float64. `threshold` is the lambda of the hinge
-    that fits it: the reward that four in five correct renders reach, so that a hinge at it can close.
+    Float[batch] in [-1, 1]. It is differentiable in the images and its weights are frozen. Images have its dtype:
+    float32, or float64 after `.double()`. `threshold` is the lambda of the hinge that fits it: the reward that four in
+    five correct renders reach, so a hinge at it can close.
 
-    `weights` names one of the shipped scorers ("scorer" is the reward, the others are there to be watched, not
-    climbed), or is a folder of weights; the image tower is that of the open_clip config beside them.
+    `weights` names one of the shipped scorers ("scorer" is the reward, the others are not trained on), or is a folder
+    of weights; the image tower is that of the open_clip config beside them.
 
     Raises RewardError for images of another shape, dtype or range, with NaN, or for another number of prompts; and for
-    a scorer whose weights are not there.
+    a scorer without weights.
     """
 
     scale = "cosine, in [-1, 1]"
@@ -60,18 +60,19 @@ class Reward(nn.Module):
         self._check(images)
         self._paired(images, prompts)
         return (
-            self.clip.encode_image(normalised(images), normalize=True) * self.embed([str(prompt) for prompt in prompts])
+            self.clip.encode_image(to_model_range(images), normalize=True)
+            * self.embed([str(prompt) for prompt in prompts])
         ).sum(-1)
 
     def features(self, images: Tensor) -> Tensor:
-        """Float[batch 96], unit image embeddings, of images as in `forward`."""
+        """Return unit image embeddings, Float[batch 96], of images as in `forward`."""
         self._check(images)
-        return self.clip.encode_image(normalised(images), normalize=True)
+        return self.clip.encode_image(to_model_range(images), normalize=True)
 
     def embed(self, texts: list[str]) -> Tensor:
-        """Float[texts 96], unit text embeddings; each text is encoded once, and kept.
+        """Return unit text embeddings, Float[texts 96]; each text is encoded once and cached.
 
-        By itself: in a batch the rounding would hang on the texts beside it, and so on what was asked before.
+        Each is encoded alone: in a batch the rounding would depend on the other texts.
         """
         weight: Tensor = self.clip.text_projection
         for text in texts:
@@ -113,7 +114,7 @@ class Reward(nn.Module):
 
 
 def _folder(weights: str | Path) -> Path:
-    """The folder of a scorer; a RewardError if it holds none."""
+    """Return the folder of a scorer, or raise RewardError if it has no weights."""
     folder = WEIGHTS / weights if isinstance(weights, str) else weights
     if isinstance(weights, str) and weights not in SCORERS:
         raise RewardError(f"the embedded world has no scorer {weights!r}: it is one of {', '.join(SCORERS)}")

@@ -1,4 +1,4 @@
-"""The tiny Stable Diffusion 3: a transformer of its own with real guidance, all else is the tiny Flux's."""
+"""The tiny Stable Diffusion 3: its own transformer with real guidance; everything else is the tiny Flux's."""
 
 import hashlib
 import json
@@ -10,13 +10,13 @@ from diffusers.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 
 from trajsurgery.errors import RecipeError
-from trajsurgery.tiny.pipe import FOLDERS, TEXT_WIDTH, WEIGHTS, shortened
+from trajsurgery.tiny.pipe import FOLDERS, TEXT_WIDTH, WEIGHTS, limit_prompt_length
 
 GUIDANCE = 1.5  # of the pipeline's calls: leaves bindings head-room on validation and on training prompts
 
 
-def projected(folder: Path) -> Any:
-    """The tiny Flux's CLIP as SD3 wants it: a CLIPTextModelWithProjection, whose projection is the identity."""
+def clip_with_projection(folder: Path) -> Any:
+    """Load the tiny Flux's CLIP as SD3 needs it: a CLIPTextModelWithProjection with the identity as projection."""
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     trained: Any = CLIPTextModel.from_pretrained(folder, dtype=torch.float32)
@@ -27,11 +27,11 @@ def projected(folder: Path) -> Any:
     return model
 
 
-def assembled(flux: Path, vae: Any, model: Any) -> Any:
-    """A StableDiffusion3Pipeline of this autoencoder and transformer and the text encoders of the tiny Flux, frozen.
+def assemble_pipeline(flux: Path, vae: Any, model: Any) -> Any:
+    """Build a StableDiffusion3Pipeline from this autoencoder and transformer and the tiny Flux's frozen text encoders.
 
-    Both its CLIPs are Flux's. The pipeline pads their joined states to the width of T5's, which is that of one CLIP
-    here: it cuts the second off, of which the pooled state alone is used.
+    Both its CLIPs are Flux's. The pipeline pads their joined states to the width of T5's, which here is that of one
+    CLIP: it cuts the second off, of which only the pooled state is used.
     """
     from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
@@ -43,37 +43,37 @@ def assembled(flux: Path, vae: Any, model: Any) -> Any:
         transformer=model,
         scheduler=scheduler,
         vae=vae,
-        text_encoder=projected(flux / "text_encoder"),
+        text_encoder=clip_with_projection(flux / "text_encoder"),
         tokenizer=clip,
-        text_encoder_2=projected(flux / "text_encoder"),
+        text_encoder_2=clip_with_projection(flux / "text_encoder"),
         tokenizer_2=clip,
         text_encoder_3=T5EncoderModel.from_pretrained(flux / "text_encoder_2", dtype=torch.float32),
         tokenizer_3=T5Tokenizer.from_pretrained(flux / "tokenizer_2"),
     )
     for name in ("vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
         getattr(pipe, name).requires_grad_(False).eval()
-    return shortened(pipe)
+    return limit_prompt_length(pipe)
 
 
 def trained_on(flux: Path) -> dict[str, str]:
-    """The hashes of the weights that an SD3 shares with the Flux of the folder: with others it draws nonsense."""
+    """Return the hashes of the weights shared with a Flux; with other weights the SD3 draws nonsense."""
     shared = sorted(file for part in ("text_encoder", "text_encoder_2") for file in (flux / part).glob("*.safetensors"))
     return {str(file.relative_to(flux)): hashlib.sha256(file.read_bytes()).hexdigest() for file in shared}
 
 
-def idle(model: Any) -> set[str]:
-    """The names of the weights that no output depends on: the last block keeps no text, and asks nothing for it."""
+def unused_weights(model: Any) -> set[str]:
+    """Return the names of weights that no output depends on: the last block discards its text."""
     attention = f"transformer_blocks.{len(model.transformer_blocks) - 1}.attn."
     return {name for name in model.state_dict() if name.startswith((attention + "add_q_", attention + "norm_added_q"))}
 
 
 def pipeline(folder: Path = FOLDERS["sd3"], flux: Path = WEIGHTS) -> Any:
-    """The shipped StableDiffusion3Pipeline, float32; see `trajsurgery.tiny.pipeline`.
+    """Load the shipped StableDiffusion3Pipeline, float32; see `trajsurgery.tiny.pipeline`.
 
-    Its transformer is stored alone, as the other parts are those of the Flux in the package. `pipe.save_pretrained`
-    writes a folder that diffusers loads by itself.
+    Only its transformer is stored; the other parts are those of the Flux in the package. `pipe.save_pretrained` writes
+    a folder that diffusers loads by itself.
 
-    Raises RecipeError if the Flux's text encoders are not those that it was trained with.
+    Raises RecipeError if the Flux's text encoders are not those it was trained with.
     """
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
@@ -86,7 +86,9 @@ def pipeline(folder: Path = FOLDERS["sd3"], flux: Path = WEIGHTS) -> Any:
     file = folder / "transformer" / SAFETENSORS_WEIGHTS_NAME
     config: Any = SD3Transformer2DModel.load_config(file.parent)
     model: Any = SD3Transformer2DModel.from_config(config)
-    own = model.state_dict()
-    model.load_state_dict({**{name: torch.zeros_like(own[name]) for name in idle(model)}, **load_file(file)})
+    initial = model.state_dict()
+    model.load_state_dict(
+        {**{name: torch.zeros_like(initial[name]) for name in unused_weights(model)}, **load_file(file)}
+    )
     vae: Any = AutoencoderKL.from_pretrained(flux / "vae", dtype=torch.float32)
-    return assembled(flux, vae, model)
+    return assemble_pipeline(flux, vae, model)

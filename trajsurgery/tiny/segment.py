@@ -36,8 +36,8 @@ def tints(images: Tensor) -> Tints:
     share = share.clamp(0, 1)
     explained = share[:, :, None] * directions.view(1, len(COLOURS), 3, 1, 1)
     residual = (difference[:, None] - explained).square().sum(2).sqrt()
-    own = functional.one_hot(residual.argmin(1), len(COLOURS)).permute(0, 3, 1, 2)
-    return Tints(share * own, residual.amin(1) > FOREIGN)
+    nearest = functional.one_hot(residual.argmin(1), len(COLOURS)).permute(0, 3, 1, 2)
+    return Tints(share * nearest, residual.amin(1) > FOREIGN)
 
 
 def components(mask: Tensor) -> Tensor:
@@ -98,8 +98,8 @@ def segment(images: Tensor) -> tuple[Scenes, Tensor]:
     colour = ((blob - 1).clamp(min=0) // PIXELS) * present
     own = share.gather(1, colour[..., None, None].expand(-1, -1, SIDE, SIDE))
     shape, fit, centre, radius = _fit(own * near)
-    known = present & (fit >= LEAST_FIT)
-    junk = foreign.flatten(1) | ((flat > 0) & ~(member & known[..., None]).any(1))
-    shape = torch.where(known, shape, torch.where(present, UNKNOWN, ABSENT))
+    recognised = present & (fit >= LEAST_FIT)
+    junk = foreign.flatten(1) | ((flat > 0) & ~(member & recognised[..., None]).any(1))
+    shape = torch.where(recognised, shape, torch.where(present, UNKNOWN, ABSENT))
     assert int(shape.max()) <= len(SHAPES)
     return Scenes(shape, colour, centre, radius), junk.float().mean(1)

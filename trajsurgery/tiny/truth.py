@@ -16,7 +16,7 @@ def _related(first: Tensor, second: Tensor, relation: Tensor) -> Tensor:
     return (relation == ANY) | ((gaps > APART) & (relation[..., None] == torch.arange(len(RELATIONS)))).any(-1)
 
 
-def holds(scenes: Scenes, meanings: Meanings, every_pair: bool = False) -> Tensor:
+def is_true(scenes: Scenes, meanings: Meanings, every_pair: bool = False) -> Tensor:
     """Bool[batch]: whether prompt i is true of scene i; with `every_pair`, Bool[scenes prompts].
 
     A scene may have more than SLOTS slots, its objects first: then no prompt is true of it if it fills them.
@@ -24,7 +24,7 @@ def holds(scenes: Scenes, meanings: Meanings, every_pair: bool = False) -> Tenso
     shape, colour, centre, count = scenes.shape, scenes.colour, scenes.centre, scenes.count
     if every_pair:
         shape, colour, centre, count = shape[:, None], colour[:, None], centre[:, None], count[:, None]
-    asked = meanings.shape != ABSENT
+    requested = meanings.shape != ABSENT
     right = torch.zeros((), dtype=torch.bool)
     for order in permutations(range(SLOTS)):
         chosen = list(order)
@@ -32,5 +32,5 @@ def holds(scenes: Scenes, meanings: Meanings, every_pair: bool = False) -> Tenso
             (meanings.colour == ANY) | (colour[..., chosen] == meanings.colour)
         )
         placed = _related(centre[..., order[0], :], centre[..., order[1], :], meanings.relation)
-        right = right | ((same | ~asked).all(-1) & placed)
+        right = right | ((same | ~requested).all(-1) & placed)
     return right & (count == meanings.count)

@@ -1,4 +1,4 @@
-"""The video world: one coloured shape on grey that moves in the direction its prompt says. Prompts, scenes, frames."""
+"""The video world: one coloured shape on grey that moves in the direction its prompt says."""
 
 import random
 from collections.abc import Sequence
@@ -73,14 +73,14 @@ def _by_text() -> dict[str, Motion]:
 
 def understand(prompts: Sequence[Motion | str]) -> list[Motion]:
     """Prompts, or their texts, as prompts. Raises ValueError on a text that the world can't say."""
-    known = _by_text()
+    by_text = _by_text()
     for prompt in prompts:
-        if isinstance(prompt, str) and prompt not in known:
+        if isinstance(prompt, str) and prompt not in by_text:
             raise ValueError(
                 f"the video world has no prompt {prompt!r}; say it like {every_motion()[0].text!r} or like "
                 f"{every_motion()[-1].text!r}"
             )
-    return [known[prompt] if isinstance(prompt, str) else prompt for prompt in prompts]
+    return [by_text[prompt] if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
 def prompts(split: Split, generator: Generator | None = None, count: int | None = None) -> list[Motion]:
@@ -88,9 +88,9 @@ def prompts(split: Split, generator: Generator | None = None, count: int | None 
 
     Raises ValueError for another split, or if only one of generator and count is given.
     """
-    known = motions(split)
+    motions_of_split = motions(split)
     if (generator is None) != (count is None):
         raise ValueError("prompts() draws `count` prompts with a `generator`: give both, or neither for all of them")
     if generator is None or count is None:
-        return list(known)
-    return [known[i] for i in torch.randint(len(known), (count,), generator=generator).tolist()]
+        return list(motions_of_split)
+    return [motions_of_split[i] for i in torch.randint(len(motions_of_split), (count,), generator=generator).tolist()]

@@ -1,4 +1,4 @@
-"""The motion reward: does the shape asked for go where the prompt says? Differentiable, and nothing is learnt."""
+"""The motion reward: does the requested shape move where the prompt says? Differentiable; nothing is learned."""
 
 from collections.abc import Sequence
 
@@ -39,24 +39,24 @@ class MotionReward:
     def __call__(self, frames: Tensor, prompts: Sequence[Motion | str]) -> Tensor:
         """The scores. Raises RewardError for frames of another shape or range, or another number of prompts."""
         _check(frames, prompts)
-        asked = understand(prompts)
-        weight, strange = _colour(frames, asked)
+        motions = understand(prompts)
+        weight, strange = _colour(frames, motions)
         axis = torch.arange(SIDE, dtype=frames.dtype, device=frames.device) + 0.5
         area = weight.sum((-1, -2))
         mass = area.clamp(min=1.0)
         centre = torch.stack([(weight.sum(-2) * axis).sum(-1), (weight.sum(-1) * axis).sum(-1)], -1) / mass[..., None]
         least, most = AREA
         whole = (area / least).clamp(max=1) * (most / area.clamp(min=least)).clamp(max=1)
-        shaped = _overlap(weight, centre, mass, asked) ** STRICT
+        shaped = _overlap(weight, centre, mass, motions) ** STRICT
         alone = 1 / (1 + (strange / STRANGE).square())
-        there = (whole * shaped * alone + FLOOR).log().mean(1).exp() - FLOOR
-        return there * _moves(centre, asked)
+        presence = (whole * shaped * alone + FLOOR).log().mean(1).exp() - FLOOR
+        return presence * _moves(centre, motions)
 
 
-def _colour(frames: Tensor, asked: Sequence[Motion]) -> tuple[Tensor, Tensor]:
+def _colour(frames: Tensor, motions: Sequence[Motion]) -> tuple[Tensor, Tensor]:
     """Each pixel's weight in the asked colour, Float[batch frames h w], and pixels of others, Float[batch frames]."""
     ground = frames.new_tensor(GROUND).view(3, 1, 1)
-    tint = frames.new_tensor([PALETTE[p.colour] for p in asked]).view(-1, 1, 3, 1, 1) - ground
+    tint = frames.new_tensor([PALETTE[p.colour] for p in motions]).view(-1, 1, 3, 1, 1) - ground
     length = tint.square().sum(2)
     difference = frames - ground
     share = (difference * tint).sum(2) / length
@@ -67,22 +67,22 @@ def _colour(frames: Tensor, asked: Sequence[Motion]) -> tuple[Tensor, Tensor]:
     return weight, strange
 
 
-def _overlap(weight: Tensor, centre: Tensor, area: Tensor, asked: Sequence[Motion]) -> Tensor:
+def _overlap(weight: Tensor, centre: Tensor, area: Tensor, motions: Sequence[Motion]) -> Tensor:
     """Dice's coefficient of each blob and the shape asked for, at its centre and of its area, Float[batch frames]."""
-    shape = torch.tensor([p.shape for p in asked], device=weight.device)
+    shape = torch.tensor([p.shape for p in motions], device=weight.device)
     radius = (area[..., None] / weight.new_tensor(AREAS)).sqrt()
-    signed = distances(offsets(centre), radius)[torch.arange(len(asked), device=weight.device), :, shape]
+    signed = distances(offsets(centre), radius)[torch.arange(len(motions), device=weight.device), :, shape]
     template = (0.5 - signed / EDGE).clamp(0, 1)
     both, each = (weight * template).sum((-1, -2)), (weight.square() + template.square()).sum((-1, -2))
     return 2 * both / each
 
 
-def _moves(centre: Tensor, asked: Sequence[Motion]) -> Tensor:
+def _moves(centre: Tensor, motions: Sequence[Motion]) -> Tensor:
     """Float[batch] in [0, 1]; centre: Float[batch frames 2]."""
     count = centre.shape[1]
     time = torch.linspace(-0.5, 0.5, count, dtype=centre.dtype, device=centre.device)
     moved = (time[:, None] * centre).sum(1) / time.square().sum()
-    unit = centre.new_tensor([UNITS[p.direction] for p in asked])
+    unit = centre.new_tensor([UNITS[p.direction] for p in motions])
     along = (moved * unit).sum(-1)
     across = (moved[:, 0] * unit[:, 1] - moved[:, 1] * unit[:, 0]).abs()
     return (1 + ((along - across) / PACE).tanh()) / 2
@@ -96,8 +96,8 @@ def _check(frames: Tensor, prompts: Sequence[Motion | str]) -> None:
             f"{frames.dtype}. Call the pipe with height={SIDE}, width={SIDE}, num_frames=5, output_type='pt'."
         )
     if isinstance(prompts, str) or len(prompts) != shape[0]:
-        given = "one string" if isinstance(prompts, str) else str(len(prompts))
-        raise RewardError(f"one prompt for each video: {shape[0]} videos, prompts: {given}.")
+        received = "one string" if isinstance(prompts, str) else str(len(prompts))
+        raise RewardError(f"one prompt for each video: {shape[0]} videos, prompts: {received}.")
     least, most = (float(edge) for edge in frames.detach().aminmax())
     if not (least >= -1e-3 and most <= 1 + 1e-3):
         raise RewardError(

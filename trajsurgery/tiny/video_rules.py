@@ -1,4 +1,4 @@
-"""The rule-based evaluator of videos: the thing asked for, in every frame, alone, and moving as asked."""
+"""The rule-based evaluator of videos: the requested shape, alone in every frame, moving as requested."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,16 +49,16 @@ def judge(frames: Tensor, prompts: Sequence[Motion | str]) -> MotionVerdict:
             f"judge() takes videos [batch, frames, 3, {SIDE}, {SIDE}] and one prompt for each; "
             f"received {tuple(frames.shape)} and {len(prompts)} prompts"
         )
-    asked = understand(prompts)
+    motions = understand(prompts)
     scenes, junk = segment(frames.flatten(0, 1))
     each = frames.shape[:2]
-    shape, colour = (torch.tensor([getattr(p, n) for p in asked])[:, None] for n in ("shape", "colour"))
+    shape, colour = (torch.tensor([getattr(p, n) for p in motions])[:, None] for n in ("shape", "colour"))
     same = (scenes.shape[:, 0].view(each) == shape) & (scenes.colour[:, 0].view(each) == colour)
     there = (same & (scenes.count.view(each) == 1)).all(1)
     centre = scenes.centre[:, 0].view(*each, 2)
     moved = centre[:, -1] - centre[:, 0]
-    unit = torch.tensor([UNITS[p.direction] for p in asked])
+    unit = torch.tensor([UNITS[p.direction] for p in motions])
     along = (moved * unit).sum(-1)
     across = (moved - along[:, None] * unit).norm(dim=-1)
     moves = (along > FAR) & (across < STRAIGHT * along)
-    return MotionVerdict(there & moves, there, moves, along, across, junk.view(each).mean(1), tuple(asked))
+    return MotionVerdict(there & moves, there, moves, along, across, junk.view(each).mean(1), tuple(motions))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from trajsurgery.errors import RecipeError
-from trajsurgery.rewards.by_name import Reward, load_reward, mixture_weights, score_one
+from trajsurgery.rewards.loading import Reward, load_reward, mixture_weights, score_one
 from trajsurgery.training import lora, model_folder, vae_decoding
 from trajsurgery.training.objective import DETACHED
 from trajsurgery.training.prompt_cache import PromptCache, free_text_encoders

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from trajsurgery.errors import PlanError, RecipeError
-from trajsurgery.rewards.by_name import mixture_weights
-from trajsurgery.rewards.named import KNOWN, is_differentiable, is_packaged, missing_weights
+from trajsurgery.rewards.loading import mixture_weights
+from trajsurgery.rewards.packaged import KNOWN, is_differentiable, is_packaged, missing_weights
 from trajsurgery.tiny.pipe import FOLDERS
 from trajsurgery.tiny.scorer import shipped
 from trajsurgery.training import model_folder

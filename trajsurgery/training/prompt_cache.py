@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from trajsurgery.errors import RecipeError
-from trajsurgery.pipelines.call_record import encoders
+from trajsurgery.pipelines.call_record import encoder_methods
 
 _PLACE = "_encodings_of_trajsurgery"
 _TRAINS = ("transformer", "transformer_2", "vae")
@@ -73,7 +73,7 @@ class PipelineEncodings:
         """Names of the components that encoded them."""
         self.gone = False
         self.busy = False
-        for owner, name in list(encoders(pipe, type(pipe))):
+        for owner, name in list(encoder_methods(pipe, type(pipe))):
             if owner is pipe:
                 pipe.__dict__[name] = _CachedEncoder(self, getattr(pipe, name))
 

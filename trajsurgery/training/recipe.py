@@ -42,7 +42,7 @@ class Recipe:
     model: str = "tiny"
     """tiny (the embedded Flux), tiny:sd3, tiny:wan, a folder that diffusers can load, or a hub id that is cached."""
     reward: str = "tiny"
-    """tiny, tiny:SCORER, a name of trajsurgery.rewards.named (hpsv2.1, pickscore, imagereward, ...), the same with
+    """tiny, tiny:SCORER, a name of trajsurgery.rewards.packaged (hpsv2.1, pickscore, imagereward, ...), the same with
     :FILE, remote:HOST:PORT, or MODULE:NAME: called without arguments, it returns a reward. A weighted sum of such is
     WEIGHT*REWARD+WEIGHT*REWARD, each on its own scale."""
     prompts: str = "tiny"

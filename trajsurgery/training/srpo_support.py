@@ -16,7 +16,7 @@ from trajsurgery.pipelines.pipeline_field import PipelineField
 from trajsurgery.plans.nodes import Velocity
 from trajsurgery.plans.per_sample import PerSample
 from trajsurgery.plans.plan import Plan
-from trajsurgery.rewards.by_name import Reward
+from trajsurgery.rewards.loading import Reward
 from trajsurgery.surgery.parameters import Fields
 from trajsurgery.training.recipe import Recipe
 

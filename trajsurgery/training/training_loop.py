@@ -128,9 +128,9 @@ def training_step(
     if all(p.grad is None for p in training.parameters):
         raise RecipeError(_NOTHING)
     norm = torch.nn.utils.clip_grad_norm_(training.parameters, recipe.optimiser.clip)
-    figures = torch.cat([sums, norm.reshape(1).to(sums)]).tolist()  # the iteration's one wait for the device
-    reward, loss, clamped, weight, closed, _, anchor_figure, grad_norm = figures
-    finite = bool(torch.tensor(figures).isfinite().all())
+    numbers = torch.cat([sums, norm.reshape(1).to(sums)]).tolist()  # the iteration's one wait for the device
+    reward, loss, clamped, weight, closed, _, anchor_figure, grad_norm = numbers
+    finite = bool(torch.tensor(numbers).isfinite().all())
     idle = _idle(training) if finite and loss > 0 and not training.looked else None
     skipped = _step(recipe, training, finite)
     nodes = {n for plan in plans for n in plan.nodes}

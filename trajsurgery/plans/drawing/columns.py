@@ -10,7 +10,7 @@ import networkx as nx
 from trajsurgery.plans.nodes import START, Advance, Leap, Node, Time, walk
 
 
-def order(outputs: Sequence[Node], steps: int | None) -> list[Time]:
+def column_order(outputs: Sequence[Node], steps: int | None) -> list[Time]:
     """The times that the plan names, with T first and 0 last; named ones as its leaps order them."""
     first: Time = START if steps is None else steps
     found = list(dict.fromkeys([first, *(first if t == START else t for t in _times(outputs)), 0]))

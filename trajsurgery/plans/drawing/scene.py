@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from trajsurgery.plans.drawing.columns import order
+from trajsurgery.plans.drawing.columns import column_order
 from trajsurgery.plans.graph import needs_gradient, reached
 from trajsurgery.plans.nodes import (
     Advance,
@@ -81,7 +81,7 @@ class Scene:
     """The marks and edges of a plan."""
 
     def __init__(self, outputs: Sequence[Node], steps: int | None) -> None:
-        self.columns = order(outputs, steps)
+        self.columns = column_order(outputs, steps)
         self.steps = steps
         self.live = needs_gradient(outputs) & set(reached(outputs))
         self.trainable = needs_gradient(outputs)

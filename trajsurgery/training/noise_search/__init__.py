@@ -1,1 +1,1 @@
-"""training/noise_search."""
+"""Noise search (ReNO): a recipe, and gradient ascent of a reward in the initial noise of one prompt."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from trajsurgery.errors import RecipeError
 from trajsurgery.methods.reno import reno
 from trajsurgery.pipelines.operate import operate
-from trajsurgery.rewards.by_name import Reward
+from trajsurgery.rewards.loading import Reward
 from trajsurgery.training.objective import DETACHED
 
 RETAINED = 4

@@ -1,9 +1,8 @@
 """The frozen reference: the plan as a smooth function of the parameters, whose derivative is the plan's gradient.
 
-The plan is run once, and what a primitive takes from the gradient is replaced by constants recorded in that run:
-detach becomes the recorded value, a discount y becomes y_0 + a (y - y_0), a connector becomes x_t + (y - y_0). No
-autograd is needed to differentiate that, finite differences will do. Nothing here is shared with the execution of
-plans.
+The plan is run once. Then detach becomes the recorded value, a discount y becomes y_0 + a (y - y_0), and a connector
+becomes x_t + (y - y_0), with constants from that run. Finite differences can differentiate the result without autograd.
+Nothing here is shared with the execution of plans.
 """
 
 from __future__ import annotations
@@ -32,14 +31,14 @@ from trajsurgery.plans.nodes import (
     Velocity,
     walk,
 )
-from trajsurgery.surgery.parameters import named
-from trajsurgery.testing.case import Case, time_of
+from trajsurgery.surgery.parameters import field_named
+from trajsurgery.testing.proof_cases import Case, time_of
 
 STENCIL = ((1, 4 / 5), (2, -1 / 5), (3, 4 / 105), (4, -1 / 280))
 """Central differences of eighth order."""
 
 
-class Frozen:
+class FrozenPlan:
     """A case's plan with the stopped values of one run as constants."""
 
     def __init__(self, case: Case) -> None:
@@ -54,35 +53,35 @@ class Frozen:
         return tuple(self.constants[output] for output in self.case.plan.outputs)
 
     def derivative(self, direction: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """d(outputs) along a direction of `case.wrt`, by differences."""
+        """Return d(outputs) along a direction of `case.wrt`, by finite differences."""
         width = torch.finfo(self.outputs[0].dtype).eps ** (1 / 9)
-        found = [torch.zeros_like(output) for output in self.outputs]
+        derivatives = [torch.zeros_like(output) for output in self.outputs]
         for i, weight in STENCIL:
             for sign in (1, -1):
                 moved = self.moved(direction, sign * i * width / 8)
-                found = [f + sign * weight * m / (width / 8) for f, m in zip(found, moved, strict=True)]
-        return tuple(found)
+                derivatives = [f + sign * weight * m / (width / 8) for f, m in zip(derivatives, moved, strict=True)]
+        return tuple(derivatives)
 
     def moved(self, direction: Sequence[Tensor], by: float) -> tuple[Tensor, ...]:
-        """The change of the outputs where what trains is moved."""
+        """Return the change of the outputs when the variables are moved."""
         leaves, start = self.case.wrt, None
         if len(leaves) > len(self.case.params):
             start = leaves[-1].detach() + by * direction[-1]
-        with torch.no_grad(), _moved(self.case.params, direction, by):
+        with torch.no_grad(), _moved_parameters(self.case.params, direction, by):
             values = self.run(start)
         return tuple(values[output] - self.constants[output] for output in self.case.plan.outputs)
 
     def run(self, start: Tensor | None) -> dict[Node, Tensor]:
-        """Every node's value with the parameters as they are now."""
+        """Return every node's value with the current parameters."""
         of: dict[Node, Tensor] = {}
         for node in walk(self.case.plan.outputs):
             of[node] = self.value(node, of, start)
         return of
 
     def value(self, node: Node, of: dict[Node, Tensor], start: Tensor | None) -> Tensor:
-        """By the definition of the primitive; before the constants are known they are taken to be the values."""
+        """Return a node's value by its definition; in the first run constants are set to the values."""
         path, sigma = self.trajectory.interpolant, self._sigma
-        known = {parent: self.constants.get(parent, of[parent]) for parent in node.parents}
+        values = {parent: self.constants.get(parent, of[parent]) for parent in node.parents}
         match node:
             case Latent():
                 return self._x(node.t)
@@ -91,14 +90,14 @@ class Frozen:
             case Recorded():
                 return self.trajectory.velocities[self._t(node.t)]
             case Velocity():
-                return named(self.case.fields, node.field)(of[node.x], sigma(node.t))
+                return field_named(self.case.fields, node.field)(of[node.x], sigma(node.t))
             case Connect():
-                return self._x(node.t) + (of[node.x] - known[node.x])
+                return self._x(node.t) + (of[node.x] - values[node.x])
             case Discount() | Scale():
                 (y,) = node.parents
-                return known[y] + float(node.a) * (of[y] - known[y])
+                return values[y] + float(node.a) * (of[y] - values[y])
             case Detach() | DetachVelocity():
-                return known[node.parents[0]]
+                return values[node.parents[0]]
             case Leap():
                 return straight(path, of[node.x], of[node.v], sigma(node.x.t), sigma(node.to))
             case Advance():
@@ -130,7 +129,7 @@ class Frozen:
 
 
 def straight(path: Any, x: Tensor, v: Tensor, k: Tensor, j: Tensor) -> Tensor:
-    """x at j of the straight path alpha x_0 + beta x_1 that has the value x and the velocity v at k."""
+    """Return x at j of the straight path alpha x_0 + beta x_1 that has value x and velocity v at k."""
     alpha, beta, da, db = (f(k, torch) for f in (path.alpha, path.beta, path.alpha_rate, path.beta_rate))
     determinant = alpha * db - beta * da
     image, noise = (db * x - beta * v) / determinant, (alpha * v - da * x) / determinant
@@ -138,7 +137,7 @@ def straight(path: Any, x: Tensor, v: Tensor, k: Tensor, j: Tensor) -> Tensor:
 
 
 def quadrature(rule: str, supports: Sequence[float], start: float, to: float) -> list[float]:
-    """The weights of an advance: each velocity held, or those that integrate every power of sigma exactly."""
+    """Return the weights of an advance: each velocity held, or those that integrate every power of sigma exactly."""
     if rule == "euler":
         order = sorted(range(len(supports)), key=lambda i: abs(supports[i] - start))
         ends = [*(supports[i] for i in order[1:]), to]
@@ -151,13 +150,13 @@ def quadrature(rule: str, supports: Sequence[float], start: float, to: float) ->
 
 
 @contextmanager
-def _moved(params: Sequence[Tensor], direction: Sequence[Tensor], by: float) -> Generator[None]:
-    """The parameters moved in place, and put back as they were."""
-    kept = [p.detach().clone() for p in params]
+def _moved_parameters(params: Sequence[Tensor], direction: Sequence[Tensor], by: float) -> Generator[None]:
+    """Move the parameters in place, and restore them on exit."""
+    originals = [p.detach().clone() for p in params]
     try:
         for p, d in zip(params, direction, strict=False):  # a direction of x_T may follow
             p.add_(d, alpha=by)
         yield
     finally:
-        for p, before in zip(params, kept, strict=True):
+        for p, before in zip(params, originals, strict=True):
             p.copy_(before)

@@ -1,13 +1,13 @@
-"""What HPSv3 reads beside the image: the authors' question, word for word, in the chat form of Qwen2-VL-Instruct.
+"""The text that HPSv3 reads with the image: the authors' question, word for word, in Qwen2-VL-Instruct's chat format.
 
 The question is that of the package hpsv3 (MIT License, Copyright (c) 2024 HPSv3 Team): the model was trained with it.
 """
 
 REWARD = "<|Reward|>"
-"""The token that is added to Qwen2-VL's, and whose hidden state the head reads."""
+"""The token added to Qwen2-VL's vocabulary, whose hidden state the head reads."""
 
 IMAGE = "<|image_pad|>"
-"""The token that stands for a patch of the image."""
+"""The token for one patch of the image."""
 
 QUESTION = (
     "\n"
@@ -59,6 +59,6 @@ BEFORE = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start
 AFTER = "<|im_end|>\n<|im_start|>assistant\n"
 
 
-def asked(prompt: str, patches: int) -> str:
-    """The whole text for a prompt and an image of so many patches."""
+def question_text(prompt: str, patches: int) -> str:
+    """Return the whole text for a prompt and an image of so many patches."""
     return f"{BEFORE}{IMAGE * patches}<|vision_end|>{QUESTION.replace('{prompt}', prompt)}{AFTER}"

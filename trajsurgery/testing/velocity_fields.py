@@ -1,4 +1,4 @@
-"""Velocity fields whose trajectories bend: random ones, and those of Gaussian images, which are known exactly."""
+"""Velocity fields whose trajectories bend: random MLPs, and the exact field of Gaussian images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A recipe's real model, its decoder and its reward, measured under fake tensors."""
+"""Costs of a recipe's model call, decode and reward, measured under fake tensors."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trajsurgery.dry_run.fake_pipeline import Model, Spec, build, latents, made
-from trajsurgery.dry_run.measure import Measured, measure
+from trajsurgery.dry_run.fake_pipeline import FakePipeline, PipelineSpec, build_model, build_pipeline, latents
+from trajsurgery.dry_run.measure import MeasuredWork, measure
 from trajsurgery.training import lora, vae_decoding
 from trajsurgery.training.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class Counted:
-    """A model and what was measured of it, at one precision and number of images."""
+class ModelCosts:
+    """A pipeline's costs at one precision and number of images."""
 
-    model: Model
-    call: Measured
-    decode: Measured
-    reward: Measured | None
+    model: FakePipeline
+    call: MeasuredWork
+    decode: MeasuredWork
+    reward: MeasuredWork | None
     decoder_bytes: int
-    """Of its weights."""
+    """Bytes of the VAE's weights."""
     reward_bytes: int
     block: int
     """Parameters of the largest block, which FSDP gathers."""
     loose: int
-    """Parameters outside of the blocks."""
+    """Parameters outside the blocks."""
 
 
-def count(recipe: Recipe, known: Spec, images: int, sharded: bool) -> Counted:
-    """Builds the model for `images` at once and measures a step's calls, the decoder and the reward."""
+def measure_model(recipe: Recipe, spec: PipelineSpec, images: int, sharded: bool) -> ModelCosts:
+    """Build the model for `images` at once and measure a step's calls, the decode and the reward."""
     rollout = recipe.rollout
     half = rollout.precision == "bfloat16"
     dtype = torch.bfloat16 if half and sharded else torch.float32
-    model = build(known, rollout, images, dtype)
+    model = build_pipeline(spec, rollout, images, dtype)
     transformer: Any = model.transformer
     with model.mode, _default(dtype):
         lora.set_trainable_fake(transformer, recipe.train)
@@ -48,28 +48,28 @@ def count(recipe: Recipe, known: Spec, images: int, sharded: bool) -> Counted:
             call = measure(model.velocity, transformer.parameters(), model.chained)
     z = latents(model, rollout, images).requires_grad_()
     with model.mode:
-        vae = _decoder(recipe, known, model)
+        vae = _decoder(recipe, spec, model)
         decode = measure(lambda: [vae.decode(z).sample], vae.parameters())
         pixels = _pictures(vae.decode(z).sample.detach()).requires_grad_()
         reward, size = _reward(recipe.reward, pixels)
     weights = sum(p.numel() * p.element_size() for p in vae.parameters())
     sizes = [sum(p.numel() for p in b.parameters()) for m in transformer.children() for b in _blocks(m)]
     loose = sum(p.numel() for p in transformer.parameters()) - sum(sizes)
-    return Counted(model, call, decode, reward, weights, size, max(sizes, default=0), loose)
+    return ModelCosts(model, call, decode, reward, weights, size, max(sizes, default=0), loose)
 
 
-def _decoder(recipe: Recipe, known: Spec, model: Model) -> Any:
-    """The VAE as the recipe decodes with it."""
+def _decoder(recipe: Recipe, spec: PipelineSpec, model: FakePipeline) -> Any:
+    """Build the VAE as the recipe decodes with it."""
     vae, half = model.pipe.vae, recipe.rollout.precision == "bfloat16"
     dtype = vae_decoding.vae_dtype(vae, recipe.decoder, half)
     if dtype != torch.float32:  # `to` fails on fake parameters
-        vae = made(known.vae, dtype)
+        vae = build_model(spec.vae, dtype)
     vae_decoding.prepare_vae(vae, recipe.decoder, half)
     return vae
 
 
 def _pictures(pixels: Tensor) -> Tensor:
-    """[batch, 3, h, w]; of a video each frame is one."""
+    """Return the decode as [batch, 3, h, w]; each frame of a video is one picture."""
     return pixels if pixels.dim() == 4 else pixels.movedim(2, 1).flatten(0, 1)
 
 
@@ -77,20 +77,20 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
     return list(module) if isinstance(module, nn.ModuleList) else []
 
 
-def _reward(name: str, pixels: Tensor) -> tuple[Measured | None, int]:
-    """HPSv2.1's gradient to the images, and the bytes of its weights; other rewards are not counted."""
+def _reward(name: str, pixels: Tensor) -> tuple[MeasuredWork | None, int]:
+    """Measure HPSv2.1's gradient and weights; other rewards are not counted."""
     if name.partition(":")[0] != "hpsv2.1":
         return None, 0
     import open_clip
 
-    from trajsurgery.rewards.hpsv2 import prepared
+    from trajsurgery.rewards.hpsv2 import preprocess
 
     config: Any = open_clip.get_model_config("ViT-H-14")
     clip: Any = open_clip.CLIP(**config)  # create_model moves it, which fake tensors do not allow
     clip.eval().requires_grad_(False)
     side = int(clip.visual.image_size[0])
-    found = measure(lambda: [clip.encode_image(prepared(pixels, side), normalize=True)], clip.parameters())
-    return found, 4 * sum(p.numel() for p in clip.parameters())
+    costs = measure(lambda: [clip.encode_image(preprocess(pixels, side), normalize=True)], clip.parameters())
+    return costs, 4 * sum(p.numel() for p in clip.parameters())
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""PIL's bicubic resize of bytes, level for level: weights in fixed point, each pass rounded and clipped."""
+"""PIL's bicubic resize of bytes, bit for bit: fixed-point weights, each pass rounded and clipped."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ def _rounded(sums: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def _weights(old: int, new: int) -> Tensor:
     """[new, old]: of each old pixel in each new one, times 2^22, rounded away from zero at halves."""
-    found = torch.zeros(new, old, dtype=torch.float64)
+    weights = torch.zeros(new, old, dtype=torch.float64)
     ratio = old / new
     wider = max(ratio, 1.0)
     for row in range(new):
         middle = (row + 0.5) * ratio
         first, last = max(int(middle - 2 * wider + 0.5), 0), min(int(middle + 2 * wider + 0.5), old)
-        weights = [_bicubic((column - middle + 0.5) / wider) for column in range(first, last)]
-        total = sum(weights)
-        for column, weight in zip(range(first, last), weights):
-            found[row, column] = int(math.copysign(0.5, weight) + weight / total * 2**BITS)
-    return found
+        row_weights = [_bicubic((column - middle + 0.5) / wider) for column in range(first, last)]
+        total = sum(row_weights)
+        for column, weight in zip(range(first, last), row_weights):
+            weights[row, column] = int(math.copysign(0.5, weight) + weight / total * 2**BITS)
+    return weights
 
 
 def _bicubic(x: float) -> float:

@@ -1,4 +1,4 @@
-"""`plan_memory`: what a recipe's run takes, part by part, counted on its real model under fake tensors."""
+"""`plan_memory`: memory, operations and time of a recipe's iteration, counted on the real model under fake tensors."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from trajsurgery.dry_run.count import Counted, count
-from trajsurgery.dry_run.fake_pipeline import Spec, spec
-from trajsurgery.dry_run.kernels import KERNELS
+from trajsurgery.dry_run.fake_pipeline import PipelineSpec, find_spec
+from trajsurgery.dry_run.gpu_kernels import KERNELS
+from trajsurgery.dry_run.model_costs import ModelCosts, measure_model
 from trajsurgery.plans.graph import needs_gradient, trained
 from trajsurgery.plans.nodes import Velocity
 from trajsurgery.plans.plan import Plan
@@ -21,16 +21,16 @@ from trajsurgery.training.settings import Hardware
 Kernels = Literal["cuda", "cpu"]
 WORD = {"float32": 4, "bfloat16": 2}
 TEXT_WORD = 2
-"""Bytes a parameter of the text encoders, which are loaded in bfloat16, and a number of what they make."""
+"""Bytes for each parameter of the text encoders (bfloat16), and for each number of an encoding."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes a GPU, operations and seconds an iteration."""
+    """Bytes a GPU, operations and seconds of one iteration."""
 
     model: str
     source: str
-    """Of the configs."""
+    """Where the configs come from."""
     published: int | None
     plan: str
     setting: dict[str, Any]
@@ -40,28 +40,28 @@ class MemoryPlan:
     calls: int
     """The plan's velocity calls with gradient."""
     held: dict[str, int]
-    """Bytes a GPU that are there all the time: weights, gradients, moments, averages, frozen parts, gathered blocks."""
+    """Bytes a GPU that stay: weights, gradients, moments, averages, frozen parts, gathered blocks."""
     passing: dict[str, int]
-    """Bytes a GPU that come and go: what is kept for the plan's calls, decoder and reward, and the backward pass."""
+    """Bytes a GPU that come and go: activations of the plan's calls, decode and reward, backward pass."""
     peak: int
-    """Bytes a GPU: what is held, and the greater of its two passing moments."""
+    """Bytes a GPU: what stays, and the greater of the two moments that come and go."""
     flops: dict[str, int]
     """Operations of an iteration on all GPUs together."""
     seconds: float
-    """An iteration, at the hardware's utilisation."""
+    """Of an iteration, at the hardware's utilisation."""
     fits: bool
     gpus_needed: int | None
     """The fewest GPUs that hold it with as many images at once on each; None if no number does."""
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain dict (JSON)."""
+        """Return a plain dict (JSON)."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
-class _Steps:
-    """A sampler of Euler steps, as `Plan.cost` asks for it."""
+class _EulerSteps:
+    """A sampler of Euler steps, for `Plan.cost`."""
 
     steps: int
 
@@ -74,62 +74,62 @@ def plan_memory(
     recipe: Recipe,
     plan: Plan | None = None,
     *,
-    found: Spec | None = None,
+    found: PipelineSpec | None = None,
     kernels: Kernels = "cuda",
 ) -> MemoryPlan:
-    """What an iteration of the recipe takes on its `hardware`. No weights are read, no GPU is needed.
+    """Return what an iteration of the recipe takes on its `hardware`. No weights are read and no GPU is needed.
 
     The model is built at its real size under fake tensors, its calls are those of the pipeline's own loop, and what
-    autograd saves is counted storage by storage. On one GPU the weights are float32 masters, cast by autocast in
-    bfloat16; on several, FSDP keeps float32 shards and gathers blocks in the recipe's precision.
+    autograd saves is counted storage by storage. On one GPU the weights are float32 masters under bfloat16 autocast; on
+    several, FSDP keeps float32 shards and gathers blocks in the recipe's precision.
 
     Args:
-        plan: drawn by the recipe's method if left out.
-        found: configs of the model; else those of its name, or of its folder.
+        plan: by default drawn by the recipe's method.
+        found: configs of the model; by default those of its name or folder.
         kernels: "cuda" counts flash attention, fused RMSNorm and autocast's float32 layer norms; "cpu" flash attention
             alone.
 
     Raises:
         RecipeError: no config of the model. PlanError: the method allows no plan.
     """
-    known = found or spec(recipe.model)
+    spec = found or find_spec(recipe.model)
     rollout, hardware = recipe.rollout, recipe.hardware
     plan = plan or recipe.method.draw(rollout.steps, torch.Generator().manual_seed(recipe.seed))
     share = math.ceil(rollout.batch / hardware.gpus)
     images = min(rollout.at_once or share, share)
     with KERNELS[kernels]():
-        counted = count(recipe, known, images, sharded=hardware.gpus > 1)
-    return _estimate(recipe, known, plan.prepared(rollout.steps), images, counted, kernels)
+        counted = measure_model(recipe, spec, images, sharded=hardware.gpus > 1)
+    return _estimate(recipe, spec, plan.prepared(rollout.steps), images, counted, kernels)
 
 
-def _held(recipe: Recipe, known: Spec, counted: Counted, gpus: int) -> dict[str, int]:
-    """What is there all the time, a GPU."""
+def _persistent_bytes(recipe: Recipe, spec: PipelineSpec, counted: ModelCosts, gpus: int) -> dict[str, int]:
+    """Bytes a GPU that stay."""
     every = list(counted.model.transformer.parameters())
-    count, adapted = sum(p.numel() for p in every), _trained(every)
+    total, adapted = sum(p.numel() for p in every), _trained(every)
     buffers = sum(b.numel() * b.element_size() for b in counted.model.transformer.buffers())
     word = WORD[recipe.rollout.precision]
-    found = {
-        "weights": 4 * count // gpus + buffers,
+    parts = {
+        "weights": 4 * total // gpus + buffers,
         "gradients": 4 * adapted // gpus,
         "optimiser": 8 * adapted // gpus,
         "ema": 4 * adapted // gpus,
         "decoder, reward": counted.decoder_bytes + counted.reward_bytes,
     }
     if gpus > 1:  # the block in use and the next one, the gradient of one, and what belongs to no block
-        share = adapted / count
-        found["gathered blocks"] = int(word * (2 * counted.block + share * counted.block + counted.loose))
-    return found
+        share = adapted / total
+        parts["gathered blocks"] = int(word * (2 * counted.block + share * counted.block + counted.loose))
+    return parts
 
 
-def _passing(recipe: Recipe, counted: Counted, calls: int, outputs: int) -> dict[str, int]:
-    """What comes and goes, a GPU."""
+def _transient_bytes(recipe: Recipe, counted: ModelCosts, calls: int, outputs: int) -> dict[str, int]:
+    """Bytes a GPU that come and go."""
     call, way = counted.call, recipe.rollout.memory
     every = list(counted.model.transformer.parameters())
     second = sum(p.numel() * p.element_size() for p in every if p.requires_grad)
-    kept = call.kept + max(0, calls - 1) * call.further if way == "retain" and calls else 0
+    activations = call.kept + max(0, calls - 1) * call.further if way == "retain" and calls else 0
     reward = counted.reward.kept if counted.reward else 0
     return {
-        "kept for the calls": kept,
+        "kept for the calls": activations,
         "decode and reward": outputs * (counted.decode.kept + reward)
         + counted.decode.peak
         - counted.decode.kept
@@ -144,10 +144,10 @@ def _peak(held: dict[str, int], passing: dict[str, int]) -> int:
     return sum(held.values()) + max(calls + decode, calls + back + second)
 
 
-def _flops(recipe: Recipe, plan: Plan, counted: Counted, images: int) -> dict[str, int]:
-    """Of an iteration, all GPUs together."""
+def _operations(recipe: Recipe, plan: Plan, counted: ModelCosts, images: int) -> dict[str, int]:
+    """Operations of an iteration, on all GPUs together."""
     rollout, call, decode = recipe.rollout, counted.call, counted.decode
-    cost, plans = plan.cost(_Steps(rollout.steps)), rollout.plans
+    cost, plans = plan.cost(_EulerSteps(rollout.steps)), rollout.plans
     after = plans > 1 or rollout.times == "per-sample"  # the calls are made once the rollout is over
     calls, extra, groups = cost.calls, cost.extra, math.ceil(rollout.batch / images)
     measured, live = recipe.weights_at != "none", needs_gradient(plan.outputs)
@@ -169,29 +169,31 @@ def _flops(recipe: Recipe, plan: Plan, counted: Counted, images: int) -> dict[st
     }
 
 
-def _needed(recipe: Recipe, known: Spec, counted: Counted, passing: dict[str, int]) -> int | None:
-    """The fewest GPUs, from 1 up to one for each image; passing bytes are those counted."""
+def _gpus_needed(recipe: Recipe, spec: PipelineSpec, counted: ModelCosts, passing: dict[str, int]) -> int | None:
+    """Return the fewest GPUs, from 1 up to one for each image; transient bytes are as counted."""
     return next(
         (
             n
             for n in range(1, max(1, recipe.rollout.batch, recipe.hardware.gpus) + 1)
-            if _peak(_held(recipe, known, counted, n), passing) <= recipe.hardware.memory
+            if _peak(_persistent_bytes(recipe, spec, counted, n), passing) <= recipe.hardware.memory
         ),
         None,
     )
 
 
-def _estimate(recipe: Recipe, known: Spec, plan: Plan, images: int, counted: Counted, kernels: Kernels) -> MemoryPlan:
+def _estimate(
+    recipe: Recipe, spec: PipelineSpec, plan: Plan, images: int, counted: ModelCosts, kernels: Kernels
+) -> MemoryPlan:
     hardware: Hardware = recipe.hardware
-    calls = plan.cost(_Steps(recipe.rollout.steps)).calls
-    held = _held(recipe, known, counted, hardware.gpus)
-    passing = _passing(recipe, counted, calls, len(plan.outputs))
-    flops, peak = _flops(recipe, plan, counted, images), _peak(held, passing)
+    calls = plan.cost(_EulerSteps(recipe.rollout.steps)).calls
+    held = _persistent_bytes(recipe, spec, counted, hardware.gpus)
+    passing = _transient_bytes(recipe, counted, calls, len(plan.outputs))
+    flops, peak = _operations(recipe, plan, counted, images), _peak(held, passing)
     every = list(counted.model.transformer.parameters())
     return MemoryPlan(
-        model=known.name,
-        source=known.source,
-        published=known.published,
+        model=spec.name,
+        source=spec.source,
+        published=spec.published,
         plan=str(plan),
         setting={
             "method": type(recipe.method).__name__,
@@ -200,7 +202,7 @@ def _estimate(recipe: Recipe, known: Spec, plan: Plan, images: int, counted: Cou
             "frames": recipe.rollout.frames,
             "batch": recipe.rollout.batch,
             "images at once a GPU": images,
-            "text tokens": known.tokens,
+            "text tokens": spec.tokens,
             "precision": recipe.rollout.precision,
             "checkpointing": recipe.rollout.checkpointing,
             "train": recipe.train.what,
@@ -220,8 +222,8 @@ def _estimate(recipe: Recipe, known: Spec, plan: Plan, images: int, counted: Cou
         flops=flops,
         seconds=sum(flops.values()) / (hardware.gpus * hardware.flops * hardware.utilisation),
         fits=peak <= hardware.memory,
-        gpus_needed=_needed(recipe, known, counted, passing),
-        notes=_notes(recipe, known, counted),
+        gpus_needed=_gpus_needed(recipe, spec, counted, passing),
+        notes=_notes(recipe, spec, counted),
     )
 
 
@@ -229,26 +231,26 @@ def _trained(every: list[nn.Parameter]) -> int:
     return sum(p.numel() for p in every if p.requires_grad)
 
 
-def _notes(recipe: Recipe, known: Spec, counted: Counted) -> tuple[str, ...]:
-    """What the figures leave out, or what the run can't do yet."""
-    found = list[str]()
-    if known.text_encoders:
-        size = TEXT_WORD * sum(known.text_encoders.values()) / 2**30
+def _notes(recipe: Recipe, spec: PipelineSpec, counted: ModelCosts) -> tuple[str, ...]:
+    """What the figures leave out, or what a run can't do yet."""
+    notes = list[str]()
+    if spec.text_encoders:
+        size = TEXT_WORD * sum(spec.text_encoders.values()) / 2**30
         then = "stay on the device, which is not counted" if recipe.train.keep_encoders else "are let go"
-        found.append(f"before the first iteration the text encoders encode all prompts ({size:.1f} GiB); they {then}.")
+        notes.append(f"before the first iteration the text encoders encode all prompts ({size:.1f} GiB); they {then}.")
     prompts = recipe.iterations * recipe.rollout.batch // recipe.rollout.per_prompt
-    one = TEXT_WORD * known.tokens * known.text_width
+    one = TEXT_WORD * spec.tokens * spec.text_width
     if prompts * one >= 2**30:
-        found.append(
+        notes.append(
             f"encodings stay in the host's memory, {one / 2**20:.1f} MiB a prompt: up to {prompts * one / 2**30:.0f} "
             f"GiB if no prompt is drawn twice in {recipe.iterations} iterations."
         )
     if counted.reward is None:
-        found.append(f"the reward {recipe.reward} is not counted: of rewards, hpsv2.1 is known.")
+        notes.append(f"the reward {recipe.reward} is not counted: of rewards, hpsv2.1 is known.")
     if recipe.hardware.gpus > 1:
-        found.append("training shards nothing yet: the figures for several GPUs are a plan, not a run of this version.")
+        notes.append("training shards nothing yet: the figures for several GPUs are a plan, not a run of this version.")
     if recipe.hardware.gpus > 1 and recipe.rollout.memory != "staged":
-        found.append("under FSDP gradients come through the staged sweep alone: --rollout.memory staged.")
+        notes.append("under FSDP gradients come through the staged sweep alone: --rollout.memory staged.")
     if recipe.rollout.precision == "bfloat16" and recipe.hardware.gpus == 1:
-        found.append("autocast keeps a bfloat16 copy of the weights that a call used, until its backward pass.")
-    return tuple(found)
+        notes.append("autocast keeps a bfloat16 copy of the weights that a call used, until its backward pass.")
+    return tuple(notes)

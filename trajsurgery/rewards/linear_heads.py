@@ -1,4 +1,4 @@
-"""Heads of linear layers without activations in between, as LAION's predictor and ImageReward have them."""
+"""Heads of linear layers without activations between them, as in LAION's predictor and ImageReward."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from trajsurgery.errors import RewardError
 
 
-def linears(reward: str, state: Mapping[str, Tensor], width: int) -> nn.Sequential:
-    """The layers whose weights and biases a state dict holds, in the order of the numbers in their names.
+def linear_head(reward: str, state: Mapping[str, Tensor], width: int) -> nn.Sequential:
+    """Build the layers of a state dict, in the order of the numbers in their names.
 
-    Dropout layers, which have numbers and no weights, do nothing outside of training and are left out.
+    Dropout layers, which have numbers and no weights, are left out.
 
     Args:
-        width: of what goes in.
+        width: input width.
 
     Raises:
         RewardError: the layers do not fit one another, or do not end in one number.
@@ -38,5 +38,5 @@ def linears(reward: str, state: Mapping[str, Tensor], width: int) -> nn.Sequenti
 
 
 def _number(name: str) -> int:
-    found = re.search(r"\d+", name)
-    return int(found.group()) if found else 0
+    match = re.search(r"\d+", name)
+    return int(match.group()) if match else 0

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 
 class _FusedRMSNorm(torch.autograd.Function):
-    """Shapes alone: what CUDA's fused kernel saves is x, one number a row, and the weight."""
+    """Shapes alone: CUDA's fused kernel saves x, one number a row, and the weight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
@@ -25,13 +25,13 @@ class _FusedRMSNorm(torch.autograd.Function):
         return torch.empty_like(x), None if weight is None else torch.empty_like(weight)
 
 
-def _fused(own: Any) -> Any:
+def _fused(original: Any) -> Any:
     """The fused kernel, where torch takes it: not for a weight of another dtype, as autocast makes them."""
 
     def forward(self: nn.RMSNorm, x: Tensor) -> Any:
         weight: Any = self.weight
         if weight is not None and weight.dtype != x.dtype:
-            return own(self, x)
+            return original(self, x)
         return _FusedRMSNorm.apply(x, weight)
 
     return forward
@@ -52,20 +52,20 @@ def _flash(
     return flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
 
 
-def _layer_norm(own: Any) -> Any:
+def _layer_norm(original: Any) -> Any:
     """CUDA's autocast computes layer norms in float32, the CPU's does not."""
 
     def norm(x: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Any:
         if not torch.is_autocast_enabled("cpu"):
-            return own(x, shape, weight, bias, eps)
-        return own(x.float(), shape, weight, bias, eps)
+            return original(x, shape, weight, bias, eps)
+        return original(x.float(), shape, weight, bias, eps)
 
     return norm
 
 
 @contextmanager
-def gpu() -> Generator[None]:
-    """Flash attention, fused RMSNorm, and layer norms as CUDA's autocast does them: shapes, no values."""
+def gpu_kernels() -> Generator[None]:
+    """Use flash attention, fused RMSNorm, and layer norms as CUDA's autocast does them: shapes, no values."""
     attention, norm, rms = functional.scaled_dot_product_attention, functional.layer_norm, nn.RMSNorm.forward
     functional.scaled_dot_product_attention = _flash  # pyright: ignore[reportAttributeAccessIssue]
     functional.layer_norm = _layer_norm(norm)
@@ -79,8 +79,8 @@ def gpu() -> Generator[None]:
 
 
 @contextmanager
-def flash_only() -> Generator[None]:
-    """Flash attention, and every other operation as the CPU's kernels keep it."""
+def flash_attention_only() -> Generator[None]:
+    """Use flash attention; every other operation keeps what the CPU's kernels keep."""
     attention = functional.scaled_dot_product_attention
     functional.scaled_dot_product_attention = _flash  # pyright: ignore[reportAttributeAccessIssue]
     try:
@@ -89,5 +89,5 @@ def flash_only() -> Generator[None]:
         functional.scaled_dot_product_attention = attention
 
 
-KERNELS = {"cuda": gpu, "cpu": flash_only}
-"""cuda is the truth about a GPU; cpu is what can be measured on a machine without one, but for its attention."""
+KERNELS = {"cuda": gpu_kernels, "cpu": flash_attention_only}
+""""cuda" predicts a GPU; "cpu" can be checked on a machine without one, but for attention."""

@@ -12,13 +12,13 @@ from torch import Tensor
 from trajsurgery.plans.plan import Plan
 from trajsurgery.surgery.parameters import Fields
 from trajsurgery.surgery.trajectory import Trajectory
-from trajsurgery.testing import ways
-from trajsurgery.testing.case import Case, Drawable, cases, norm
+from trajsurgery.testing import ways_of_running
 from trajsurgery.testing.diagnosis import Measure, explain
-from trajsurgery.testing.reference import Frozen
+from trajsurgery.testing.frozen_reference import FrozenPlan
+from trajsurgery.testing.proof_cases import Case, Drawable, cases, norm
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-3}
-"""Of a gradient, relative to its norm, by the dtype of the latents."""
+"""For gradients, relative to their norm, by the dtype of the latents."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Proof:
     gradients: tuple[tuple[Tensor, ...], ...]
     """The closed form's gradient of each plan on each field, one tensor for each parameter (and x_T)."""
     misses: dict[str, float]
-    """The largest relative miss of each check; 0 for what is compared bit for bit."""
+    """The largest relative error of each check; 0 for what is compared bit for bit."""
 
     def __str__(self) -> str:
         head = f"proved, on {len(self.gradients)} runs of {len(self.plans)} plans:"
@@ -48,31 +48,30 @@ def check_gradient(
     shape: Sequence[int] | None = None,
     skip: Collection[str] = (),
 ) -> Proof:
-    """Proves a plan, or a method: asserts that whatever way it is run, its gradient is that of its closed form.
+    """Prove a plan or a method: assert that in every way of running, its gradient is that of its closed form.
 
-    - values: outputs connected at 0 are the rollout's x_0 bit for bit, calls on recorded latents are made on these, in
-      float64, float32, bfloat16 and float16; in float64 every output is what the primitives define;
+    - values: outputs connected at 0 are the rollout's x_0 bit for bit, calls on recorded latents receive exactly these,
+      in float64, float32, bfloat16 and float16; in float64 every output is what the primitives define;
     - retain, recompute, staged, checkpointed: autograd's gradient is the closed form's, each term by vjps of one call;
-    - jvp: <J t, c> = <t, J^T c> in forward mode (of fields that are Modules);
-    - differences: finite differences of the frozen reference (`trajsurgery.testing.reference`) agree.
+    - jvp: <J t, c> = <t, J^T c> in forward mode (for fields that are Modules);
+    - differences: finite differences of the frozen reference (`trajsurgery.testing.frozen_reference`) agree.
 
     Args:
         plan: a plan, with names or without; a method, an object with `draw(steps, generator)`; or a function of times
-            that takes names, as `leapalign` does.
-        field: what is called, as in `trajsurgery.apply`; if left out, an MLP and the exact field of Gaussian images, in
-            float64, each with a random trajectory. `check_gradient(plan, trajectory, field)` works as well.
-        trajectory: a rollout of the field; a random one if left out.
-        cotangents: one for each output; random ones if left out.
-        tolerance: relative to the norm of the whole gradient; 1e-10 in float64 if left out.
+            that accepts names, as `leapalign` does.
+        field: as in `trajsurgery.apply`; by default an MLP and the exact field of Gaussian images, in float64, each
+            with a random trajectory. `check_gradient(plan, trajectory, field)` works as well.
+        trajectory: a rollout of the field; by default a random one.
+        cotangents: one for each output; by default random.
+        tolerance: relative to the norm of the whole gradient; by default 1e-10 in float64.
         steps: of the random trajectories.
-        draws: how often names are bound at random, methods and random trajectories drawn.
+        draws: how often names are bound at random, and methods and random trajectories drawn.
         shape: of their latents, [batch, *latent].
         skip: names of checks to leave out.
 
     Raises:
-        AssertionError: something does not hold. Of a gradient it says which term is off, at which times, by which
-            factor.
-        PlanError: the plan or method cannot be drawn.
+        AssertionError: a check failed. For a gradient it says which term is wrong, at which times, by which factor.
+        PlanError: the plan or method can't be drawn.
     """
     if isinstance(field, Trajectory) or (trajectory is not None and not isinstance(trajectory, Trajectory)):
         field, trajectory = trajectory, field
@@ -80,55 +79,59 @@ def check_gradient(
     gradients: list[tuple[Tensor, ...]] = []
     misses: dict[str, float] = {}
     for case in cases(plan, field, trajectory, steps, draws, shape):  # pyright: ignore[reportArgumentType]  # swapped
-        gradient, missed = _prove(case, cotangents, tolerance, skip)
+        gradient, missed = _prove_case(case, cotangents, tolerance, skip)
         plans[case.plan] = None
         gradients += [gradient] if gradient else []
         misses |= {name: max(miss, misses.get(name, 0)) for name, miss in missed.items()}
     return Proof(tuple(plans), tuple(gradients), misses)
 
 
-def _prove(
+def _prove_case(
     case: Case, cotangents: Sequence[Tensor] | None, tolerance: float | None, skip: Collection[str]
 ) -> tuple[tuple[Tensor, ...], dict[str, float]]:
     tolerance = TOLERANCES[case.trajectory[0].dtype] if tolerance is None else tolerance
     cs = tuple(cotangents) if cotangents else case.cotangents(0)
-    misses = {} if "values" in skip else {"values": ways.values(case, tolerance)}
+    misses = {} if "values" in skip else {"values": ways_of_running.check_values(case, tolerance)}
     if case.values_only:
         return (), misses
     closed = closed_form(case, cs)
-    for name, gradient in ways.GRADIENTS.items():
+    for name, gradient in ways_of_running.GRADIENTS.items():
         if name not in skip:
             miss = _distance(gradient(case, cs), closed)
-            misses[name] = _hold(miss, tolerance, name, "the closed form", case, _of_gradient(case, gradient))
+            misses[name] = _check_within_tolerance(
+                miss, tolerance, name, "the closed form", case, _of_gradient(case, gradient)
+            )
     tangents: dict[str, tuple[Any, float]] = {
-        "jvp": (ways.pushed(case), tolerance),
-        "differences": (Frozen(case).derivative, max(tolerance, ways.rounding(case))),
+        "jvp": (ways_of_running.forward_mode(case), tolerance),
+        "differences": (FrozenPlan(case).derivative, max(tolerance, ways_of_running.rounding(case))),
     }
     for name, (tangent, allowed) in tangents.items():
         if name not in skip and tangent is not None:
             measure = _of_tangent(tangent)
             direction = case.direction(1)
-            found = float(measure([cs], [direction]))
-            wanted = float(sum((d.double() * g.double()).sum() for d, g in zip(direction, closed, strict=True)))
-            miss = abs(found - wanted) / max(norm(closed) * norm(direction), 1e-300)
-            misses[name] = _hold(miss, allowed, name, "the closed form in a random direction", case, measure)
+            measured = float(measure([cs], [direction]))
+            expected = float(sum((d.double() * g.double()).sum() for d, g in zip(direction, closed, strict=True)))
+            miss = abs(measured - expected) / max(norm(closed) * norm(direction), 1e-300)
+            misses[name] = _check_within_tolerance(
+                miss, allowed, name, "the closed form in a random direction", case, measure
+            )
     return closed, misses
 
 
 def closed_form(case: Case, cotangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The gradient of `case.wrt`, term by term."""
+    """Return the gradient with respect to `case.wrt`, term by term."""
     expansion = case.plan.gradient(interpolant=case.trajectory.interpolant)
     if expansion.count > len(expansion.terms):
         expansion = case.plan.gradient(interpolant=case.trajectory.interpolant, limit=expansion.count)
-    found = expansion.evaluate(case.trajectory, case.fields, list(cotangents), case.params)
-    gradient = tuple(found)
+    evaluation = expansion.evaluate(case.trajectory, case.fields, list(cotangents), case.params)
+    gradient = tuple(evaluation)
     if len(case.wrt) == len(case.params):
         return gradient
-    return (*gradient, torch.zeros_like(case.wrt[-1]) if found.start is None else found.start)
+    return (*gradient, torch.zeros_like(case.wrt[-1]) if evaluation.start is None else evaluation.start)
 
 
-def _hold(miss: float, tolerance: float, name: str, what: str, case: Case, measure: Measure) -> float:
-    """The miss, if it is within the tolerance.
+def _check_within_tolerance(miss: float, tolerance: float, name: str, what: str, case: Case, measure: Measure) -> float:
+    """Return the relative error if it is within the tolerance.
 
     Raises:
         AssertionError: it is not; the message names the terms.
@@ -145,16 +148,16 @@ def _hold(miss: float, tolerance: float, name: str, what: str, case: Case, measu
 
 def _of_gradient(case: Case, gradient: Callable[[Case, Sequence[Tensor]], Sequence[Tensor]]) -> Measure:
     def measure(cotangents: Sequence[tuple[Tensor, ...]], directions: Sequence[tuple[Tensor, ...]]) -> Tensor:
-        found = [_flat(gradient(case, c)) for c in cotangents]
-        return torch.stack(found) @ torch.stack([_flat(d) for d in directions]).T
+        gradients = [_flat(gradient(case, c)) for c in cotangents]
+        return torch.stack(gradients) @ torch.stack([_flat(d) for d in directions]).T
 
     return measure
 
 
 def _of_tangent(tangent: Callable[[Sequence[Tensor]], Sequence[Tensor]]) -> Measure:
     def measure(cotangents: Sequence[tuple[Tensor, ...]], directions: Sequence[tuple[Tensor, ...]]) -> Tensor:
-        found = [_flat(tangent(d)) for d in directions]
-        return torch.stack([_flat(c) for c in cotangents]) @ torch.stack(found).T
+        tangents = [_flat(tangent(d)) for d in directions]
+        return torch.stack([_flat(c) for c in cotangents]) @ torch.stack(tangents).T
 
     return measure
 
@@ -163,5 +166,7 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([t.detach().double().flatten() for t in tensors])
 
 
-def _distance(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    return norm([a.double() - b.double() for a, b in zip(found, wanted, strict=True)]) / max(norm(wanted), 1e-300)
+def _distance(measured: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    return norm([a.double() - b.double() for a, b in zip(measured, expected, strict=True)]) / max(
+        norm(expected), 1e-300
+    )

@@ -1,4 +1,4 @@
-"""What the names of rewards and further scorers stand for."""
+"""Load rewards by the names that recipes and commands use, mixtures of them included."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from trajsurgery.errors import RecipeError
 from trajsurgery.rewards import contract
-from trajsurgery.rewards.mixed import Weighted
-from trajsurgery.rewards.named import KNOWN, load_packaged
+from trajsurgery.rewards.mixtures import Weighted
+from trajsurgery.rewards.packaged import KNOWN, load_packaged
 
 Reward = Callable[[Tensor, Sequence[str]], Tensor]
 """reward(images, prompts): Float[batch 3 h w] in [0, 1] and a text for each, to scores Float[batch], differentiable."""
@@ -23,27 +23,27 @@ _NUMBER = r"\s*(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _FIRST, _NEXT = (re.compile(rf"\s*([+-]{sign}{_NUMBER})\s*\*\s*") for sign in ("?", ""))
 
 
-def mixture_weights(asked: str) -> dict[str, float]:
-    """{name: weight} of a mixture such as "0.7*hpsv2.1+0.3*pickscore"; {} for a single scorer's name.
+def mixture_weights(text: str) -> dict[str, float]:
+    """Return {name: weight} of a mixture such as "0.7*hpsv2.1+0.3*pickscore"; {} for a single name.
 
     Raises:
-        RecipeError: a weight without a name; a name that stands there twice.
+        RecipeError: a weight without a name; a name that occurs twice.
     """
-    begun = _FIRST.match(asked)
-    if begun is None:
+    first = _FIRST.match(text)
+    if first is None:
         return {}
-    words = [begun[1], *_NEXT.split(asked[begun.end() :])]
+    words = [first[1], *_NEXT.split(text[first.end() :])]
     names, weights = [name.strip() for name in words[1::2]], [float(w.replace(" ", "")) for w in words[::2]]
     if not all(names) or len(set(names)) < len(names):
         raise RecipeError(
-            f"reward {asked!r}: a mixture is a weight and a scorer for each part, no scorer twice, such as "
+            f"reward {text!r}: a mixture is a weight and a scorer for each part, no scorer twice, such as "
             "'0.7*hpsv2.1+0.3*pickscore'."
         )
     return dict(zip(names, weights, strict=True))
 
 
 class WrappedReward(contract.Reward):
-    """A scorer that is no `trajsurgery.rewards.contract.Reward` as one: its scores are looked at as theirs are."""
+    """A scorer of another class, wrapped so that the checks of `Reward` apply to it."""
 
     source = licence = "not stated"
 
@@ -54,58 +54,60 @@ class WrappedReward(contract.Reward):
         self.threshold = getattr(scorer, "threshold", None)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """Float[batch], the scorer's own."""
+        """Return the scorer's own scores, Float[batch]."""
         return self.scorer(images, prompts)
 
 
 def mixture_parts(reward: Reward) -> dict[str, Reward]:
-    """The rewards that a mixture is made of, {"0.7*hpsv2.1": ...}: each is to be seen beside their sum."""
+    """Return the parts of a mixture, {"0.7*hpsv2.1": ...}, so that each is reported beside their sum."""
     if not isinstance(reward, Weighted):
         return {}
-    made: list[Any] = list(reward.parts)
-    found: dict[str, Reward] = {}
-    for part, weight in zip(made, reward.weights, strict=True):
+    parts: list[Any] = list(reward.parts)
+    named_parts: dict[str, Reward] = {}
+    for part, weight in zip(parts, reward.weights, strict=True):
         name = f"{weight:g}*{part.name}"
-        found[name if name not in found else f"{name} ({len(found) + 1})"] = part  # one reward with other weights
-    return found
+        named_parts[name if name not in named_parts else f"{name} ({len(named_parts) + 1})"] = (
+            part  # one reward with other weights
+        )
+    return named_parts
 
 
-def load_reward(asked: str, device: torch.device) -> Reward:
-    """The scorer of a name, or the weighted sum that a mixture of names stands for.
+def load_reward(name_of_reward: str, device: torch.device) -> Reward:
+    """Load the scorer of a name, or the weighted sum of a mixture.
 
     Raises:
-        RecipeError: the name stands for nothing.
-        RewardError: its weights are not there; a part's weight is zero.
+        RecipeError: an unknown name.
+        RewardError: its weights are missing; a part's weight is zero.
     """
-    mixed = [(part, load_reward(part, device), weight) for part, weight in mixture_weights(asked).items()]
+    mixed = [(part, load_reward(part, device), weight) for part, weight in mixture_weights(name_of_reward).items()]
     if mixed:
         return Weighted([(r if isinstance(r, contract.Reward) else WrappedReward(part, r), w) for part, r, w in mixed])
-    name, _, rest = asked.partition(":")
+    name, _, rest = name_of_reward.partition(":")
     if name == "tiny":
         return import_module("trajsurgery.tiny").Reward(rest or "scorer")
-    found = load_packaged(asked)
-    if found is not None:
-        return found.to(device)
+    packaged = load_packaged(name_of_reward)
+    if packaged is not None:
+        return packaged.to(device)
     try:
         return getattr(import_module(name), rest)()
     except (ImportError, AttributeError, ValueError) as error:
         raise RecipeError(
-            f"reward = {asked!r} could not be made ({error}): it is tiny, tiny:SCORER, {KNOWN} or "
+            f"reward = {name_of_reward!r} could not be made ({error}): it is tiny, tiny:SCORER, {KNOWN} or "
             "MODULE:NAME, which is called without arguments and returns reward(images, prompts) -> scores."
         ) from error
 
 
 def score_one(name: str, reward: Reward, image: Tensor, text: str) -> Tensor:
-    """The score of one image, [1].
+    """Return the score of one image, [1].
 
     Raises:
-        RecipeError: no score for each image.
+        RecipeError: the reward gives no score for each image.
     """
     scores: Any = reward(image, [text])
     if not isinstance(scores, Tensor) or scores.shape != (1,):
-        found = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+        received = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
         raise RecipeError(
-            f"reward {name!r} gave {found} for one image: it takes Float[batch 3 h w] and a list of as many "
+            f"reward {name!r} gave {received} for one image: it takes Float[batch 3 h w] and a list of as many "
             "prompts, and returns the scores, Float[batch]."
         )
     return scores

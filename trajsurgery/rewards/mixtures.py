@@ -1,4 +1,4 @@
-"""Rewards made of rewards: weighted sums, and SRPO's difference of two prompts."""
+"""Rewards made of rewards: weighted sums, and SRPO's relative reward."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from trajsurgery.rewards.contract import Reward
 class Weighted(Reward):
     """sum_i w_i r_i(image, prompt), each term on its reward's own scale; its gradient is the same sum of gradients.
 
-    The threshold is the weighted sum of the parts' if all of them state one and no weight is negative: a hinge at it
-    closes no earlier than all of them could be reached. Otherwise there is none, and a recipe has to say it.
+    The threshold is the weighted sum of the parts' thresholds, if all parts state one and no weight is negative: a
+    hinge at it closes no earlier than all of them could be reached. Otherwise there is none, and the recipe must state
+    it.
 
     Args:
         parts: rewards and their weights, finite and not zero.
@@ -53,8 +54,8 @@ class Weighted(Reward):
 class Relative(Reward):
     """SRPO's reward (Shen et al., 2025, arXiv 2509.06942): (1 + k) r(image, p+) - r(image, p-).
 
-    p+ and p- are the prompt with the words that are wanted, and those that are not, before it. What r says whatever the
-    words (its bias) cancels for k = 0, and a part k of it stays.
+    p+ and p- are the prompt with desired and with undesired words before it. A bias of r that does not depend on the
+    words cancels for k = 0; a part k of it stays.
 
     Args:
         reward: r.
@@ -84,5 +85,5 @@ class Relative(Reward):
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Float[batch]; see the class."""
-        wanted, unwanted = ([f"{words}. {prompt}" for prompt in prompts] for words in (self.positive, self.negative))
-        return (1 + self.k) * self.reward(images, wanted) - self.reward(images, unwanted)
+        positive, negative = ([f"{words}. {prompt}" for prompt in prompts] for words in (self.positive, self.negative))
+        return (1 + self.k) * self.reward(images, positive) - self.reward(images, negative)

@@ -1,0 +1,84 @@
+"""The rewards of this package by name: NAME, or NAME:WHERE for weights elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from trajsurgery.rewards.contract import Reward
+from trajsurgery.rewards.weight_files import cached_file
+
+
+@dataclass(frozen=True)
+class PackagedReward:
+    """A reward's class, and the file that has to be in the local cache if no place is given."""
+
+    module: str
+    kind: str
+    repository: str
+    file: str
+    place: str
+    """The argument that receives WHERE."""
+    also: tuple[tuple[str, str], ...] = ()
+    """Further arguments."""
+
+
+LARGE = "openai/clip-vit-large-patch14"
+NAMES = {
+    "hpsv2.1": PackagedReward("hpsv2", "HPSv2", "xswu/HPSv2", "HPS_v2.1_compressed.pt", "file"),
+    "hpsv2.0": PackagedReward("hpsv2", "HPSv2", "xswu/HPSv2", "HPS_v2_compressed.pt", "file", (("version", "2.0"),)),
+    "pickscore": PackagedReward("clip", "PickScore", "yuvalkirstain/PickScore_v1", "config.json", "model"),
+    "clipscore": PackagedReward("clip", "CLIPScore", LARGE, "config.json", "model"),
+    "aesthetic": PackagedReward("clip", "Aesthetic", "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth", "head"),
+    "imagereward": PackagedReward("imagereward", "ImageReward", "THUDM/ImageReward", "ImageReward.pt", "file"),
+    "hpsv3": PackagedReward("hpsv3", "HPSv3", "MizzenAI/HPSv3", "HPSv3.safetensors", "file"),
+    "unifiedreward": PackagedReward("judge", "Judge", "CodeGoat24/UnifiedReward-qwen-7b", "config.json", "model"),
+}
+ALIASES = {"hpsv2": "hpsv2.1"}
+KNOWN = ", ".join((*NAMES, "each also as NAME:FILE", "remote:HOST:PORT"))
+"""For error messages."""
+
+
+def is_packaged(reward: str) -> bool:
+    """Whether the name is one of this package's rewards."""
+    name, _, where = reward.partition(":")
+    return bool(where) if name == "remote" else ALIASES.get(name, name) in NAMES
+
+
+def load_packaged(reward: str) -> Reward | None:
+    """Load a reward of this package, on the CPU; None for another name.
+
+    Raises:
+        RewardError: its weights are missing, or the server does not answer.
+    """
+    name, _, where = reward.partition(":")
+    if name == "remote":
+        return import_module("trajsurgery.rewards.remote").Remote(where)
+    packaged = NAMES.get(ALIASES.get(name, name))
+    if packaged is None:
+        return None
+    arguments: dict[str, Any] = {**dict(packaged.also), **({packaged.place: where} if where else {})}
+    return getattr(import_module(f"trajsurgery.rewards.{packaged.module}"), packaged.kind)(**arguments)
+
+
+def is_differentiable(reward: str) -> bool:
+    """Whether a reward's class passes gradients; True for rewards of others."""
+    name = reward.partition(":")[0]
+    packaged = NAMES.get(ALIASES.get(name, name))
+    if packaged is None:
+        return True
+    reward_class: type[Reward] = getattr(import_module(f"trajsurgery.rewards.{packaged.module}"), packaged.kind)
+    return reward_class.differentiable
+
+
+def missing_weights(reward: str) -> str | None:
+    """Return which weights are missing and how to get them; None if nothing. Loads and connects to nothing."""
+    name, _, where = reward.partition(":")
+    packaged = NAMES.get(ALIASES.get(name, name))
+    if packaged is None or (Path(where).exists() if where else cached_file(packaged.repository, packaged.file)):
+        return None
+    file = "" if packaged.file == "config.json" else f" {packaged.file}"
+    problem = f"there is no {where}" if where else f"the weights of {name} are not in the Hugging Face cache"
+    return f"no reward: {problem}. Fetch them with `hf download {packaged.repository}{file}`, or pass {name}:FILE."
