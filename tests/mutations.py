@@ -57,8 +57,8 @@ MUTATIONS = (
     Mutation(
         "a recompute that forgets the parameters",
         "surgery/autograd_functions.py",
-        "return None, None, *(next(found) if need else None for need in ctx.needs_input_grad[2:])",
-        "got = [next(found) if need else None for need in ctx.needs_input_grad[2:]]\n"
+        "return None, None, *(next(gradients) if need else None for need in ctx.needs_input_grad[2:])",
+        "got = [next(gradients) if need else None for need in ctx.needs_input_grad[2:]]\n"
         "        return None, None, got[0], *(None for _ in got[1:])",
         "surgery/test_run_ways.py",
     ),
@@ -89,7 +89,7 @@ MUTATIONS = (
         "Detach: lambda node, of, *_: of[node.x].detach(),",
         "Detach: lambda node, of, *_: of[node.x] * 1,",
         "surgery/test_forward_mode.py",
-        (("surgery/execution.py", "found if node in self.live else found.detach()", "found"),),
+        (("surgery/execution.py", "result if node in self.live else result.detach()", "result"),),
     ),
     Mutation(
         "a connector that stops the gradient",
@@ -129,7 +129,7 @@ MUTATIONS = (
     Mutation(
         "recompute under torch.func",
         "surgery/velocity_calls.py",
-        'if memory == "retain" or _transforming():',
+        'if memory == "retain" or _inside_torch_func():',
         'if memory == "retain":',
         "surgery/test_forward_mode.py",
     ),
@@ -150,8 +150,8 @@ MUTATIONS = (
     Mutation(
         "a faithful value computed again",
         "surgery/node_values.py",
-        "return ops.connect(found, trajectory[_int(node.to)]) if faithful else found",
-        "return found",
+        "return autograd_functions.connect(prediction, trajectory[_int(node.to)]) if faithful else prediction",
+        "return prediction",
         "surgery/test_run_values.py",
     ),
     Mutation(
@@ -220,7 +220,7 @@ MUTATIONS = (
     Mutation(
         "pairs of times that may be equal",
         "methods/leapalign.py",
-        "return sorted(choose(allowed, self.leaps, generator)",
+        "return sorted(distinct(allowed, self.leaps, generator)",
         "return sorted([max(allowed) - uniform(2, generator) for _ in range(self.leaps)]",
         "methods/test_algorithm_1.py",
     ),
@@ -234,7 +234,7 @@ MUTATIONS = (
     Mutation(
         "nodes that are not shared",
         "plans/expression.py",
-        "return _Interned._cache.setdefault(key, node)",
+        "return _HashConsed._cache.setdefault(key, node)",
         "return node",
         "plans/test_nodes.py",
     ),

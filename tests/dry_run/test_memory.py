@@ -18,7 +18,7 @@ from tests.builders.pipelines import video as video_builders
 from tests.builders.small_pipelines import PIPELINES, Small
 from trajsurgery import LeapAlign, RecipeError, backward, leapalign, operate, plan_memory
 from trajsurgery.cli.train_command import cli
-from trajsurgery.dry_run import MemoryPlan, Spec, spec
+from trajsurgery.dry_run import MemoryPlan, PipelineSpec, find_spec
 from trajsurgery.dry_run.fake_pipeline import build_model
 from trajsurgery.dry_run.gpu_kernels import KERNELS
 from trajsurgery.dry_run.measure import PeakMemory, flop_counter
@@ -45,11 +45,11 @@ TOKENS = {"flux": 5, "sd3": 5, "wan": 4}
 
 
 @functools.cache
-def small(name: str) -> Spec:
+def small(name: str) -> PipelineSpec:
     """The configs of a small pipeline, read off the folder that it is saved in."""
     with TemporaryDirectory() as folder:
         SMALL[name]().pipe.save_pretrained(folder)
-        return replace(spec(folder), tokens=TOKENS[name])
+        return replace(find_spec(folder), tokens=TOKENS[name])
 
 
 def recipe(name: str, **changes: Any) -> Recipe:
@@ -81,7 +81,7 @@ def planned(name: str, settings: Recipe) -> MemoryPlan:
             COUNTED[alike] = measure_model(*args, **kwargs)
         return COUNTED[alike]
 
-    with mock.patch("trajsurgery.dry_run.memory_plan.count", once):
+    with mock.patch("trajsurgery.dry_run.memory_plan.measure_model", once):
         return plan_memory(settings, PLAN, found=small(name), kernels="cpu")
 
 
@@ -246,7 +246,7 @@ def test_encodings_that_would_fill_the_host_are_told() -> None:
 
 def test_a_model_without_config_is_told() -> None:
     with pytest.raises(RecipeError, match=r"nobody/nothing.*FLUX\.1-dev"):
-        spec("nobody/nothing")
+        find_spec("nobody/nothing")
 
 
 def test_a_dry_run_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -274,7 +274,7 @@ def test_a_dry_run_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixtu
     ],
 )
 def test_shipped_configs_have_the_published_size(model: str, parameters: int) -> None:
-    found = spec(model)
+    found = find_spec(model)
     with torch.device("meta"):
         transformer = build_model(found.transformer, torch.bfloat16)
     assert sum(p.numel() for p in transformer.parameters()) == parameters == found.published
@@ -292,8 +292,8 @@ def test_real_models(model: str, size: int, parameters: int, kept: float, forwar
     """One velocity call in bfloat16, one image, without guidance, all norms as a CPU keeps them."""
     rollout = Rollout(steps=25, precision="bfloat16", size=size, guidance=1.0)
     with KERNELS["cpu"]():
-        found = measure_model(Recipe(rollout=rollout, model=model), spec(model), 1, sharded=True)
-    assert found.model.count("transformer") == parameters == spec(model).published
+        found = measure_model(Recipe(rollout=rollout, model=model), find_spec(model), 1, sharded=True)
+    assert found.model.count("transformer") == parameters == find_spec(model).published
     assert found.call.kept / GIB == pytest.approx(kept, abs=0.01)
     assert found.call.forward / 1e12 == pytest.approx(forward, abs=0.01)
     assert found.call.backward / 1e12 == pytest.approx(backward, abs=0.01)

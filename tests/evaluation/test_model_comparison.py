@@ -187,7 +187,7 @@ def test_an_interruption_says_that_it_goes_on(
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(model_comparison, "make", interrupted)
+    monkeypatch.setattr(model_comparison, "make_images", interrupted)
     assert main(words(there, tmp_path / "x")) == 130
     assert "the same command goes on" in capsys.readouterr().out
 

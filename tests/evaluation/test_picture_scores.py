@@ -143,7 +143,7 @@ def test_pictures_on_disk_have_the_originals_numbers(folder: Path) -> None:
     asked = find_pictures([folder], folder / "notes.txt")
     score_pictures(Weighted([(Tells(), 1.0), (Relative(Tells(), "good", "bad", 0.5), 1.0)]), asked, CPU)
     assert seen == [True] * 9
-    assert model_comparison.scores is score_pictures
+    assert model_comparison.score_pictures is score_pictures
 
 
 def test_pictures_of_one_size_are_graded_together_and_each_once(folder: Path) -> None:
@@ -197,4 +197,4 @@ def test_help_imports_no_torch(words: list[str]) -> None:
 def test_the_modules_are_the_command(module: str) -> None:
     words = [sys.executable, "-m", module, "--help"]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
-    assert "grades pictures" in done.stdout or "Scores pictures" in done.stdout
+    assert "Score pictures with rewards" in done.stdout

@@ -296,4 +296,4 @@ def test_what_is_no_mixture_is_told(asked: str) -> None:
     with pytest.raises(RecipeError, match="a mixture is a weight and a scorer"):
         mixture_weights(asked)
     with pytest.raises(RecipeError, match="a mixture is a weight and a scorer"):
-        train_command.preflight.check(Recipe(reward=asked))
+        train_command.preflight.check_recipe(Recipe(reward=asked))

@@ -56,8 +56,8 @@ def test_a_weighted_sum() -> None:
 
 
 @pytest.mark.parametrize("parts", [[(Wave(3), 2.0), (Wave(5, 0.4), 1.0)], [(Wave(3, 0.5), -1.0), (Wave(5, 0.4), 1.0)]])
-def test_a_threshold_is_not_made_up(mixture_parts: list[tuple[Reward, float]]) -> None:
-    assert Weighted(mixture_parts).threshold is None
+def test_a_threshold_is_not_made_up(parts: list[tuple[Reward, float]]) -> None:
+    assert Weighted(parts).threshold is None
 
 
 @pytest.mark.parametrize("k", [0, 0.7])

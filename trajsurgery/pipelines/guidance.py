@@ -87,7 +87,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def guidance_passes(pipe: Any, guidance: GuidanceGradient) -> tuple[Callable[[Tensor], None], Callable[[], None]]:
-    """Return functions to pass the velocity to and to end with; both do nothing where both passes keep their gradient."""
+    """Return a function to pass the velocity to and one to end with; both do nothing for guidance "both"."""
     if guidance == "both":
         return lambda _: None, lambda: None
     passes = GuidancePasses(m for m in pipe.components.values() if isinstance(m, nn.Module))

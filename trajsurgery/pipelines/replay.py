@@ -158,8 +158,8 @@ class Replay:
             torch.as_tensor(timestep), torch.as_tensor(recorded_timestep)
         ):
             raise SamplerError(
-                f"{self.record.base.__name__}'s loop, entered again for the timestep {recorded_timestep}, came to {timestep}: its "
-                "schedule depends on more than its arguments. Use memory='retain' with a plan that fits one pass."
+                f"{self.record.base.__name__}'s loop, replayed for timestep {recorded_timestep}, came to {timestep}: "
+                "its schedule depends on more than its arguments. Use memory='retain' with a plan that fits one pass."
             )
         self.record.arrived.add(arrived)
         self.tell(v)

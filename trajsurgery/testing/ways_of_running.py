@@ -63,7 +63,7 @@ GRADIENTS: dict[str, Callable[[Case, Sequence[Tensor]], Gradient]] = {
 
 
 def forward_mode(case: Case) -> Callable[[Sequence[Tensor]], Sequence[Tensor]] | None:
-    """Return a function from a direction of `case.wrt` to tangents of the outputs; None for fields that are no Modules."""
+    """Return a function from directions of `case.wrt` to tangents of outputs; None for fields that are no Modules."""
     fields = case.fields
     fields_by_name: dict[str | None, Any] = dict(fields) if isinstance(fields, Mapping) else {None: fields}
     if not all(isinstance(field, nn.Module) for field in fields_by_name.values()):
