@@ -1,5 +1,6 @@
 # make demo   makes the environment, fine-tunes the embedded tiny Flux with LeapAlign, says where its pictures are
 # make test   makes the environment, runs the linters, the type checker and all tests
+# make docs   builds the documentation site into site/; warnings are errors
 # make study        the paper's Table 2 on the embedded world, eight rows and five seeds: about two hours; goes on if interrupted
 # make study-quick  its core, four methods and two seeds with the rates that the study chose, in under 20 minutes
 # make ablations    Fig. 4, Fig. 6 and Table 5, three seeds: under two hours; goes on if interrupted
@@ -13,7 +14,7 @@ DEMO := outputs/leapalign_flux
 # Nothing here needs a model hub, and a test that asks for one must fail at once rather than wait.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: test lint demo environment study study-quick ablations
+.PHONY: test lint demo docs environment study study-quick ablations
 
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS)
@@ -26,6 +27,9 @@ lint: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/python recipes/leapalign_flux.py
 	@echo "Pictures: $(DEMO)/samples.png (before | after), $(DEMO)/reward.png, $(DEMO)/plan.svg"
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 study: $(STAMP)
 	$(BIN)/python -m benchmarks.study.study

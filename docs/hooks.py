@@ -23,10 +23,12 @@ PLAN = re.compile(r"<!-- plan: (?P<picture>[^|]+?) \| (?P<formula>.+?) -->")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the generated pictures to the site."""
+    """Add the generated pictures and those of the benchmarks to the site."""
     for i, match in enumerate(PLAN.finditer((ROOT / "docs" / METHODS_PAGE).read_text())):
         files.append(File.generated(config, f"methods/plan-{i}.svg", content=picture(plan(match["picture"]).draw)))
     files.append(File.generated(config, "architecture.svg", content=picture(draw_imports)))
+    for path in sorted((ROOT / "benchmarks").glob("*/results/*.png")):
+        files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
     return files
 
 

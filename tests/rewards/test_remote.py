@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import queue
 import re
@@ -10,6 +11,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -62,11 +65,12 @@ def images(dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.rand(2, 3, 6, 7, generator=torch.Generator().manual_seed(0), dtype=dtype).requires_grad_()
 
 
-def started(reward: Reward, port: int = 0) -> str:
+def started(reward: Reward, port: int = 0, **options: Any) -> str:
     """The address of a server in a thread of this process."""
-    told: queue.Queue[str] = queue.Queue()
-    threading.Thread(target=serve, args=(reward, "127.0.0.1", port, told.put), daemon=True).start()
-    return told.get(timeout=30)
+    addresses: queue.Queue[str] = queue.Queue()
+    arguments = (reward, "127.0.0.1", port, addresses.put)
+    threading.Thread(target=serve, args=arguments, kwargs=options, daemon=True).start()
+    return addresses.get(timeout=30)
 
 
 @pytest.fixture(scope="module")
@@ -170,23 +174,116 @@ class Mean(Coupled):
         return images.mean((1, 2, 3))
 
 
-def test_what_is_no_server_is_named() -> None:
-    for text in ("here", "here:", ":80", "here:http"):
-        with pytest.raises(RewardError, match="HOST:PORT"):
-            Remote(text)
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]
+@contextlib.contextmanager
+def stranger(answer: bytes) -> Iterator[str]:
+    """The address of a server that answers one connection with these bytes, and then waits to be left."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
 
-        def answer() -> None:
-            found, _ = other.accept()
-            with found:
-                found.recv(1000)
-                found.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        def reply() -> None:
+            connection, _ = listener.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.recv(1000)
+                connection.sendall(answer)
+                connection.recv(1000)
 
-        thread = threading.Thread(target=answer)
+        thread = threading.Thread(target=reply)
         thread.start()
-        with pytest.raises(RewardError, match=r"can't be understood \(it said b'HTTP'\)"):
-            Remote(f"127.0.0.1:{port}")
-        thread.join()
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("text", ["here", "here:", ":80", "here:http"])
+def test_an_address_is_host_and_port(text: str) -> None:
+    with pytest.raises(RewardError, match="HOST:PORT"):
+        Remote(text)
+
+
+def test_an_address_where_nothing_listens_is_reported() -> None:
+    with stranger(b"") as address, contextlib.suppress(RewardError):
+        Remote(address)
     with pytest.raises(RewardError, match="nothing listens"):
-        Remote(f"127.0.0.1:{port}")
+        Remote(address)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"SSH-2.0-OpenSSH_9.2\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n<html>"],
+    ids=["SSH", "a web page"],
+)
+def test_a_server_of_another_kind_is_reported(answer: bytes) -> None:
+    with stranger(answer) as address, pytest.raises(RewardError, match="can't be understood"):
+        Remote(address)
+
+
+def test_an_answer_that_announces_too_much_is_refused_unread() -> None:
+    head = f"HTTP/1.1 200 OK\r\nContent-Length: {2**60}\r\n\r\n".encode()
+    with stranger(head) as address, pytest.raises(RewardError, match="announced more than limit"):
+        Remote(address)
+
+
+def test_an_endless_answer_is_cut_off() -> None:
+    chunks = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"400\r\n" + b"x" * 1024 + b"\r\n"
+    with stranger(chunks) as address, pytest.raises(RewardError, match="sent more than limit = 1000 bytes"):
+        Remote(address, limit=1000)
+
+
+def exchange(address: str, request: bytes) -> bytes:
+    """Send raw bytes to a server; return the first part of its answer."""
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host, int(port)), 30) as connection:
+        connection.sendall(request)
+        return connection.recv(4096)
+
+
+def test_a_request_that_announces_2_to_the_60_bytes_is_refused_unread(address: str) -> None:
+    answer = exchange(address, f"POST /scores HTTP/1.1\r\nHost: x\r\nContent-Length: {2**60}\r\n\r\n".encode())
+    assert answer.startswith(b"HTTP/1.1 413")
+
+
+def test_a_request_in_chunks_is_cut_off_at_the_limit() -> None:
+    small = started(Mean(), limit=2000)
+    head = b"POST /scores HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    assert exchange(small, head + 3 * (b"400\r\n" + b"x" * 1024 + b"\r\n")).startswith(b"HTTP/1.1 413")
+    with pytest.raises(RewardError, match="more than 2000 bytes"):
+        Remote(small)(images().repeat(2, 1, 4, 4), TEXTS * 2)
+
+
+def test_a_slow_sender_is_cut_off() -> None:
+    impatient = started(Mean(), deadline=0.3)
+    since = time.monotonic()
+    answer = exchange(impatient, b"POST /scores HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nslowly")
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert time.monotonic() - since < 10
+    assert Remote(impatient)(images(), TEXTS).shape == (2,)
+
+
+@pytest.mark.parametrize(
+    "body", [b"no safetensors", pickle.dumps({"images": 1}), b""], ids=["text", "a pickle", "nothing"]
+)
+def test_a_body_that_is_no_safetensors_is_refused(address: str, body: bytes) -> None:
+    head = f"POST /scores HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    assert exchange(address, head + body).startswith(b"HTTP/1.1 422")
+    assert Remote(address)(images(), TEXTS).shape == (2,)
+
+
+def test_a_token_is_needed_where_the_server_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    guarded = started(Mean(), token="s3cret")
+    for wrong in (None, "", "other"):
+        with pytest.raises(RewardError, match=r"refused: another bearer token is needed \(TRAJSURGERY_REWARD_TOKEN\)"):
+            Remote(guarded, token=wrong)
+    assert Remote(guarded, token="s3cret")(images(), TEXTS).shape == (2,)
+    monkeypatch.setenv("TRAJSURGERY_REWARD_TOKEN", "s3cret")
+    assert Remote(guarded)(images(), TEXTS).shape == (2,)
+
+
+def test_a_server_open_to_others_needs_a_token() -> None:
+    with pytest.raises(RewardError, match=r"serve on 0\.0\.0\.0 is open to others: set a token"):
+        serve(Mean(), "0.0.0.0")
+
+
+@pytest.mark.parametrize("package", ["httpx", "uvicorn"])
+def test_a_missing_extra_is_reported(address: str, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(RewardError, match=r"pip install 'trajsurgery\[remote\]'"):
+        Remote(address) if package == "httpx" else serve(Mean())

@@ -60,10 +60,12 @@ def flowbp_bridge(
         - g sum over S of h_t dv(x_t)/dtheta + alpha g^2 h_j sum over S_1 of h_t dv/dx_j dv(x_t)/dtheta
 
     Args:
-        steps, sigmas, rescale: as `flowbp_sparse`.
+        steps: T.
         j: where the parts meet, T > j >= 1.
         active: the times of the fresh velocities beside j, at least one of them above j.
         alpha: the discount of the network's input at j.
+        sigmas: as `flowbp_sparse`.
+        rescale: as `flowbp_sparse`.
 
     Raises:
         PlanError: no active time above j; another number of sigmas.
@@ -97,7 +99,8 @@ def flowbp_lagrange(
         + alpha g_2 w_j dv/dx_j g_1 (w_k dv(x_k)/dtheta + scale w_m dv(x_m)/dtheta)
 
     Args:
-        k, j: times, T >= k > j >= 1.
+        k: the start of the first leap, T >= k > j.
+        j: the start of the second leap, j >= 1.
         alpha: the discount of the network's input at j.
         scale: of the second support's gradient.
         sigmas: as `flowbp_sparse`; T is their number less one.

@@ -26,7 +26,8 @@ def leapalign(k: Time, j: Time, alpha: Factor = 0.3) -> Plan:
     No deviation from the paper here; of the similarity weight, `objective.weights` tells one.
 
     Args:
-        k, j: times, T >= k > j >= 1, or names.
+        k: the start of the first leap, T >= k > j, or a name.
+        j: the start of the second leap, j >= 1, or a name.
         alpha: the discount of the network's input at j, in [0, 1]; the leap's straight part keeps the full gradient.
     """
     return leaps((k, j), alpha)

@@ -24,7 +24,8 @@ def srpo(k: Time, j: Time, field: str | None = None, draw: Draw = "rollout") -> 
     is the inversion: the step rises, and the gradient, (j - k) / (1 - j) dv(x_k)/dtheta, has the other sign.
 
     Args:
-        k, j: times, different ones in 1..T - 1, or names.
+        k: the time of the step, in 1..T - 1, or a name.
+        j: the time it leads to, another one in 1..T - 1, or a name.
         field: the name of the field that takes the step (SRPO's is guided, its rollout is not); the rollout's own if
             left out.
         draw: the noise; the original's is the one that the rollout began with.
@@ -62,8 +63,9 @@ class SRPO:
     noise for each image; the image is decoded and graded in the precision of the recipe.
 
     Args:
-        positive, negative: control words, one of each drawn a rollout. The authors' for HPSv2.1 are Natural-lighting,
-            Detail, Detailed, Real; and Concept art, Painting, Anime, Flat, Oil.
+        positive: control words, one drawn for each rollout (the authors', for HPSv2.1: Natural-lighting, Detail,
+            Detailed, Real).
+        negative: the same (Concept art, Painting, Anime, Flat, Oil).
         discount: k where the window is least noisy, and where it is noisiest; linear between them.
         discount_inversion: k', likewise.
         inversion: whether the step up is taken, too.

@@ -53,7 +53,8 @@ class HPSv3(Reward):
     Args:
         file: `HPSv3.safetensors`; that of the local Hugging Face cache if left out.
         tokenizer: Qwen2-VL's, a folder, or a hub id in the local cache.
-        vision, text: what differs from the configuration of Qwen2-VL-7B.
+        vision: what differs from the configuration of Qwen2-VL-7B's image tower.
+        text: the same for its text tower.
         dtype: of the towers; the head is float32, as in the original. 7B parameters in float32 take 31 GiB.
         checkpointing: recomputes the layers in the backward pass.
 

@@ -71,7 +71,8 @@ class ImageReward(Reward):
     Args:
         file: `ImageReward.pt`; that of the local Hugging Face cache if left out.
         tokenizer: BERT's, a folder, or a hub id in the local cache.
-        vision, text: what differs from BLIP-large's configuration.
+        vision: what differs from the configuration of BLIP-large's image tower.
+        text: the same for its text tower.
         checkpointing: recomputes the layers in the backward pass.
 
     Raises:
