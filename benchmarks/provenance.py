@@ -18,7 +18,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "trajsurgery")
 def provenance() -> dict[str, Any]:
     """A plain dict (JSON)."""
     return {
-        "command": " ".join(["python", "-m", _module(), *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", running_module(), *sys.argv[1:]]),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "machine": {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "load": round(os.getloadavg()[0], 2),
@@ -26,7 +26,7 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def _module() -> str:
+def running_module() -> str:
     """The dotted name of the script that runs, as in `python -m benchmarks.engine.overhead`."""
     path = Path(sys.argv[0]).with_suffix("")
     return ".".join(("benchmarks", path.parent.name, path.name))

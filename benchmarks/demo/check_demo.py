@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-STANDARD_ERRORS, OTHERS = 3.0, 2.0
+STANDARD_ERRORS, OTHER_SCORERS = 3.0, 2.0
 JUNK = 0.015
 SECONDS = 300.0
 PICTURES = ("reward.png", "samples.png", "heldout.png", "plan.svg")
@@ -23,7 +23,7 @@ NEEDED = ("reward_before", "reward_after", "reward_gain", "reward_gain_se", "sec
           "rule_before", "rule_after", "junk_before", "junk_after")  # fmt: skip
 
 
-def evaluation(folder: Path) -> dict[str, Any]:
+def read_evaluation(folder: Path) -> dict[str, Any]:
     """The last line of metrics.jsonl, which is the evaluation of a finished run."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.is_file() else []
@@ -33,7 +33,7 @@ def evaluation(folder: Path) -> dict[str, Any]:
     return last
 
 
-def broken(folder: Path, found: dict[str, Any]) -> Iterator[str]:
+def failed_promises(folder: Path, found: dict[str, Any]) -> Iterator[str]:
     """What the demo promised and did not keep."""
     missing = [name for name in NEEDED if not isinstance(found.get(name), int | float)]
     if missing:
@@ -42,7 +42,7 @@ def broken(folder: Path, found: dict[str, Any]) -> Iterator[str]:
     gain, error = found["reward_gain"], found["reward_gain_se"]
     if not gain > STANDARD_ERRORS * error:
         yield f"the reward rose by {gain:.4f}, which is not more than {STANDARD_ERRORS:g} x {error:.4f}"
-    yield from ungated(found)
+    yield from failed_quality_checks(found)
     if not found["seconds"] <= SECONDS:
         yield f"it took {found['seconds']:.0f} s, more than {SECONDS:.0f} s"
     for name in PICTURES:
@@ -52,13 +52,13 @@ def broken(folder: Path, found: dict[str, Any]) -> Iterator[str]:
         yield f"{folder / 'transformer'} holds no tuned weights (*.safetensors)"
 
 
-def ungated(found: dict[str, Any]) -> Iterator[str]:
+def failed_quality_checks(found: dict[str, Any]) -> Iterator[str]:
     """What says that the higher reward is no better picture."""
     others = found.get("metrics") or {}
     rises = {name: line["reward_gain"] / max(line["reward_gain_se"], 1e-12) for name, line in others.items()}
-    if others and not max(rises.values()) > OTHERS:
+    if others and not max(rises.values()) > OTHER_SCORERS:
         told = ", ".join(f"{name} {rise:+.1f}" for name, rise in rises.items())
-        yield f"no further scorer rose by more than {OTHERS:g} paired standard errors: {told}"
+        yield f"no further scorer rose by more than {OTHER_SCORERS:g} paired standard errors: {told}"
     if not found["rule_after"] >= found["rule_before"]:
         yield f"the rule-based score fell, {found['rule_before']:.4f} -> {found['rule_after']:.4f}"
     if not found["junk_after"] < JUNK:
@@ -67,14 +67,14 @@ def ungated(found: dict[str, Any]) -> Iterator[str]:
 
 def main(folder: Path) -> int:
     """Prints the figures, and what is wrong with them."""
-    found = evaluation(folder)
+    found = read_evaluation(folder)
     for name in NEEDED:
         value = found.get(name)
         print(f"  {name:16} {value:.4f}" if isinstance(value, float) else f"  {name:16} {value}")
     for name, line in {**found.get("metrics", {}), **found.get("diversity", {})}.items():
         kind = "reward" if "reward_gain" in line else "diversity"
         print(f"  {name}, {kind}: {line[f'{kind}_before']:.4f} -> {line[f'{kind}_after']:.4f}")
-    wrong = list(broken(folder, found))
+    wrong = list(failed_promises(folder, found))
     for line in wrong:
         print(f"demo: {line}", file=sys.stderr)
     if not wrong:

@@ -61,7 +61,7 @@ class Options:
     runs: Path = Path("outputs/choose")
 
 
-def centre(options: Options) -> Recipe:
+def centre_recipe(options: Options) -> Recipe:
     """The demo's recipe on validation prompts, before anything was chosen."""
     objective = Objective(threshold=options.threshold, tau=options.tau)
     chosen = replace(presets(LeapAlign(), "")["tiny"], objective=objective)
@@ -72,7 +72,7 @@ def centre(options: Options) -> Recipe:
 
 def variants(options: Options) -> Iterator[tuple[str, Recipe]]:
     """(name, recipe): one setting at a time."""
-    base = centre(options)
+    base = centre_recipe(options)
     for rate in dict.fromkeys((base.optimiser.rate, *options.rates)):
         yield f"rate {rate:g}", replace(base, optimiser=replace(base.optimiser, rate=rate))
     for threshold in options.lambdas:
@@ -83,9 +83,9 @@ def variants(options: Options) -> Iterator[tuple[str, Recipe]]:
         yield f"iterations {iterations}", replace(base, iterations=iterations)
 
 
-def measured(options: Options) -> dict[str, Any]:
+def measure_distances(options: Options) -> dict[str, Any]:
     """Quantiles of the untuned model's leap distances, over random plans."""
-    recipe = centre(options)
+    recipe = centre_recipe(options)
     torch.set_num_threads(recipe.threads)
     world = load(recipe)
     embeddings, found = PromptCache(world.pipe, world.texts), list[torch.Tensor]()
@@ -112,7 +112,7 @@ def measured(options: Options) -> dict[str, Any]:
 
 def main(options: Options) -> int:
     """Runs all variants and writes what came of them, the file as far as it goes after each."""
-    found: dict[str, Any] = {**provenance(), "distances": measured(options), "variants": {}}
+    found: dict[str, Any] = {**provenance(), "distances": measure_distances(options), "variants": {}}
     print("quantiles of the distances:", found["distances"])
     options.output.mkdir(parents=True, exist_ok=True)
     for name, recipe in variants(options):

@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import tyro
 from matplotlib.figure import Figure
 
-from benchmarks.demo.check_demo import STANDARD_ERRORS, ungated
+from benchmarks.demo.check_demo import STANDARD_ERRORS, failed_quality_checks
 from benchmarks.provenance import provenance
 from trajsurgery.cli.train_command import main as run
 from trajsurgery.evaluation.paired_statistics import in_standard_errors
@@ -54,19 +54,19 @@ class Options:
     """Where the runs themselves are written; runs that are finished there are read, not repeated."""
 
 
-def named(options: Options) -> list[str]:
+def file_name_parts(options: Options) -> list[str]:
     """What of the options is in the names of files: all but the demo's own."""
     return [name for name in (options.model, options.method) if name not in ("flux", "leapalign")]
 
 
-def recipe(options: Options, seed: int) -> Recipe:
+def recipe_on_seed(options: Options, seed: int) -> Recipe:
     """The method's default recipe on another seed."""
     chosen = MODELS[options.model](METHODS[options.method], "")["tiny"]
-    folder = options.runs / "_".join(named(options) or [options.method]) / str(seed)
+    folder = options.runs / "_".join(file_name_parts(options) or [options.method]) / str(seed)
     return replace(chosen, seed=seed, output=folder, evaluation=replace(chosen.evaluation, images=options.images))
 
 
-def panels(lines: Iterable[dict[str, Any]]) -> dict[str, list[tuple[dict[str, Any], str]]]:
+def panels_by_title(lines: Iterable[dict[str, Any]]) -> dict[str, list[tuple[dict[str, Any], str]]]:
     """Title: (record, name in it) of each seed, for every figure that all seeds have, as in a run's own report."""
     told = [{said: (record, name) for said, record, name in table_rows(line)} for line in lines]
     return {said: [line[said] for line in told] for said in told[0] if all(said in line for line in told)}
@@ -74,7 +74,7 @@ def panels(lines: Iterable[dict[str, Any]]) -> dict[str, list[tuple[dict[str, An
 
 def draw(found: dict[str, Any], path: Path) -> None:
     """Before and after, seed by seed: reward, further scorers, rule-based score, junk, diversity."""
-    told = panels(found["seeds"].values())
+    told = panels_by_title(found["seeds"].values())
     columns = min(4, len(told))
     height = math.ceil(len(told) / columns)
     figure = Figure(figsize=(3 * columns, 0.5 + 3 * height), layout="constrained")
@@ -101,17 +101,17 @@ def main(options: Options) -> int:
     """Runs the seeds, writes, and says whether the reward rose on each."""
     lines: dict[str, Any] = {}
     for seed in options.seeds:
-        evaluation = run(recipe(options, seed))
+        evaluation = run(recipe_on_seed(options, seed))
         if evaluation is None:
             return 130
         lines[str(seed)] = {**evaluation, "reward_gain_in_se": in_standard_errors(evaluation)}
-    used = recipe(options, options.seeds[0]).to_dict()
+    used = recipe_on_seed(options, options.seeds[0]).to_dict()
     found = {**provenance(), "recipe": used, "images": options.images, "seeds": lines}
-    name = "_".join(["demo_seeds", *named(options)])
+    name = "_".join(["demo_seeds", *file_name_parts(options)])
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
     draw(found, options.output / f"{name}.png")
-    failed = {seed: list(ungated(line)) for seed, line in lines.items()}
+    failed = {seed: list(failed_quality_checks(line)) for seed, line in lines.items()}
     for seed, line in lines.items():
         if not line["reward_gain_in_se"] > STANDARD_ERRORS:
             failed[seed].append(f"the reward rose by {line['reward_gain_in_se']:.1f} paired standard errors only")

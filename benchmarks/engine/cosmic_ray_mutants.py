@@ -44,7 +44,7 @@ class Mutant:
         """The mutant; None if it doesn't compile, or differs in annotations only."""
         before = path.read_text()
         after = mutate_code(before, PROVIDER[operator](), occurrence)
-        if after is None or _code(after) in (None, _code(before)):
+        if after is None or _syntax_without_annotations(after) in (None, _syntax_without_annotations(before)):
             return None
         lines = before.splitlines(), after.splitlines()
         for tag, i, end, j, last in difflib.SequenceMatcher(None, *lines, autojunk=False).get_opcodes():
@@ -85,7 +85,7 @@ KINDS = {
 """Families, by the beginning of cosmic-ray's names."""
 
 
-def mutants(path: Path) -> Iterator[tuple[str, int]]:
+def possible_changes(path: Path) -> Iterator[tuple[str, int]]:
     """(operator, occurrence) of every change that cosmic-ray can make to a file."""
     nodes = list(ast_nodes(get_ast(path.read_text())))
     for name in OPERATORS:
@@ -95,7 +95,7 @@ def mutants(path: Path) -> Iterator[tuple[str, int]]:
 
 
 @cache
-def _code(text: str) -> str | None:
+def _syntax_without_annotations(text: str) -> str | None:
     """What runs: the syntax tree without annotations (they are not evaluated)."""
     try:
         with warnings.catch_warnings():

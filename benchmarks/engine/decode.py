@@ -20,7 +20,7 @@ import torch
 import tyro
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
-from benchmarks.engine.memory import COLOURS, MIB, alone, resident
+from benchmarks.engine.memory import COLOURS, MIB, resident_bytes, run_in_process
 from benchmarks.provenance import provenance
 from trajsurgery import leapalign, operate
 from trajsurgery.training import vae_decoding
@@ -82,22 +82,25 @@ def pipeline() -> Any:
     return pipe
 
 
-def decoding(size: int, name: str) -> dict[str, Any]:
+def measure_decode(size: int, name: str) -> dict[str, Any]:
     """One decode, differentiated to the latent unless the way is without gradient."""
     vae, settings = autoencoder(), WAYS[name]
     vae_decoding.prepare_vae(vae, settings or Decoder())
     x = torch.randn(1, 16, size // 8, size // 8).requires_grad_(settings is not None)
     with torch.no_grad():
         vae.decode(x[..., :8, :8])  # the first call pays for what is allocated once
-    before = resident("VmRSS")
+    before = resident_bytes("VmRSS")
     with torch.set_grad_enabled(settings is not None):
         image = vae.decode(x, return_dict=False)[0]
     if settings is not None:
         image.square().sum().backward()
-    return {"peak_bytes": resident("VmHWM") - before, "gradient_norm": 0.0 if x.grad is None else float(x.grad.norm())}
+    return {
+        "peak_bytes": resident_bytes("VmHWM") - before,
+        "gradient_norm": 0.0 if x.grad is None else float(x.grad.norm()),
+    }
 
 
-def iteration(size: int, name: str) -> dict[str, Any]:
+def measure_iteration(size: int, name: str) -> dict[str, Any]:
     """A rollout with two leaps of gradient, its image, and the backward pass into the transformer."""
     pipe = pipeline()
     vae_decoding.prepare_vae(pipe.vae, ITERATIONS[name])
@@ -109,21 +112,23 @@ def iteration(size: int, name: str) -> dict[str, Any]:
     with torch.no_grad():
         pipe.vae.decode(torch.randn(1, 16, 8, 8))
     noise = torch.Generator().manual_seed(1)
-    before = resident("VmRSS")
+    before = resident_bytes("VmRSS")
     with operate(pipe, leapalign(4, 2, 0.3), memory="recompute") as surgery:
         pipe(**given, height=size, width=size, num_inference_steps=4, generator=noise)
     surgery.decode(surgery.outputs[0]).square().sum().backward()
     gradients = [p.grad for p in pipe.transformer.parameters() if p.grad is not None]
     return {
-        "peak_bytes": resident("VmHWM") - before,
+        "peak_bytes": resident_bytes("VmHWM") - before,
         "gradient_norm": float(torch.nn.utils.get_total_norm(gradients)),
     }
 
 
 def measure(options: Options) -> dict[str, Any]:
     """All figures, by way."""
-    works = {**dict.fromkeys(WAYS, decoding), **dict.fromkeys(ITERATIONS, iteration)}
-    rounds = [{name: alone(work, options.size, name) for name, work in works.items()} for _ in range(options.repeats)]
+    works = {**dict.fromkeys(WAYS, measure_decode), **dict.fromkeys(ITERATIONS, measure_iteration)}
+    rounds = [
+        {name: run_in_process(work, options.size, name) for name, work in works.items()} for _ in range(options.repeats)
+    ]
     plain, again = (rounds[0][name]["gradient_norm"] for name in ("gradient", "gradient, checkpointing"))
     assert abs(plain - again) <= 1e-4 * plain, f"these are different gradients: {plain}, {again}"
     peaks = {name: [found[name]["peak_bytes"] for found in rounds] for name in works}

@@ -17,13 +17,13 @@ from typing import Any
 
 from benchmarks.engine.cosmic_ray_mutants import Mutant
 
-LOADED = (
+PRELOADED = (
     *("torch", "torch.func", "torch.testing", "torch._decomp.decompositions_for_jvp", "numpy", "sympy", "networkx"),
     *("pytest", "hypothesis", "hypothesis.strategies"),
 )
 """What the tests import, but the package: loaded once. Nothing of it may start a thread before a fork."""
 
-PATIENCE = 40
+CLOCK_FACTOR = 40
 """So many times the limit may pass by the clock: other work on the machine does not make a mutant hang."""
 
 
@@ -39,7 +39,7 @@ class Outcome:
     seconds: float
 
 
-class Server:
+class ForkedTests:
     """A copy of the package and its tests, in which one file at a time is a mutant's."""
 
     def __init__(self, root: Path, copy: Path, tests: Sequence[str], slow: Sequence[str], limit: int) -> None:
@@ -52,7 +52,7 @@ class Server:
             shutil.copytree(root / name, copy / name, ignore=ignored)
         shutil.copy(root / "pyproject.toml", copy)
         os.environ |= {"HYPOTHESIS_PROFILE": "mutants", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "1"}
-        for name in LOADED:
+        for name in PRELOADED:
             __import__(name)
         assert "trajsurgery" not in sys.modules, "the package itself is loaded in the forks"
         compileall.compile_dir(copy / "trajsurgery", quiet=1)
@@ -95,14 +95,14 @@ class Server:
     def _test(self, writing: int, first: Sequence[str]) -> None:
         """The child: never returns."""
         resource.setrlimit(resource.RLIMIT_CPU, (self.limit, self.limit + 1))
-        signal.alarm(self.limit * PATIENCE)
+        signal.alarm(self.limit * CLOCK_FACTOR)
         silent = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silent, 1)
         os.dup2(silent, 2)
         sys.dont_write_bytecode = any(self.copy.glob("tests/__pycache__/*"))  # the first run compiles the tests
         os.chdir(self.copy)
         sys.path.insert(0, str(self.copy))
-        watch = _Watch()
+        watch = _TestRecorder()
         import pytest
 
         code = 0
@@ -115,7 +115,7 @@ class Server:
         os._exit(0)
 
 
-class _Watch:
+class _TestRecorder:
     """Notes the first failure, and how long tests take."""
 
     def __init__(self) -> None:

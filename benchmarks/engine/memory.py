@@ -89,7 +89,7 @@ class Field(nn.Module):
         )[0]
 
 
-def full(steps: int) -> Plan:
+def full_backpropagation(steps: int) -> Plan:
     """The whole trajectory: the gradient passes through every step of the sampler."""
     x = latent(steps)
     for t in range(steps, 0, -1):
@@ -97,7 +97,7 @@ def full(steps: int) -> Plan:
     return Plan(x)
 
 
-def kept(run: Callable[[], Any], parameters: list[nn.Parameter]) -> tuple[int, Any]:
+def count_saved_bytes(run: Callable[[], Any], parameters: list[nn.Parameter]) -> tuple[int, Any]:
     """Bytes of the storages that autograd saves in `run` and still holds at its end, and what `run` returned."""
     own = {p.untyped_storage()._cdata for p in parameters}
     held: dict[int, int] = {}
@@ -114,13 +114,13 @@ def kept(run: Callable[[], Any], parameters: list[nn.Parameter]) -> tuple[int, A
     return sum(held.values()), found
 
 
-def resident(what: str) -> int:
+def resident_bytes(what: str) -> int:
     """Bytes of this process in memory: VmRSS now, VmHWM at most so far (Linux)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(what))
 
 
-def measured(options: Options, way: str, steps: int) -> dict[str, Any]:
+def measure_point(options: Options, way: str, steps: int) -> dict[str, Any]:
     """One point: the iteration is run as it is, then its forward pass once more with saved tensors counted."""
     memory, checkpointing = WAYS[way]
     field = Field(options.side)
@@ -134,24 +134,24 @@ def measured(options: Options, way: str, steps: int) -> dict[str, Any]:
     def forward() -> Any:
         if memory == "staged":
             return rollout(field, noise, sigmas)
-        return sample(full(steps), field, noise, sigmas, memory=memory)[0]
+        return sample(full_backpropagation(steps), field, noise, sigmas, memory=memory)[0]
 
     def iteration() -> None:
         found = forward()
         if memory == "staged":
-            backward(full(steps), found, field, found[0] * (2 / found[0].numel()))
+            backward(full_backpropagation(steps), found, field, found[0] * (2 / found[0].numel()))
         else:
             found.square().mean().backward()
 
     with torch.no_grad():
         field(noise, sigmas[0])  # the first call pays for what is allocated once
-    before, began, work = resident("VmRSS"), time.perf_counter(), time.process_time()
+    before, began, work = resident_bytes("VmRSS"), time.perf_counter(), time.process_time()
     iteration()
-    seconds, worked, peak = time.perf_counter() - began, time.process_time() - work, resident("VmHWM")
+    seconds, worked, peak = time.perf_counter() - began, time.process_time() - work, resident_bytes("VmHWM")
     norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
     return {
         "steps": steps,
-        "kept_bytes": kept(forward, parameters)[0],
+        "kept_bytes": count_saved_bytes(forward, parameters)[0],
         "peak_bytes": peak - before,
         "seconds": seconds,
         "processor_seconds": worked,
@@ -159,7 +159,7 @@ def measured(options: Options, way: str, steps: int) -> dict[str, Any]:
     }
 
 
-class Gradients(TorchDispatchMode):
+class PeakWeightGradients(TorchDispatchMode):
     """The most bytes of tensors shaped like a weight matrix that were alive at once, of those made under this mode."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
@@ -181,7 +181,7 @@ class Gradients(TorchDispatchMode):
         return found
 
 
-def second_gradients(options: Options) -> dict[str, Any]:
+def measure_weight_gradients(options: Options) -> dict[str, Any]:
     """Bytes of weight gradients alive at once beside `.grad`, in the backward pass of LeapAlign's two calls."""
     field = Field(options.side)
     noise = torch.randn(options.batch, options.side**2, 16, generator=torch.Generator().manual_seed(1))
@@ -196,7 +196,7 @@ def second_gradients(options: Options) -> dict[str, Any]:
     reference: list[Tensor] = []
     for way in ("retain", "recompute", "staged"):
         field.zero_grad(set_to_none=False)
-        made = Gradients(weights)
+        made = PeakWeightGradients(weights)
         if way == "staged":
             ones = torch.ones_like(noise)
             with made:
@@ -215,7 +215,7 @@ def second_gradients(options: Options) -> dict[str, Any]:
     return found
 
 
-def alone(work: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+def run_in_process(work: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
     """The result of a process of its own, forked before torch has computed anything: its peak is its own."""
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
@@ -231,8 +231,8 @@ def alone(work: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
 
 def measure(options: Options) -> dict[str, Any]:
     """All figures."""
-    beside = alone(second_gradients, options)
-    points = {way: [alone(measured, options, way, count) for count in options.counts] for way in WAYS}
+    beside = run_in_process(measure_weight_gradients, options)
+    points = {way: [run_in_process(measure_point, options, way, count) for count in options.counts] for way in WAYS}
     for i in range(len(options.counts)):
         norms = [found[i]["gradient_norm"] for found in points.values()]
         assert max(norms) - min(norms) <= 1e-4 * max(norms), f"these are different gradients: {norms}"

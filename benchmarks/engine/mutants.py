@@ -28,8 +28,8 @@ import tyro
 from matplotlib.figure import Figure
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks.engine.cosmic_ray_mutants import Mutant, mutants
-from benchmarks.engine.forked_tests import Outcome, Server
+from benchmarks.engine.cosmic_ray_mutants import Mutant, possible_changes
+from benchmarks.engine.forked_tests import ForkedTests, Outcome
 from benchmarks.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results"
@@ -65,7 +65,7 @@ TESTS = (
 )
 """The selection."""
 
-FIRST = {
+RUN_FIRST = {
     "surgery/autograd_functions.py": (
         "surgery/test_recompute_by_hand.py",
         "surgery/test_autograd_values.py",
@@ -79,7 +79,7 @@ FIRST = {
 }
 """What of it runs first for a file; else test_by_hand.py. A mutant that survives runs all of it."""
 
-SLOW = ("surgery/test_autograd_derivatives.py::test_jacobians",)
+DESELECTED = ("surgery/test_autograd_derivatives.py::test_jacobians",)
 """What is left out of it."""
 
 
@@ -101,24 +101,25 @@ def main(options: Options) -> int:
     origin, log = provenance(), ROOT / "outputs" / "mutants.jsonl"
     log.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        server = Server(ROOT, Path(folder), TESTS, SLOW, options.limit)
+        server = ForkedTests(ROOT, Path(folder), TESTS, DESELECTED, options.limit)
         untouched = server.run(None, TESTS[:1])
         print(f"the selection: {untouched.cpu:.1f} s of CPU, {untouched.seconds:.1f} s in all, {untouched.verdict}")
         if options.baseline or untouched.verdict != "survived":
             print("\n".join(server.slowest), untouched.test)
             return int(untouched.verdict != "survived")
-        found = list(run(options, server, log))
+        found = list(run_sample(options, server, log))
     if not options.only:
-        write(options, found, untouched, origin)
+        write_results(options, found, untouched, origin)
     for mutant, outcome in found:
         if outcome.verdict == "survived":
-            print(f"{mutant.file}:{mutant.line} {mutant.operator}\n  - {mutant.old}\n  + {mutant.new}\n  {why(mutant)}")
+            print(f"{mutant.file}:{mutant.line} {mutant.operator}\n  - {mutant.old}\n  + {mutant.new}")
+            print(f"  {equivalence_reason(mutant)}")
     return 0
 
 
-def sample(options: Options, package: Path) -> Iterator[Mutant]:
+def draw_sample(options: Options, package: Path) -> Iterator[Mutant]:
     """The mutants, in an order that only the seed and the sources decide."""
-    every = [(file, *place) for file in FILES for place in mutants(package / file)]
+    every = [(file, *place) for file in FILES for place in possible_changes(package / file)]
     random.Random(options.seed).shuffle(every)
     count = 0
     for file, operator, occurrence in every:
@@ -129,7 +130,7 @@ def sample(options: Options, package: Path) -> Iterator[Mutant]:
                 yield mutant
 
 
-def run(options: Options, server: Server, log: Path) -> Iterator[tuple[Mutant, Outcome]]:
+def run_sample(options: Options, server: ForkedTests, log: Path) -> Iterator[tuple[Mutant, Outcome]]:
     """Each mutant's outcome: from the log if this very file has run against these tests, else from the server."""
     digest = hashlib.sha1()
     for name in sorted((server.copy / "tests").glob("*.py")):
@@ -141,10 +142,10 @@ def run(options: Options, server: Server, log: Path) -> Iterator[tuple[Mutant, O
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("mutants", total=options.sample)
-        for i, mutant in enumerate(sample(options, server.copy / "trajsurgery")):
+        for i, mutant in enumerate(draw_sample(options, server.copy / "trajsurgery")):
             key = f"{mutant.key} {digest.hexdigest()[:12]}"
             if key not in known:
-                known[key] = server.run(mutant, FIRST.get(mutant.file, TESTS[:1]))
+                known[key] = server.run(mutant, RUN_FIRST.get(mutant.file, TESTS[:1]))
                 with log.open("a") as file:
                     file.write(json.dumps({"key": key, "outcome": asdict(known[key])}) + "\n")
                 if progress.disable:
@@ -153,24 +154,26 @@ def run(options: Options, server: Server, log: Path) -> Iterator[tuple[Mutant, O
             yield mutant, known[key]
 
 
-def why(mutant: Mutant) -> str:
+def equivalence_reason(mutant: Mutant) -> str:
     """The reason why the mutant is the package, or nothing."""
     return EQUIVALENT.get((mutant.file, mutant.old, mutant.new), "")
 
 
-def wilson(share: int, of: int, z: float = 1.96) -> tuple[float, float]:
+def wilson_interval(share: int, of: int, z: float = 1.96) -> tuple[float, float]:
     """The 95% interval of a share (Wilson's score interval)."""
     p, n = share / of, of
     centre, width = p + z**2 / (2 * n), z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
     return (centre - width) / (1 + z**2 / n), (centre + width) / (1 + z**2 / n)
 
 
-def write(options: Options, found: list[tuple[Mutant, Outcome]], untouched: Outcome, origin: dict[str, Any]) -> None:
+def write_results(
+    options: Options, found: list[tuple[Mutant, Outcome]], untouched: Outcome, origin: dict[str, Any]
+) -> None:
     """mutants.json and mutants.png."""
     verdicts = Counter(outcome.verdict for _, outcome in found)
     killed = len(found) - verdicts["survived"]
-    equivalent = sum(outcome.verdict == "survived" and bool(why(mutant)) for mutant, outcome in found)
-    low, high = wilson(killed, len(found))
+    equivalent = sum(outcome.verdict == "survived" and bool(equivalence_reason(mutant)) for mutant, outcome in found)
+    low, high = wilson_interval(killed, len(found))
     record: dict[str, Any] = {
         "mutants": len(found),
         "killed": killed,
@@ -184,7 +187,10 @@ def write(options: Options, found: list[tuple[Mutant, Outcome]], untouched: Outc
         "selection": {"tests": list(TESTS), "seconds of CPU": untouched.cpu, "Hypothesis profile": "mutants"},
         "seconds of CPU in all": round(sum(outcome.cpu for _, outcome in found), 1),
         "survivors": [
-            {**{name: getattr(mutant, name) for name in ("file", "line", "operator", "old", "new")}, "why": why(mutant)}
+            {
+                **{name: getattr(mutant, name) for name in ("file", "line", "operator", "old", "new")},
+                "why": equivalence_reason(mutant),
+            }
             for mutant, outcome in found
             if outcome.verdict == "survived"
         ],
@@ -192,10 +198,10 @@ def write(options: Options, found: list[tuple[Mutant, Outcome]], untouched: Outc
     }
     record["versions"] |= {name: version(name) for name in ("cosmic-ray", "hypothesis", "pytest", "sympy")}
     (RESULTS / "mutants.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    picture(found, f"{killed} of {len(found)} mutants killed ({100 * low:.1f}% to {100 * high:.1f}%)")
+    draw_picture(found, f"{killed} of {len(found)} mutants killed ({100 * low:.1f}% to {100 * high:.1f}%)")
 
 
-def picture(found: list[tuple[Mutant, Outcome]], title: str) -> None:
+def draw_picture(found: list[tuple[Mutant, Outcome]], title: str) -> None:
     """Killed and survived, by file and by kind of change."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axes, kind in zip(figure.subplots(1, 2), ("file", "kind"), strict=True):

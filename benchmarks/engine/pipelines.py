@@ -38,7 +38,7 @@ class Options:
     """Names of pipelines; all if left out."""
 
 
-def row(name: str) -> dict[str, Any]:
+def measure_pipeline(name: str) -> dict[str, Any]:
     """The measurements on one pipeline, or the error that says why there are none."""
     small = BUILDERS[name]()
     kind, sampler = type(small.pipe).__name__, type(small.pipe.scheduler).__name__
@@ -46,7 +46,7 @@ def row(name: str) -> dict[str, Any]:
     return about | dataclasses.asdict(measured(small))
 
 
-def page(found: dict[str, Any]) -> str:
+def render_page(found: dict[str, Any]) -> str:
     """The matrix as Markdown."""
     versions = found["versions"]
     lines = [
@@ -85,12 +85,12 @@ def main(options: Options) -> int:
     warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning)
     rows: list[dict[str, Any]] = []
     for name in options.only or BUILDERS:
-        rows.append(row(name))
+        rows.append(measure_pipeline(name))
         print(" ".join(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
     found = {**provenance(), "rows": rows}
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "pipelines.json").write_text(json.dumps(found, indent=1) + "\n")
-    options.page.write_text(page(found))
+    options.page.write_text(render_page(found))
     kept = all(r["exact"] and r["reached"] and r["restored"] for r in rows)
     print(f"{len(rows)} pipelines: {'all promises kept' if kept else 'NOT all promises kept'}")
     return 0 if kept else 1

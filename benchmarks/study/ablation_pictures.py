@@ -9,8 +9,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.study.ablation_variants import CENTRE, NORM
-from benchmarks.study.figures import interval
-from benchmarks.study.pictures import bar
+from benchmarks.study.pictures import draw_interval
+from benchmarks.study.seed_statistics import interval
 
 COLUMNS = {"reward": "reward, gain", "tiny:scorer_b": "scorer b, gain", "rules": "rules, gain", NORM: NORM}
 
@@ -26,7 +26,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
             for place, name in enumerate(reversed(names)):
                 start = {seed: 0 if key == NORM else runs["base"][seed][key] for seed in seeds}
                 values = [runs[name][seed][key] - start[seed] for seed in seeds]
-                bar(axes, interval(values), values, place, "#0b6e99" if name == CENTRE else "#8a6d3b")
+                draw_interval(axes, interval(values), values, place, "#0b6e99" if name == CENTRE else "#8a6d3b")
                 if name == CENTRE:
                     axes.axvline(interval(values).mean, color="#0b6e99", linewidth=0.8, linestyle=":")
             axes.set(yticks=range(len(names)), ylim=(-0.7, len(names) - 0.4))

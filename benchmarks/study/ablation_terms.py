@@ -28,7 +28,7 @@ from trajsurgery.training.training_loop import iteration_generator
 ALPHAS = (0.0, 0.1, 0.3, 1.0)
 
 
-def measured(recipe: Recipe, draws: int, trained: Path | None, images: int = 16) -> list[dict[str, Any]]:
+def measure_terms(recipe: Recipe, draws: int, trained: Path | None, images: int = 16) -> list[dict[str, Any]]:
     """One line a draw: k, j, the norms of the three terms, of the whole for each alpha, and the terms' cosines.
 
     Args:
@@ -44,10 +44,10 @@ def measured(recipe: Recipe, draws: int, trained: Path | None, images: int = 16)
             for parameter, value in zip(parameters, state["weights"], strict=True):
                 parameter.copy_(value)
     embeddings = components.PromptCache(found.pipe, found.texts)
-    return [_line(recipe, found, embeddings, parameters, number, images) for number in range(1, draws + 1)]
+    return [_measure_draw(recipe, found, embeddings, parameters, number, images) for number in range(1, draws + 1)]
 
 
-def _line(
+def _measure_draw(
     recipe: Recipe,
     found: components.RunComponents,
     embeddings: components.PromptCache,
@@ -55,7 +55,7 @@ def _line(
     number: int,
     images: int,
 ) -> dict[str, Any]:
-    k, j = _times(recipe, number)
+    k, j = _draw_times(recipe, number)
     texts = found.draw(images, iteration_generator(recipe.seed, number, "prompts"))
     with operate(found.pipe) as surgery:
         found.pipe(
@@ -73,7 +73,9 @@ def _line(
     loss = objective.loss([score], weights.w, components.hinge_threshold(recipe, found))
     (cotangent,) = objective.cotangents(loss, (x_0,))
     evaluation = plan.gradient().evaluate(trajectory, surgery.field, cotangent, parameters)
-    terms = {_name(term, j): _flat(of) for term, of in zip(evaluation.expansion.terms, evaluation.terms, strict=True)}
+    terms = {
+        _term_name(term, j): _flat(of) for term, of in zip(evaluation.expansion.terms, evaluation.terms, strict=True)
+    }
     straight, nested = terms["single-step at j"] + terms["single-step at k"], terms["nested"]
     return {
         "k": k,
@@ -85,7 +87,7 @@ def _line(
     }
 
 
-def _times(recipe: Recipe, number: int) -> tuple[int, int]:
+def _draw_times(recipe: Recipe, number: int) -> tuple[int, int]:
     """k > j, as the iteration of that number draws them."""
     drawn = recipe.method.draw(recipe.rollout.steps, iteration_generator(recipe.seed, number, "plan"))
     times = {node.t for node in drawn.nodes if type(node).__name__ == "Velocity"}
@@ -93,7 +95,7 @@ def _times(recipe: Recipe, number: int) -> tuple[int, int]:
     return k, j
 
 
-def _name(term: Any, j: int) -> str:
+def _term_name(term: Any, j: int) -> str:
     if term.order:
         return "nested"
     return "single-step at j" if term.source == j else "single-step at k"
@@ -108,7 +110,7 @@ def _cosine(a: Tensor, b: Tensor) -> float:
     return float(a @ b) / length if length else math.nan
 
 
-def told(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summarise_terms(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Medians over the draws, and the share of draws in which the nested term is the largest."""
     largest = [max(line["norms"], key=line["norms"].__getitem__) == "nested" for line in lines]
     return {
@@ -120,7 +122,7 @@ def told(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def markdown(found: dict[str, dict[str, Any]]) -> Iterator[str]:
+def terms_table(found: dict[str, dict[str, Any]]) -> Iterator[str]:
     """A table: a line a model."""
     names = ["single-step at j", "single-step at k", "nested"]
     head = ["weights", *names, *(f"whole, alpha {a:g}" for a in ALPHAS), "cosine"]

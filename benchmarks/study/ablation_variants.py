@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.study.figures import Interval, Runs, gain
 from benchmarks.study.findings import Finding
+from benchmarks.study.seed_statistics import Interval, Runs, gain
 from trajsurgery.methods import LeapAlign
 
 CENTRE = "leapalign"

@@ -27,12 +27,12 @@ from benchmarks.provenance import provenance
 from benchmarks.study import ablation_terms, study
 from benchmarks.study.ablation_pictures import draw
 from benchmarks.study.ablation_variants import CENTRE, GROUPS, LEAPS, NORM, VARIANTS, findings
-from benchmarks.study.figures import NAMED, interval, resolution, whole
 from benchmarks.study.methods import Budget
-from benchmarks.study.report import costs, last, one_world, rounded, stages
-from benchmarks.study.runs import Task, curve, described, diverged, finished, graded
-from benchmarks.study.tables import cell, half, row
-from benchmarks.study.worker_pool import do
+from benchmarks.study.report import check_one_world, last_stage, load_costs, round_numbers, stage_figures
+from benchmarks.study.runs import Task, diverged_runs, has_scores, is_finished, load_iterations, load_record
+from benchmarks.study.seed_statistics import NAMED, finished_seeds, interval, resolution
+from benchmarks.study.tables import cell, half_width, row
+from benchmarks.study.worker_pool import run_tasks
 from trajsurgery.training.checkpoint import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
@@ -65,7 +65,7 @@ class Options:
         return Budget(self.stages, self.images, self.runs)
 
 
-def variant(options: Options, name: str, seed: int) -> Task:
+def variant_task(options: Options, name: str, seed: int) -> Task:
     """A run of a variant; the centre's is the study's."""
     if name == CENTRE:
         return options.budget.run(CENTRE, options.rate, seed)
@@ -76,26 +76,26 @@ def variant(options: Options, name: str, seed: int) -> Task:
     return Task(recipe, options.stages[-1:])
 
 
-def table(options: Options) -> dict[str, dict[int, Task]]:
+def tasks_by_variant(options: Options) -> dict[str, dict[int, Task]]:
     """{variant: {seed: its run}}, base and centre first."""
     tasks = {"base": {seed: options.budget.base(seed) for seed in options.seeds}}
     for name in (CENTRE, *options.variants):
-        tasks[name] = {seed: variant(options, name, seed) for seed in options.seeds}
+        tasks[name] = {seed: variant_task(options, name, seed) for seed in options.seeds}
     return tasks
 
 
-def plan(options: Options) -> Iterator[Task]:
+def ordered_tasks(options: Options) -> Iterator[Task]:
     """One seed after the other with all variants."""
-    tasks = table(options)
+    tasks = tasks_by_variant(options)
     for seed in options.seeds:
         yield from (of[seed] for of in tasks.values())
 
 
-def terms(options: Options) -> dict[str, list[dict[str, Any]]]:
+def load_or_measure_terms(options: Options) -> dict[str, list[dict[str, Any]]]:
     """The terms' norms at the untuned model, and where the first seed's runs with alpha 0.3 and 1 ended."""
     seed = options.seeds[0]
-    runs = {name: variant(options, name, seed) for name in (CENTRE, "alpha 1")}
-    places = {"untuned": None, **{f"tuned, {name}": run.folder for name, run in runs.items() if graded(run)}}
+    runs = {name: variant_task(options, name, seed) for name in (CENTRE, "alpha 1")}
+    places = {"untuned": None, **{f"tuned, {name}": run.folder for name, run in runs.items() if has_scores(run)}}
     recipe = runs[CENTRE].recipe
     found: dict[str, list[dict[str, Any]]] = {}
     for model, place in places.items():
@@ -108,35 +108,37 @@ def terms(options: Options) -> dict[str, list[dict[str, Any]]]:
             if options.report:
                 continue
             kept.parent.mkdir(parents=True, exist_ok=True)
-            lines = json.dumps(ablation_terms.measured(recipe, options.draws, place))
+            lines = json.dumps(ablation_terms.measure_terms(recipe, options.draws, place))
             write_atomically(kept, lambda partial, lines=lines: partial.write_text(lines))
         found[model] = json.loads(kept.read_text())
     return found
 
 
-def gathered(options: Options) -> dict[str, Any] | None:
+def collect_results(options: Options) -> dict[str, Any] | None:
     """What ablations.json holds; None if no seed is whole."""
-    tasks = table(options)
-    runs, names = last(stages(tasks)), [name for name in tasks if name != "base"]
+    tasks = tasks_by_variant(options)
+    runs, names = last_stage(stage_figures(tasks)), [name for name in tasks if name != "base"]
     for name in names:
         for seed, line in runs[name].items():
-            norms = [one["grad_norm"] for one in curve(tasks[name][seed].folder) if one["grad_norm"] is not None]
+            norms = [
+                one["grad_norm"] for one in load_iterations(tasks[name][seed].folder) if one["grad_norm"] is not None
+            ]
             line[NORM], line[f"{NORM}, mean"] = statistics.median(norms), statistics.fmean(norms)
-    seeds = whole(runs, names)
+    seeds = finished_seeds(runs, names)
     if not seeds:
         print("no seed is finished for all variants yet: there is nothing to write")
         return None
-    records = [described(task) for of in tasks.values() for task in of.values() if finished(task)]
-    worlds = one_world(records)
+    records = [load_record(task) for of in tasks.values() for task in of.values() if is_finished(task)]
+    worlds = check_one_world(records)
     complete = seeds == sorted(options.seeds)
-    asked, spent = tuple(options.variants) == tuple(VARIANTS), costs()
+    asked, spent = tuple(options.variants) == tuple(VARIANTS), load_costs()
     return {
         **provenance(),
         "commits": sorted({record["commit"] for record in records}),
         "worlds": worlds,
         "complete": complete,
         "seeds": seeds,
-        "diverged": diverged(records),
+        "diverged": diverged_runs(records),
         "rate": options.rate,
         "groups": {
             group: [n for n in of if n in names] for group, of in GROUPS.items() if set(of) & set(options.variants)
@@ -148,7 +150,7 @@ def gathered(options: Options) -> dict[str, Any] | None:
     }
 
 
-def document(found: Mapping[str, Any], said: list[str]) -> str:
+def render_document(found: Mapping[str, Any], said: list[str]) -> str:
     """ablations.md: a table for every part of the paper, and its findings."""
     runs, seeds = found["runs"], found["seeds"]
     state = "all seeds asked for" if found["complete"] else "INCOMPLETE: only the seeds finished for all variants"
@@ -178,29 +180,31 @@ def document(found: Mapping[str, Any], said: list[str]) -> str:
         for name in names:
             gains = [interval([runs[name][s][c] - runs["base"][s][c] for s in seeds]).to_dict() for c in columns]
             norm = interval([runs[name][s][NORM] for s in seeds]).to_dict()
-            cells = [cell(g["mean"], half(g), c, "+") for g, c in zip(gains, columns)]
+            cells = [cell(g["mean"], half_width(g), c, "+") for g, c in zip(gains, columns)]
             spent = [f"{measured[name]:.0f}"] if measured else []
-            lines.append(row([name, *cells, cell(norm["mean"], half(norm), "rules"), *spent]))
+            lines.append(row([name, *cells, cell(norm["mean"], half_width(norm), "rules"), *spent]))
         parts.append("\n".join(lines))
     return "\n\n".join([*parts, *said]) + "\n"
 
 
 def main(options: Options) -> int:
     """Runs what is left, then writes what there is."""
-    complete = options.report or do(lambda: list(plan(options)), options.runs, options.workers, study.said)
-    found = gathered(options)
+    complete = options.report or run_tasks(
+        lambda: list(ordered_tasks(options)), options.runs, options.workers, study.describe_task
+    )
+    found = collect_results(options)
     if found is None:
         return 0 if complete else 130
     told = findings(found["runs"], found["seeds"]) if found["findings"] else []
     said = ["## What the paper found", *(finding.markdown() for finding in told)] if told else []
     options.output.mkdir(parents=True, exist_ok=True)
-    lines = terms(options) if options.draws and complete else {}
+    lines = load_or_measure_terms(options) if options.draws and complete else {}
     if lines:
-        found["terms"] = {model: ablation_terms.told(of) for model, of in lines.items()}
-        said += ["## The gradient's terms (medians)", "\n".join(ablation_terms.markdown(found["terms"]))]
+        found["terms"] = {model: ablation_terms.summarise_terms(of) for model, of in lines.items()}
+        said += ["## The gradient's terms (medians)", "\n".join(ablation_terms.terms_table(found["terms"]))]
         ablation_terms.draw(lines, options.output / "ablation_terms.png")
-    (options.output / "ablations.json").write_text(json.dumps(rounded(found), indent=1) + "\n")
-    (options.output / "ablations.md").write_text(document(found, said))
+    (options.output / "ablations.json").write_text(json.dumps(round_numbers(found), indent=1) + "\n")
+    (options.output / "ablations.md").write_text(render_document(found, said))
     draw(found, options.output / "ablations.png")
     return 0 if complete else 130
 

@@ -28,7 +28,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 import tyro
 
-from benchmarks.engine.overhead import Peak
+from benchmarks.engine.overhead import PeakMemory
 from benchmarks.provenance import provenance
 from benchmarks.study.methods import METHODS
 from trajsurgery.methods import LeapAlign
@@ -53,7 +53,7 @@ class Options:
     output: Path = Path(__file__).parent / "results"
 
 
-def heaviest(recipe: Recipe, count: int) -> list[int]:
+def heaviest_iterations(recipe: Recipe, count: int) -> list[int]:
     """The iterations of a run whose plans call the model most often: what is kept depends on the times drawn."""
     numbers = range(1, recipe.iterations + 1)
     plans = {n: recipe.method.draw(recipe.rollout.steps, iteration_generator(recipe.seed, n, "plan")) for n in numbers}
@@ -61,7 +61,7 @@ def heaviest(recipe: Recipe, count: int) -> list[int]:
     return sorted(calls, key=lambda n: -calls[n])[:count]
 
 
-def serve(recipe: Recipe, peaks: int, line: Connection) -> None:
+def serve_iterations(recipe: Recipe, peaks: int, line: Connection) -> None:
     """A method's process: says its peak, then the times of an iteration whenever it is asked, until it is told off."""
     torch.set_num_threads(1)
     found = components.load(recipe)
@@ -69,9 +69,9 @@ def serve(recipe: Recipe, peaks: int, line: Connection) -> None:
     limit = components.hinge_threshold(recipe, found)
     training_step(recipe, found, embeddings, training, limit)  # the optimiser's moments are made in the first
     most = 0
-    for number in heaviest(recipe, peaks):
+    for number in heaviest_iterations(recipe, peaks):
         training.iteration = number - 1
-        with Peak() as mode:
+        with PeakMemory() as mode:
             training_step(recipe, found, embeddings, training, limit)
         most = max(most, mode.most)
     training.iteration = 1
@@ -88,7 +88,7 @@ def measure(recipes: Mapping[str, Recipe], rounds: int, peaks: int) -> dict[str,
     bytes_: dict[str, int] = {}
     for name, recipe in recipes.items():
         here, there = context.Pipe()
-        context.Process(target=serve, args=(recipe, peaks, there), daemon=True).start()
+        context.Process(target=serve_iterations, args=(recipe, peaks, there), daemon=True).start()
         there.close()
         lines[name], bytes_[name] = here, here.recv()
         print(f"{name}: {bytes_[name] / 2**20:.1f} MiB", flush=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.study.figures import NAMED, Interval, Runs, contrast, gain
+from benchmarks.study.seed_statistics import NAMED, Interval, Runs, gain, group_difference
 
 EARLY, LATE = ("leapalign", "drtune"), ("refl", "draft_lv")
 
@@ -48,7 +48,7 @@ class Finding:
         return "\n".join(lines)
 
 
-def of_table_2(runs: Runs, seeds: Sequence[int], names: Sequence[str]) -> list[Finding]:
+def table_2_findings(runs: Runs, seeds: Sequence[int], names: Sequence[str]) -> list[Finding]:
     """The paper's findings of Table 2 and Fig. 5, for those whose methods were run."""
     tuned, found = [name for name in names if name != "base"], list[Finding]()
     found.append(
@@ -78,7 +78,7 @@ def of_table_2(runs: Runs, seeds: Sequence[int], names: Sequence[str]) -> list[F
             Finding(
                 "Methods that reach early steps (LeapAlign, DRTune) are ahead of those that do not (ReFL, DRaFT-LV), "
                 "also on position and attribute binding (section 6.2, Fig. 5).",
-                {figure: contrast(runs, seeds, EARLY, LATE, figure) for figure in asked},
+                {figure: group_difference(runs, seeds, EARLY, LATE, figure) for figure in asked},
             )
         )
     return found

@@ -135,7 +135,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def table(found: Mapping[str, Any]) -> str:
+def results_table(found: Mapping[str, Any]) -> str:
     """Held-out images before and after, as Markdown."""
     lines = ["| guard | kept iteration | brightness | scorer b | scorer c | rules |", "|---|---|---|---|---|---|"]
     for name, entry in found["runs"].items():
@@ -148,7 +148,7 @@ def table(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def wrong(found: Mapping[str, Any]) -> list[str]:
+def failed_promises(found: Mapping[str, Any]) -> list[str]:
     """What the guards promise and did not hold."""
     gains = {name: entry["evaluation"]["metrics"][SCORERS[0]]["reward_gain"] for name, entry in found["runs"].items()}
     none = found["runs"]["none"]["evaluation"]
@@ -172,8 +172,8 @@ def main(options: Options) -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "guards.json").write_text(json.dumps(found, indent=1) + "\n")
     draw(found, options.output / "guards.png")
-    print(table(found))
-    failed = wrong(found)
+    print(results_table(found))
+    failed = failed_promises(found)
     print("the guards:", failed or "held")
     return 1 if failed else 0
 

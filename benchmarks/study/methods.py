@@ -68,7 +68,7 @@ class Budget:
         return Task(self.recipe(METHODS[name], rate, seed, "heldout", folder), self.stages)
 
 
-def wanted(found: dict[float, float], rates: Sequence[float]) -> tuple[float, ...]:
+def rates_to_try(found: dict[float, float], rates: Sequence[float]) -> tuple[float, ...]:
     """The rates to try: those that all methods try, and the grid's next where the best of all tried lies at an edge.
 
     Args:

@@ -9,9 +9,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.study.figures import CATEGORIES, Interval, interval
 from benchmarks.study.report import BIN
-from benchmarks.study.runs import Task, scores
+from benchmarks.study.runs import Task, load_scores
+from benchmarks.study.seed_statistics import CATEGORIES, Interval, interval
 
 COLOURS = {
     "base": "#7a8691",
@@ -37,9 +37,11 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     grid = figure.add_gridspec(3, 12)
     names, seeds = [name for name in found["summary"] if name != "base"], found["seeds"]
     for place, (key, title) in enumerate(PANELS.items()):
-        _gains(figure.add_subplot(grid[0, 3 * place : 3 * place + 3]), found, names, key, title, labelled=place == 0)
+        _draw_gains(
+            figure.add_subplot(grid[0, 3 * place : 3 * place + 3]), found, names, key, title, labelled=place == 0
+        )
     for place, category in enumerate(CATEGORIES):
-        _gains(
+        _draw_gains(
             figure.add_subplot(grid[1, 2 * place : 2 * place + 2]),
             found,
             names,
@@ -47,28 +49,30 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
             f"rules: {category}",
             labelled=place == 0,
         )
-    _training(figure.add_subplot(grid[2, :6]), found, names)
-    _stages(figure.add_subplot(grid[2, 6:9]), found, names, "reward", "held-out reward in training")
-    _stages(figure.add_subplot(grid[2, 9:]), found, names, "rules", "held-out rules in training (Fig. 5)")
+    _draw_training(figure.add_subplot(grid[2, :6]), found, names)
+    _draw_stages(figure.add_subplot(grid[2, 6:9]), found, names, "reward", "held-out reward in training")
+    _draw_stages(figure.add_subplot(grid[2, 9:]), found, names, "rules", "held-out rules in training (Fig. 5)")
     note = f"gain over the base, paired; dots: seeds {seeds}; bar: mean and 95% interval over seeds"
     figure.suptitle(note if found["complete"] else f"{note} (incomplete: not all seeds are finished)")
     figure.savefig(path, dpi=130)
 
 
-def _last(found: Mapping[str, Any], name: str, seed: int, key: str) -> float:
+def _final_figure(found: Mapping[str, Any], name: str, seed: int, key: str) -> float:
     at = found["runs"][name][seed]
     return at[max(at)][key]
 
 
-def _over(found: Mapping[str, Any], name: str, key: str) -> list[float]:
-    return [_last(found, name, seed, key) - _last(found, "base", seed, key) for seed in found["seeds"]]
+def _gains_over_base(found: Mapping[str, Any], name: str, key: str) -> list[float]:
+    return [_final_figure(found, name, seed, key) - _final_figure(found, "base", seed, key) for seed in found["seeds"]]
 
 
-def _gains(axes: Any, found: Mapping[str, Any], names: Sequence[str], key: str, title: str, labelled: bool) -> None:
+def _draw_gains(
+    axes: Any, found: Mapping[str, Any], names: Sequence[str], key: str, title: str, labelled: bool
+) -> None:
     """A row a method: a dot a seed, mean and interval."""
     for place, name in enumerate(reversed(names)):
-        values = _over(found, name, key)
-        bar(axes, interval(values), values, place, COLOURS.get(name, "#0b6e99"))
+        values = _gains_over_base(found, name, key)
+        draw_interval(axes, interval(values), values, place, COLOURS.get(name, "#0b6e99"))
     axes.axvline(0, color="#444444", linewidth=0.8)
     axes.set(title=title, yticks=range(len(names)))
     axes.set_yticklabels(list(reversed(names)) if labelled else [])
@@ -76,14 +80,14 @@ def _gains(axes: Any, found: Mapping[str, Any], names: Sequence[str], key: str, 
     axes.grid(alpha=0.2, axis="x")
 
 
-def bar(axes: Any, mean: Interval, values: Sequence[float], place: float, colour: str) -> None:
+def draw_interval(axes: Any, mean: Interval, values: Sequence[float], place: float, colour: str) -> None:
     """Dots, and the mean with its interval above them."""
     axes.plot(values, [place - 0.2] * len(values), "o", color=colour, alpha=0.4, markersize=4)
     axes.plot([mean.low, mean.high], [place, place], color=colour, linewidth=3, solid_capstyle="butt")
     axes.plot([mean.mean], [place], "o", color=colour, markersize=7, markeredgecolor="white")
 
 
-def _training(axes: Any, found: Mapping[str, Any], names: Sequence[str]) -> None:
+def _draw_training(axes: Any, found: Mapping[str, Any], names: Sequence[str]) -> None:
     """Fig. 1a: the rollouts' reward, mean over seeds."""
     for name in names:
         lines = [found["training"][name][seed]["reward"] for seed in found["seeds"]]
@@ -96,15 +100,15 @@ def _training(axes: Any, found: Mapping[str, Any], names: Sequence[str]) -> None
     axes.grid(alpha=0.2)
 
 
-def _stages(axes: Any, found: Mapping[str, Any], names: Sequence[str], key: str, title: str) -> None:
+def _draw_stages(axes: Any, found: Mapping[str, Any], names: Sequence[str], key: str, title: str) -> None:
     """Mean over seeds of a figure at each stage, with the interval of its gain at the last."""
     seeds = found["seeds"]
-    start = statistics.fmean(_last(found, "base", seed, key) for seed in seeds)
+    start = statistics.fmean(_final_figure(found, "base", seed, key) for seed in seeds)
     for place, name in enumerate(names):
         marks = sorted(found["runs"][name][seeds[0]])
         means = [statistics.fmean(found["runs"][name][seed][mark][key] for seed in seeds) for mark in marks]
         axes.plot([0, *marks], [start, *means], "o-", color=COLOURS.get(name), markersize=4)
-        over = interval(_over(found, name, key))
+        over = interval(_gains_over_base(found, name, key))
         x = marks[-1] * (1.02 + 0.012 * place)
         axes.plot([x, x], [start + over.low, start + over.high], color=COLOURS.get(name), linewidth=2)
     axes.set(title=title, xlabel="iteration")
@@ -112,9 +116,9 @@ def _stages(axes: Any, found: Mapping[str, Any], names: Sequence[str], key: str,
     axes.grid(alpha=0.2)
 
 
-def samples(tasks: Mapping[str, Mapping[int, Task]], seed: int, path: Path, count: int = 18) -> None:
+def draw_samples(tasks: Mapping[str, Mapping[int, Task]], seed: int, path: Path, count: int = 18) -> None:
     """study_samples.png: the first prompts of every category, a column a method, the same noise in a row (Fig. 3)."""
-    found = {name: scores(of[seed].folder, of[seed].stages[-1]) for name, of in tasks.items()}
+    found = {name: load_scores(of[seed].folder, of[seed].stages[-1]) for name, of in tasks.items()}
     count = min(count, *(len(held.pictures) for held in found.values()))
     figure = Figure(figsize=(1.25 * len(found) + 3.2, 1.3 * count), layout="constrained")
     grid = figure.subplots(count, len(found), squeeze=False)

@@ -10,36 +10,46 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.provenance import provenance
-from benchmarks.study.figures import figures, rank, summary, whole
-from benchmarks.study.findings import of_table_2
-from benchmarks.study.runs import Task, curve, described, diverged, finished, graded, scores
-from benchmarks.study.tables import document
+from benchmarks.study.findings import table_2_findings
+from benchmarks.study.runs import (
+    Task,
+    diverged_runs,
+    has_scores,
+    is_finished,
+    load_iterations,
+    load_record,
+    load_scores,
+)
+from benchmarks.study.seed_statistics import finished_seeds, mean_figures, rank_methods, summarise_runs
+from benchmarks.study.tables import render_document
 from trajsurgery.errors import SurgeryError
 
 BIN = 15
 """Iterations whose training rewards and gradient norms are averaged."""
 
 
-def stages(tasks: Mapping[str, Mapping[int, Task]]) -> dict[str, dict[int, dict[int, dict[str, float]]]]:
+def stage_figures(tasks: Mapping[str, Mapping[int, Task]]) -> dict[str, dict[int, dict[int, dict[str, float]]]]:
     """{name: {seed: {iteration: figures}}} of finished tasks that did not diverge."""
     return {
         name: {
-            seed: {stage: figures(scores(task.folder, stage)) for stage in task.stages}
+            seed: {stage: mean_figures(load_scores(task.folder, stage)) for stage in task.stages}
             for seed, task in of.items()
-            if graded(task)
+            if has_scores(task)
         }
         for name, of in tasks.items()
     }
 
 
-def last(found: Mapping[str, Mapping[int, Mapping[int, dict[str, float]]]]) -> dict[str, dict[int, dict[str, float]]]:
+def last_stage(
+    found: Mapping[str, Mapping[int, Mapping[int, dict[str, float]]]],
+) -> dict[str, dict[int, dict[str, float]]]:
     """{name: {seed: figures}} after the last stage."""
     return {name: {seed: at[max(at)] for seed, at in of.items()} for name, of in found.items()}
 
 
-def training(task: Task) -> dict[str, list[float]]:
+def training_curves(task: Task) -> dict[str, list[float]]:
     """The rollouts' reward and the gradient's norm before clipping, averaged over bins of iterations."""
-    lines = curve(task.folder)
+    lines = load_iterations(task.folder)
     bins = [lines[i : i + BIN] for i in range(0, len(lines), BIN)]
     return {key: [_mean([line[key] for line in part]) for part in bins] for key in WATCHED}
 
@@ -53,7 +63,7 @@ def _mean(values: list[float | None]) -> float:
 WATCHED = ("reward", "grad_norm", "closed", "weight")
 
 
-def one_world(records: Sequence[Mapping[str, Any]]) -> list[str]:
+def check_one_world(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """The fingerprint of the weights that all runs were made with.
 
     Raises:
@@ -67,20 +77,20 @@ def one_world(records: Sequence[Mapping[str, Any]]) -> list[str]:
     return worlds
 
 
-def gathered(tasks: Mapping[str, Mapping[int, Task]], rates: Mapping[str, Any]) -> dict[str, Any]:
+def collect_results(tasks: Mapping[str, Mapping[int, Task]], rates: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that study.json holds but the costs.
 
     Args:
         tasks: {method: {seed: its task}}, `base` among them.
         rates: what is to be said about how they were chosen.
     """
-    at = stages(tasks)
-    runs, names = last(at), [name for name in tasks if name != "base"]
-    seeds = whole(runs, names)
+    at = stage_figures(tasks)
+    runs, names = last_stage(at), [name for name in tasks if name != "base"]
+    seeds = finished_seeds(runs, names)
     asked = sorted(next(iter(tasks.values())))
-    done = [task for of in tasks.values() for task in of.values() if finished(task)]
-    records = [described(task) for task in done]
-    worlds = one_world(records)
+    done = [task for of in tasks.values() for task in of.values() if is_finished(task)]
+    records = [load_record(task) for task in done]
+    worlds = check_one_world(records)
     recipe = {name: value for name, value in records[-1]["recipe"].items() if name not in ("output", "method", "seed")}
     return {
         **provenance(),
@@ -90,16 +100,16 @@ def gathered(tasks: Mapping[str, Mapping[int, Task]], rates: Mapping[str, Any]) 
         "seeds": seeds,
         "recipe": recipe,
         "rates": rates,
-        "summary": summary(runs, seeds, ["base", *names]) if seeds else {},
-        "ranking": rank(runs, seeds, names, "reward") if seeds else [],
-        "findings": [one.to_dict() for one in of_table_2(runs, seeds, names)] if seeds else [],
+        "summary": summarise_runs(runs, seeds, ["base", *names]) if seeds else {},
+        "ranking": rank_methods(runs, seeds, names, "reward") if seeds else [],
+        "findings": [one.to_dict() for one in table_2_findings(runs, seeds, names)] if seeds else [],
         "runs": at,
         "training": {
-            name: {seed: training(task) for seed, task in of.items() if graded(task)}
+            name: {seed: training_curves(task) for seed, task in of.items() if has_scores(task)}
             for name, of in tasks.items()
             if name != "base"
         },
-        "diverged": diverged(records),
+        "diverged": diverged_runs(records),
         "skipped": {
             "/".join(task.folder.parts[-3:]): record["skipped"]
             for task, record in zip(done, records)
@@ -108,33 +118,33 @@ def gathered(tasks: Mapping[str, Mapping[int, Task]], rates: Mapping[str, Any]) 
     }
 
 
-def write(
+def write_report(
     tasks: Mapping[str, Mapping[int, Task]], rates: Mapping[str, Any], output: Path, stem: str = "study"
 ) -> dict[str, Any] | None:
     """Writes study.json and study.md; what is in the first, None if no seed is finished for all methods."""
-    found = gathered(tasks, rates)
+    found = collect_results(tasks, rates)
     if not found["seeds"]:
         print("no seed is finished for all methods yet: there is nothing to write")
         return None
     names = [name for name in tasks if name != "base"]
-    runs = last(found["runs"])
+    runs = last_stage(found["runs"])
     output.mkdir(parents=True, exist_ok=True)
-    (output / f"{stem}.json").write_text(json.dumps(rounded(found), indent=1) + "\n")
-    text = document(found, of_table_2(runs, found["seeds"], names), costs())
+    (output / f"{stem}.json").write_text(json.dumps(round_numbers(found), indent=1) + "\n")
+    text = render_document(found, table_2_findings(runs, found["seeds"], names), load_costs())
     (output / f"{stem}.md").write_text(text)
     return found
 
 
-def costs() -> dict[str, Any]:
+def load_costs() -> dict[str, Any]:
     """{method: seconds and peak bytes of an iteration}, as study_cost.py last measured them."""
     path = Path(__file__).parent / "results" / "study_cost.json"
     return json.loads(path.read_text())["methods"] if path.exists() else {}
 
 
-def rounded(value: Any) -> Any:
+def round_numbers(value: Any) -> Any:
     """Numbers with six digits: what is read is the same on every machine that shows it."""
     if isinstance(value, Mapping):
-        return {str(name): rounded(inner) for name, inner in value.items()}
+        return {str(name): round_numbers(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [rounded(inner) for inner in value]
+        return [round_numbers(inner) for inner in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value

@@ -45,7 +45,7 @@ class Task:
         return self.stages[-1] + 15 * len(self.stages)
 
 
-def finished(task: Task) -> bool:
+def is_finished(task: Task) -> bool:
     """Whether the folder holds all of it, or the run diverged.
 
     Raises:
@@ -64,9 +64,9 @@ def finished(task: Task) -> bool:
     return "diverged" in there or all((task.folder / name(stage)).exists() for stage in task.stages)
 
 
-def graded(task: Task) -> bool:
+def has_scores(task: Task) -> bool:
     """Whether it is finished and did not diverge: whether there are scores."""
-    return finished(task) and "diverged" not in described(task)
+    return is_finished(task) and "diverged" not in load_record(task)
 
 
 def name(stage: int) -> str:
@@ -74,24 +74,24 @@ def name(stage: int) -> str:
     return f"scores_{stage}.pt"
 
 
-def scores(folder: Path, stage: int) -> HeldOutScores:
+def load_scores(folder: Path, stage: int) -> HeldOutScores:
     """What a run's images were given after a stage, image by image."""
     return HeldOutScores.from_dict(torch.load(folder / name(stage), weights_only=True))
 
 
-def curve(folder: Path) -> list[dict[str, Any]]:
+def load_iterations(folder: Path) -> list[dict[str, Any]]:
     """The run's iterations, line by line."""
     return [line for line in Log(folder / METRICS).read() if line["kind"] == "iteration"]
 
 
-def progress(task: Task) -> int:
+def spent_cost(task: Task) -> int:
     """How much of a task's cost is spent."""
     log = task.folder / METRICS
     lines = log.read_bytes().count(b"\n") if log.exists() else 0
     return lines + 15 * sum((task.folder / name(stage)).exists() for stage in task.stages)
 
 
-def work(task: Task) -> bool:
+def run_task(task: Task) -> bool:
     """Does a task, or what is left of it; False if it was interrupted (it is saved).
 
     Raises:
@@ -114,7 +114,7 @@ def work(task: Task) -> bool:
             break
         path = task.folder / name(stage)
         if not path.exists():
-            held = evaluated(task.recipe, found, training, averaged=stage > 0)
+            held = evaluate_weights(task.recipe, found, training, averaged=stage > 0)
             write_atomically(path, lambda partial, held=held: torch.save(held.to_dict(), partial))
     record = {
         "recipe": task.recipe.to_dict(),
@@ -122,14 +122,14 @@ def work(task: Task) -> bool:
         "skipped": training.skipped,
         "seconds": round(training.seconds, 1),
         "commit": commit(),
-        "world": fingerprint(),
+        "world": world_fingerprint(),
         **ended,
     }
     write_atomically(task.folder / DONE, lambda partial: partial.write_text(json.dumps(record, indent=1) + "\n"))
     return True
 
 
-def evaluated(
+def evaluate_weights(
     recipe: Recipe, found: components.RunComponents, training: TrainingState, averaged: bool
 ) -> HeldOutScores:
     """The evaluation of the averaged weights; the weights that train are put back."""
@@ -144,7 +144,7 @@ def evaluated(
 
 
 @cache
-def fingerprint() -> str:
+def world_fingerprint() -> str:
     """Of the weights of Flux and scorers: runs of two worlds are not to be mixed in a table."""
     folder = Path(tiny.__file__).parent / "weights"
     digest = hashlib.sha256()
@@ -154,11 +154,11 @@ def fingerprint() -> str:
     return digest.hexdigest()[:12]
 
 
-def diverged(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def diverged_runs(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """{run: what was said}, of finished runs that diverged."""
     return {"/".join(Path(r["recipe"]["output"]).parts[-3:]): r["diverged"] for r in records if "diverged" in r}
 
 
-def described(task: Task) -> dict[str, Any]:
+def load_record(task: Task) -> dict[str, Any]:
     """What done.json says of a finished task."""
     return json.loads((task.folder / DONE).read_text())

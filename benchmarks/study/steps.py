@@ -29,11 +29,11 @@ from matplotlib.figure import Figure
 from rich.progress import track
 
 from benchmarks.provenance import provenance
-from benchmarks.study.figures import figures, interval
 from benchmarks.study.methods import Budget
-from benchmarks.study.pictures import COLOURS, bar
-from benchmarks.study.report import one_world, rounded
-from benchmarks.study.runs import Task, described, graded, scores
+from benchmarks.study.pictures import COLOURS, draw_interval
+from benchmarks.study.report import check_one_world, round_numbers
+from benchmarks.study.runs import Task, has_scores, load_record, load_scores
+from benchmarks.study.seed_statistics import interval, mean_figures
 from trajsurgery.errors import SurgeryError
 from trajsurgery.evaluation.held_out import HeldOutScores, evaluate
 from trajsurgery.methods import ReFL
@@ -62,7 +62,7 @@ class Options:
     runs: Path = Path("outputs/study")
 
 
-def mixed(recipe: Recipe, tuned: Sequence[torch.Tensor], at: range) -> HeldOutScores:
+def evaluate_mixed(recipe: Recipe, tuned: Sequence[torch.Tensor], at: range) -> HeldOutScores:
     """The evaluation of a model that has the tuned weights when it is called at these t, and its own at others."""
     torch.set_num_threads(recipe.threads)
     found = components.load(recipe)
@@ -79,17 +79,17 @@ def mixed(recipe: Recipe, tuned: Sequence[torch.Tensor], at: range) -> HeldOutSc
         return evaluate(recipe, found)
 
 
-def part(task: Task, name: str) -> HeldOutScores:
+def load_or_evaluate(task: Task, name: str) -> HeldOutScores:
     """A finished run's averaged weights, at a part of the steps."""
     kept = task.folder / f"steps_{name}.pt"
     if not kept.exists():
         state = torch.load(task.folder / CHECKPOINT, weights_only=True)
-        found = mixed(task.recipe, state["ema"]["shadow_params"], PARTS[name])
+        found = evaluate_mixed(task.recipe, state["ema"]["shadow_params"], PARTS[name])
         write_atomically(kept, lambda partial: torch.save(found.to_dict(), partial))
     return HeldOutScores.from_dict(torch.load(kept, weights_only=True))
 
 
-def table(options: Options) -> dict[str, dict[int, Task]]:
+def tasks_by_method(options: Options) -> dict[str, dict[int, Task]]:
     """{method: {seed: its run}}.
 
     Raises:
@@ -101,21 +101,21 @@ def table(options: Options) -> dict[str, dict[int, Task]]:
         for name in options.methods
     }
     whole = [*(budget.base(seed) for seed in options.seeds), *(task for of in tasks.values() for task in of.values())]
-    missing = [str(task.folder) for task in whole if not graded(task)]
+    missing = [str(task.folder) for task in whole if not has_scores(task)]
     if missing:
         raise SurgeryError(f"not trained yet: {', '.join(missing)}. Run study.py --by rules first, or pass --runs.")
-    one_world([described(task) for task in whole])
+    check_one_world([load_record(task) for task in whole])
     return tasks
 
 
-def gains(options: Options, tasks: Mapping[str, Mapping[int, Task]]) -> dict[str, dict[str, dict[str, Any]]]:
+def collect_gains(options: Options, tasks: Mapping[str, Mapping[int, Task]]) -> dict[str, dict[str, dict[str, Any]]]:
     """{method: {part, or all: {figure: its gain over the base by seed, and the interval}}}."""
     budget = Budget(options.stages, options.images, options.runs)
-    base = {seed: figures(scores(budget.base(seed).folder, 0)) for seed in options.seeds}
+    base = {seed: mean_figures(load_scores(budget.base(seed).folder, 0)) for seed in options.seeds}
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for name, of in tasks.items():
-        ends = {p: {seed: figures(part(task, p)) for seed, task in of.items()} for p in PARTS}
-        ends["all"] = {seed: figures(scores(task.folder, options.stages[-1])) for seed, task in of.items()}
+        ends = {p: {seed: mean_figures(load_or_evaluate(task, p)) for seed, task in of.items()} for p in PARTS}
+        ends["all"] = {seed: mean_figures(load_scores(task.folder, options.stages[-1])) for seed, task in of.items()}
         found[name] = {p: {} for p in ends}
         for p, figure in itertools.product(ends, next(iter(base.values()))):
             values = [ends[p][seed][figure] - base[seed][figure] for seed in options.seeds]
@@ -131,7 +131,7 @@ def draw(found: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path) -> No
     for axes, key in zip(figure.subplots(1, len(PANELS)), PANELS):
         for place, (name, p) in enumerate(rows):
             values = found[name][p][key]["by seed"]
-            bar(axes, interval(values), values, place, COLOURS[name])
+            draw_interval(axes, interval(values), values, place, COLOURS[name])
         axes.axvline(0, color="#444444", linewidth=0.8)
         axes.set(title=key, yticks=range(len(rows)))
         axes.set_yticklabels([f"{name}, {words[p]}" for name, p in rows] if key == PANELS[0] else [])
@@ -143,14 +143,14 @@ def draw(found: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path) -> No
 
 def main(options: Options) -> int:
     """Makes what is missing, then writes."""
-    tasks = table(options)
+    tasks = tasks_by_method(options)
     pairs = [(task, p) for of in tasks.values() for task in of.values() for p in PARTS]
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
-        for _ in track(pool.map(part, *zip(*pairs)), "images", len(pairs)):
+        for _ in track(pool.map(load_or_evaluate, *zip(*pairs)), "images", len(pairs)):
             pass
-    told = {**provenance(), "seeds": options.seeds, "gains": gains(options, tasks)}
+    told = {**provenance(), "seeds": options.seeds, "gains": collect_gains(options, tasks)}
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "study_steps.json").write_text(json.dumps(rounded(told), indent=1) + "\n")
+    (options.output / "study_steps.json").write_text(json.dumps(round_numbers(told), indent=1) + "\n")
     draw(told["gains"], options.output / "study_steps.png")
     return 0
 

@@ -28,12 +28,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import tyro
 
 from benchmarks.provenance import provenance
-from benchmarks.study.figures import figures
-from benchmarks.study.methods import METHODS, Budget, wanted
-from benchmarks.study.pictures import draw, samples
-from benchmarks.study.report import rounded, write
-from benchmarks.study.runs import Task, described, finished, graded, scores
-from benchmarks.study.worker_pool import do
+from benchmarks.study.methods import METHODS, Budget, rates_to_try
+from benchmarks.study.pictures import draw, draw_samples
+from benchmarks.study.report import round_numbers, write_report
+from benchmarks.study.runs import Task, has_scores, is_finished, load_record, load_scores
+from benchmarks.study.seed_statistics import mean_figures
+from benchmarks.study.worker_pool import run_tasks
 from trajsurgery.errors import SurgeryError
 
 RESULTS = Path(__file__).parent / "results"
@@ -74,25 +74,27 @@ class Options:
         return Budget(self.stages, self.images, self.runs)
 
 
-def tried(options: Options, name: str) -> dict[float, dict[str, float]]:
+def load_trials(options: Options, name: str) -> dict[float, dict[str, float]]:
     """{rate: figures of the validation images}, of the runs that are finished; none of a run that diverged."""
     found: dict[float, dict[str, float]] = {}
     while True:
-        seen = {rate: worth(line, options.by) for rate, line in found.items()}
-        tasks = {rate: options.budget.trial(name, rate, options.validation) for rate in wanted(seen, options.rates)}
-        new = {rate: task for rate, task in tasks.items() if rate not in found and finished(task)}
+        seen = {rate: trial_value(line, options.by) for rate, line in found.items()}
+        tasks = {
+            rate: options.budget.trial(name, rate, options.validation) for rate in rates_to_try(seen, options.rates)
+        }
+        new = {rate: task for rate, task in tasks.items() if rate not in found and is_finished(task)}
         if not new:
             return found
         for rate, task in new.items():
-            found[rate] = figures(scores(task.folder, options.stages[-1])) if graded(task) else {}
+            found[rate] = mean_figures(load_scores(task.folder, options.stages[-1])) if has_scores(task) else {}
 
 
-def worth(line: dict[str, float], figure: str) -> float:
+def trial_value(line: dict[str, float], figure: str) -> float:
     """A trial's figure; below all others if it diverged."""
     return line.get(figure, -math.inf)
 
 
-def best(found: dict[float, dict[str, float]], figure: str = "reward") -> float:
+def best_rate(found: dict[float, dict[str, float]], figure: str = "reward") -> float:
     """The rate with the highest figure.
 
     Raises:
@@ -102,10 +104,10 @@ def best(found: dict[float, dict[str, float]], figure: str = "reward") -> float:
         raise SurgeryError(
             f"all rates that were tried diverged, {sorted(found)}: pass smaller ones, --rates 1e-6 3e-6."
         )
-    return max(found, key=lambda rate: worth(found[rate], figure))
+    return max(found, key=lambda rate: trial_value(found[rate], figure))
 
 
-def choices(options: Options) -> dict[str, dict[str, Any]]:
+def choose_rates(options: Options) -> dict[str, dict[str, Any]]:
     """How each method's rate was chosen, and the one with the best rules among those tried; None while not done."""
     if options.rate is not None:
         return {name: {"chosen": options.rate} for name in options.methods}
@@ -114,33 +116,36 @@ def choices(options: Options) -> dict[str, dict[str, Any]]:
         return {name: {"chosen": there[name]["chosen"]} for name in options.methods}
     found: dict[str, dict[str, Any]] = {}
     for name in options.methods:
-        at = tried(options, name)
-        left = set(wanted({rate: worth(line, options.by) for rate, line in at.items()}, options.rates)) - at.keys()
+        at = load_trials(options, name)
+        left = (
+            set(rates_to_try({rate: trial_value(line, options.by) for rate, line in at.items()}, options.rates))
+            - at.keys()
+        )
         found[name] = {
             "tried": {f"{rate:g}": line for rate, line in sorted(at.items())},
             "left": sorted(left),
-            "chosen": None if left else best(at, options.by),
-            "by_rules": None if left else best(at, "rules"),
+            "chosen": None if left else best_rate(at, options.by),
+            "by_rules": None if left else best_rate(at, "rules"),
         }
     return found
 
 
-def chooses(options: Options) -> bool:
+def chooses_rates(options: Options) -> bool:
     """Whether rates are chosen by this study."""
     return options.chosen is None and options.rate is None
 
 
-def stem(options: Options) -> str:
+def file_stem(options: Options) -> str:
     """What its files are called."""
     if options.rate is not None:
         return f"study_rate_{options.rate:g}"
     return "study" if options.by == "reward" else "study_by_rules"
 
 
-def plan(options: Options) -> Iterator[Task]:
+def ordered_tasks(options: Options) -> Iterator[Task]:
     """Rates first, then one seed after the other with all methods, so that what is there is balanced at any time."""
-    found, budget = choices(options), options.budget
-    if chooses(options):
+    found, budget = choose_rates(options), options.budget
+    if chooses_rates(options):
         yield budget.base(options.validation, "validation")
         trials = [(rate, name) for name, line in found.items() for rate in (*map(float, line["tried"]), *line["left"])]
         for rate, name in sorted(trials, key=lambda one: one[0]):
@@ -152,18 +157,18 @@ def plan(options: Options) -> Iterator[Task]:
                 yield budget.run(name, line["chosen"], seed)
 
 
-def said(done: Task) -> str:
+def describe_task(done: Task) -> str:
     """A line about a finished run."""
-    if not graded(done):
-        return described(done)["diverged"]
-    line = figures(scores(done.folder, done.stages[-1]))
+    if not has_scores(done):
+        return load_record(done)["diverged"]
+    line = mean_figures(load_scores(done.folder, done.stages[-1]))
     return f"reward {line['reward']:.4f} rules {line['rules']:.3f}"
 
 
-def table(options: Options) -> dict[str, dict[int, Task]]:
+def tasks_by_method(options: Options) -> dict[str, dict[int, Task]]:
     """{method: {seed: its run}} of the methods whose rates are chosen, the base first."""
     tasks = {"base": {seed: options.budget.base(seed) for seed in options.seeds}}
-    for name, line in choices(options).items():
+    for name, line in choose_rates(options).items():
         rate = line["chosen"]
         tasks[name] = {} if rate is None else {seed: options.budget.run(name, rate, seed) for seed in options.seeds}
     return tasks
@@ -173,19 +178,21 @@ def main(options: Options) -> int:
     """Runs what is left, then writes what there is."""
     if options.rate is not None and (options.chosen is not None or options.by != "reward"):
         raise SurgeryError("--rate gives all methods one rate: drop --chosen and --by, which choose one for each.")
-    complete = options.report or do(lambda: list(plan(options)), options.runs, options.workers, said)
-    tasks = table(options)
+    complete = options.report or run_tasks(
+        lambda: list(ordered_tasks(options)), options.runs, options.workers, describe_task
+    )
+    tasks = tasks_by_method(options)
     options.output.mkdir(parents=True, exist_ok=True)
-    name, rates = stem(options), choices(options)
-    if chooses(options):
+    name, rates = file_stem(options), choose_rates(options)
+    if chooses_rates(options):
         base = options.budget.base(options.validation, "validation")
-        untuned = figures(scores(base.folder, 0)) if finished(base) else {}
+        untuned = mean_figures(load_scores(base.folder, 0)) if is_finished(base) else {}
         told = {**provenance(), "validation seed": options.validation, "untuned": untuned, "rates": rates}
-        (options.output / f"{name}_rates.json").write_text(json.dumps(rounded(told), indent=1) + "\n")
-    found = write(tasks, rates, options.output, name)
+        (options.output / f"{name}_rates.json").write_text(json.dumps(round_numbers(told), indent=1) + "\n")
+    found = write_report(tasks, rates, options.output, name)
     if found is not None:
         draw(found, options.output / f"{name}.png")
-        samples(tasks, found["seeds"][0], options.output / f"{name}_samples.png")
+        draw_samples(tasks, found["seeds"][0], options.output / f"{name}_samples.png")
     return 0 if complete else 130
 
 

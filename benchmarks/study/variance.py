@@ -27,8 +27,8 @@ import tyro
 from torch import Tensor
 
 from benchmarks.provenance import provenance
-from benchmarks.study.variance_figure import draw
-from benchmarks.study.variance_runs import METHODS, Trainings, rewards
+from benchmarks.study.variance_picture import draw
+from benchmarks.study.variance_runs import METHODS, Trainings, compare_rewards
 from trajsurgery import PerSample, Plan, backward, distances, operate
 from trajsurgery.training import objective
 from trajsurgery.training.components import PromptCache, RunComponents, hinge_threshold, load, pipeline_arguments
@@ -55,7 +55,7 @@ class Options:
     runs: Path = Path("outputs/variance")
 
 
-class Bench:
+class GradientBench:
     """The embedded world, and gradients of single plans on a rollout."""
 
     def __init__(self, method: str, seed: int) -> None:
@@ -123,9 +123,9 @@ class Bench:
         return found | {"all": sum(total) / (max(SHARED) + max(ALONE))}
 
 
-def gradients(method: str, options: Options) -> dict[str, Any]:
+def measure_gradients(method: str, options: Options) -> dict[str, Any]:
     """The sums by group of draws that everything is made of, and seconds."""
-    bench, sums, squares = Bench(method, options.seed), dict[str, Tensor](), dict[str, Tensor]()
+    bench, sums, squares = GradientBench(method, options.seed), dict[str, Tensor](), dict[str, Tensor]()
     for number in range(options.draws):
         found = bench.means(number)
         for name, g in found.items():
@@ -144,7 +144,7 @@ def gradients(method: str, options: Options) -> dict[str, Any]:
     }
 
 
-def statistics(raw: dict[str, Any], left_out: int | None = None) -> dict[str, float]:
+def variance_statistics(raw: dict[str, Any], left_out: int | None = None) -> dict[str, float]:
     """{configuration: trace of the covariance over the squared norm of the mean}, and the parts of it."""
     kept = [g for g in range(GROUPS) if g != left_out]
     n = raw["draws"] * len(kept) // GROUPS
@@ -159,9 +159,9 @@ def statistics(raw: dict[str, Any], left_out: int | None = None) -> dict[str, fl
     return found | {"of the times": times, "of prompts and noise": found["shared 1"] - times}
 
 
-def told(raw: dict[str, Any]) -> dict[str, Any]:
+def summarise_variance(raw: dict[str, Any]) -> dict[str, Any]:
     """With 95% intervals by the jackknife over groups, with costs, and products relative to one shared plan."""
-    whole, parts = statistics(raw), [statistics(raw, g) for g in range(GROUPS)]
+    whole, parts = variance_statistics(raw), [variance_statistics(raw, g) for g in range(GROUPS)]
     seconds = raw["seconds"]
 
     def interval(of: Any) -> list[float]:
@@ -200,15 +200,15 @@ def main(options: Options) -> int:
     for method in options.methods:
         path = options.runs / f"gradients_{method}.json"
         if options.part in ("all", "gradients") and not path.exists():
-            path.write_text(json.dumps(gradients(method, options)))
-    lines = rewards(options.trainings, options.methods, options.runs, make=options.part in ("all", "rewards"))
+            path.write_text(json.dumps(measure_gradients(method, options)))
+    lines = compare_rewards(options.trainings, options.methods, options.runs, make=options.part in ("all", "rewards"))
     raw = {m: options.runs / f"gradients_{m}.json" for m in METHODS}
     if lines is None or not all(path.exists() for path in raw.values()):
         print("some parts are missing still: nothing written")
         return 0
     found = {
         **provenance(),
-        "gradients": {m: told(json.loads(path.read_text())) for m, path in raw.items()},
+        "gradients": {m: summarise_variance(json.loads(path.read_text())) for m, path in raw.items()},
         "rewards": lines,
     }
     (options.output / "variance.json").write_text(json.dumps(found, indent=1) + "\n")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.study.figures import interval
+from benchmarks.study.seed_statistics import interval
 from trajsurgery.evaluation.held_out import evaluate
 from trajsurgery.methods import DRTune, LeapAlign
 from trajsurgery.training.checkpoint import TrainingState, write_atomically
@@ -47,7 +47,7 @@ class Trainings:
     """Held out, from the same noise for every configuration of a seed."""
 
 
-def recipe(options: Trainings, method: str, configuration: str, seed: int, rate: float) -> Recipe:
+def training_recipe(options: Trainings, method: str, configuration: str, seed: int, rate: float) -> Recipe:
     """The method's recipe on the embedded Flux, without averaging: 40 seconds are too short for it."""
     kind, plans = configuration.rsplit(" ", 1)
     chosen = presets(METHODS[method], "")["tiny"]
@@ -62,10 +62,10 @@ def recipe(options: Trainings, method: str, configuration: str, seed: int, rate:
     )
 
 
-def trained(options: Trainings, method: str, configuration: str, seed: int, rate: float) -> dict[str, Any]:
+def train_and_evaluate(options: Trainings, method: str, configuration: str, seed: int, rate: float) -> dict[str, Any]:
     """One run: its curve, and what its images are given afterwards."""
     torch.set_num_threads(1)
-    chosen = recipe(options, method, configuration, seed, rate)
+    chosen = training_recipe(options, method, configuration, seed, rate)
     world = load(chosen)
     embeddings = PromptCache(world.pipe, world.texts, pipeline_arguments(chosen))
     training, lambda_ = TrainingState.start(chosen, world.module), hinge_threshold(chosen, world)
@@ -86,15 +86,15 @@ def trained(options: Trainings, method: str, configuration: str, seed: int, rate
     }
 
 
-def untuned(options: Trainings, seed: int) -> dict[str, Any]:
+def evaluate_untuned(options: Trainings, seed: int) -> dict[str, Any]:
     """The rewards of a seed's images before any training."""
     torch.set_num_threads(1)
-    chosen = recipe(options, "leapalign", "shared 1", seed, options.rates[0])
+    chosen = training_recipe(options, "leapalign", "shared 1", seed, options.rates[0])
     found = evaluate(chosen, load(chosen))
     return {"reward": found.reward.tolist(), "rule": None if found.correct is None else found.correct.float().tolist()}
 
 
-def made(path: Path, make: bool, run: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+def load_or_make(path: Path, make: bool, run: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
     """What a file holds, made now if it is not there; None if it is not to be made."""
     if not path.exists():
         if not make:
@@ -106,18 +106,21 @@ def made(path: Path, make: bool, run: Callable[[], dict[str, Any]]) -> dict[str,
     return torch.load(path)
 
 
-def rewards(options: Trainings, methods: Sequence[str], runs: Path, make: bool) -> dict[str, Any] | None:
+def compare_rewards(options: Trainings, methods: Sequence[str], runs: Path, make: bool) -> dict[str, Any] | None:
     """Runs what is missing of these methods, if it is to be made; the table, or None where parts are missing still."""
     folder = runs / f"rewards_{options.budget:g}_{options.images}"
     before = [
-        made(folder / f"untuned_{seed}.pt", make, lambda seed=seed: untuned(options, seed)) for seed in options.seeds
+        load_or_make(folder / f"untuned_{seed}.pt", make, lambda seed=seed: evaluate_untuned(options, seed))
+        for seed in options.seeds
     ]
     found: dict[str, Any] = {"budget": options.budget, "seeds": list(options.seeds), "images": options.images}
     for method in METHODS:
 
         def run(name: str, seed: int, rate: float, method: str = method) -> dict[str, Any] | None:
             path = folder / f"{method}_{name.replace(' ', '_')}_{rate:g}_{seed}.pt"
-            return made(path, make and method in methods, lambda: trained(options, method, name, seed, rate))
+            return load_or_make(
+                path, make and method in methods, lambda: train_and_evaluate(options, method, name, seed, rate)
+            )
 
         tried = {rate: run("shared 1", options.validation, rate) for rate in options.rates}
         means = {rate: sum(t["reward"]) / len(t["reward"]) for rate, t in tried.items() if t is not None}
@@ -127,12 +130,14 @@ def rewards(options: Trainings, methods: Sequence[str], runs: Path, make: bool) 
         after = {name: [run(name, seed, rate) for seed in options.seeds] for name in CONFIGURATIONS[method]}
         if None in before or any(None in runs for runs in after.values()):
             continue
-        lines = {name: line(before, runs, after["shared 1"]) for name, runs in after.items()}
+        lines = {name: paired_gains(before, runs, after["shared 1"]) for name, runs in after.items()}
         found[method] = {"rates": {f"{r:g}": round(mean, 5) for r, mean in means.items()}, "rate": rate, "plans": lines}
     return found if set(METHODS) <= set(found) else None
 
 
-def line(before: list[dict[str, Any]], after: list[dict[str, Any]], first: list[dict[str, Any]]) -> dict[str, Any]:
+def paired_gains(
+    before: list[dict[str, Any]], after: list[dict[str, Any]], first: list[dict[str, Any]]
+) -> dict[str, Any]:
     """Gains over the untuned model and over one shared plan, paired: means and 95% intervals over seeds."""
     found: dict[str, Any] = {
         "rate": after[0]["rate"],

@@ -16,14 +16,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks.study.runs import Task, finished, progress, work
+from benchmarks.study.runs import Task, is_finished, run_task, spent_cost
 from trajsurgery.errors import SurgeryError
 
 Plan = Callable[[], Sequence[Task]]
 """All tasks that are known by now, in the order in which they are to be done; asked again after each."""
 
 
-def do(plan: Plan, folder: Path, workers: int, said: Callable[[Task], str]) -> bool:
+def run_tasks(plan: Plan, folder: Path, workers: int, said: Callable[[Task], str]) -> bool:
     """Does what is not done yet, several runs side by side; says whether all of it is done (False: interrupted).
 
     Args:
@@ -35,18 +35,23 @@ def do(plan: Plan, folder: Path, workers: int, said: Callable[[Task], str]) -> b
     """
     console = Console(soft_wrap=True)
     context, running = multiprocessing.get_context("spawn"), dict[Future[bool], Task]()
-    with alone(folder), _terminated(), _bar(console) as show, ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with (
+        lock_folder(folder),
+        _interrupt_on_sigterm(),
+        _progress_bar(console) as show,
+        ProcessPoolExecutor(workers, mp_context=context) as pool,
+    ):
         try:
             while True:
                 known = plan()
-                free = [task for task in known if task not in running.values() and not finished(task)]
+                free = [task for task in known if task not in running.values() and not is_finished(task)]
                 for task in free[: workers - len(running)]:
                     console.print(f"{_now()} begins {task.folder}", highlight=False)
-                    running[pool.submit(work, task)] = task
+                    running[pool.submit(run_task, task)] = task
                 if not running:
                     return True
-                done = _watched(running, known, show)
-                if not _told([(running.pop(future), future) for future in done], console, said):
+                done = _wait_for_one(running, known, show)
+                if not _report_ended([(running.pop(future), future) for future in done], console, said):
                     raise KeyboardInterrupt
         except KeyboardInterrupt:
             console.print("interrupted: runs are saved, the same command goes on")
@@ -56,16 +61,18 @@ def do(plan: Plan, folder: Path, workers: int, said: Callable[[Task], str]) -> b
             return False
 
 
-def _watched(running: dict[Future[bool], Task], known: Sequence[Task], show: Callable[[int, int], None]) -> set[Any]:
+def _wait_for_one(
+    running: dict[Future[bool], Task], known: Sequence[Task], show: Callable[[int, int], None]
+) -> set[Any]:
     """Waits for a run to end, the bar moving."""
     done: set[Any] = set()
     while not done:
         done, _ = wait(running, timeout=5, return_when=FIRST_COMPLETED)
-        show(sum(map(progress, known)), sum(task.cost for task in known))
+        show(sum(map(spent_cost, known)), sum(task.cost for task in known))
     return done
 
 
-def _told(ended: list[tuple[Task, Future[bool]]], console: Console, said: Callable[[Task], str]) -> bool:
+def _report_ended(ended: list[tuple[Task, Future[bool]]], console: Console, said: Callable[[Task], str]) -> bool:
     """Says what came of runs; whether all of them were done to their end."""
     for task, future in ended:
         if not future.result():
@@ -79,7 +86,7 @@ def _now() -> str:
 
 
 @contextmanager
-def alone(folder: Path) -> Generator[None]:
+def lock_folder(folder: Path) -> Generator[None]:
     """Holds the folder's lock, which the system takes back from a process that ends in whatever way."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as file:
@@ -93,7 +100,7 @@ def alone(folder: Path) -> Generator[None]:
 
 
 @contextmanager
-def _bar(console: Console) -> Generator[Callable[[int, int], None]]:
+def _progress_bar(console: Console) -> Generator[Callable[[int, int], None]]:
     """A bar of everything; without a terminal a line every ten minutes."""
     columns = (TextColumn("study"), BarColumn(None), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     began, last, first = time.monotonic(), time.monotonic(), -1
@@ -113,7 +120,7 @@ def _bar(console: Console) -> Generator[Callable[[int, int], None]]:
 
 
 @contextmanager
-def _terminated() -> Generator[None]:
+def _interrupt_on_sigterm() -> Generator[None]:
     """SIGTERM is as Ctrl-C."""
 
     def interrupt(_: int, __: FrameType | None) -> None:

@@ -17,7 +17,7 @@ from torch.nn import functional
 from benchmarks.world.compose import compose
 from benchmarks.world.fit_text import Encoders
 from benchmarks.world.flux_parts import image_ids, pack
-from benchmarks.world.hard import mistakes
+from benchmarks.world.hard_negatives import mistakes
 from benchmarks.world.layout import KINDS, contents
 from benchmarks.world.stage import Budget, Stage
 from trajsurgery.tiny.pipe import LATENT_CHANNELS, TEXT_LENGTH, TOKENS
@@ -124,7 +124,7 @@ def unpack(tokens: Tensor) -> Tensor:
 
 
 @contextmanager
-def seen(block: nn.Module) -> Yields[list[Tensor]]:
+def record_states(block: nn.Module) -> Yields[list[Tensor]]:
     """Within the block, the states of the image tokens after this part of a Flux: one Float[batch 16 width] a call."""
     states: list[Tensor] = []
 
@@ -144,7 +144,7 @@ def quadrants(tokens: Tensor) -> Tensor:
     return tokens.view(len(tokens), 2, half, 2, half, -1).mean((2, 4)).flatten(1, 2)
 
 
-def times(batch: int, generator: Generator) -> Tensor:
+def draw_sigmas(batch: int, generator: Generator) -> Tensor:
     """Float[batch]: sigmas, logit-normal or, EARLY of them, uniform above EARLY_FROM."""
     usual = torch.randn(batch, generator=generator).sigmoid()
     early = EARLY_FROM + (1 - EARLY_FROM) * torch.rand(batch, generator=generator)
@@ -163,9 +163,9 @@ def flux_stage(budget: Budget, batch: int, transformer: Any, encoders: Encoders,
         captions = (data.wrong if step >= MISTAKES_FROM * budget.steps else data.right)[rows]
         pooled, states = (part[captions].repeat_interleave(DRAWS, 0) for part in known)
         clean, shown = (part[rows].repeat_interleave(DRAWS, 0) for part in (data.tokens, data.shown))
-        noise, sigma = torch.randn(clean.shape, generator=generator), times(len(clean), generator)
+        noise, sigma = torch.randn(clean.shape, generator=generator), draw_sigmas(len(clean), generator)
         noisy = clean + sigma[:, None, None] * (noise - clean)
-        with seen(transformer.transformer_blocks[-1]) as hidden:
+        with record_states(transformer.transformer_blocks[-1]) as hidden:
             missed = functional.mse_loss(predict(transformer, noisy, sigma, pooled, states), noise - clean)
         said = head(quadrants(hidden[0]))
         return missed + LESSON * functional.cross_entropy(said.flatten(0, 1), shown.flatten())

@@ -18,10 +18,10 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from benchmarks.world.compose import compose
-from benchmarks.world.fit_text import blurred
+from benchmarks.world.degradations import decoded, degrade, nonsense
+from benchmarks.world.fit_text import blurred_embeddings
 from benchmarks.world.layout import KINDS, contents, divergence, layouts
 from benchmarks.world.scorer_variants import REWARD, Variant
-from benchmarks.world.spoil import decoded, degrade, nonsense
 from benchmarks.world.stage import Budget, Stage
 from benchmarks.world.tokenizers import clip_tokenizer
 from trajsurgery.tiny.pipe import TEXT_LENGTH
@@ -149,7 +149,7 @@ class Course:
         """First the lesson alone, then the contrast beside it, then both on pictures half of which are attacked."""
         images, truth, shown = self.batch(generator)
         if step < CONTRAST_FROM * self.budget.steps:
-            with blurred([self.clip.token_embedding], generator):
+            with blurred_embeddings([self.clip.token_embedding], generator):
                 texts = self.read(self.tokens["train"])
             return self.lesson(self.see(images[:BATCH:2]), texts, shown[::2], self.layouts)
         asked = torch.randperm(len(self.meaning), generator=generator)[: len(self.meaning) // 2]

@@ -6,7 +6,16 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from benchmarks.world.fit_flux import DRAWS, LESSON, MISTAKES_FROM, Corpus, quadrants, seen, times, unpack
+from benchmarks.world.fit_flux import (
+    DRAWS,
+    LESSON,
+    MISTAKES_FROM,
+    Corpus,
+    draw_sigmas,
+    quadrants,
+    record_states,
+    unpack,
+)
 from benchmarks.world.layout import KINDS
 from benchmarks.world.stage import Budget, Stage
 from trajsurgery.tiny.prompt import split_prompts
@@ -46,8 +55,8 @@ def sd3_stage(budget: Budget, batch: int, pipe: Any, data: Corpus) -> Stage:
         captions = captions.repeat_interleave(DRAWS)
         captions = torch.where(torch.rand(batch, generator=generator) < DROPPED, empty, captions)
         clean, shown = (part[rows].repeat_interleave(DRAWS, 0) for part in (latents, data.shown))
-        noise, sigma = torch.randn(clean.shape, generator=generator), times(batch, generator)
-        with seen(pipe.transformer.transformer_blocks[1]) as hidden:
+        noise, sigma = torch.randn(clean.shape, generator=generator), draw_sigmas(batch, generator)
+        with record_states(pipe.transformer.transformer_blocks[1]) as hidden:
             velocity = pipe.transformer(
                 hidden_states=clean + sigma[:, None, None, None] * (noise - clean),
                 timestep=1000 * sigma,
@@ -60,7 +69,7 @@ def sd3_stage(budget: Budget, batch: int, pipe: Any, data: Corpus) -> Stage:
         return missed + LESSON * functional.cross_entropy(said.flatten(0, 1), shown.flatten())
 
     def report() -> str:
-        from benchmarks.world.figures import draw
+        from benchmarks.world.metrics import draw
         from trajsurgery.tiny.rules import judge
 
         prompts = [p for p in split_prompts("validation") for _ in range(4 if p.category != "position" else 2)]

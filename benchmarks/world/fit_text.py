@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from benchmarks.world.layout import KINDS, apart, divergence, layouts, nouns, places
+from benchmarks.world.layout import KINDS, divergence, kl_divergence, layouts, nouns, places
 from benchmarks.world.stage import Budget, Stage
 from trajsurgery.tiny.pipe import TEXT_LENGTH
 from trajsurgery.tiny.prompt import Split, split_prompts
@@ -44,7 +44,7 @@ class Encoders:
 
 
 @contextmanager
-def blurred(tables: Sequence[nn.Module], generator: Generator) -> Yields[None]:
+def blurred_embeddings(tables: Sequence[nn.Module], generator: Generator) -> Yields[None]:
     """Within the block what these embedding tables give is multiplied by 1 + BLUR times noise."""
 
     def blur(module: nn.Module, inputs: Any, embedded: Tensor) -> Tensor:
@@ -98,11 +98,13 @@ def text_stage(budget: Budget, encoders: Encoders) -> Stage:
         guesses = (heads["clip"](pooled), heads["t5"](states).mean(1))
         whole = sum((divergence(guess, asked.layouts) for guess in guesses), torch.zeros(()))
         read = heads["nouns"](states[asked.rows, asked.words])
-        kind, place = (apart(read[:, part], asked.nouns[:, part]) for part in (slice(KINDS), slice(KINDS, None)))
+        kind, place = (
+            kl_divergence(read[:, part], asked.nouns[:, part]) for part in (slice(KINDS), slice(KINDS, None))
+        )
         return whole.mean(), (kind + place).mean()
 
     def loss(step: int, generator: Generator) -> Tensor:
-        with blurred(tables, generator):
+        with blurred_embeddings(tables, generator):
             return sum(missed("train"), torch.zeros(()))
 
     def report() -> str:

@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from benchmarks.world.films import crowd, film
+from benchmarks.world.motion_videos import crowd, film
 from benchmarks.world.stage import Budget, Stage
 from benchmarks.world.wan_parts import TEXT_LENGTH, vae
 from trajsurgery.tiny.video import FRAMES, GUIDANCE, Motion, motions, prompts

@@ -60,9 +60,9 @@ def divergence(guess: Tensor, layout: Tensor) -> Tensor:
 
     guess: logits, Float[batch 4*(KINDS+1)]; layout: Float[batch 4 KINDS+1], distributions.
     """
-    return apart(guess.view(layout.shape), layout).sum(1)
+    return kl_divergence(guess.view(layout.shape), layout).sum(1)
 
 
-def apart(guess: Tensor, truth: Tensor) -> Tensor:
+def kl_divergence(guess: Tensor, truth: Tensor) -> Tensor:
     """Float[...]: the Kullback-Leibler divergence of softmax(guess) from truth, both Float[... kinds]."""
     return (truth * (truth.clamp(min=1e-6).log() - guess.log_softmax(-1))).sum(-1)

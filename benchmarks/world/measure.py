@@ -34,7 +34,7 @@ class Measuring:
     threads: int = 1
 
 
-def timed(action: Callable[[], Any], repeats: int = 5) -> float:
+def median_seconds(action: Callable[[], Any], repeats: int = 5) -> float:
     """Median seconds of a call, after one to warm up."""
     action()
     spent: list[float] = []
@@ -63,8 +63,8 @@ def seconds(pipe: Any, reward: Any, batch: int = 32) -> dict[str, float]:
     found: dict[str, float] = {"batch": batch}
     for name, call in calls.items():
         with torch.no_grad():
-            found[f"{name}_forward"] = timed(call)
-        found[f"{name}_forward_backward"] = timed(lambda call=call: call().sum().backward())
+            found[f"{name}_forward"] = median_seconds(call)
+        found[f"{name}_forward_backward"] = median_seconds(lambda call=call: call().sum().backward())
     pipe.transformer.zero_grad(set_to_none=True)
     pipe.vae.zero_grad(set_to_none=True)
     return found
@@ -77,32 +77,32 @@ def size(folder: Path) -> float:
 
 def measure(config: Measuring) -> dict[str, Any]:
     """All figures, by name of their part."""
-    from benchmarks.world import figures
+    from benchmarks.world import metrics
     from trajsurgery.tiny.pipe import pipeline
     from trajsurgery.tiny.rules import judge
     from trajsurgery.tiny.scorer import Reward, shipped
 
     pipe, reward = pipeline(config.weights / "pipeline"), Reward(config.weights / "scorer")
     found: dict[str, Any] = {"steps": config.steps, "threshold": reward.threshold, "megabytes": size(config.weights)}
-    found["evaluator"] = figures.evaluator(2 * config.each)
-    found["autoencoder"] = figures.autoencoder(pipe.vae, 2 * config.each)
+    found["evaluator"] = metrics.evaluator(2 * config.each)
+    found["autoencoder"] = metrics.autoencoder(pipe.vae, 2 * config.each)
     for split in ("train", "validation", "heldout"):
-        prompts = figures.evenly(split, config.each)
-        images = figures.draw(pipe, prompts, config.steps, seed=16)
+        prompts = metrics.even_prompts(split, config.each)
+        images = metrics.draw(pipe, prompts, config.steps, seed=16)
         verdict = judge(images, prompts)
-        found[f"base_{split}"] = figures.base(verdict)
+        found[f"base_{split}"] = metrics.score_base(verdict)
         with torch.no_grad():
             scores = reward(images, prompts)
-        found[f"ranking_{split}"] = figures.ranking(scores, verdict)
+        found[f"ranking_{split}"] = metrics.ranking(scores, verdict)
         found[f"ranking_{split}"]["above_threshold"] = float((scores > reward.threshold).float().mean())
     with torch.no_grad():
-        found["against_negatives"] = figures.against_negatives(reward, 2 * config.each)
+        found["against_negatives"] = metrics.against_negatives(reward, 2 * config.each)
     for name in shipped(config.weights):
         scorer = Reward(config.weights / name)
         with torch.no_grad():  # the images are still those of the held-out prompts
-            found[f"{name}_ranking_heldout"] = figures.ranking(scorer(images, prompts), verdict)
-            found[f"{name}_against_negatives"] = figures.against_negatives(scorer, 2 * config.each)
-    found["leap_distances"] = figures.leap_distances(pipe, figures.evenly("train", 10), config.steps, seed=17)
+            found[f"{name}_ranking_heldout"] = metrics.ranking(scorer(images, prompts), verdict)
+            found[f"{name}_against_negatives"] = metrics.against_negatives(scorer, 2 * config.each)
+    found["leap_distances"] = metrics.leap_distances(pipe, metrics.even_prompts("train", 10), config.steps, seed=17)
     found["seconds"] = seconds(pipe, reward)
     return found
 
@@ -151,7 +151,7 @@ HEADS = {
 }
 
 
-def tell(figures: dict[str, Any], made: dict[str, str], measured: dict[str, str], part: str = "flux") -> str:
+def render_readme(figures: dict[str, Any], made: dict[str, str], measured: dict[str, str], part: str = "flux") -> str:
     """The README of the weights."""
     return "\n".join(
         [
@@ -174,13 +174,15 @@ def tell(figures: dict[str, Any], made: dict[str, str], measured: dict[str, str]
 
 def main(config: Measuring) -> None:
     """Measures and writes `measured.json` and `README.md` into the weights' folder."""
-    from benchmarks.world import measure_more
+    from benchmarks.world import measure_sd3_wan
 
     torch.set_num_threads(config.threads)
     if config.part == "flux":
         figures, folder = measure(config), config.weights
     else:
-        found = measure_more.sd3(config.each, config.steps) if config.part == "sd3" else measure_more.wan(config.each)
+        found = (
+            measure_sd3_wan.sd3(config.each, config.steps) if config.part == "sd3" else measure_sd3_wan.wan(config.each)
+        )
         figures, folder = {**found, "megabytes": size(WEIGHTS / config.part)}, WEIGHTS / config.part
     flags = [
         f"--{name} {getattr(config, name)}"
@@ -190,7 +192,7 @@ def main(config: Measuring) -> None:
     measured = {**origin(), "command": " ".join(["python -m benchmarks.world.measure", *flags])}
     made = json.loads((folder / "made.json").read_text())
     (folder / "measured.json").write_text(json.dumps({**figures, "origin": measured}, indent=1) + "\n")
-    (folder / "README.md").write_text(tell(figures, made, measured, config.part))
+    (folder / "README.md").write_text(render_readme(figures, made, measured, config.part))
     print(json.dumps(figures, indent=1))
 
 

@@ -51,7 +51,7 @@ class Stage:
         return ((name, p) for name, p in self.modules.named_parameters() if p.requires_grad)
 
 
-def draws_of(seed: int, step: int) -> Generator:
+def step_generator(seed: int, step: int) -> Generator:
     """The generator of one step: no state is carried from step to step, hence none need be saved."""
     return Generator().manual_seed(seed * 1_000_003 + step)
 
@@ -81,7 +81,7 @@ def _update(stage: Stage, optimiser: torch.optim.Optimizer, step: int) -> float:
     budget = stage.budget
     for group in optimiser.param_groups:
         group["lr"] = budget.rate_at(step)
-    loss = stage.loss(step, draws_of(budget.seed, step))
+    loss = stage.loss(step, step_generator(budget.seed, step))
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_([p for _, p in stage.named_parameters()], budget.clip)

@@ -18,7 +18,7 @@ def test_the_ablations_are_the_study_s_centre_with_one_thing_changed(
 ) -> None:
     ablations, variants = script("study.ablations"), script("study.ablation_variants")
     options = ablations.Options(seeds=(0, 1), draws=0, output=tmp_path / "out", runs=tmp_path / "runs", report=True)
-    tasks = ablations.table(options)
+    tasks = ablations.tasks_by_variant(options)
     centre = tasks[variants.CENTRE][0].recipe.to_dict()
     assert set(variants.VARIANTS) == {name for of in variants.GROUPS.values() for name in of} - {variants.CENTRE}
     folders = {task.folder for of in tasks.values() for task in of.values()}
@@ -32,7 +32,7 @@ def test_the_ablations_are_the_study_s_centre_with_one_thing_changed(
     for place, of in enumerate(tasks.values()):
         for seed, task in of.items():
             invented(task, place / 100 + seed / 1000, 0.5, seed)
-    told = variants.findings(ablations.gathered(options)["runs"], [0, 1])
+    told = variants.findings(ablations.collect_results(options)["runs"], [0, 1])
     assert (
         told[0].verdict
         == "does not reappear: the opposite for leapalign - alpha 0, reward, leapalign - alpha 1, reward"

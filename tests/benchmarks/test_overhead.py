@@ -10,13 +10,13 @@ from benchmarks.provenance import provenance
 
 
 def test_a_hand_written_algorithm_1_does_the_same_work() -> None:
-    bench = overhead.Bench(overhead.Options(steps=5, batch=1, k=4, j=2))
-    assert overhead.agreement(bench)["gradients"] < 1e-4
+    bench = overhead.IterationBench(overhead.Options(steps=5, batch=1, k=4, j=2))
+    assert overhead.check_same_work(bench)["gradients"] < 1e-4
 
 
 def test_the_peak_counts_storages_while_they_live() -> None:
     kept = torch.ones(1000)
-    with overhead.Peak() as peak:
+    with overhead.PeakMemory() as peak:
         a = kept + 1
         view = a[:10]
         del a
@@ -38,7 +38,7 @@ def test_provenance_names_no_folder() -> None:
 
 
 def test_decodes_with_and_without_recomputing_have_one_gradient() -> None:
-    norms = [decode.decoding(64, name)["gradient_norm"] for name in decode.WAYS]
+    norms = [decode.measure_decode(64, name)["gradient_norm"] for name in decode.WAYS]
     assert norms[0] == 0
     assert norms[1] > 0
     assert norms[2:] == pytest.approx([norms[1]] * 2, rel=1e-4)  # an image smaller than a tile is one

@@ -34,28 +34,28 @@ def test_an_interrupted_run_goes_on_to_the_same_images(
     runs = script("study.runs")
     monkeypatch.setattr(components, "load", toy_world.world)
     straight, broken = toy_task(script, tmp_path / "straight"), toy_task(script, tmp_path / "broken")
-    assert runs.work(straight)
+    assert runs.run_task(straight)
     trained, evaluate = runs.train, runs.evaluate
 
     def interrupted(recipe: Any, *rest: Any) -> bool:
         return trained(replace(recipe, iterations=min(recipe.iterations, 3)), *rest) and recipe.iterations < 4
 
     monkeypatch.setattr(runs, "train", interrupted)
-    assert not runs.work(broken)
-    assert not runs.finished(broken)
-    assert runs.progress(broken) == 3 + 15
+    assert not runs.run_task(broken)
+    assert not runs.is_finished(broken)
+    assert runs.spent_cost(broken) == 3 + 15
     seen: list[int] = []
     monkeypatch.setattr(runs, "train", trained)
     monkeypatch.setattr(runs, "evaluate", lambda recipe, of: (seen.append(1), evaluate(recipe, of))[1])
-    assert runs.work(broken)
-    assert runs.finished(broken)
+    assert runs.run_task(broken)
+    assert runs.is_finished(broken)
     assert len(seen) == 1, "the images of the first stage were made before the interruption"
     for stage in (2, 4):
-        a, b = (runs.scores(task.folder, stage) for task in (straight, broken))
+        a, b = (runs.load_scores(task.folder, stage) for task in (straight, broken))
         assert torch.equal(a.reward, b.reward)
         assert torch.equal(a.pictures, b.pictures)
-    assert not torch.equal(runs.scores(straight.folder, 2).reward, runs.scores(straight.folder, 4).reward)
-    assert [line["iteration"] for line in runs.curve(broken.folder)] == [1, 2, 3, 4]
+    assert not torch.equal(runs.load_scores(straight.folder, 2).reward, runs.load_scores(straight.folder, 4).reward)
+    assert [line["iteration"] for line in runs.load_iterations(broken.folder)] == [1, 2, 3, 4]
 
 
 def test_the_averaged_weights_are_graded_and_training_goes_on_with_its_own(
@@ -65,10 +65,10 @@ def test_the_averaged_weights_are_graded_and_training_goes_on_with_its_own(
     monkeypatch.setattr(components, "load", toy_world.world)
     staged, once = toy_task(script, tmp_path / "staged"), toy_task(script, tmp_path / "once")
     once = replace(once, stages=(4,))
-    assert runs.work(staged)
-    assert runs.work(once)
-    assert torch.equal(runs.scores(staged.folder, 4).reward, runs.scores(once.folder, 4).reward)
-    rewards = [[line["reward"] for line in runs.curve(task.folder)] for task in (staged, once)]
+    assert runs.run_task(staged)
+    assert runs.run_task(once)
+    assert torch.equal(runs.load_scores(staged.folder, 4).reward, runs.load_scores(once.folder, 4).reward)
+    rewards = [[line["reward"] for line in runs.load_iterations(task.folder)] for task in (staged, once)]
     assert rewards[0] == rewards[1]
 
 
@@ -79,41 +79,41 @@ def test_a_run_that_diverges_ends_alone(
     monkeypatch.setattr(components, "load", toy_world.world)
     task = replace(toy_task(script, tmp_path / "run"), stages=(6,))
     task = replace(task, recipe=replace(task.recipe, optimiser=replace(task.recipe.optimiser, rate=1e30), iterations=6))
-    assert runs.work(task), "it is done with"
-    assert runs.finished(task)
-    assert not runs.graded(task)
-    assert "not finite" in study.said(task)
-    assert report.stages({"refl": {0: task}}) == {"refl": {}}
-    assert list(runs.diverged([runs.described(task)])) == ["/".join(task.folder.parts[-3:])]
+    assert runs.run_task(task), "it is done with"
+    assert runs.is_finished(task)
+    assert not runs.has_scores(task)
+    assert "not finite" in study.describe_task(task)
+    assert report.stage_figures({"refl": {0: task}}) == {"refl": {}}
+    assert list(runs.diverged_runs([runs.load_record(task)])) == ["/".join(task.folder.parts[-3:])]
     options = study.Options(methods=("refl",), runs=tmp_path / "runs")
     for rate in options.rates:
         invented(options.budget.trial("refl", rate, 100), 0.1 - rate, 0.5, 7)
-    assert study.choices(options)["refl"]["left"] == [3e-6]
+    assert study.choose_rates(options)["refl"]["left"] == [3e-6]
     smaller = options.budget.trial("refl", 3e-6, 100)
     invented(smaller, 5, 0.5, 7)
     done = json.loads((smaller.folder / "done.json").read_text())
     (smaller.folder / "done.json").write_text(json.dumps({**done, "diverged": "iteration 9"}))
     with pytest.raises(SurgeryError, match="smaller"):
-        study.best({1e-5: {}})
-    found = study.choices(options)
+        study.best_rate({1e-5: {}})
+    found = study.choose_rates(options)
     assert found["refl"]["chosen"] == 1e-5
-    assert "| refl | diverged | 0." in script("study.tables").choices(found)
+    assert "| refl | diverged | 0." in script("study.tables").rates_table(found)
 
 
 def test_a_folder_of_another_recipe_is_refused(script: Callable[[str], ModuleType], tmp_path: Path) -> None:
     runs = script("study.runs")
     task = toy_task(script, tmp_path / "run")
     invented(task, 0, 0.5, 0)
-    assert runs.finished(task)
+    assert runs.is_finished(task)
     with pytest.raises(RecipeError, match=r"seed: 0 there, 1 here"):
-        runs.finished(replace(task, recipe=replace(task.recipe, seed=1)))
+        runs.is_finished(replace(task, recipe=replace(task.recipe, seed=1)))
 
 
 def test_two_studies_do_not_share_a_folder(script: Callable[[str], ModuleType], tmp_path: Path) -> None:
     pool = script("study.worker_pool")
-    with pool.alone(tmp_path), pytest.raises(SurgeryError, match="another study"), pool.alone(tmp_path):
+    with pool.lock_folder(tmp_path), pytest.raises(SurgeryError, match="another study"), pool.lock_folder(tmp_path):
         pass
-    with pool.alone(tmp_path):
+    with pool.lock_folder(tmp_path):
         pass
 
 
@@ -122,11 +122,11 @@ def test_two_studies_do_not_share_a_folder(script: Callable[[str], ModuleType], 
 
 @pytest.mark.parametrize("freedom, t", [(1, 12.7062), (2, 4.30265), (4, 2.77645), (30, 2.04227)])
 def test_quantiles_are_those_of_the_printed_tables(script: Callable[[str], ModuleType], freedom: int, t: float) -> None:
-    assert script("study.figures").quantile(freedom) == pytest.approx(t, rel=1e-5)
+    assert script("study.seed_statistics").t_quantile(freedom) == pytest.approx(t, rel=1e-5)
 
 
 def test_an_interval_by_hand(script: Callable[[str], ModuleType]) -> None:
-    figures = script("study.figures")
+    figures = script("study.seed_statistics")
     found = figures.interval([1.0, 2.0, 3.0])  # standard error 1 / sqrt(3)
     assert (found.mean, found.seeds) == (2, 3)
     assert found.high - found.mean == pytest.approx(4.30265 / 3**0.5, rel=1e-5)
@@ -140,20 +140,20 @@ def test_an_interval_by_hand(script: Callable[[str], ModuleType]) -> None:
 
 
 def test_differences_are_paired_seed_by_seed(script: Callable[[str], ModuleType]) -> None:
-    figures = script("study.figures")
+    figures = script("study.seed_statistics")
     runs = {
         "base": {0: {"reward": 0.0}, 1: {"reward": 10.0}, 2: {"reward": 5.0}},
         "a": {0: {"reward": 1.0}, 1: {"reward": 11.1}},
         "b": {0: {"reward": 0.5}, 1: {"reward": 10.5}, 2: {"reward": 5.5}},
     }
-    assert figures.whole(runs, ["a", "b"]) == [0, 1]
+    assert figures.finished_seeds(runs, ["a", "b"]) == [0, 1]
     assert figures.gain(runs, [0, 1], "a", "reward").low > 0  # the seeds' own spread has fallen out
-    assert figures.contrast(runs, [0, 1], ["a", "b"], ["base"], "reward").mean == pytest.approx(0.775)
-    assert figures.rank(runs, [0, 1], ["b", "a"], "reward") == ["a", "b"]
+    assert figures.group_difference(runs, [0, 1], ["a", "b"], ["base"], "reward").mean == pytest.approx(0.775)
+    assert figures.rank_methods(runs, [0, 1], ["b", "a"], "reward") == ["a", "b"]
 
 
 def test_two_names_can_be_told_apart_by_what_all_names_spread(script: Callable[[str], ModuleType]) -> None:
-    figures = script("study.figures")
+    figures = script("study.seed_statistics")
     runs = {
         "a": {0: {"r": 1.0}, 1: {"r": 5.0}},
         "b": {0: {"r": 2.0}, 1: {"r": 8.0}},
@@ -167,7 +167,7 @@ def test_two_names_can_be_told_apart_by_what_all_names_spread(script: Callable[[
 
 
 def test_what_a_finding_says(script: Callable[[str], ModuleType]) -> None:
-    finding, interval = script("study.findings").Finding, script("study.figures").interval
+    finding, interval = script("study.findings").Finding, script("study.seed_statistics").interval
     up, down, open_ = interval([1.0, 1.1]), interval([-1.0, -1.1]), interval([1.0, -1.0])
     assert finding("", {"x": up}).verdict == "reappears"
     assert finding("", {"x": up, "y": down}).verdict == "does not reappear: the opposite for y; above 0 for x"
@@ -179,7 +179,7 @@ def test_what_a_finding_says(script: Callable[[str], ModuleType]) -> None:
 
 
 def test_the_grid_of_rates_goes_on_where_the_best_is_at_its_edge(script: Callable[[str], ModuleType]) -> None:
-    wanted, middle = script("study.methods").wanted, (1e-5, 3e-5, 1e-4)
+    wanted, middle = script("study.methods").rates_to_try, (1e-5, 3e-5, 1e-4)
     assert wanted({}, middle) == middle
     assert wanted({1e-5: 1.0}, middle) == middle
     assert wanted({1e-5: 1.0, 3e-5: 2.0, 1e-4: 1.0}, middle) == middle
@@ -196,24 +196,26 @@ def test_the_order_of_the_runs_and_what_is_written(script: Callable[[str], Modul
     options = study.Options(
         methods=("refl", "leapalign"), seeds=(0, 1, 2), output=tmp_path / "out", runs=tmp_path / "runs", report=True
     )
-    order = [str(task.folder.relative_to(options.runs)) for task in study.plan(options)]
+    order = [str(task.folder.relative_to(options.runs)) for task in study.ordered_tasks(options)]
     assert order[:3] == ["base/validation_100", "rates/refl/1e-05", "rates/leapalign/1e-05"]
     assert order[-3:] == ["base/heldout_0", "base/heldout_1", "base/heldout_2"], "no run before its rate is chosen"
     for name, rise in (("refl", 0.1), ("leapalign", 0.2)):
         for rate in options.rates:
             invented(options.budget.trial(name, rate, 100), rise + (rate == 3e-5), 0.5 + (rate == 1e-5) / 2, 7)
-    found = study.choices(options)
+    found = study.choose_rates(options)
     assert [(line["chosen"], line["by_rules"]) for line in found.values()] == [(3e-5, 1e-5)] * 2
     by_rules = replace(options, by="rules")
-    assert [line["left"] for line in study.choices(by_rules).values()] == [[3e-6]] * 2, "the grid goes on by the rules"
+    assert [line["left"] for line in study.choose_rates(by_rules).values()] == [[3e-6]] * 2, (
+        "the grid goes on by the rules"
+    )
     for name in options.methods:
         invented(options.budget.trial(name, 3e-6, 100), 0, 0.5, 7)
-    assert {line["chosen"] for line in study.choices(by_rules).values()} == {1e-5}
+    assert {line["chosen"] for line in study.choose_rates(by_rules).values()} == {1e-5}
     one = replace(options, rate=1e-6, methods=("refl",), seeds=(0,))
-    assert study.choices(one) == {"refl": {"chosen": 1e-6}}
-    assert [task.folder.name for task in study.plan(one)] == ["heldout_0", "0"], "nothing is tried"
-    assert [study.stem(of) for of in (options, by_rules, one)] == ["study", "study_by_rules", "study_rate_1e-06"]
-    order = [str(task.folder.relative_to(options.runs)) for task in study.plan(options)]
+    assert study.choose_rates(one) == {"refl": {"chosen": 1e-6}}
+    assert [task.folder.name for task in study.ordered_tasks(one)] == ["heldout_0", "0"], "nothing is tried"
+    assert [study.file_stem(of) for of in (options, by_rules, one)] == ["study", "study_by_rules", "study_rate_1e-06"]
+    order = [str(task.folder.relative_to(options.runs)) for task in study.ordered_tasks(options)]
     assert order[7:] == [
         f"{name}{seed}"
         for seed in (0, 1, 2)
@@ -250,7 +252,7 @@ def test_the_order_of_the_runs_and_what_is_written(script: Callable[[str], Modul
 
 def test_memory_is_counted_where_a_plan_calls_the_model_most_often(script: Callable[[str], ModuleType]) -> None:
     recipe = presets(DRTune(), "")["tiny"]
-    (heaviest,) = script("study.cost").heaviest(recipe, 1)
+    (heaviest,) = script("study.cost").heaviest_iterations(recipe, 1)
     first, most = (
         recipe.method.draw(25, iteration_generator(recipe.seed, n, "plan")).gradient().count for n in (1, heaviest)
     )

@@ -29,7 +29,7 @@ def tuned(recipe: Recipe, at: range) -> tuple[HeldOutScores, list[torch.Tensor]]
 def test_weights_go_by_the_step(
     script: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mixed = script("study.steps").mixed
+    mixed = script("study.steps").evaluate_mixed
     monkeypatch.setattr(components, "load", toy_world.world)
     recipe = toy_world.recipe(tmp_path)
     for at in (range(1, 6), range(0)):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Generator
 
-from benchmarks.world import figures
+from benchmarks.world import metrics
 from benchmarks.world.measure import WEIGHTS, size
 from trajsurgery import tiny
 from trajsurgery.tiny.prompt import CATEGORIES, every_prompt
@@ -31,8 +31,8 @@ def measured() -> dict:
 
 @pytest.fixture(scope="module")
 def samples(pipe) -> tuple[torch.Tensor, list[tiny.Prompt]]:
-    prompts = figures.evenly("heldout", EACH)
-    return figures.draw(pipe, prompts, 25, seed=101), prompts
+    prompts = metrics.even_prompts("heldout", EACH)
+    return metrics.draw(pipe, prompts, 25, seed=101), prompts
 
 
 def test_one_line_draws_a_picture(pipe):
@@ -114,7 +114,7 @@ def test_weights_say_where_they_come_from(measured):
 
 
 def test_reconstructions_are_judged_right(pipe):
-    found = figures.autoencoder(pipe.vae, EACH)
+    found = metrics.autoencoder(pipe.vae, EACH)
     assert found["right"] >= 0.97
     assert found["junk"] < 0.01
 
@@ -135,13 +135,13 @@ def test_base_samples_are_as_good_as_measured(samples, measured):
 def test_the_reward_ranks_correct_samples_above_others(samples):
     images, prompts = samples
     verdict = judge(images, prompts)
-    assert figures.ranking(tiny.Reward()(images, prompts), verdict)["area"] >= 0.85 - 0.03
+    assert metrics.ranking(tiny.Reward()(images, prompts), verdict)["area"] >= 0.85 - 0.03
 
 
 def test_area_under_the_curve_counts_ties_as_half():
     scores = torch.tensor([1.0, 2.0, 2.0, 3.0])
-    assert figures.area(scores, torch.tensor([False, False, True, True])) == pytest.approx(0.875)
-    assert figures.area(-scores, torch.tensor([False, False, True, True])) == pytest.approx(0.125)
+    assert metrics.roc_area(scores, torch.tensor([False, False, True, True])) == pytest.approx(0.875)
+    assert metrics.roc_area(-scores, torch.tensor([False, False, True, True])) == pytest.approx(0.125)
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])

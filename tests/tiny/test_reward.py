@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Generator
 
-from benchmarks.world import figures
+from benchmarks.world import metrics
 from trajsurgery import tiny
 from trajsurgery.errors import RewardError
 from trajsurgery.tiny.prompt import split_prompts
@@ -22,8 +22,8 @@ def reward() -> tiny.Reward:
 
 @pytest.fixture(scope="module")
 def shown() -> tuple[torch.Tensor, list[tiny.Prompt]]:
-    prompts = figures.evenly("heldout", 2)
-    return figures.renders(prompts, seed=3), prompts
+    prompts = metrics.even_prompts("heldout", 2)
+    return metrics.renders(prompts, seed=3), prompts
 
 
 def test_scores_are_cosines_of_open_clip(reward, shown):
@@ -113,7 +113,7 @@ def test_errors_say_what_came_and_how_to_mend_it(reward, shown):
 
 @torch.no_grad()
 def test_correct_renders_beat_three_hard_negatives(reward):
-    found = figures.against_negatives(reward, 40)
+    found = metrics.against_negatives(reward, 40)
     assert found["overall"] >= 0.85
     assert found["render_q05"] < reward.threshold < found["render_q80"], "a hinge at the threshold can close"
 

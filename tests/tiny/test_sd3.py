@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Generator, nn
 
-from benchmarks.world import figures, sd3_parts, train
+from benchmarks.world import metrics, sd3_parts, train
 from benchmarks.world.fit_flux import corpus
 from benchmarks.world.fit_sd3 import encoded, sd3_stage
 from benchmarks.world.stage import Budget, run
@@ -92,8 +92,8 @@ def shipped():
 
 def test_shipped_samples_are_as_good_as_measured(shipped):
     each = 20  # pictures a category; a share near a half then has a standard error of 0.11
-    prompts = figures.evenly("heldout", each)
-    verdict = judge(figures.draw(shipped, prompts, 25, seed=101, guidance_scale=sd3.GUIDANCE), prompts)
+    prompts = metrics.even_prompts("heldout", each)
+    verdict = judge(metrics.draw(shipped, prompts, 25, seed=101, guidance_scale=sd3.GUIDANCE), prompts)
     measured = json.loads((FOLDERS["sd3"] / "measured.json").read_text())["base_heldout"]
     assert verdict.junk.mean() < 0.01
     for category, (share, _) in verdict.table().items():

@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from benchmarks.world import fit_wan, wan_parts
-from benchmarks.world.films import crowd, film
+from benchmarks.world.motion_videos import crowd, film
 from benchmarks.world.stage import Budget, run
 from trajsurgery import LeapAlign, tiny
 from trajsurgery.cli.train_command import main

@@ -9,7 +9,7 @@ from torch import Generator
 from torch.nn import functional
 
 from benchmarks.world.compose import compose
-from benchmarks.world.hard import hard_negatives, mistakes
+from benchmarks.world.hard_negatives import hard_negatives, mistakes
 from trajsurgery import tiny
 from trajsurgery.tiny.prompt import (
     CATEGORIES,

@@ -19,7 +19,7 @@ NAMED = {"reward": "reward", "tiny:scorer_b": "scorer b", "tiny:scorer_c": "scor
 CATEGORIES = ("single object", "two objects", "counting", "colours", "position", "attribute binding")
 
 
-def figures(scores: HeldOutScores) -> dict[str, float]:
+def mean_figures(scores: HeldOutScores) -> dict[str, float]:
     """Means over the images: reward, further scorers, rules overall and by category, junk, diversity."""
     assert scores.correct is not None, "the embedded world has rules"
     assert scores.junk is not None, "and says what is junk"
@@ -66,11 +66,11 @@ def interval(values: Sequence[float]) -> Interval:
     if not values:
         raise ValueError("an interval of no values: no seed is finished for all methods.")
     n, mean = len(values), statistics.fmean(values)
-    half = quantile(n - 1) * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
+    half = t_quantile(n - 1) * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
     return Interval(mean, mean - half, mean + half, n)
 
 
-def quantile(freedom: int, outside: float = 0.05) -> float:
+def t_quantile(freedom: int, outside: float = 0.05) -> float:
     """The t below and above which, together, lies the share `outside` of Student's distribution."""
     low, high = 0.0, 1e4
     while high - low > 1e-9 * high:
@@ -84,7 +84,7 @@ Runs = Mapping[str, Mapping[int, Figures]]
 """{method: {seed: figures}}; `base` is the untuned model."""
 
 
-def whole(runs: Runs, names: Iterable[str]) -> list[int]:
+def finished_seeds(runs: Runs, names: Iterable[str]) -> list[int]:
     """The seeds that are finished for all of these methods and the base."""
     return sorted(set.intersection(*(set(runs.get(name, {})) for name in (*names, "base"))))
 
@@ -102,12 +102,14 @@ def resolution(runs: Runs, seeds: Sequence[int], names: Sequence[str], figure: s
     """
     table = [[runs[name][seed][figure] for seed in seeds] for name in names]
     rows, columns = [statistics.fmean(row) for row in table], [statistics.fmean(column) for column in zip(*table)]
-    whole, freedom = statistics.fmean(rows), (len(names) - 1) * (len(seeds) - 1)
-    left = sum((x - r - c + whole) ** 2 for row, r in zip(table, rows) for x, c in zip(row, columns))
-    return quantile(freedom) * math.sqrt(2 * left / freedom / len(seeds)) if freedom else math.nan
+    grand_mean, freedom = statistics.fmean(rows), (len(names) - 1) * (len(seeds) - 1)
+    left = sum((x - r - c + grand_mean) ** 2 for row, r in zip(table, rows) for x, c in zip(row, columns))
+    return t_quantile(freedom) * math.sqrt(2 * left / freedom / len(seeds)) if freedom else math.nan
 
 
-def contrast(runs: Runs, seeds: Sequence[int], these: Sequence[str], those: Sequence[str], figure: str) -> Interval:
+def group_difference(
+    runs: Runs, seeds: Sequence[int], these: Sequence[str], those: Sequence[str], figure: str
+) -> Interval:
     """The mean of some methods less the mean of others, seed by seed."""
 
     def mean(names: Sequence[str], seed: int) -> float:
@@ -116,7 +118,7 @@ def contrast(runs: Runs, seeds: Sequence[int], these: Sequence[str], those: Sequ
     return interval([mean(these, seed) - mean(those, seed) for seed in seeds])
 
 
-def summary(runs: Runs, seeds: Sequence[int], names: Sequence[str]) -> dict[str, Any]:
+def summarise_runs(runs: Runs, seeds: Sequence[int], names: Sequence[str]) -> dict[str, Any]:
     """{method: {figure: its interval, and the interval of its gain over the base}}, as plain dicts."""
     kept = list(next(iter(runs["base"].values())))
     return {
@@ -131,6 +133,6 @@ def summary(runs: Runs, seeds: Sequence[int], names: Sequence[str]) -> dict[str,
     }
 
 
-def rank(runs: Runs, seeds: Sequence[int], names: Sequence[str], figure: str) -> list[str]:
+def rank_methods(runs: Runs, seeds: Sequence[int], names: Sequence[str], figure: str) -> list[str]:
     """Methods by their mean of a figure, the best first."""
     return sorted(names, key=lambda name: -statistics.fmean(runs[name][seed][figure] for seed in seeds))

@@ -8,7 +8,7 @@ from torch import Generator, Tensor
 
 from benchmarks.world.compose import compose
 from benchmarks.world.fit_vae import reconstructions
-from benchmarks.world.hard import hard_negatives
+from benchmarks.world.hard_negatives import hard_negatives
 from trajsurgery.tiny.prompt import CATEGORIES, Prompt, Split, meanings, split_prompts
 from trajsurgery.tiny.render import render
 from trajsurgery.tiny.rules import Verdict, judge
@@ -16,7 +16,7 @@ from trajsurgery.tiny.rules import Verdict, judge
 Figures = dict[str, float]
 
 
-def evenly(split: Split, each: int) -> list[Prompt]:
+def even_prompts(split: Split, each: int) -> list[Prompt]:
     """`each` prompts of every category of a split, its prompts repeated in turn."""
     groups = [[prompt for prompt in split_prompts(split) if prompt.category == c] for c in CATEGORIES]
     return [group[i % len(group)] for group in groups for i in range(each)]
@@ -35,7 +35,7 @@ def negatives(prompt: Prompt, count: int, generator: Generator) -> list[Prompt]:
 
 def evaluator(each: int) -> Figures:
     """How often the rules are right on clean renders, and accept a hard negative of a prompt for its render."""
-    prompts = evenly("heldout", each)
+    prompts = even_prompts("heldout", each)
     images, generator = renders(prompts, 11), Generator().manual_seed(12)
     wrong = [negatives(prompt, 1, generator)[0] for prompt in prompts]
     return {
@@ -47,7 +47,7 @@ def evaluator(each: int) -> Figures:
 
 def autoencoder(vae: Any, each: int) -> Figures:
     """How often reconstructions are judged right, their junk, and the mean absolute error of a pixel."""
-    prompts = evenly("heldout", each)
+    prompts = even_prompts("heldout", each)
     images = renders(prompts, 13)
     with torch.no_grad():
         rebuilt = torch.cat([reconstructions(vae, part) for part in images.split(128)])
@@ -72,7 +72,7 @@ def draw(pipe: Any, prompts: list[Prompt], steps: int, seed: int, batch: int = 1
     return torch.cat([pipe(part, **options).images for part in parts]).float()
 
 
-def base(verdict: Verdict) -> Figures:
+def score_base(verdict: Verdict) -> Figures:
     """The rule-based score of samples per category and overall, and their junk."""
     table = {category: share for category, (share, _) in verdict.table().items()}
     return {**table, "n": len(verdict.prompts), "junk": float(verdict.junk.mean())}
@@ -80,7 +80,7 @@ def base(verdict: Verdict) -> Figures:
 
 def against_negatives(reward: Any, each: int, split: Split = "heldout") -> Figures:
     """How often a correct render scores higher by its prompt than by each of three hard negatives, per category."""
-    prompts, generator = evenly(split, each), Generator().manual_seed(14)
+    prompts, generator = even_prompts(split, each), Generator().manual_seed(14)
     images = renders(prompts, 15)
     rivals = [negatives(prompt, 3, generator) for prompt in prompts]
     own = reward(images, prompts)
@@ -95,7 +95,7 @@ def _quantiles(scores: Tensor) -> Figures:
     return {f"render_q{q:02d}": float(scores.quantile(q / 100)) for q in (5, 20, 50, 80, 95)}
 
 
-def area(scores: Tensor, correct: Tensor) -> float:
+def roc_area(scores: Tensor, correct: Tensor) -> float:
     """Area under the ROC curve: the chance that a correct sample scores above a wrong one. NaN if all are alike."""
     good, bad = scores[correct], scores[~correct]
     if not len(good) or not len(bad):
@@ -107,10 +107,10 @@ def area(scores: Tensor, correct: Tensor) -> float:
 def ranking(scores: Tensor, verdict: Verdict) -> Figures:
     """How well the reward ranks samples by correctness: over all, and within a category, on average."""
     kinds = [torch.tensor([p.category == c for p in verdict.prompts]) for c in CATEGORIES]
-    within = [area(scores[kind], verdict.correct[kind]) for kind in kinds if bool(kind.any())]
+    within = [roc_area(scores[kind], verdict.correct[kind]) for kind in kinds if bool(kind.any())]
     known = torch.tensor(within).nan_to_num(-1)
     return {
-        "area": area(scores, verdict.correct),
+        "area": roc_area(scores, verdict.correct),
         "area_within_categories": float(known[known >= 0].mean()),
         "correct_mean": float(scores[verdict.correct].mean()),
         "incorrect_mean": float(scores[~verdict.correct].mean()),

@@ -65,7 +65,7 @@ def pipeline() -> Any:
     return pipe
 
 
-class Bench:
+class IterationBench:
     """The pipe, its inputs, and the three ways to spend an iteration on them."""
 
     def __init__(self, options: Options) -> None:

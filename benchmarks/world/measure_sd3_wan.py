@@ -10,7 +10,7 @@ GUIDANCES = (1.0, 1.25, 1.5, 2.0)
 
 def sd3(each: int, steps: int) -> dict[str, Any]:
     """The tiny SD3: `each` pictures a category; guidance is chosen on the validation prompts."""
-    from benchmarks.world import figures
+    from benchmarks.world import metrics
     from trajsurgery import tiny
     from trajsurgery.tiny.rules import judge
     from trajsurgery.tiny.sd3 import GUIDANCE
@@ -18,26 +18,26 @@ def sd3(each: int, steps: int) -> dict[str, Any]:
     pipe, reward = tiny.pipeline("sd3"), tiny.Reward()
     found: dict[str, Any] = {"steps": steps, "guidance": GUIDANCE}
     for guidance in GUIDANCES:
-        prompts = figures.evenly("validation", each)
-        verdict = judge(figures.draw(pipe, prompts, steps, seed=16, guidance_scale=guidance), prompts)
-        found[f"base_validation_guidance_{guidance:g}"] = figures.base(verdict)
+        prompts = metrics.even_prompts("validation", each)
+        verdict = judge(metrics.draw(pipe, prompts, steps, seed=16, guidance_scale=guidance), prompts)
+        found[f"base_validation_guidance_{guidance:g}"] = metrics.score_base(verdict)
     for split in ("train", "heldout"):
-        prompts = figures.evenly(split, each)
-        images = figures.draw(pipe, prompts, steps, seed=16, guidance_scale=GUIDANCE)
+        prompts = metrics.even_prompts(split, each)
+        images = metrics.draw(pipe, prompts, steps, seed=16, guidance_scale=GUIDANCE)
         verdict = judge(images, prompts)
-        found[f"base_{split}"] = figures.base(verdict)
+        found[f"base_{split}"] = metrics.score_base(verdict)
         with torch.no_grad():
-            found[f"ranking_{split}"] = figures.ranking(reward(images, prompts), verdict)
-    prompts = figures.evenly("train", 10)
-    found["leap_distances"] = figures.leap_distances(pipe, prompts, steps, seed=17, guidance_scale=GUIDANCE)
+            found[f"ranking_{split}"] = metrics.ranking(reward(images, prompts), verdict)
+    prompts = metrics.even_prompts("train", 10)
+    found["leap_distances"] = metrics.leap_distances(pipe, prompts, steps, seed=17, guidance_scale=GUIDANCE)
     return found
 
 
 def wan(each: int) -> dict[str, Any]:
     """The tiny Wan: `each` videos a direction."""
-    from benchmarks.world.figures import area, leap_distances
-    from benchmarks.world.films import film
     from benchmarks.world.fit_wan import STEPS, reconstructions, shoot
+    from benchmarks.world.metrics import leap_distances, roc_area
+    from benchmarks.world.motion_videos import film
     from trajsurgery import tiny
     from trajsurgery.tiny.video import FRAMES, GUIDANCE, Motion, motions
     from trajsurgery.tiny.video_reward import MotionReward
@@ -69,8 +69,8 @@ def wan(each: int) -> dict[str, Any]:
         verdict, scores = judge(videos, asked), reward(videos, asked)
         found[f"base_{split}"] = base(verdict)
         found[f"ranking_{split}"] = {
-            "area": area(scores, verdict.correct),
-            "area_of_moves": area(scores, verdict.moves),
+            "area": roc_area(scores, verdict.correct),
+            "area_of_moves": roc_area(scores, verdict.moves),
             "correct_mean": float(scores[verdict.correct].mean()),
             "incorrect_mean": float(scores[~verdict.correct].mean()),
         }
