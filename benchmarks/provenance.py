@@ -1,4 +1,4 @@
-"""Where a figure comes from: the command, the versions, the machine, the commit. Written beside every figure."""
+"""Origin of a figure, written beside it: command, versions, machine, load, commit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "trajsurgery")
 
 
 def provenance() -> dict[str, Any]:
-    """A plain dict (JSON)."""
+    """Return the command, versions, machine, load and commit of this run as a plain dict (JSON)."""
     return {
         "command": " ".join(["python", "-m", running_module(), *sys.argv[1:]]),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
@@ -27,13 +27,13 @@ def provenance() -> dict[str, Any]:
 
 
 def running_module() -> str:
-    """The dotted name of the script that runs, as in `python -m benchmarks.engine.overhead`."""
+    """Return the dotted name of the running script, as in `python -m benchmarks.engine.overhead`."""
     path = Path(sys.argv[0]).with_suffix("")
     return ".".join(("benchmarks", path.parent.name, path.name))
 
 
 def processor() -> str:
-    """The processor's name, where the system tells it."""
+    """Return the processor's name where the system gives it, else its architecture."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -41,18 +41,18 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The commit of the working tree, with a plus if tracked files differ from it."""
-    here = Path(__file__).parent
+    """Return the commit of the working tree, with a plus if tracked files of the library differ from it."""
+    folder = Path(__file__).parent
     try:
         head = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, cwd=here
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, cwd=folder
         )
         changed = subprocess.run(
             ["git", "status", "--porcelain", "-uno", "--", "../trajsurgery"],
             capture_output=True,
             text=True,
             check=True,
-            cwd=here,
+            cwd=folder,
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -1,11 +1,11 @@
-"""How the demo's settings are chosen, on validation prompts and seeds of their own; flags say what is varied.
+"""How the demo's settings are chosen: runs on validation prompts and other seeds, varying one setting at a time.
 
     python -m benchmarks.demo.choose_settings
 
 Measures the distances of LeapAlign's leaps (tau is a length in latent space), then varies one setting at a time around
-a centre, each on every seed, and writes choose.json: reward, rules and junk, before and after. Finished runs are read,
-not repeated. The shipped choose.json varies the rate; lambda, tau and the length are those chosen in the first world,
-whose reward is the same.
+the centre, each on every seed, and writes results/choose.json: reward, rules and junk, before and after. Finished runs
+are read, not repeated. The committed choose.json varies the rate; lambda, tau and the number of iterations were chosen
+in the first world, whose reward is the same. Four minutes a run.
 """
 
 from __future__ import annotations
@@ -35,34 +35,34 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Options:
-    """The centre, and what is varied around it."""
+    """The centre, and the values that are tried around it."""
 
     rate: float = 3e-5
     tau: float = 0.02
     """About the lower quartile of the distances."""
     threshold: float | None = 0.45
-    """lambda; the reward's own threshold if None."""
+    """lambda; None: the reward's own threshold."""
     rates: tuple[float, ...] = (6e-5,)
-    """Beside the centre's."""
+    """Rates besides the centre's."""
     lambdas: tuple[float, ...] = ()
-    """Beside the centre's."""
+    """Thresholds besides the centre's."""
     taus: tuple[float, ...] = ()
-    """Beside the centre's."""
+    """Values of tau besides the centre's."""
     longer: tuple[int, ...] = ()
-    """Beside the centre's iterations."""
+    """Numbers of iterations besides the centre's."""
     seeds: tuple[int, ...] = (100, 101)
     iterations: int = 225
     images: int = 480
     threads: int = 1
-    """Seeds may run side by side, each with `--seeds`; a last call with all of them reads what is finished."""
+    """Seeds may run side by side, each with `--seeds`; a last call with all of them reads the finished runs."""
     plans: int = 40
-    """Rollouts for the distances."""
+    """Rollouts on which distances are measured."""
     output: Path = RESULTS
     runs: Path = Path("outputs/choose")
 
 
 def centre_recipe(options: Options) -> Recipe:
-    """The demo's recipe on validation prompts, before anything was chosen."""
+    """Return the demo's recipe on validation prompts, with the centre's settings."""
     objective = Objective(threshold=options.threshold, tau=options.tau)
     chosen = replace(presets(LeapAlign(), "")["tiny"], objective=objective)
     chosen = replace(chosen, optimiser=replace(chosen.optimiser, rate=options.rate))
@@ -71,7 +71,7 @@ def centre_recipe(options: Options) -> Recipe:
 
 
 def variants(options: Options) -> Iterator[tuple[str, Recipe]]:
-    """(name, recipe): one setting at a time."""
+    """Yield (name, recipe), one setting changed at a time."""
     base = centre_recipe(options)
     for rate in dict.fromkeys((base.optimiser.rate, *options.rates)):
         yield f"rate {rate:g}", replace(base, optimiser=replace(base.optimiser, rate=rate))
@@ -84,11 +84,11 @@ def variants(options: Options) -> Iterator[tuple[str, Recipe]]:
 
 
 def measure_distances(options: Options) -> dict[str, Any]:
-    """Quantiles of the untuned model's leap distances, over random plans."""
+    """Return quantiles of the untuned model's leap distances, over random plans."""
     recipe = centre_recipe(options)
     torch.set_num_threads(recipe.threads)
     world = load(recipe)
-    embeddings, found = PromptCache(world.pipe, world.texts), list[torch.Tensor]()
+    embeddings, leap_distances = PromptCache(world.pipe, world.texts), list[torch.Tensor]()
     rollout = recipe.rollout
     for number in range(options.plans):
         texts = world.draw(16, iteration_generator(options.seeds[0], number, "prompts"))
@@ -103,17 +103,17 @@ def measure_distances(options: Options) -> dict[str, Any]:
                 output_type="latent",
             )
         plan = recipe.method.draw(rollout.steps, iteration_generator(options.seeds[0], number, "plan"))
-        apart = distances(plan, surgery.trajectory, surgery.field)
-        found += [apart[t] for t in landings(plan, surgery.trajectory)]
+        by_landing = distances(plan, surgery.trajectory, surgery.field)
+        leap_distances += [by_landing[t] for t in landings(plan, surgery.trajectory)]
     shares = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
-    values = torch.cat(found).quantile(torch.tensor(shares)).tolist()
+    values = torch.cat(leap_distances).quantile(torch.tensor(shares)).tolist()
     return {f"{share:g}": round(value, 4) for share, value in zip(shares, values)}
 
 
 def main(options: Options) -> int:
-    """Runs all variants and writes what came of them, the file as far as it goes after each."""
-    found: dict[str, Any] = {**provenance(), "distances": measure_distances(options), "variants": {}}
-    print("quantiles of the distances:", found["distances"])
+    """Run all variants; write the results after each run."""
+    record: dict[str, Any] = {**provenance(), "distances": measure_distances(options), "variants": {}}
+    print("quantiles of the distances:", record["distances"])
     options.output.mkdir(parents=True, exist_ok=True)
     for name, recipe in variants(options):
         for seed in options.seeds:
@@ -121,9 +121,9 @@ def main(options: Options) -> int:
             evaluation = run(replace(recipe, seed=seed, output=folder))
             if evaluation is None:
                 return 130
-            found["variants"].setdefault(name, {})[str(seed)] = evaluation
-            (options.output / "choose.json").write_text(json.dumps(found, indent=1) + "\n")
-    for name, lines in found["variants"].items():
+            record["variants"].setdefault(name, {})[str(seed)] = evaluation
+            (options.output / "choose.json").write_text(json.dumps(record, indent=1) + "\n")
+    for name, lines in record["variants"].items():
         gains = {key: [round(line[f"{key}_gain"], 4) for line in lines.values()] for key in ("reward", "rule", "junk")}
         print(f"{name:16}", gains)
     return 0

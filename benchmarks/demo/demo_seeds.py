@@ -1,12 +1,12 @@
-"""The demo on three seeds that chose nothing: does the reward rise on each, and what do the rules say?
+"""The demo on three seeds that no setting was chosen on: gain in reward, further scorers and rules.
 
     python -m benchmarks.demo.demo_seeds
     python -m benchmarks.demo.demo_seeds --model sd3
 
-Runs a recipe once a seed, each with its own training draws and held-out noise, and writes demo_seeds.json and
-demo_seeds.png beside this file (demo_seeds_sd3.json and so on for another model or method). Fails if a seed does not
-pass the demo's gate (check_demo.py): reward, further scorers, rules, junk. Settings were chosen by choose.py, on
-validation prompts and other seeds.
+Runs a recipe once per seed, each with its own training draws and held-out noise, and writes demo_seeds.json and
+demo_seeds.png to results/ (demo_seeds_sd3.json and so on for another model or method). Fails if a seed does not pass
+the demo's quality checks (check_demo.py): reward, further scorers, rules, junk. The settings were chosen by
+choose_settings.py, on validation prompts and other seeds. About four minutes a seed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MODELS = {"flux": presets, "sd3": sd3, "wan": wan}
 
 @dataclass(frozen=True)
 class Options:
-    """Which demo, on which seeds."""
+    """Model, method and seeds."""
 
     method: str = "leapalign"
     """leapalign, drtune, refl or draft_lv: its default recipe on the embedded world."""
@@ -51,54 +51,58 @@ class Options:
     """Held-out images or videos, spread evenly over the categories."""
     output: Path = RESULTS
     runs: Path = Path("outputs/demo_seeds")
-    """Where the runs themselves are written; runs that are finished there are read, not repeated."""
+    """Folder of the runs; finished runs in it are read, not repeated."""
 
 
 def file_name_parts(options: Options) -> list[str]:
-    """What of the options is in the names of files: all but the demo's own."""
+    """Return the model and method for file names, without the demo's own."""
     return [name for name in (options.model, options.method) if name not in ("flux", "leapalign")]
 
 
 def recipe_on_seed(options: Options, seed: int) -> Recipe:
-    """The method's default recipe on another seed."""
+    """Return the method's default recipe on another seed."""
     chosen = MODELS[options.model](METHODS[options.method], "")["tiny"]
     folder = options.runs / "_".join(file_name_parts(options) or [options.method]) / str(seed)
     return replace(chosen, seed=seed, output=folder, evaluation=replace(chosen.evaluation, images=options.images))
 
 
 def panels_by_title(lines: Iterable[dict[str, Any]]) -> dict[str, list[tuple[dict[str, Any], str]]]:
-    """Title: (record, name in it) of each seed, for every figure that all seeds have, as in a run's own report."""
-    told = [{said: (record, name) for said, record, name in table_rows(line)} for line in lines]
-    return {said: [line[said] for line in told] for said in told[0] if all(said in line for line in told)}
+    """Return {title: [(record, name in it) for each seed]} for every figure that all seeds have."""
+    rows_by_seed = [{title: (record, name) for title, record, name in table_rows(rows)} for rows in lines]
+    return {
+        title: [rows[title] for rows in rows_by_seed]
+        for title in rows_by_seed[0]
+        if all(title in rows for rows in rows_by_seed)
+    }
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
-    """Before and after, seed by seed: reward, further scorers, rule-based score, junk, diversity."""
-    told = panels_by_title(found["seeds"].values())
-    columns = min(4, len(told))
-    height = math.ceil(len(told) / columns)
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Draw before and after for each seed: reward, further scorers, rule-based score, junk, diversity."""
+    panels = panels_by_title(results["seeds"].values())
+    columns = min(4, len(panels))
+    height = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(3 * columns, 0.5 + 3 * height), layout="constrained")
     parts = figure.subplots(height, columns, squeeze=False).flat
-    for axes, (title, records) in zip(parts, told.items()):
-        for place, (seed, (line, name)) in enumerate(zip(found["seeds"], records)):
+    for axes, (title, records) in zip(parts, panels.items()):
+        for place, (seed, (line, name)) in enumerate(zip(results["seeds"], records)):
             bar = 2 * (line[f"{name}_gain_se"] or 0)
             axes.plot([place - 0.12], [line[f"{name}_before"]], "o", color="#7a8691", markersize=8)
             axes.errorbar(place + 0.12, line[f"{name}_after"], bar, fmt="o", color="#0b6e99", capsize=4, markersize=8)
             axes.annotate(f"seed {seed}", (place, 0), xycoords=("data", "axes fraction"), xytext=(0, -14),
                           textcoords="offset points", ha="center")  # fmt: skip
-        axes.set(title=title, xticks=[], xlim=(-0.6, len(found["seeds"]) - 0.4))
+        axes.set(title=title, xticks=[], xlim=(-0.6, len(results["seeds"]) - 0.4))
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(y=0.25)
     for axes in parts:
         axes.set_visible(False)
     figure.suptitle(
-        f"grey before, blue after; bar: two paired standard errors of the gain; {found['images']} images a seed"
+        f"grey before, blue after; bar: two paired standard errors of the gain; {results['images']} images a seed"
     )
     figure.savefig(path, dpi=150)
 
 
 def main(options: Options) -> int:
-    """Runs the seeds, writes, and says whether the reward rose on each."""
+    """Run the seeds, write, and return 1 if a seed fails a check."""
     lines: dict[str, Any] = {}
     for seed in options.seeds:
         evaluation = run(recipe_on_seed(options, seed))
@@ -106,11 +110,11 @@ def main(options: Options) -> int:
             return 130
         lines[str(seed)] = {**evaluation, "reward_gain_in_se": in_standard_errors(evaluation)}
     used = recipe_on_seed(options, options.seeds[0]).to_dict()
-    found = {**provenance(), "recipe": used, "images": options.images, "seeds": lines}
+    results = {**provenance(), "recipe": used, "images": options.images, "seeds": lines}
     name = "_".join(["demo_seeds", *file_name_parts(options)])
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
-    draw(found, options.output / f"{name}.png")
+    (options.output / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    draw(results, options.output / f"{name}.png")
     failed = {seed: list(failed_quality_checks(line)) for seed, line in lines.items()}
     for seed, line in lines.items():
         if not line["reward_gain_in_se"] > STANDARD_ERRORS:

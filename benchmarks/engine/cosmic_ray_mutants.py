@@ -1,4 +1,4 @@
-"""cosmic-ray's mutants of a file, one by one."""
+"""Mutants of a file by cosmic-ray's operators, one by one."""
 
 from __future__ import annotations
 
@@ -22,27 +22,28 @@ except ImportError:
 
 PROVIDER = OperatorProvider()
 OPERATORS = [name for name in PROVIDER if not PROVIDER[name].arguments()]
-"""Those that need no names of variables."""
+"""The operators that need no variable names as arguments."""
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One file with one change."""
+    """A file of the package with one change."""
 
     file: str
+    """Its path below the package."""
     operator: str
     occurrence: int
     line: int
     old: str
-    """The line before, without indentation."""
+    """The line before the change, without indentation."""
     new: str
     text: str = field(repr=False)
-    """The whole file."""
+    """The whole changed file."""
 
     @classmethod
-    def made(cls, path: Path, operator: str, occurrence: int) -> Mutant | None:
-        """The mutant; None if it doesn't compile, or differs in annotations only."""
-        before = path.read_text()
+    def create(cls, package: Path, file: str, operator: str, occurrence: int) -> Mutant | None:
+        """Return the mutant, or None if it does not compile or differs in annotations only."""
+        before = (package / file).read_text()
         after = mutate_code(before, PROVIDER[operator](), occurrence)
         if after is None or _syntax_without_annotations(after) in (None, _syntax_without_annotations(before)):
             return None
@@ -50,12 +51,12 @@ class Mutant:
         for tag, i, end, j, last in difflib.SequenceMatcher(None, *lines, autojunk=False).get_opcodes():
             if tag != "equal":
                 old, new = (" ".join(part).strip() for part in (lines[0][i:end], lines[1][j:last]))
-                return cls(path.name, operator, occurrence, i + 1, old, new, after)
+                return cls(file, operator, occurrence, i + 1, old, new, after)
         return None
 
     @property
     def key(self) -> str:
-        """What it is, whatever the numbering of mutants."""
+        """An identifier that does not depend on how mutants are numbered."""
         return f"{self.file} {hashlib.sha1(self.text.encode()).hexdigest()[:16]}"
 
     @property
@@ -82,11 +83,11 @@ KINDS = {
     "ReplaceBreak": "loop",
     "ReplaceContinue": "loop",
 }
-"""Families, by the beginning of cosmic-ray's names."""
+"""Families of operators, by the beginning of cosmic-ray's names."""
 
 
 def possible_changes(path: Path) -> Iterator[tuple[str, int]]:
-    """(operator, occurrence) of every change that cosmic-ray can make to a file."""
+    """Yield (operator, occurrence) of every change that cosmic-ray can make to a file."""
     nodes = list(ast_nodes(get_ast(path.read_text())))
     for name in OPERATORS:
         operator: Any = PROVIDER[name]()
@@ -96,7 +97,7 @@ def possible_changes(path: Path) -> Iterator[tuple[str, int]]:
 
 @cache
 def _syntax_without_annotations(text: str) -> str | None:
-    """What runs: the syntax tree without annotations (they are not evaluated)."""
+    """Return the syntax tree without annotations, which are not evaluated; None if it does not compile."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)

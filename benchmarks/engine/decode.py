@@ -1,11 +1,12 @@
-"""What decoding an image with gradient takes in memory: plain, recomputed, and recomputed in tiles.
+"""Memory of decoding an image with gradient: plain, checkpointed, and checkpointed in tiles.
 
     python -m benchmarks.engine.decode
 
-A small AutoencoderKL (random weights, real class) decodes a latent of 720 pixels a side and is differentiated to it,
-with the settings of `--decoder` as a run makes them; then a whole iteration of a small Flux pipeline under
-`operate(..., memory="recompute")` with and without them. Each figure is peak resident memory above the idle process's,
-of a process of its own, the ways taken in turn, the median of three. Writes decode.json and decode.png. Linux.
+A small AutoencoderKL (random weights, real class) decodes a latent of a 720-pixel image and is differentiated with
+respect to it, prepared as a run prepares it for `--decoder`; then a whole iteration of a small Flux pipeline under
+`operate(..., memory="recompute")`, with and without these settings. Each figure is the peak resident memory above the
+idle process, in a process of its own, the ways in turn, the median of three. Writes decode.json and decode.png to
+results/. Minutes on one core; Linux.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ ITERATIONS = {"iteration": Decoder(), "iteration, tiling and checkpointing": TIL
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure."""
+    """Image size and repeats."""
 
     size: int = 720
     repeats: int = 3
@@ -47,7 +48,7 @@ class Options:
 
 
 def autoencoder() -> Any:
-    """Frozen; the image is 8 times as wide as its latent, as Flux's is."""
+    """Return a frozen autoencoder; the image is 8 times as wide as its latent, as Flux's is."""
     torch.manual_seed(0)
     vae = AutoencoderKL(
         block_out_channels=(16, 32, 64, 64),
@@ -65,7 +66,7 @@ def autoencoder() -> Any:
 
 
 def pipeline() -> Any:
-    """A Flux with that autoencoder."""
+    """Return a Flux pipeline with that autoencoder."""
     transformer = FluxTransformer2DModel(
         in_channels=64,
         num_layers=1,
@@ -83,7 +84,7 @@ def pipeline() -> Any:
 
 
 def measure_decode(size: int, name: str) -> dict[str, Any]:
-    """One decode, differentiated to the latent unless the way is without gradient."""
+    """Decode once, and differentiate with respect to the latent unless the way is without gradient."""
     vae, settings = autoencoder(), WAYS[name]
     vae_decoding.prepare_vae(vae, settings or Decoder())
     x = torch.randn(1, 16, size // 8, size // 8).requires_grad_(settings is not None)
@@ -101,10 +102,10 @@ def measure_decode(size: int, name: str) -> dict[str, Any]:
 
 
 def measure_iteration(size: int, name: str) -> dict[str, Any]:
-    """A rollout with two leaps of gradient, its image, and the backward pass into the transformer."""
+    """Roll out with two leaps of gradient, decode, and backpropagate into the transformer."""
     pipe = pipeline()
     vae_decoding.prepare_vae(pipe.vae, ITERATIONS[name])
-    given = {
+    inputs = {
         "prompt_embeds": torch.randn(1, 8, 32),
         "pooled_prompt_embeds": torch.randn(1, 32),
         "output_type": "latent",
@@ -114,7 +115,7 @@ def measure_iteration(size: int, name: str) -> dict[str, Any]:
     noise = torch.Generator().manual_seed(1)
     before = resident_bytes("VmRSS")
     with operate(pipe, leapalign(4, 2, 0.3), memory="recompute") as surgery:
-        pipe(**given, height=size, width=size, num_inference_steps=4, generator=noise)
+        pipe(**inputs, height=size, width=size, num_inference_steps=4, generator=noise)
     surgery.decode(surgery.outputs[0]).square().sum().backward()
     gradients = [p.grad for p in pipe.transformer.parameters() if p.grad is not None]
     return {
@@ -124,26 +125,26 @@ def measure_iteration(size: int, name: str) -> dict[str, Any]:
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """All figures, by way."""
+    """Measure all ways, and check that the gradients agree."""
     works = {**dict.fromkeys(WAYS, measure_decode), **dict.fromkeys(ITERATIONS, measure_iteration)}
     rounds = [
         {name: run_in_process(work, options.size, name) for name, work in works.items()} for _ in range(options.repeats)
     ]
-    plain, again = (rounds[0][name]["gradient_norm"] for name in ("gradient", "gradient, checkpointing"))
-    assert abs(plain - again) <= 1e-4 * plain, f"these are different gradients: {plain}, {again}"
-    peaks = {name: [found[name]["peak_bytes"] for found in rounds] for name in works}
-    middle = {name: median(values) for name, values in peaks.items()}
-    ratios = {name: round(middle[name] / middle["no gradient"], 3) for name in WAYS}
-    return {"peak_bytes": peaks, "median_bytes": middle, "to_no_gradient": ratios}
+    plain, checkpointed = (rounds[0][name]["gradient_norm"] for name in ("gradient", "gradient, checkpointing"))
+    assert abs(plain - checkpointed) <= 1e-4 * plain, f"these are different gradients: {plain}, {checkpointed}"
+    peaks = {name: [result[name]["peak_bytes"] for result in rounds] for name in works}
+    medians = {name: median(values) for name, values in peaks.items()}
+    ratios = {name: round(medians[name] / medians["no gradient"], 3) for name in WAYS}
+    return {"peak_bytes": peaks, "median_bytes": medians, "to_no_gradient": ratios}
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
-    """A bar for each way, its peak beside it; a line at twice the decode without gradient."""
+def draw(record: dict[str, Any], path: Path) -> None:
+    """Draw a bar for each way, its peak beside it, and a line at twice the decode without gradient."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots()
-    values = {name: value / MIB for name, value in found["median_bytes"].items()}
+    values = {name: value / MIB for name, value in record["median_bytes"].items()}
     colours = [COLOURS[1] if name in WAYS else COLOURS[2] for name in values]
     axes.barh(list(values), list(values.values()), color=colours, height=0.6)
     for place, value in enumerate(values.values()):
@@ -152,21 +153,21 @@ def draw(found: dict[str, Any], path: Path) -> None:
     axes.axvline(twice, color="0.4", linestyle="--", linewidth=1, label="twice the decode without gradient")
     axes.invert_yaxis()
     axes.margins(x=0.1)
-    axes.set(xlabel="MiB", title=f"peak resident memory above the idle process, {found['settings']['size']} px")
+    axes.set(xlabel="MiB", title=f"peak resident memory above the idle process, {record['settings']['size']} px")
     figure.legend(frameon=False, loc="outside lower center", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
 
 def main(options: Options) -> int:
-    """Measures and writes; says whether tiles and checkpointing stay within twice the decode without gradient."""
+    """Measure, write, and return 1 if tiles and checkpointing take more than twice the decode without gradient."""
     torch.set_num_threads(options.threads)
     settings = {name: value for name, value in asdict(options).items() if name != "output"}
-    found = {**provenance(), "settings": settings, **measure(options)}
+    record = {**provenance(), "settings": settings, **measure(options)}
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "decode.json").write_text(json.dumps(found, indent=1) + "\n")
-    draw(found, options.output / "decode.png")
-    ratio = found["to_no_gradient"]["gradient, tiling and checkpointing"]
+    (options.output / "decode.json").write_text(json.dumps(record, indent=1) + "\n")
+    draw(record, options.output / "decode.png")
+    ratio = record["to_no_gradient"]["gradient, tiling and checkpointing"]
     print(f"tiling and checkpointing: {ratio} times the decode without gradient")
     return 0 if ratio <= 2 else 1
 

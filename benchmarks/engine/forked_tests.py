@@ -1,4 +1,4 @@
-"""Runs a selection of tests on a changed copy of the package, in forks of a process that has loaded everything else."""
+"""Run a selection of tests on a changed copy of the package, in forks of a process that has imported torch already."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ PRELOADED = (
     *("torch", "torch.func", "torch.testing", "torch._decomp.decompositions_for_jvp", "numpy", "sympy", "networkx"),
     *("pytest", "hypothesis", "hypothesis.strategies"),
 )
-"""What the tests import, but the package: loaded once. Nothing of it may start a thread before a fork."""
+"""What the tests import besides the package, loaded once. None of it may start a thread before a fork."""
 
 CLOCK_FACTOR = 40
-"""So many times the limit may pass by the clock: other work on the machine does not make a mutant hang."""
+"""The wall clock limit is this many times the CPU limit: other work on the machine must not make a mutant "hang"."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a mutant."""
+    """Result of the tests on one mutant."""
 
     verdict: str
     """survived, killed, or hangs (which counts as killed)."""
     test: str
-    """The first that failed."""
+    """The first test that failed."""
     cpu: float
     seconds: float
 
 
 class ForkedTests:
-    """A copy of the package and its tests, in which one file at a time is a mutant's."""
+    """A copy of the package and its tests, in which one file at a time is replaced by a mutant's."""
 
     def __init__(self, root: Path, copy: Path, tests: Sequence[str], slow: Sequence[str], limit: int) -> None:
         self.copy, self.tests, self.limit = copy, tests, limit
@@ -58,7 +58,7 @@ class ForkedTests:
         compileall.compile_dir(copy / "trajsurgery", quiet=1)
 
     def run(self, mutant: Mutant | None, first: Sequence[str]) -> Outcome:
-        """The selection on the mutant (None: on the package as it is), some of it first."""
+        """Run the selection on the mutant (None: on the unchanged package), starting with the tests in `first`."""
         if mutant is None:
             return self._fork(first)
         file = self.copy / "trajsurgery" / mutant.file
@@ -79,21 +79,21 @@ class ForkedTests:
             os.close(reading)
             self._test(writing, first)
         os.close(writing)
-        with os.fdopen(reading) as told:
-            said = told.read()
+        with os.fdopen(reading) as pipe:
+            message = pipe.read()
         _, status, used = os.wait4(child, 0)
         seconds, cpu = round(time.monotonic() - began, 2), round(used.ru_utime + used.ru_stime, 2)
         if os.WIFSIGNALED(status):
             hangs = os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGALRM, signal.SIGKILL)
             return Outcome("hangs" if hangs else "killed", f"signal {os.WTERMSIG(status)}", cpu, seconds)
-        report = json.loads(said)
+        report = json.loads(message)
         self.slowest = report["slowest"]
         # 4: the conftest can't be imported, which only a mutant does; main() runs the package as it is first
         assert report["code"] in (0, 1, 2, 4), f"pytest could not run: {report}"
         return Outcome("killed" if report["code"] else "survived", report["test"], cpu, seconds)
 
     def _test(self, writing: int, first: Sequence[str]) -> None:
-        """The child: never returns."""
+        """Run the tests in the child process, write a report to the pipe, and exit."""
         resource.setrlimit(resource.RLIMIT_CPU, (self.limit, self.limit + 1))
         signal.alarm(self.limit * CLOCK_FACTOR)
         silent = os.open(os.devnull, os.O_WRONLY)
@@ -116,7 +116,7 @@ class ForkedTests:
 
 
 class _TestRecorder:
-    """Notes the first failure, and how long tests take."""
+    """A pytest plugin that records the first failure and the durations."""
 
     def __init__(self) -> None:
         self.failed = ""

@@ -1,4 +1,6 @@
-"""LeapAlign's iteration through `operate`, by hand, and as bare calls of the transformer: what overhead.py times."""
+"""One LeapAlign iteration in three ways: through `operate`, written by hand, as bare transformer calls. For
+overhead.py.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ LAMBDA, TAU, ALPHA = 10.0, 0.05, 0.3
 
 @dataclass(frozen=True)
 class Options:
-    """How long to measure."""
+    """Size and length of the measurement."""
 
     pairs: int = 12
     """Pairs of iterations, their order alternating."""
@@ -35,7 +37,7 @@ class Options:
 
 
 def pipeline() -> Any:
-    """A FluxPipeline large enough that a model call is not all overhead; prompt embeddings are passed in."""
+    """Return a FluxPipeline large enough that its model calls dominate; prompt embeddings are passed in."""
     torch.manual_seed(0)
     transformer = FluxTransformer2DModel(
         in_channels=16,
@@ -66,27 +68,27 @@ def pipeline() -> Any:
 
 
 class IterationBench:
-    """The pipe, its inputs, and the three ways to spend an iteration on them."""
+    """The pipeline, its inputs, and three ways to run an iteration on them."""
 
     def __init__(self, options: Options) -> None:
         self.options, self.pipe, self.side = options, pipeline(), 64
         generator = torch.Generator().manual_seed(1)
         self.prompts = torch.randn(options.batch, 16, 128, generator=generator)
         self.pooled = torch.randn(options.batch, 128, generator=generator)
-        self.taste = torch.randn(3, self.side, self.side, generator=generator)
+        self.reward_weights = torch.randn(3, self.side, self.side, generator=generator)
         self.module = self.pipe.transformer
         self.plan = leapalign(options.k, options.j, ALPHA)
 
     def noise(self) -> torch.Generator:
-        """The same noise every time."""
+        """Return the same noise generator every time."""
         return torch.Generator().manual_seed(2)
 
     def reward(self, images: Tensor) -> Tensor:
-        """Any differentiable scores, [batch]."""
-        return (images * self.taste).mean((1, 2, 3))
+        """Return some differentiable scores, [batch]."""
+        return (images * self.reward_weights).mean((1, 2, 3))
 
-    def library(self) -> Tensor:
-        """The iteration through `operate`, as trajsurgery.training.training_loop makes it."""
+    def through_operate(self) -> Tensor:
+        """Run the iteration through `operate`, as trajsurgery.training.training_loop does."""
         with operate(self.pipe, self.plan) as surgery:
             images = self.pipe(
                 prompt_embeds=self.prompts,
@@ -103,8 +105,8 @@ class IterationBench:
         return images.detach()
 
     def by_hand(self) -> Tensor:
-        """The iteration as trainers write it: the pipeline's loop copied, Algorithm 1 inside it."""
-        x, call, timesteps = self.prepared()
+        """Run the iteration as hand-written trainers do: the pipeline's loop copied, Algorithm 1 inside it."""
+        x, call, timesteps = self.prepare()
         k, j, steps = self.options.k, self.options.j, self.options.steps
         sigma, to_j, to_0, d_j = self.pipe.scheduler.sigmas, x, x, x
         for i, timestep in enumerate(timesteps):
@@ -123,13 +125,13 @@ class IterationBench:
             with torch.no_grad():
                 x = self.pipe.scheduler.step(v.detach(), timestep, x, return_dict=False)[0]
         d_0 = (x - to_0.detach()).abs().flatten(1).mean(1)
-        images = self.decoded(to_0 + (x - to_0).detach())
+        images = self.decode(to_0 + (x - to_0).detach())
         w = 1 / (d_j.clamp(min=TAU) + d_0.clamp(min=TAU))
         (w * (LAMBDA - self.reward(images)).clamp(min=0)).mean().backward()
         return images.detach()
 
-    def prepared(self) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor], Tensor]:
-        """x_T, the model's call, and the timesteps, as FluxPipeline prepares them."""
+    def prepare(self) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor], Tensor]:
+        """Return x_T, the model call and the timesteps, as FluxPipeline prepares them."""
         pipe, batch, steps = self.pipe, self.options.batch, self.options.steps
         _, _, text_ids = pipe.encode_prompt(None, None, prompt_embeds=self.prompts, pooled_prompt_embeds=self.pooled)
         x, image_ids = pipe.prepare_latents(batch, 4, self.side, self.side, torch.float32, "cpu", self.noise(), None)
@@ -156,16 +158,18 @@ class IterationBench:
 
         return x, call, timesteps
 
-    def decoded(self, x: Tensor) -> Tensor:
-        """Latents to images, as FluxPipeline decodes them."""
+    def decode(self, x: Tensor) -> Tensor:
+        """Decode latents to images, as FluxPipeline does."""
         config = self.pipe.vae.config
         x = self.pipe._unpack_latents(x, self.side, self.side, self.pipe.vae_scale_factor)
         images = self.pipe.vae.decode(x / config.scaling_factor + config.shift_factor, return_dict=False)[0]
         return self.pipe.image_processor.postprocess(images, output_type="pt")
 
-    def bare(self, forwards: int) -> None:
-        """So many calls of the transformer without gradient, then two forward-and-backward calls; no loop."""
-        x, call, timesteps = self.prepared()
+    def bare_calls(self, forwards: int) -> None:
+        """Call the transformer `forwards` times without gradient, then twice forward and backward, without a denoising
+        loop.
+        """
+        x, call, timesteps = self.prepare()
         with torch.no_grad():
             for i in range(forwards):
                 call(x, timesteps[i % len(timesteps)])
@@ -173,6 +177,6 @@ class IterationBench:
             call(x.requires_grad_(i == 1), timesteps[i]).sum().backward()
 
     def clear(self) -> None:
-        """No gradient, no garbage."""
+        """Free the gradients and collect garbage."""
         self.module.zero_grad(set_to_none=True)
         gc.collect()

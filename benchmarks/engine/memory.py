@@ -1,12 +1,12 @@
-"""What full backpropagation keeps in memory, against the number of steps, in five ways of running it.
+"""Memory of full backpropagation against the number of steps, in five ways of running it.
 
     python -m benchmarks.engine.memory
 
 A Flux transformer (18 M parameters, random weights) samples in n steps and is differentiated through all of them, each
-point in a process of its own: bytes that autograd keeps for the backward pass (saved tensors, storage by storage, the
-parameters left out), peak resident memory above what model and `.grad` take, processor time of the whole iteration.
-Then the bytes of weight gradients that are alive at once beside `.grad` in the backward pass of two calls: one graph
-through both against the staged sweep. Writes memory.json and memory.png beside this file; minutes on one core. Linux.
+point in a process of its own: bytes that autograd saves for the backward pass (storage by storage, parameters left
+out), peak resident memory above the model and `.grad`, processor time of the whole iteration. Then, for the backward
+pass of two calls, the bytes of weight gradients alive at once beside `.grad`: one graph through both against the staged
+sweep. Writes memory.json and memory.png to results/. Minutes on one core; Linux.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ WAYS = {
     "recompute + checkpointing": ("recompute", True),
     "staged": ("staged", False),
 }
-"""Name: memory= or the staged sweep, and whether the transformer's own gradient checkpointing is on."""
+"""Name: `memory=` or the staged sweep, and whether the transformer's own gradient checkpointing is on."""
 
 COLOURS = ("#b3442e", "#0b6e99", "#e0a458", "#5aa9c7", "#2e7d32")
 MIB = 2**20
@@ -45,7 +45,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure."""
+    """Numbers of steps, and the size of the latent."""
 
     counts: tuple[int, ...] = (1, 2, 4, 8, 16, 25)
     """Numbers of steps, one leap each."""
@@ -77,7 +77,7 @@ class Field(nn.Module):
         self.places = torch.tensor([[0.0, i, j] for i in range(side) for j in range(side)])
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """The velocity, as FluxPipeline asks for it."""
+        """Return the velocity, called as FluxPipeline calls the transformer."""
         return self.model(
             hidden_states=x,
             encoder_hidden_states=self.text.expand(len(x), -1, -1),
@@ -90,7 +90,7 @@ class Field(nn.Module):
 
 
 def full_backpropagation(steps: int) -> Plan:
-    """The whole trajectory: the gradient passes through every step of the sampler."""
+    """Return the plan whose gradient passes through every step of the sampler."""
     x = latent(steps)
     for t in range(steps, 0, -1):
         x = x.leap(t - 1)
@@ -98,30 +98,30 @@ def full_backpropagation(steps: int) -> Plan:
 
 
 def count_saved_bytes(run: Callable[[], Any], parameters: list[nn.Parameter]) -> tuple[int, Any]:
-    """Bytes of the storages that autograd saves in `run` and still holds at its end, and what `run` returned."""
-    own = {p.untyped_storage()._cdata for p in parameters}
-    held: dict[int, int] = {}
+    """Return the bytes that autograd saves in `run` and still holds at its end, and the result of `run`."""
+    parameter_storages = {p.untyped_storage()._cdata for p in parameters}
+    saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own and storage._cdata not in held:
-            held[storage._cdata] = storage.nbytes()
-            weakref.finalize(storage, held.pop, storage._cdata)
+        if storage._cdata not in parameter_storages and storage._cdata not in saved:
+            saved[storage._cdata] = storage.nbytes()
+            weakref.finalize(storage, saved.pop, storage._cdata)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        found = run()
-    return sum(held.values()), found
+        output = run()
+    return sum(saved.values()), output
 
 
 def resident_bytes(what: str) -> int:
-    """Bytes of this process in memory: VmRSS now, VmHWM at most so far (Linux)."""
+    """Return this process's resident memory: VmRSS now, VmHWM at its peak (Linux)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(what))
 
 
 def measure_point(options: Options, way: str, steps: int) -> dict[str, Any]:
-    """One point: the iteration is run as it is, then its forward pass once more with saved tensors counted."""
+    """Measure one point: run the iteration, then only its forward pass with saved tensors counted."""
     memory, checkpointing = WAYS[way]
     field = Field(options.side)
     if checkpointing:
@@ -137,11 +137,11 @@ def measure_point(options: Options, way: str, steps: int) -> dict[str, Any]:
         return sample(full_backpropagation(steps), field, noise, sigmas, memory=memory)[0]
 
     def iteration() -> None:
-        found = forward()
+        output = forward()
         if memory == "staged":
-            backward(full_backpropagation(steps), found, field, found[0] * (2 / found[0].numel()))
+            backward(full_backpropagation(steps), output, field, output[0] * (2 / output[0].numel()))
         else:
-            found.square().mean().backward()
+            output.square().mean().backward()
 
     with torch.no_grad():
         field(noise, sigmas[0])  # the first call pays for what is allocated once
@@ -160,7 +160,7 @@ def measure_point(options: Options, way: str, steps: int) -> dict[str, Any]:
 
 
 class PeakWeightGradients(TorchDispatchMode):
-    """The most bytes of tensors shaped like a weight matrix that were alive at once, of those made under this mode."""
+    """Record the most bytes of weight-shaped tensors alive at once, of those created under this mode."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         super().__init__()
@@ -169,54 +169,58 @@ class PeakWeightGradients(TorchDispatchMode):
         self.most = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        given = {v.untyped_storage()._cdata for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)}
-        for value in tree_leaves(found):
+        outputs = func(*args, **(kwargs or {}))
+        input_storages = {v.untyped_storage()._cdata for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)}
+        for value in tree_leaves(outputs):
             if isinstance(value, Tensor) and tuple(value.shape) in self.shapes:
                 storage = value.untyped_storage()
-                if storage._cdata not in self.alive and storage._cdata not in given:
+                if storage._cdata not in self.alive and storage._cdata not in input_storages:
                     self.alive[storage._cdata] = storage.nbytes()
                     weakref.finalize(storage, self.alive.pop, storage._cdata)
         self.most = max(self.most, sum(self.alive.values()))
-        return found
+        return outputs
 
 
 def measure_weight_gradients(options: Options) -> dict[str, Any]:
-    """Bytes of weight gradients alive at once beside `.grad`, in the backward pass of LeapAlign's two calls."""
+    """Return the bytes of weight gradients alive at once beside `.grad`, in the backward of LeapAlign's two calls."""
     field = Field(options.side)
     noise = torch.randn(options.batch, options.side**2, 16, generator=torch.Generator().manual_seed(1))
     plan, trajectory = leapalign(3, 1, 0.3), rollout(field, noise, torch.linspace(1, 0, 5))
     weights = [p for p in field.parameters() if p.dim() == 2]
     for p in field.parameters():
         p.grad = torch.zeros_like(p)
-    found: dict[str, Any] = {
+    peaks: dict[str, Any] = {
         "parameters": sum(p.numel() for p in field.parameters()),
         "weight_bytes": sum(p.numel() * p.element_size() for p in weights),
     }
     reference: list[Tensor] = []
     for way in ("retain", "recompute", "staged"):
         field.zero_grad(set_to_none=False)
-        made = PeakWeightGradients(weights)
+        gradients = PeakWeightGradients(weights)
         if way == "staged":
             ones = torch.ones_like(noise)
-            with made:
+            with gradients:
                 backward(plan, trajectory, field, ones)
         else:
-            with made:
+            with gradients:
                 out = apply(plan, trajectory, field, way).sum()
-            assert made.most == 0, "an activation has the shape of a weight: choose another --side"
-            with made:
+            assert gradients.most == 0, "an activation has the shape of a weight: choose another --side"
+            with gradients:
                 out.backward()
-        got = [p.grad.clone() for p in weights]
-        reference = reference or got
-        apart = torch.stack([(a - b).norm() for a, b in zip(got, reference)]).norm()
-        assert apart <= 1e-4 * torch.stack([g.norm() for g in reference]).norm(), "this compares different gradients"
-        found[way] = made.most
-    return found
+        weight_gradients = [p.grad.clone() for p in weights]
+        reference = reference or weight_gradients
+        difference = torch.stack([(a - b).norm() for a, b in zip(weight_gradients, reference)]).norm()
+        assert difference <= 1e-4 * torch.stack([g.norm() for g in reference]).norm(), (
+            "this compares different gradients"
+        )
+        peaks[way] = gradients.most
+    return peaks
 
 
 def run_in_process(work: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
-    """The result of a process of its own, forked before torch has computed anything: its peak is its own."""
+    """Return the result of `work(*args)` in a new process, forked before torch has computed anything: its peak is its
+    own.
+    """
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
     process = context.Process(target=lambda: results.put(work(*args)))
@@ -224,34 +228,34 @@ def run_in_process(work: Callable[..., dict[str, Any]], *args: Any) -> dict[str,
     process.join()
     if process.exitcode != 0:
         raise RuntimeError(f"{work.__name__}{args[1:]} ended with code {process.exitcode}")
-    found = results.get()
-    print(work.__name__, *args[1:], {name: round(value, 3) for name, value in found.items()}, flush=True)
-    return found
+    result = results.get()
+    print(work.__name__, *args[1:], {name: round(value, 3) for name, value in result.items()}, flush=True)
+    return result
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """All figures."""
-    beside = run_in_process(measure_weight_gradients, options)
+    """Measure all points, and check that the gradients of all ways agree."""
+    weight_gradients = run_in_process(measure_weight_gradients, options)
     points = {way: [run_in_process(measure_point, options, way, count) for count in options.counts] for way in WAYS}
     for i in range(len(options.counts)):
-        norms = [found[i]["gradient_norm"] for found in points.values()]
+        norms = [results[i]["gradient_norm"] for results in points.values()]
         assert max(norms) - min(norms) <= 1e-4 * max(norms), f"these are different gradients: {norms}"
-    return {"points": points, "gradients_beside_grad": beside}
+    return {"points": points, "gradients_beside_grad": weight_gradients}
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
-    """Kept bytes, peak and time against the number of steps; the second parameter gradient."""
+def draw(record: dict[str, Any], path: Path) -> None:
+    """Draw saved bytes, peak and time against the number of steps, and the bytes of weight gradients."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7.6), layout="constrained")
-    (kept_axes, peak_axes), (time_axes, gradient_axes) = figure.subplots(2, 2)
+    (saved_axes, peak_axes), (time_axes, gradient_axes) = figure.subplots(2, 2)
     panels = {
-        "kept_bytes": (kept_axes, MIB, "MiB", "kept by autograd for the backward pass"),
+        "kept_bytes": (saved_axes, MIB, "MiB", "kept by autograd for the backward pass"),
         "peak_bytes": (peak_axes, MIB, "MiB", "peak resident memory above the idle model's"),
         "processor_seconds": (time_axes, 1, "s", "processor time of an iteration, its sampling included"),
     }
     for name, (axes, unit, label, title) in panels.items():
-        for colour, (way, points) in zip(COLOURS, found["points"].items()):
+        for colour, (way, points) in zip(COLOURS, record["points"].items()):
             counts, values = [p["steps"] for p in points], [p[name] / unit for p in points]
             axes.plot(counts, values, "o-", color=colour, label=way, markersize=4, alpha=0.8)
         axes.set(xlabel="steps backpropagated through", ylabel=label, title=title, xticks=counts)
@@ -262,7 +266,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
             axes.set_ylim(bottom=0)
     time_axes.legend(frameon=False, fontsize=8, loc="upper left")
     bars = {"retain": "retain", "recompute": "recompute", "staged": "staged sweep\n(trajsurgery.backward)"}
-    gradients = found["gradients_beside_grad"]
+    gradients = record["gradients_beside_grad"]
     for place, (name, colour) in enumerate(zip(bars, (COLOURS[0], COLOURS[1], COLOURS[4]))):
         ratio = gradients[name] / gradients["weight_bytes"]
         gradient_axes.bar(place, ratio, color=colour, width=0.6)
@@ -271,20 +275,20 @@ def draw(found: dict[str, Any], path: Path) -> None:
     gradient_axes.set(
         ylabel="parameter gradients", title="weight gradients alive at once beside .grad,\nbackward of two calls"
     )
-    for axes in (kept_axes, peak_axes, time_axes, gradient_axes):
+    for axes in (saved_axes, peak_axes, time_axes, gradient_axes):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
 
 def main(options: Options) -> int:
-    """Measures and writes; says whether 25 recomputed steps keep no more than one retained step."""
+    """Measure, write, and return 1 if recomputing all steps saves more than retaining one step."""
     torch.set_num_threads(options.threads)
     settings = {name: value for name, value in asdict(options).items() if name != "output"}
-    found = {**provenance(), "settings": settings, **measure(options)}
+    record = {**provenance(), "settings": settings, **measure(options)}
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "memory.json").write_text(json.dumps(found, indent=1) + "\n")
-    draw(found, options.output / "memory.png")
-    one, last = found["points"]["retain"][0]["kept_bytes"], found["points"]["recompute"][-1]["kept_bytes"]
+    (options.output / "memory.json").write_text(json.dumps(record, indent=1) + "\n")
+    draw(record, options.output / "memory.png")
+    one, last = record["points"]["retain"][0]["kept_bytes"], record["points"]["recompute"][-1]["kept_bytes"]
     print(f"{options.counts[-1]} recomputed steps keep {last} bytes, one retained step {one}")
     return 0 if last <= one else 1
 

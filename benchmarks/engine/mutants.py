@@ -1,13 +1,14 @@
-"""How many of the core's mutants do the tests kill? A fixed-seed sample of cosmic-ray's, with its 95% interval.
+"""Share of the core's mutants that the tests kill: a fixed-seed sample of cosmic-ray's, with its 95% interval.
 
     pip install cosmic-ray
     python -m benchmarks.engine.mutants
 
-A mutant is the package with one operator, number, comparison, keyword or decorator changed, in a copy. Every one runs
+A mutant is a copy of the package with one operator, number, comparison, keyword or decorator changed. Every mutant runs
 the same selection of tests (`TESTS`, at most ten seconds of one core) until the first failure, in a fork of a process
-that has torch loaded already. Mutants that do not compile or that change annotations only are not drawn. Results are
-kept line by line in outputs/mutants.jsonl, so that an interrupted run goes on; mutants.json and mutants.png are written
-beside this file. `EQUIVALENT` says of every survivor that is left why no test could see it.
+that has loaded torch already. Mutants that do not compile or that change annotations only are not drawn. Outcomes are
+logged line by line in outputs/mutants.jsonl, so that an interrupted run continues; mutants.json and mutants.png are
+written to results/. `EQUIVALENT` gives the reason why no test can see a remaining survivor. About six minutes on one
+core.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ FILES = (
     "plans/legality.py",
     "plans/rules.py",
 )
-"""The core: what edits gradients, runs plans, derives closed forms, and says what is legal."""
+"""The core: gradient edits, execution, closed forms, interpolants, legality."""
 
 TESTS = (
     *(
@@ -63,7 +64,7 @@ TESTS = (
     ),
     *("surgery/test_bad_arguments.py", "plans/test_closed_form_paper.py"),
 )
-"""The selection."""
+"""The selection, as paths below tests/."""
 
 RUN_FIRST = {
     "surgery/autograd_functions.py": (
@@ -77,40 +78,42 @@ RUN_FIRST = {
     "plans/legality.py": ("plans/test_rules_by_hand.py", "surgery/test_borders_by_hand.py"),
     "plans/rules.py": ("plans/test_rules_by_hand.py", "surgery/test_borders_by_hand.py"),
 }
-"""What of it runs first for a file; else test_by_hand.py. A mutant that survives runs all of it."""
+"""Tests of the selection that run first for a file; else surgery/test_by_hand.py. A mutant that survives them runs all
+others.
+"""
 
 DESELECTED = ("surgery/test_autograd_derivatives.py::test_jacobians",)
-"""What is left out of it."""
+"""Tests that are left out of the selection."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Flags."""
+    """Size of the sample, and limits."""
 
     sample: int = 300
     seed: int = 0
     limit: int = 10
     """CPU seconds after which a mutant counts as hanging."""
     only: str = ""
-    """Mutants of files whose name holds this."""
+    """Only mutants of files whose path contains this; results are then printed and not written."""
     baseline: bool = False
-    """Only run the selection on the package as it is, and print how long it takes."""
+    """Only run the selection on the unchanged package, and print how long it takes."""
 
 
 def main(options: Options) -> int:
     origin, log = provenance(), ROOT / "outputs" / "mutants.jsonl"
     log.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        server = ForkedTests(ROOT, Path(folder), TESTS, DESELECTED, options.limit)
-        untouched = server.run(None, TESTS[:1])
+        tests = ForkedTests(ROOT, Path(folder), TESTS, DESELECTED, options.limit)
+        untouched = tests.run(None, TESTS[:1])
         print(f"the selection: {untouched.cpu:.1f} s of CPU, {untouched.seconds:.1f} s in all, {untouched.verdict}")
         if options.baseline or untouched.verdict != "survived":
-            print("\n".join(server.slowest), untouched.test)
+            print("\n".join(tests.slowest), untouched.test)
             return int(untouched.verdict != "survived")
-        found = list(run_sample(options, server, log))
+        outcomes = list(run_sample(options, tests, log))
     if not options.only:
-        write_results(options, found, untouched, origin)
-    for mutant, outcome in found:
+        write_results(options, outcomes, untouched, origin)
+    for mutant, outcome in outcomes:
         if outcome.verdict == "survived":
             print(f"{mutant.file}:{mutant.line} {mutant.operator}\n  - {mutant.old}\n  + {mutant.new}")
             print(f"  {equivalence_reason(mutant)}")
@@ -118,96 +121,96 @@ def main(options: Options) -> int:
 
 
 def draw_sample(options: Options, package: Path) -> Iterator[Mutant]:
-    """The mutants, in an order that only the seed and the sources decide."""
+    """Yield the mutants, in an order that depends on the seed and the sources alone."""
     every = [(file, *place) for file in FILES for place in possible_changes(package / file)]
     random.Random(options.seed).shuffle(every)
     count = 0
     for file, operator, occurrence in every:
         if options.only in file and count < options.sample:
-            mutant = Mutant.made(package / file, operator, occurrence)
+            mutant = Mutant.create(package, file, operator, occurrence)
             if mutant is not None:
                 count += 1
                 yield mutant
 
 
-def run_sample(options: Options, server: ForkedTests, log: Path) -> Iterator[tuple[Mutant, Outcome]]:
-    """Each mutant's outcome: from the log if this very file has run against these tests, else from the server."""
+def run_sample(options: Options, tests: ForkedTests, log: Path) -> Iterator[tuple[Mutant, Outcome]]:
+    """Yield each mutant with its outcome: from the log if this file has run against these tests before."""
     digest = hashlib.sha1()
-    for name in sorted((server.copy / "tests").glob("*.py")):
-        digest.update(name.read_bytes() if name.name in TESTS else b"")
-    known: dict[str, Outcome] = {}
+    for test in sorted(TESTS):
+        digest.update((tests.copy / "tests" / test).read_bytes())
+    outcomes: dict[str, Outcome] = {}
     for line in log.read_text().splitlines() if log.exists() else []:
         entry = json.loads(line)
-        known[entry["key"]] = Outcome(**entry["outcome"])
+        outcomes[entry["key"]] = Outcome(**entry["outcome"])
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("mutants", total=options.sample)
-        for i, mutant in enumerate(draw_sample(options, server.copy / "trajsurgery")):
+        for i, mutant in enumerate(draw_sample(options, tests.copy / "trajsurgery")):
             key = f"{mutant.key} {digest.hexdigest()[:12]}"
-            if key not in known:
-                known[key] = server.run(mutant, RUN_FIRST.get(mutant.file, TESTS[:1]))
+            if key not in outcomes:
+                outcomes[key] = tests.run(mutant, RUN_FIRST.get(mutant.file, TESTS[:1]))
                 with log.open("a") as file:
-                    file.write(json.dumps({"key": key, "outcome": asdict(known[key])}) + "\n")
+                    file.write(json.dumps({"key": key, "outcome": asdict(outcomes[key])}) + "\n")
                 if progress.disable:
-                    print(f"{i + 1}/{options.sample} {mutant.file}:{mutant.line} {known[key].verdict}", flush=True)
+                    print(f"{i + 1}/{options.sample} {mutant.file}:{mutant.line} {outcomes[key].verdict}", flush=True)
             progress.advance(task)
-            yield mutant, known[key]
+            yield mutant, outcomes[key]
 
 
 def equivalence_reason(mutant: Mutant) -> str:
-    """The reason why the mutant is the package, or nothing."""
+    """Return why the mutant behaves as the package does, or ""."""
     return EQUIVALENT.get((mutant.file, mutant.old, mutant.new), "")
 
 
 def wilson_interval(share: int, of: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95% interval of a share (Wilson's score interval)."""
+    """Return the 95% interval of a share (Wilson's score interval)."""
     p, n = share / of, of
     centre, width = p + z**2 / (2 * n), z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
     return (centre - width) / (1 + z**2 / n), (centre + width) / (1 + z**2 / n)
 
 
 def write_results(
-    options: Options, found: list[tuple[Mutant, Outcome]], untouched: Outcome, origin: dict[str, Any]
+    options: Options, outcomes: list[tuple[Mutant, Outcome]], untouched: Outcome, origin: dict[str, Any]
 ) -> None:
-    """mutants.json and mutants.png."""
-    verdicts = Counter(outcome.verdict for _, outcome in found)
-    killed = len(found) - verdicts["survived"]
-    equivalent = sum(outcome.verdict == "survived" and bool(equivalence_reason(mutant)) for mutant, outcome in found)
-    low, high = wilson_interval(killed, len(found))
+    """Write mutants.json and mutants.png."""
+    verdicts = Counter(outcome.verdict for _, outcome in outcomes)
+    killed = len(outcomes) - verdicts["survived"]
+    equivalent = sum(outcome.verdict == "survived" and bool(equivalence_reason(mutant)) for mutant, outcome in outcomes)
+    low, high = wilson_interval(killed, len(outcomes))
     record: dict[str, Any] = {
-        "mutants": len(found),
+        "mutants": len(outcomes),
         "killed": killed,
         "of these hanging": verdicts["hangs"],
         "survived": verdicts["survived"],
         "of these equivalent": equivalent,
-        "share killed": round(killed / len(found), 4),
+        "share killed": round(killed / len(outcomes), 4),
         "95% interval": [round(low, 4), round(high, 4)],
-        "share killed of those that are not equivalent": round(killed / (len(found) - equivalent), 4),
+        "share killed of those that are not equivalent": round(killed / (len(outcomes) - equivalent), 4),
         "seed": options.seed,
         "selection": {"tests": list(TESTS), "seconds of CPU": untouched.cpu, "Hypothesis profile": "mutants"},
-        "seconds of CPU in all": round(sum(outcome.cpu for _, outcome in found), 1),
+        "seconds of CPU in all": round(sum(outcome.cpu for _, outcome in outcomes), 1),
         "survivors": [
             {
                 **{name: getattr(mutant, name) for name in ("file", "line", "operator", "old", "new")},
                 "why": equivalence_reason(mutant),
             }
-            for mutant, outcome in found
+            for mutant, outcome in outcomes
             if outcome.verdict == "survived"
         ],
         **origin,
     }
     record["versions"] |= {name: version(name) for name in ("cosmic-ray", "hypothesis", "pytest", "sympy")}
     (RESULTS / "mutants.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    draw_picture(found, f"{killed} of {len(found)} mutants killed ({100 * low:.1f}% to {100 * high:.1f}%)")
+    draw_picture(outcomes, f"{killed} of {len(outcomes)} mutants killed ({100 * low:.1f}% to {100 * high:.1f}%)")
 
 
-def draw_picture(found: list[tuple[Mutant, Outcome]], title: str) -> None:
-    """Killed and survived, by file and by kind of change."""
+def draw_picture(outcomes: list[tuple[Mutant, Outcome]], title: str) -> None:
+    """Draw how many were killed and survived, by file and by kind of change."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axes, kind in zip(figure.subplots(1, 2), ("file", "kind"), strict=True):
-        names = sorted({getattr(mutant, kind) for mutant, _ in found}, reverse=True)
-        dead = [sum(getattr(m, kind) == name and o.verdict != "survived" for m, o in found) for name in names]
-        alive = [sum(getattr(m, kind) == name and o.verdict == "survived" for m, o in found) for name in names]
+        names = sorted({getattr(mutant, kind) for mutant, _ in outcomes}, reverse=True)
+        dead = [sum(getattr(m, kind) == name and o.verdict != "survived" for m, o in outcomes) for name in names]
+        alive = [sum(getattr(m, kind) == name and o.verdict == "survived" for m, o in outcomes) for name in names]
         axes.barh(names, dead, color="#4C72B0", label="killed")
         axes.barh(names, alive, left=dead, color="#DD8452", label="survived")
         for i, (a, b) in enumerate(zip(dead, alive, strict=True)):

@@ -1,11 +1,12 @@
-"""What `operate` does on diffusers' pipelines: pipeline x (images bit for bit, gradient, recompute, staged).
+"""`operate` on 40 diffusers pipelines: images bit for bit, gradient, recompute, staged.
 
     python -m benchmarks.engine.pipelines
 
-Each is built small from its own classes (tests/pipelines), unmodified, and measured on one thread. Images, and
-velocities that are entered again, are compared with the plain call's (`torch.equal`); the tensors that get a gradient
+Each pipeline is built small from its own classes (tests/builders/pipelines), unmodified, and measured on one thread.
+Images and re-entered velocities are compared with the plain call's (`torch.equal`); the tensors that get a gradient
 with those that plain backpropagation through the undecorated loop reaches; LeapAlign's gradient with Algorithm 1 as a
-loop, and with its other two ways of running. Writes pipelines.json beside this file and docs/pipelines.md.
+loop, and with the other two ways of running. Writes results/pipelines.json and docs/reference/pipelines.md. Fails if a
+pipeline is not exact.
 """
 
 from __future__ import annotations
@@ -29,32 +30,32 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Options:
-    """Where to, and which."""
+    """Pipelines to measure, and where to write."""
 
     output: Path = RESULTS
     """The folder of pipelines.json."""
-    page: Path = Path(__file__).parents[2] / "docs" / "pipelines.md"
+    page: Path = Path(__file__).parents[2] / "docs" / "reference" / "pipelines.md"
     only: tuple[str, ...] = ()
-    """Names of pipelines; all if left out."""
+    """Names of pipelines; all if empty."""
 
 
 def measure_pipeline(name: str) -> dict[str, Any]:
-    """The measurements on one pipeline, or the error that says why there are none."""
+    """Return the measurements on one pipeline."""
     small = BUILDERS[name]()
     kind, sampler = type(small.pipe).__name__, type(small.pipe.scheduler).__name__
     about = {"pipeline": name, "class": kind, "scheduler": sampler, "dtype": str(small.pipe.transformer.dtype)}
     return about | dataclasses.asdict(measured(small))
 
 
-def render_page(found: dict[str, Any]) -> str:
-    """The matrix as Markdown."""
-    versions = found["versions"]
+def render_page(record: dict[str, Any]) -> str:
+    """Return the table as Markdown."""
+    versions = record["versions"]
     lines = [
         "# Pipelines",
         "",
         f"Unmodified pipelines of diffusers {versions['diffusers']} (torch {versions['torch']}), built small from "
         "their own classes with random weights, under `operate(pipe, leapalign(T, 1, 0.3))`. Written by "
-        f"`{found['command']}` at commit {found['commit']}; the tests in `tests/pipelines` assert the same.",
+        f"`{record['command']}` at commit {record['commit']}; the tests in `tests/pipelines` assert the same.",
         "",
         "- **bit-exact**: images inside the block, without a plan, with one, and under recompute, equal the plain "
         "call's (`torch.equal`), and so does every velocity that is entered again.",
@@ -67,33 +68,33 @@ def render_page(found: dict[str, Any]) -> str:
         "| pipeline | sampler | T | bit-exact | gradient | recompute | staged |",
         "|---|---|---|---|---|---|---|",
     ]
-    for r in found["rows"]:
-        mark = r["pipeline"] + ("" if r["dtype"] == "torch.float64" else " \\*")
-        sampler = r["scheduler"].removesuffix("Scheduler").removesuffix("Discrete")
-        exact = "yes" if r["exact"] and r["restored"] else "**no**"
-        reached = f"{r['parameters']} tensors" if r["reached"] else "**other tensors**"
-        numbers = [f"{r[name]:.0e}" if r[name] else "0" for name in ("by_hand", "recompute", "staged")]
+    for row in record["rows"]:
+        mark = row["pipeline"] + ("" if row["dtype"] == "torch.float64" else " \\*")
+        sampler = row["scheduler"].removesuffix("Scheduler").removesuffix("Discrete")
+        exact = "yes" if row["exact"] and row["restored"] else "**no**"
+        reached = f"{row['parameters']} tensors" if row["reached"] else "**other tensors**"
+        numbers = [f"{row[name]:.0e}" if row[name] else "0" for name in ("by_hand", "recompute", "staged")]
         lines.append(
-            f"| {mark} | {sampler} | {r['steps']} | {exact} | {reached}, {numbers[0]} | {numbers[1]} | {numbers[2]} |"
+            f"| {mark} | {sampler} | {row['steps']} | {exact} | {reached}, {numbers[0]} | {numbers[1]} | {numbers[2]} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def main(options: Options) -> int:
-    """Measures, writes, prints; 1 if a promise is broken."""
+    """Measure, write and print; return 1 if a pipeline's images, gradient or velocities differ."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning)
     rows: list[dict[str, Any]] = []
     for name in options.only or BUILDERS:
         rows.append(measure_pipeline(name))
         print(" ".join(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
-    found = {**provenance(), "rows": rows}
+    record = {**provenance(), "rows": rows}
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "pipelines.json").write_text(json.dumps(found, indent=1) + "\n")
-    options.page.write_text(render_page(found))
-    kept = all(r["exact"] and r["reached"] and r["restored"] for r in rows)
-    print(f"{len(rows)} pipelines: {'all promises kept' if kept else 'NOT all promises kept'}")
-    return 0 if kept else 1
+    (options.output / "pipelines.json").write_text(json.dumps(record, indent=1) + "\n")
+    options.page.write_text(render_page(record))
+    all_exact = all(row["exact"] and row["reached"] and row["restored"] for row in rows)
+    print(f"{len(rows)} pipelines: {'all promises kept' if all_exact else 'NOT all promises kept'}")
+    return 0 if all_exact else 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Border cases of the core that drawn plans seldom reach; each kills a mutant (benchmarks/mutants.py)."""
+"""Border cases of the core that drawn plans seldom reach; each kills a mutant (benchmarks/engine/mutants.py)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Executions and closed forms small enough for paper: a field v = w x, whose every number can be written down.
 
 With v_t = w x_t the rollout is x_{t-1} = x_t (1 + w (s_{t-1} - s_t)). These tests take a second; they are what
-`benchmarks/mutants.py` runs first.
+`benchmarks/engine/mutants.py` runs first.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ RATIO = {
     "two objects": 1,
     "single object": 0,
 }
-# Or in this one: a model of a million parameters forgets the categories that are not asked for (benchmarks/world.md).
+# Or in this one: a model of a million parameters forgets categories without prompts (benchmarks/world/README.md).
 EVEN_RATIO = {
     "position": 4,
     "counting": 2,

@@ -205,7 +205,8 @@ def paper(method: Method, output: str) -> Recipe:
 def presets(method: Method, output: str) -> dict[str, Recipe]:
     """The two recipes of a method: on the embedded world, and the paper's.
 
-    The embedded world's settings were chosen on validation prompts (benchmarks/choose.py): its rate in this world.
+    The embedded world's settings were chosen on validation prompts (benchmarks/demo/choose_settings.py): its rate in
+    this world.
     """
     return {
         "tiny": replace(
