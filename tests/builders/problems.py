@@ -94,10 +94,30 @@ def _sampled(memory: str) -> Callable[..., tuple[list[Tensor], list[Tensor]]]:
     return run
 
 
+def _split(plan: Plan, p: Problem, wrt: list[Tensor], fields: Any) -> tuple[list[Tensor], list[Tensor]]:
+    return _by_backward(outputs(apply(plan, p.trajectory, fields, "split", generator=seeded())), wrt)
+
+
+def _sampled_split(plan: Plan, p: Problem, wrt: list[Tensor], fields: Any) -> tuple[list[Tensor], list[Tensor]]:
+    made, _ = sample(plan, fields, p.noise, p.sigmas, p.trajectory.interpolant, memory="split", generator=seeded())
+    return _by_backward(outputs(made), wrt)
+
+
+def _by_backward(made: tuple[Tensor, ...], wrt: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The gradients that `backward()` leaves in `.grad`."""
+    for leaf in wrt:
+        leaf.grad = None
+    live = [(o, c) for o, c in zip(made, cotangents(made), strict=True) if o.requires_grad]
+    torch.autograd.backward([o for o, _ in live], [c for _, c in live])
+    return list(made), [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in wrt]
+
+
 WAYS = {
     "retain": _applied("retain"),
     "recompute": _applied("recompute"),
     "staged": _staged,
+    "split": _split,
+    "sample split": _sampled_split,
     "sample retain": _sampled("retain"),
     "sample recompute": _sampled("recompute"),
 }

@@ -167,10 +167,10 @@ def test_where_calls_are_made_again_nothing_is_kept_but_latents(name: str) -> No
     assert kept <= 2 * (outputs[0].nbytes + 8)  # and a sigma
 
 
-@pytest.mark.parametrize("way", ["retain", "recompute", "staged"])
+@pytest.mark.parametrize("way", ["retain", "recompute", "staged", "split"])
 @pytest.mark.parametrize("name, changes", CASES)
 def test_operations_are_those_of_the_run(name: str, changes: str, way: Any) -> None:
-    """Rollout and plan; with retain the plan's forward is the rollout's."""
+    """Rollout and plan; with retain and split the plan's forward is the rollout's."""
     settings = recipe(name, memory=way, **CHANGES[changes])
     found = planned(name, settings).flops
     real = prepared(name, settings)
@@ -183,7 +183,7 @@ def test_operations_are_those_of_the_run(name: str, changes: str, way: Any) -> N
             surgery.outputs[0].sum().backward()
     assert found["rollout"] == pytest.approx(forward.get_total_flops(), rel=0.02)
     assert found["plan, forward"] + found["plan, backward"] == pytest.approx(back.get_total_flops(), rel=0.02)
-    assert (found["plan, forward"] == 0) == (way == "retain")
+    assert (found["plan, forward"] == 0) == (way in ("retain", "split"))
 
 
 DECODERS = {"plain": Decoder(), "checkpointing": Decoder(checkpointing=True), "slicing": Decoder(slicing=True)}
@@ -212,16 +212,18 @@ def test_the_decoders_figures_are_those_of_a_decode(name: str, way: str) -> None
 def test_ways_of_running_differ_as_they_should() -> None:
     ways = {
         way: plan_memory(recipe("flux", memory=way), PLAN, found=small("flux"))
-        for way in ("retain", "recompute", "staged")
+        for way in ("retain", "recompute", "staged", "split")
     }
     call = ways["retain"].flops["rollout"] // 6
     assert ways["retain"].flops["plan, forward"] == 0
     assert ways["recompute"].flops["plan, forward"] == ways["staged"].flops["plan, forward"] == 2 * call
     assert ways["recompute"].passing["kept for the calls"] == 0
     weights = 4 * ways["retain"].parameters
-    assert [found.passing["second gradient"] for found in ways.values()] == [weights, weights, 0]
-    retain, recompute, staged = (sum(found.passing.values()) for found in ways.values())
+    assert [found.passing["second gradient"] for found in ways.values()] == [weights, weights, 0, 0]
+    assert ways["split"].flops == ways["retain"].flops
+    retain, recompute, staged, split = (sum(found.passing.values()) for found in ways.values())
     assert staged < recompute < retain
+    assert staged < split == retain - weights
 
 
 def test_sharding_and_hardware() -> None:

@@ -23,6 +23,7 @@ def test_operate_keeps_its_promises(name: str) -> None:
     tolerance = STOCK if small.pipe.transformer.dtype == torch.float64 else VALUE[torch.float32]
     assert found.by_hand < tolerance
     assert found.recompute < tolerance
+    assert found.split < tolerance
     assert found.staged < tolerance
 
 

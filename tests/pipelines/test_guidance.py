@@ -43,6 +43,13 @@ def test_the_conditional_side_alone(name: str) -> None:
             torch.manual_seed(1)
             cotangent = torch.randn_like(surgery.outputs[0])
             found[guidance, memory] = flat(gradient(surgery.outputs, [cotangent], params))
+        with operate(small.pipe, plan, "split", guidance_gradient=guidance) as surgery:
+            small()
+        surgery.outputs[0].backward(cotangent)
+        split = flat([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
+        for p in params:
+            p.grad = None
+        assert gap(split, found[guidance, "retain"]) < tolerance
         backward(plan, surgery.trajectory, surgery.field, cotangent)
         staged = flat([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
         for p in params:

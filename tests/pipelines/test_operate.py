@@ -67,7 +67,7 @@ def gap(found: Any, wanted: Any) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", PIPELINES)
-@pytest.mark.parametrize("memory", ["retain", "recompute"])
+@pytest.mark.parametrize("memory", ["retain", "recompute", "split"])
 def test_every_latent_and_image_is_the_plain_calls(name: str, dtype: torch.dtype, memory: Any) -> None:
     small = PIPELINES[name](dtype)
     latents: list[torch.Tensor] = []
@@ -95,6 +95,12 @@ def test_all_ways_give_the_same_gradient(small: Small, plan: Plan) -> None:
         with operate(small.pipe, plan, memory, generator=torch.Generator().manual_seed(3)) as surgery:
             small()
         cotangents, found[memory] = gradients(surgery.outputs, small)
+    small.pipe.transformer.zero_grad()
+    with operate(small.pipe, plan, "split", generator=torch.Generator().manual_seed(3)) as surgery:
+        small()
+    torch.autograd.backward(surgery.outputs, cotangents)
+    split = [p.grad for p in small.pipe.transformer.parameters()]
+    assert gap(split, found["retain"]) < 1e-10
     small.pipe.transformer.zero_grad()
     backward(plan, surgery.trajectory, surgery.field, cotangents)
     staged = [p.grad for p in small.pipe.transformer.parameters()]

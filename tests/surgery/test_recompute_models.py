@@ -62,6 +62,7 @@ def all_ways(field, plan, p):
     return {
         "retain": gradients(field, lambda: apply(plan, p.trajectory, field).sum().backward()),
         "recompute": gradients(field, lambda: apply(plan, p.trajectory, field, "recompute").sum().backward()),
+        "split": gradients(field, lambda: apply(plan, p.trajectory, field, "split").sum().backward()),
         "staged": gradients(field, lambda: backward(plan, p.trajectory, field, torch.ones_like(p.trajectory[0]))),
     }
 
@@ -69,7 +70,7 @@ def all_ways(field, plan, p):
 def agree(field, plan, p, tolerance=EXACT):
     found = all_ways(field, plan, p)
     assert torch.stack([g.norm() for g in found["retain"]]).norm() > 0
-    for way in ("recompute", "staged"):
+    for way in ("recompute", "split", "staged"):
         assert distance(found[way], found["retain"]) <= tolerance, way
     return found["recompute"]
 

@@ -20,7 +20,7 @@ from trajsurgery.surgery import autograd_functions, node_values
 from trajsurgery.surgery.execution import Execution
 from trajsurgery.testing import MLP, Proof, check_gradient
 
-CHECKS = {"values", "retain", "recompute", "staged", "checkpointed", "jvp", "differences"}
+CHECKS = {"values", "retain", "recompute", "staged", "split", "checkpointed", "jvp", "differences"}
 STOPPED = Plan(latent(5).leap(2).connect().leap(0, velocity=latent(5).leap(2).connect().detach().velocity()))
 
 

@@ -78,7 +78,7 @@ def test_a_rank_is_at_least_one(rank: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
-@pytest.mark.parametrize("memory", ["retain", "staged"])
+@pytest.mark.parametrize("memory", ["retain", "staged", "split"])
 def test_a_run_trains_adapters_alone_under_autocast(memory: Any, tmp_path: Path) -> None:
     short = toy_world.recipe(tmp_path / "run", iterations=3)
     rollout = replace(short.rollout, precision="bfloat16", memory=memory)

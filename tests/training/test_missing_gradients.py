@@ -70,7 +70,7 @@ def asleep(world):
     return world
 
 
-@pytest.mark.parametrize("memory", ["retain", "staged"])
+@pytest.mark.parametrize("memory", ["retain", "staged", "split"])
 def test_a_run_looks_once_and_logs_what_is_idle(tmp_path, monkeypatch, memory):
     recipe = toy_world.recipe(tmp_path, iterations=3)
     recipe = replace(recipe, rollout=replace(recipe.rollout, memory=memory))

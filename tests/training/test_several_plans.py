@@ -32,7 +32,7 @@ class Given:
         return self.plans[next(self.turns) % len(self.plans)]
 
 
-@pytest.mark.parametrize("memory", ["retain", "recompute", "staged"])
+@pytest.mark.parametrize("memory", ["retain", "recompute", "staged", "split"])
 def test_the_gradient_is_the_mean_of_the_plans(memory: str, tmp_path: Path) -> None:
     recipe = toy_world.recipe(tmp_path)
     alone = [gradient(recipe, Given((plan,), count())) for plan in PLANS]

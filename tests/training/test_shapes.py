@@ -63,7 +63,7 @@ def test_operate_in_every_way_of_running(name: str) -> None:
     assert gap(whole([p.grad for p in params]), wanted) < STOCK
 
 
-@pytest.mark.parametrize("memory", ["retain", "recompute", "staged"])
+@pytest.mark.parametrize("memory", ["retain", "recompute", "staged", "split"])
 def test_a_run_of_wide_images_several_a_prompt(memory: Any, tmp_path: Path) -> None:
     short: Recipe = toy_world.recipe(tmp_path, iterations=1)
     short = replace(short, rollout=replace(short.rollout, width=24, per_prompt=2, memory=memory))

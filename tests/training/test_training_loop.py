@@ -74,6 +74,7 @@ def test_all_ways_of_running_give_one_gradient(name: str, tmp_path: Path) -> Non
     wanted = gradient(recipe, method)
     assert distance(gradient(recipe, method, memory="recompute"), wanted) < 1e-5
     assert distance(gradient(recipe, method, memory="staged"), wanted) < 1e-5
+    assert distance(gradient(recipe, method, memory="split"), wanted) < 1e-5
     assert distance(gradient(recipe, method, checkpointing=True), wanted) < 1e-5
 
 
@@ -84,7 +85,7 @@ def test_bfloat16_is_near_and_alike_in_all_ways(name: str, tmp_path: Path) -> No
     found = gradient(recipe, method, precision="bfloat16")
     assert all(g.dtype == torch.float32 for g in found)
     assert 1e-4 < distance(found, gradient(recipe, method)) < 0.2  # bfloat16 has less than three digits
-    for memory in ("recompute", "staged"):
+    for memory in ("recompute", "staged", "split"):
         assert distance(gradient(recipe, method, precision="bfloat16", memory=memory), found) < 1e-5
 
 

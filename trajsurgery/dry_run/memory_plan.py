@@ -15,6 +15,7 @@ from trajsurgery.dry_run.model_costs import ModelCosts, measure_model
 from trajsurgery.plans.graph import needs_gradient, trained
 from trajsurgery.plans.nodes import Velocity
 from trajsurgery.plans.plan import Plan
+from trajsurgery.surgery.velocity_calls import IN_ROLLOUT
 from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.settings import Hardware
 
@@ -126,7 +127,7 @@ def _transient_bytes(recipe: Recipe, counted: ModelCosts, calls: int, outputs: i
     call, way = counted.call, recipe.rollout.memory
     every = list(counted.model.transformer.parameters())
     second = sum(p.numel() * p.element_size() for p in every if p.requires_grad)
-    activations = call.kept + max(0, calls - 1) * call.further if way == "retain" and calls else 0
+    activations = call.kept + max(0, calls - 1) * call.further if way in IN_ROLLOUT and calls else 0
     reward = counted.reward.kept if counted.reward else 0
     return {
         "kept for the calls": activations,
@@ -134,8 +135,8 @@ def _transient_bytes(recipe: Recipe, counted: ModelCosts, calls: int, outputs: i
         + counted.decode.peak
         - counted.decode.kept
         + (counted.reward.peak - reward if counted.reward else 0),
-        "one call's backward": call.peak - (call.kept if way == "retain" else 0) if calls else 0,
-        "second gradient": second if way != "staged" and calls > 1 else 0,
+        "one call's backward": call.peak - (call.kept if way in IN_ROLLOUT else 0) if calls else 0,
+        "second gradient": second if way not in ("staged", "split") and calls > 1 else 0,
     }
 
 
@@ -156,6 +157,7 @@ def _operations(recipe: Recipe, plan: Plan, counted: ModelCosts, images: int) ->
         "retain": calls + extra * (1 + measured) if after else extra,
         "recompute": calls + extra * (1 + (after and measured)),
         "staged": calls + extra * (2 + measured),
+        "split": calls + extra * (after and measured) if after else extra,
     }[rollout.memory]
     outputs = len(plan.outputs) if plans == 1 else 1
     reward = counted.reward

@@ -32,7 +32,7 @@ from trajsurgery.plans.nodes import (
 from trajsurgery.plans.plan import Plan
 from trajsurgery.surgery.execution import Execution, bind_to_steps, first_call
 from trajsurgery.surgery.trajectory import Trajectory
-from trajsurgery.surgery.velocity_calls import Memory, run_outputs
+from trajsurgery.surgery.velocity_calls import IN_ROLLOUT, Memory, cut, run_outputs, split_call
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class DenoisingLoop:
             stack.callback(lambda: self.stop_watching())
             self.tell, stop_telling = guidance_passes(pipe, self.wish.guidance)
             stack.callback(stop_telling)
-            if self.wish.plan is not None and self.wish.memory == "retain":
+            if self.wish.plan is not None and self.wish.memory in IN_ROLLOUT:
                 for module in (m for m in pipe.components.values() if isinstance(m, nn.Module)):
                     stack.callback(module.register_forward_pre_hook(_copy_arguments, with_kwargs=True).remove)
             self.stack = stack.pop_all()
@@ -129,7 +129,7 @@ class DenoisingLoop:
         self.record.announced = True
         self.record.begin()
         plan = self.wish.plan
-        if plan is None or self.wish.memory != "retain":
+        if plan is None or self.wish.memory not in IN_ROLLOUT:
             return
         with contextlib.suppress(PlanError, SamplerError):  # told at the first step, when T is known for certain
             steps = Schedule.of(self.scheduler, first_timetable_entry(self.scheduler)).steps
@@ -208,6 +208,9 @@ class DenoisingLoop:
             self.execution.settle()
             if self.call is not None:
                 self.tell(v)
+                if self.wish.memory == "split":
+                    start = sample if self.given is None else self.given
+                    v = split_call(self.execution.tensors[self.call.x], v, start)
                 self.execution.adopt(self.call, v)
             else:
                 self.tell(v.detach())  # drops what a call left that is not the plan's after all
@@ -236,12 +239,15 @@ class DenoisingLoop:
         execution = self.execution
         if self.t == 0:
             return self._finish(real)
-        if execution is None or self.wish.memory != "retain":
+        if execution is None or self.wish.memory not in IN_ROLLOUT:
             return real
         execution.settle()
         self.call = execution.wanted(self.t)
         torch.set_grad_enabled(self.call is not None)
-        return real if self.call is None else execution.tensors[self.call.x]
+        if self.call is None:
+            return real
+        node = execution.tensors[self.call.x]
+        return cut(node) if self.wish.memory == "split" else node
 
     def _finish(self, real: Tensor) -> Tensor:
         """Return the sample that the pipeline decodes: the plan's first output, or the sampler's own."""

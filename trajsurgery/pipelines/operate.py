@@ -54,7 +54,8 @@ def operate(
         pipe: any diffusers pipeline with a flow-matching scheduler.
         plan: which edges pass the gradient; without one the rollout is only recorded.
         memory: "retain" keeps the activations of the plan's calls, which are the rollout's own; "recompute" keeps none
-            and makes the calls again in the backward pass, through the pipeline itself.
+            and makes the calls again in the backward pass, through the pipeline itself. "split" is retain with a graph
+            for each call: parameter gradients go into `.grad` call by call, and no second one is ever held.
         generator: draws the noises of renoised samples (by default torch's global one).
         guidance_gradient: for classifier-free guidance, v = u + s (c - u). "both": both passes are in the graph.
             "conditional": the conditional one alone, s dc/dtheta; u is a constant. The values are the same.

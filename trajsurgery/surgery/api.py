@@ -18,7 +18,16 @@ from trajsurgery.surgery.parameters import Fields, Params, field_named, has_trai
 from trajsurgery.surgery.per_sample_execution import start_run
 from trajsurgery.surgery.trajectory import Trajectory, as_sigmas
 from trajsurgery.surgery.validation import call_field, change_count, check_finite, match_cotangents
-from trajsurgery.surgery.velocity_calls import Memory, Run, check_memory, retained_call, run_outputs
+from trajsurgery.surgery.velocity_calls import (
+    IN_ROLLOUT,
+    Memory,
+    Run,
+    check_memory,
+    cut,
+    retained_call,
+    run_outputs,
+    split_call,
+)
 
 Outputs = Tensor | tuple[Tensor, ...]
 
@@ -77,7 +86,10 @@ def sample(
     check_memory(memory)
     check_plan(plan)
     bind_to_steps(plan, len(as_sigmas(sigmas, noise)) - 1)
-    rolled = _run_sampler(field, noise, sigmas, interpolant, plan if memory == "retain" else None, generator)
+    if params is not None:  # once: it may be an iterator
+        params = tuple(params.values() if isinstance(params, Mapping) else params)
+    in_rollout = plan if memory in IN_ROLLOUT else None
+    rolled = _run_sampler(field, noise, sigmas, interpolant, in_rollout, generator, memory == "split", params)
     trajectory = rolled[1]
     if check:
         check_finite(trajectory.latents, trajectory.velocities)
@@ -103,8 +115,10 @@ def apply(
     Args:
         plan: one for the batch, or `PerSample`: one for each sample.
         memory: "retain" keeps the activations of every velocity call. "recompute" keeps none and runs the model again
-            in the backward pass, one call at a time (first-order reverse mode only; falls back to retain under a
-            torch.func transform or forward-mode AD).
+            in the backward pass, one call at a time. "split" gives each call a graph of its own, whose backward pass
+            adds into `.grad`: no second parameter gradient is held, and `torch.autograd.grad` for parameters is not
+            possible. Both are first-order reverse mode only, and fall back to retain under a torch.func transform or
+            forward-mode AD.
         generator: draws the noises of renoised samples that the trajectory does not hold yet (by default torch's global
             one).
         params: what trains; by default `field.parameters()`, or the leaves of the autograd graph of one call.
@@ -229,6 +243,8 @@ def _run_sampler(
     interpolant: Interpolant | None,
     plan: Plan | None,
     generator: torch.Generator | None = None,
+    split: bool = False,
+    params: tuple[Tensor, ...] | None = None,
 ) -> tuple[Execution | None, Trajectory]:
     """The sampler's loop. The model's input is the plan's own node where the plan calls at t, else the plain latent."""
     times = as_sigmas(sigmas, noise)
@@ -243,10 +259,12 @@ def _run_sampler(
             node = execution.wanted(t)
         with torch.set_grad_enabled(node is not None):
             model_input = x if node is None or execution is None else execution.tensors[node.x]
+            model_input = cut(model_input) if split and node is not None else model_input
             v = call_field(field, model_input, trajectory.sigma(t), t)
         versions[t] = change_count(v)
         if node is not None and execution is not None:
-            execution.adopt(node, v)
+            x_node = execution.tensors[node.x]
+            execution.adopt(node, split_call(x_node, v, model_input, params) if split else v)
         trajectory.velocities[t] = v.detach()
         x = x + (trajectory.sigma(t - 1) - trajectory.sigma(t)) * v.detach()
         trajectory.latents[t - 1] = x

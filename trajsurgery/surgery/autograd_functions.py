@@ -64,6 +64,29 @@ def recompute(call: Call, x: Tensor, params: Sequence[Tensor], value: Tensor | N
     return _apply(_Recompute, call, value, x, *params)
 
 
+def split(
+    x: Tensor,
+    kept: tuple[Tensor, Tensor] | None,
+    call: Call | None,
+    value: Tensor | None,
+    params: tuple[Tensor, ...] | None,
+) -> Tensor:
+    """Return a call's velocity whose backward pass runs the call's own graph, adding parameter gradients into `.grad`.
+
+    The graph ends at the call's input and output, so autograd never holds a second gradient of the parameters. For
+    first-order reverse mode, by `backward()` alone.
+
+    Args:
+        x: [batch, *latent], the plan's node that the call is made on.
+        kept: (v, input): a call that was made, with its graph; None: `call(x)` is run in the backward pass.
+        call: the model at one time, where it is not made yet.
+        value: what `call(x)` returns.
+        params: what receives a gradient; None: every leaf of the call's graph.
+    """
+    token = torch.empty(0, device=x.device, requires_grad=True)
+    return _apply(_Split, token, x, kept, call, value, params)
+
+
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
     # A Function applied under no_grad would cut the graph; the surgery's own edges exist whatever the caller's mode.
     with torch.enable_grad():
@@ -159,6 +182,44 @@ class _Recompute(torch.autograd.Function):
         inputs = [v for v, need in zip((x, *ctx.params), ctx.needs_input_grad[2:], strict=True) if need]
         gradients = iter(torch.autograd.grad(out, inputs, grad.to(out.dtype), allow_unused=True))
         return None, None, *(next(gradients) if need else None for need in ctx.needs_input_grad[2:])
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        token: Tensor,
+        x: Tensor,
+        kept: tuple[Tensor, Tensor] | None,
+        call: Call | None,
+        value: Tensor | None,
+        params: tuple[Tensor, ...] | None,
+    ) -> Tensor:
+        ctx.kept, ctx.call, ctx.params, ctx.state = kept, call, params, _kernel_state(x.device.type)
+        ctx.token = torch.autograd.graph.get_gradient_edge(token).node
+        ctx.save_for_backward(*([x] if kept is None else []))
+        v = value if kept is None else kept[0]
+        assert v is not None, "a call that is not made now has a value"
+        return v.detach().clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        # autograd.grad and backward(inputs=...) run the nodes that they need alone: a leaf of ours is none of them
+        if torch.is_grad_enabled() or not torch._C._will_engine_execute_node(ctx.token):  # pyright: ignore[reportPrivateUsage]
+            raise RuntimeError(
+                "memory='split' adds parameter gradients into .grad as loss.backward() runs: it has no second "
+                "derivative (create_graph=True), and torch.autograd.grad and backward(inputs=...) can't use it. Use "
+                "memory='retain'."
+            )
+        v, x = ctx.kept or (None, ctx.saved_tensors[0].detach().requires_grad_(ctx.needs_input_grad[1]))
+        ctx.kept = None
+        if v is None:
+            with torch.enable_grad(), _restored(ctx.state):
+                v = ctx.call(x)
+        inputs = None if ctx.params is None else [*ctx.params, *([x] if x.requires_grad else [])]
+        if v.requires_grad:
+            torch.autograd.backward(v, grad.to(v.dtype), inputs=inputs)
+        return None, x.grad, None, None, None, None
 
 
 def _kernel_state(device: str) -> tuple[Any, ...]:

@@ -1,14 +1,14 @@
 """The ways to make a plan's model calls.
 
 Apart from them a plan is linear. The ways of running differ only in what replaces a model call: the call itself
-(retain), a Function that runs it again in the backward pass (recompute), or a leaf whose gradient the staged sweep
-uses.
+(retain), a Function that runs it again in the backward pass (recompute), a Function that keeps the call's graph to
+itself (split), or a leaf whose gradient the staged sweep uses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -29,7 +29,9 @@ from trajsurgery.surgery.parameters import (
 from trajsurgery.surgery.trajectory import Trajectory
 from trajsurgery.surgery.validation import call_field
 
-Memory = Literal["retain", "recompute"]
+Memory = Literal["retain", "recompute", "split"]
+IN_ROLLOUT: tuple[Memory, ...] = ("retain", "split")
+"""Ways in which the plan's calls are the rollout's own, where a plan fits one pass."""
 
 Call = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor | None, str | None], Tensor]
 """Replaces a model call: (model at one time, x [batch, *latent], recorded value if any, field's name) -> v."""
@@ -61,13 +63,27 @@ class Run(Protocol):
 
 def check_memory(memory: str) -> None:
     """Raise PlanError unless `memory` is a known way to keep activations."""
-    if memory not in ("retain", "recompute"):
-        raise PlanError(f'memory={memory!r}: it is "retain" or "recompute"; the staged sweep is trajsurgery.backward.')
+    if memory not in get_args(Memory):
+        raise PlanError(
+            f'memory={memory!r}: it is "retain", "recompute" or "split"; the staged sweep is trajsurgery.backward.'
+        )
 
 
 def retained_call(call: Callable[[Tensor], Tensor], x: Tensor, recorded: Tensor | None, name: str | None) -> Tensor:
     """Make the call itself, keeping its activations."""
     return call(x)
+
+
+def cut(x: Tensor) -> Tensor:
+    """Return the input of a call whose graph is to end there."""
+    return x.detach().requires_grad_(x.requires_grad)
+
+
+def split_call(x: Tensor, v: Tensor, start: Tensor, params: tuple[Tensor, ...] | None = None) -> Tensor:
+    """Return the velocity of a call that was made on `start = cut(x)`, its graph kept apart from the plan's."""
+    if _inside_torch_func() or not v.requires_grad:
+        return v
+    return autograd_functions.split(x, (v, start), None, None, params)
 
 
 def velocity_at(
@@ -103,6 +119,16 @@ def run_outputs(fields: Fields, memory: Memory, execution: Run, params: Params) 
         params = trainable_only(params, not any(isinstance(node, Noise) for node in execution.live))
     if memory == "retain" or _inside_torch_func():
         return _check_differentiable(execution.finish(fields, retained_call))
+    if memory == "split":
+
+        def own_graph(call: Callable[[Tensor], Tensor], x: Tensor, recorded: Tensor | None, name: str | None) -> Tensor:
+            if recorded is not None:
+                return autograd_functions.split(x, None, call, recorded, params)
+            start = cut(x)
+            v = call(start)
+            return split_call(x, v, start, params)
+
+        return _check_differentiable(execution.finish(fields, own_graph))
     trained = recompute_leaves(execution, fields, params)
 
     def recomputed(call: Callable[[Tensor], Tensor], x: Tensor, recorded: Tensor | None, name: str | None) -> Tensor:

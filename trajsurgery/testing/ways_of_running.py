@@ -33,11 +33,27 @@ def _applied(
 
 
 def _staged(case: Case, cotangents: Sequence[Tensor]) -> Gradient:
+    def run() -> None:
+        backward(case.plan, case.trajectory, case.fields, list(cotangents), params=case.params)
+
+    return _into_grad(case, run)
+
+
+def _split(case: Case, cotangents: Sequence[Tensor]) -> Gradient:
+    def run() -> None:
+        outputs = as_tuple(apply(case.plan, case.trajectory, case.fields, "split", params=case.params))
+        torch.autograd.backward(outputs, tuple(cotangents))
+
+    return _into_grad(case, run)
+
+
+def _into_grad(case: Case, run: Callable[[], None]) -> Gradient:
+    """Return what `run` leaves in `.grad`, and restore it."""
     previous = [leaf.grad for leaf in case.wrt]
     for leaf in case.wrt:
         leaf.grad = None
     try:
-        backward(case.plan, case.trajectory, case.fields, list(cotangents), params=case.params)
+        run()
         return tuple(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in case.wrt)
     finally:
         for leaf, grad in zip(case.wrt, previous, strict=True):
@@ -57,6 +73,7 @@ GRADIENTS: dict[str, Callable[[Case, Sequence[Tensor]], Gradient]] = {
     "retain": _applied,
     "recompute": lambda case, cotangents: _applied(case, cotangents, "recompute"),
     "staged": _staged,
+    "split": _split,
     "checkpointed": _checkpointed,
 }
 """Every way to get the gradient of `case.wrt`."""

@@ -33,8 +33,9 @@ class Rollout:
     times: Literal["shared", "per-sample"] = "shared"
     """shared: one draw of the method for a rollout. per-sample: one for each image; the plans' model calls are then
     made anew after the rollout, whatever `memory` is: retain keeps their activations, and saves no call."""
-    memory: Literal["retain", "recompute", "staged"] = "retain"
-    """retain keeps the activations of the plan's model calls; recompute and staged those of one call at a time."""
+    memory: Literal["retain", "recompute", "staged", "split"] = "retain"
+    """retain keeps the activations of the plan's model calls; split too, but holds no second gradient of the weights;
+    recompute and staged keep those of one call at a time."""
     checkpointing: bool = False
     """Gradient checkpointing inside the transformer."""
     precision: Literal["float32", "bfloat16"] = "float32"

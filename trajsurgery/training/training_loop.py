@@ -162,8 +162,8 @@ def _step(recipe: Recipe, training: TrainingState, healthy: bool) -> bool:
     if healthy:
         training.optimiser.step()
         training.ema.step(training.parameters)
-    # The staged sweep adds into gradients that exist: it never holds a second one.
-    training.optimiser.zero_grad(set_to_none=recipe.rollout.memory != "staged")
+    # These add into gradients that exist, and never hold a second one.
+    training.optimiser.zero_grad(set_to_none=recipe.rollout.memory not in ("staged", "split"))
     training.iteration += 1
     training.skipped += not healthy
     training.in_a_row = 0 if healthy else training.in_a_row + 1

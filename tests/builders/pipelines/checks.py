@@ -34,6 +34,8 @@ class Found:
     """Relative difference of the retained gradient from Algorithm 1 written out."""
     recompute: float
     """Of the recomputed from the retained one."""
+    split: float
+    """Of the split one, whose calls are the rollout's own."""
     staged: float
     """Of the staged one, after the block has closed."""
 
@@ -105,6 +107,12 @@ def measured(small: Small) -> Found:
         torch.manual_seed(1)
         cotangent = torch.randn_like(surgery.outputs[0])
         grads[memory] = gradient(surgery.outputs, [cotangent], params)
+    for p in params:
+        p.grad = None
+    with operate(small.pipe, plan, "split") as surgery:
+        exact &= torch.equal(small()[0], plain)
+    surgery.outputs[0].backward(cotangent)
+    grads["split"] = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
     trajectory, field = surgery.trajectory, surgery.field
     for p in params:
         p.grad = None
@@ -126,5 +134,6 @@ def measured(small: Small) -> Found:
         restored=state(small.pipe) == before and torch.equal(small()[0], plain),
         by_hand=gap(flat(grads["retain"]), flat(hand)),
         recompute=gap(flat(grads["recompute"]), flat(grads["retain"])),
+        split=gap(flat(grads["split"]), flat(grads["retain"])),
         staged=gap(flat(grads["staged"]), flat(grads["retain"])),
     )

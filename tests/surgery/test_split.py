@@ -1,0 +1,112 @@
+"""split: each call's graph apart from the plan's; gradients go into `.grad` call by call, and no call is made twice."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.builders.problems import Problem, distance, grads
+from trajsurgery import Plan, PlanError, apply, latent, leapalign, noise, sample
+from trajsurgery.testing import MLP
+
+PLAN = leapalign(6, 3, 0.3)
+
+
+class Counting(torch.nn.Module):
+    """A field that counts its calls."""
+
+    def __init__(self, field: MLP) -> None:
+        super().__init__()
+        self.field, self.calls = field, 0
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        self.calls += 1
+        return self.field(x, sigma)
+
+
+def test_in_one_pass_no_call_is_made_twice(rolled: Problem) -> None:
+    field = Counting(rolled.field)
+    x_0, trajectory = sample(PLAN, field, rolled.noise, rolled.sigmas, memory="split")
+    assert torch.equal(x_0, trajectory[0])
+    x_0.sum().backward()
+    assert field.calls == trajectory.steps
+
+
+def test_on_a_recorded_trajectory_each_call_is_made_once_in_the_backward_pass(rolled: Problem) -> None:
+    field = Counting(rolled.field)
+    x_0 = apply(PLAN, rolled.trajectory, field, "split")
+    assert field.calls == 0
+    x_0.sum().backward()
+    assert field.calls == 2
+
+
+def test_gradients_add_up_in_grad_and_params_limits_them(rolled: Problem) -> None:
+    wanted = grads((apply(PLAN, rolled.trajectory, rolled.field),), rolled.params, (torch.ones(3, 4),))
+    for leaf in rolled.params:
+        leaf.grad = torch.ones_like(leaf)
+    first = rolled.params[0]
+    apply(PLAN, rolled.trajectory, rolled.field, "split", params=[first]).sum().backward()
+    assert distance([first.grad - 1], wanted[:1]) <= 1e-12
+    assert all(torch.equal(leaf.grad, torch.ones_like(leaf)) for leaf in rolled.params[1:])
+
+
+def test_the_gradient_to_the_noise_passes(rolled: Problem) -> None:
+    plan = Plan(noise().leap(3).leap(0))
+    (wanted,) = torch.autograd.grad(apply(plan, rolled.trajectory, rolled.field).sum(), rolled.noise)
+    apply(plan, rolled.trajectory, rolled.field, "split").sum().backward()
+    assert rolled.noise.grad is not None
+    assert distance([rolled.noise.grad], [wanted]) <= 1e-12
+
+
+def test_a_call_s_graph_is_freed_as_soon_as_it_was_swept(rolled: Problem) -> None:
+    """What the second call keeps is gone before the first call's backward pass begins."""
+    alive: list[int] = []
+    kept: weakref.WeakSet[Tensor] = weakref.WeakSet()
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, v: Tensor) -> Tensor:
+            ctx.held = v.detach().clone()
+            kept.add(ctx.held)
+            return v.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+            alive.append(len(kept))
+            return grad
+
+    field = rolled.field
+    plan, _ = sample(PLAN, lambda x, s: Watched.apply(field(x, s)), rolled.noise, rolled.sigmas, memory="split")
+    plan.sum().backward()
+    assert alive == [2, 1]
+
+
+MISUSES = {
+    "autograd.grad": lambda loss, noise: torch.autograd.grad(loss, noise),
+    "inputs": lambda loss, noise: loss.backward(inputs=[noise]),
+    "create_graph": lambda loss, noise: loss.backward(create_graph=True),
+}
+
+
+@pytest.mark.parametrize("misuse", MISUSES.values(), ids=MISUSES)
+def test_what_needs_the_whole_graph_is_refused(rolled: Problem, misuse: Any) -> None:
+    x_0 = apply(Plan(noise().leap(3).leap(0)), rolled.trajectory, rolled.field, "split")
+    with pytest.raises(RuntimeError, match=r"memory='split' adds parameter gradients into \.grad.*memory='retain'"):
+        misuse(x_0.sum(), rolled.noise)
+    assert all(leaf.grad is None for leaf in (*rolled.params, rolled.noise))
+
+
+def test_a_second_backward_pass_is_torch_s_own_error(rolled: Problem) -> None:
+    x_0, _ = sample(PLAN, rolled.field, rolled.noise, rolled.sigmas, memory="split")
+    x_0.sum().backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        x_0.sum().backward()
+
+
+def test_an_unknown_memory_names_the_three(rolled: Problem) -> None:
+    with pytest.raises(PlanError, match='"retain", "recompute" or "split"'):
+        apply(Plan(latent(1).leap(0)), rolled.trajectory, rolled.field, "some")  # type: ignore[arg-type]
