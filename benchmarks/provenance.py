@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,19 @@ def provenance() -> dict[str, Any]:
     """Return the command, versions, machine, load and commit of this run as a plain dict (JSON)."""
     return {
         "command": " ".join(["python", "-m", running_module(), *sys.argv[1:]]),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: installed_version(name) for name in PACKAGES}},
         "machine": {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "load": round(os.getloadavg()[0], 2),
         "commit": commit(),
     }
+
+
+def installed_version(name: str) -> str:
+    """Return a package's version, or say that it runs from a checkout that is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def running_module() -> str:

@@ -101,18 +101,19 @@ class Section:
 
 
 def card(small: bool) -> dict[str, Any]:
-    """Return the GPU's name and memory, and the versions that its figures depend on."""
+    """Return the GPU's name and memory, and the versions that its figures depend on. It opens no CUDA context."""
     versions: dict[str, str] = {}
     for name in EXTRA:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = "not installed"
-    if small or not torch.cuda.is_available():
-        return {"gpu": None, "more_versions": versions}
-    device = torch.cuda.get_device_properties(0)
-    memory = round(device.total_memory / 2**30, 1)
-    return {"gpu": device.name, "gib": memory, "cuda": torch.version.cuda, "more_versions": versions}
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        gpu = None if small else subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError) as error:
+        gpu = f"unknown ({error})"
+    return {"gpu": gpu, "cuda": torch.version.cuda, "more_versions": versions}
 
 
 def table(found: dict[str, Any]) -> str:
@@ -124,12 +125,16 @@ def table(found: dict[str, Any]) -> str:
     predicted = found["sections"].get("predicted", {}).get("figures", {})
     for name, section in found["sections"].items():
         lines += ["", f"## {name}", "", f"{section['state']}, {section['seconds']} s", ""]
-        lines += ["| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in section["figures"].items())]
+        lines += ["| | |", "|---|---|"]
+        for key, value in section["figures"].items():
+            nested = isinstance(value, dict) and any(isinstance(inner, dict) for inner in value.values())
+            rows = {f"{key}, {row}": inner for row, inner in value.items()} if nested else {key: value}
+            lines += [f"| {row} | {_cell(inner)} |" for row, inner in rows.items()]
         for key, value in predicted.items():
             model, _, memory = key.partition(", ")
             measured = section["figures"].get(memory)
-            if name == ("time" if "FLUX" in model else "sd35") and measured and "over_gib" in measured:
-                lines += [f"| {memory}, predicted over_gib | {_cell(value.get('over_gib'))} |"]
+            if name == ("time" if "FLUX" in model else "sd35") and measured and "over_gib" in value:
+                lines += [f"| {memory}, predicted over_gib | {_cell(value['over_gib'])} |"]
     return "\n".join(lines) + "\n"
 
 

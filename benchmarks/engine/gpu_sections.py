@@ -7,6 +7,7 @@ import multiprocessing
 import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -167,12 +168,14 @@ def predicted(scale: Scale, record: Record) -> None:
             rollout = replace(base.rollout, steps=steps, batch=2, at_once=1, size=size, guidance=guidance, **options)
             recipe = replace(base, model=model, reward="none", rollout=rollout, hardware=hardware)
 
-            def count(recipe: Any = recipe, name: str = f"{model.partition('/')[2]}, {memory}") -> None:
+            name = f"{model.partition('/')[2]}, {memory}"
+
+            def count(recipe: Any = recipe, name: str = name) -> None:
                 passing = plan_memory(recipe, leapalign(k, j, 0.3)).passing
                 calls = ("kept for the calls", "one call's backward", "second gradient")
                 record.add(name, {"over_gib": sum(passing[call] for call in calls) / GIB})
 
-            attempted(record, f"{model}, {memory}", count)
+            attempted(record, name, count)
 
 
 def recipe(scale: Scale, record: Record) -> None:
@@ -202,16 +205,15 @@ def kernel(name: str, scale: Scale) -> dict[str, Any]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     tokens, generator = 37 if scale.small else 2537, torch.Generator().manual_seed(0)
-    numbers = [torch.randn(1, 24, tokens, 128, generator=generator).to(scale.device) for _ in range(4)]
-    exact = [x.clone().requires_grad_() for x in numbers[:3]]
-    scores = exact[0] @ exact[1].mT / math.sqrt(128)
-    (scores.softmax(-1) @ exact[2]).backward(numbers[3])
-    given = [x.bfloat16().requires_grad_() for x in numbers[:3]]
-    if name == "default":
-        functional.scaled_dot_product_attention(*given).backward(numbers[3].bfloat16())
-    else:
-        with sdpa_kernel(getattr(SDPBackend, name)):
-            functional.scaled_dot_product_attention(*given).backward(numbers[3].bfloat16())
+    *numbers, cotangent = (torch.randn(1, tokens, 24, 128, generator=generator).to(scale.device) for _ in range(4))
+    exact = [x.clone().requires_grad_() for x in numbers]
+    query, key, value = (x.transpose(1, 2) for x in exact)
+    scores = query @ key.mT / math.sqrt(128)
+    (scores.softmax(-1) @ value).transpose(1, 2).backward(cotangent)
+    given = [x.bfloat16().requires_grad_() for x in numbers]  # in the layout that diffusers passes
+    query, key, value = (x.transpose(1, 2) for x in given)
+    with nullcontext() if name == "default" else sdpa_kernel(getattr(SDPBackend, name)):
+        functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).backward(cotangent.bfloat16())
     return gradient_difference([x.grad for x in given], [x.grad for x in exact])
 
 
