@@ -13,7 +13,6 @@ from torch import Tensor
 
 from trajsurgery import LeapAlign, tiny
 from trajsurgery.evaluation import validation_rounds
-from trajsurgery.rewards import loading
 from trajsurgery.training import components
 from trajsurgery.training.checkpoint import METRICS, Log, TrainingState
 from trajsurgery.training.objective import Objective
@@ -116,4 +115,4 @@ def test_a_mixture_lessens_the_fall_and_shows_its_parts(unguarded: list[Mapping[
     for look in looks:
         parts = look["metrics"][f"1*{HACKED}"] + 2 * look["metrics"]["2*tiny"]
         assert look["reward"] == pytest.approx(parts, abs=1e-5)
-    assert "tiny" not in loading.further(replace(recipe, evaluation=Evaluation()))
+    assert "tiny" not in components.held_out_scorers(replace(recipe, evaluation=Evaluation()))

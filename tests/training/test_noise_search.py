@@ -105,7 +105,7 @@ class Line:
     def __init__(self, direction: Tensor) -> None:
         self.direction = direction
 
-    def pull(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def score_gradient(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return torch.zeros(1, 3, 4, 4), (x.detach() * self.direction).sum()[None], self.direction.clone()
 
 
