@@ -1,11 +1,12 @@
-"""Tests for your own plans and methods: `check_gradient` proves them; Hypothesis strategies draw plans, fields,
-trajectories.
+"""Tests for your own plans and methods: `check_gradient`, and Hypothesis strategies.
 
-gradient_proof.py     `check_gradient` and its `Proof` proof_cases.py        the plans, fields and trajectories that a
-proof runs on ways_of_running.py    the gradient of a case in every way of running, and checks of its values
-frozen_reference.py   the plan as a smooth function, for finite differences diagnosis.py          which term of the
-closed form is wrong, and by which factor strategies.py         Hypothesis strategies (need hypothesis, imported on
-first use) velocity_fields.py    small fields whose trajectories bend
+gradient_proof.py     `check_gradient` and its `Proof`
+proof_cases.py        the plans, fields and trajectories that a proof runs on
+ways_of_running.py    the gradient of a case in every way of running, and checks of its values
+frozen_reference.py   the plan as a smooth function, for finite differences
+diagnosis.py          which term of the closed form is wrong, and by which factor
+strategies.py         Hypothesis strategies (need hypothesis, imported on first use)
+velocity_fields.py    small fields whose trajectories bend
 
 It may import everything up to `methods`.
 """

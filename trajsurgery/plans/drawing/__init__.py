@@ -1,5 +1,7 @@
 """Pictures of plans: SVG, PNG, PDF by matplotlib, or Mermaid text.
 
-scene.py     the marks and edges of a picture layout.py    where they go draw.py      drawing them mermaid.py   the same
-as a Mermaid flowchart
+scene.py     the marks and edges of a picture
+layout.py    where they go
+draw.py      drawing them
+mermaid.py   the same as a Mermaid flowchart
 """
