@@ -1,4 +1,4 @@
-"""The ablations' picture: for every part of the paper its variants, reward, rules and the gradient's norm."""
+"""The ablations' picture: reward, scorer b, rules and gradient norm of the variants, for every part of the paper."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from benchmarks.study.seed_statistics import interval
 COLUMNS = {"reward": "reward, gain", "tiny:scorer_b": "scorer b, gain", "rules": "rules, gain", NORM: NORM}
 
 
-def draw(found: Mapping[str, Any], path: Path) -> None:
-    """A row a part of the paper, a column a figure; the centre in another colour."""
-    groups, runs, seeds = found["groups"], found["runs"], found["seeds"]
+def draw(record: Mapping[str, Any], path: Path) -> None:
+    """Draw a row for each part of the paper, a column for each figure, the centre in another colour."""
+    groups, runs, seeds = record["groups"], record["runs"], record["seeds"]
     heights = [1 + len(names) for names in groups.values()]
     figure = Figure(figsize=(15, 0.42 * sum(heights) + 1), layout="constrained")
     grid = figure.subplots(len(groups), len(COLUMNS), squeeze=False, height_ratios=heights, sharex="col")
@@ -35,12 +35,12 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
             else:
                 axes.locator_params(axis="x", nbins=5)
             labels = [f"{name} (the method)" if name == CENTRE else name for name in reversed(names)]
-            if set(names) <= set(found["MiB"]):
-                labels = [f"{label}, {found['MiB'][name]:.0f} MiB" for label, name in zip(labels, reversed(names))]
+            if set(names) <= set(record["MiB"]):
+                labels = [f"{label}, {record['MiB'][name]:.0f} MiB" for label, name in zip(labels, reversed(names))]
             axes.set_yticklabels(labels if key == "reward" else [])
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(alpha=0.2, axis="x")
             axes.set_title(f"{group}\n{title}" if key == "reward" else title, fontsize=9)
     note = f"dots: seeds {seeds}; bar: mean and 95% interval over seeds"
-    figure.suptitle(note if found["complete"] else f"{note} (incomplete)")
+    figure.suptitle(note if record["complete"] else f"{note} (incomplete)")
     figure.savefig(path, dpi=120)

@@ -1,8 +1,8 @@
-"""Where LeapAlign's gradient comes from: the norm of every term of Eq. 10 on the real Flux, from the closed form.
+"""Norm of every term of Eq. 10 on the embedded Flux, from the closed form.
 
 Draws plans as training does, rolls out, and evaluates `plan.gradient()` term by term with the loss's own gradient at
 the image: the single-step terms at j and k, and the nested term with alpha = 1. The whole gradient of any alpha follows
-from them, as alpha scales the nested term and nothing else.
+from them, as alpha scales the nested term alone.
 """
 
 from __future__ import annotations
@@ -29,36 +29,38 @@ ALPHAS = (0.0, 0.1, 0.3, 1.0)
 
 
 def measure_terms(recipe: Recipe, draws: int, trained: Path | None, images: int = 16) -> list[dict[str, Any]]:
-    """One line a draw: k, j, the norms of the three terms, of the whole for each alpha, and the terms' cosines.
+    """Return for each draw k, j, the norms of the three terms and of the whole gradient for each alpha, and a cosine.
+
+    The cosine is the one between the single-step terms and the nested term.
 
     Args:
-        recipe: LeapAlign's; its `rollout` and `objective` hold.
-        trained: a run's folder, whose weights are taken instead of the untuned ones.
+        recipe: LeapAlign's; its `rollout` and `objective` are used.
+        trained: folder of a run, whose weights replace the untuned ones.
     """
     torch.set_num_threads(recipe.threads)
-    found = components.load(recipe)
-    parameters = [p for p in found.module.parameters() if p.requires_grad]
+    run = components.load(recipe)
+    parameters = [p for p in run.module.parameters() if p.requires_grad]
     if trained is not None:
         state = torch.load(trained / CHECKPOINT, weights_only=True)
         with torch.no_grad():
             for parameter, value in zip(parameters, state["weights"], strict=True):
                 parameter.copy_(value)
-    embeddings = components.PromptCache(found.pipe, found.texts)
-    return [_measure_draw(recipe, found, embeddings, parameters, number, images) for number in range(1, draws + 1)]
+    embeddings = components.PromptCache(run.pipe, run.texts)
+    return [_measure_draw(recipe, run, embeddings, parameters, number, images) for number in range(1, draws + 1)]
 
 
 def _measure_draw(
     recipe: Recipe,
-    found: components.RunComponents,
+    run: components.RunComponents,
     embeddings: components.PromptCache,
     parameters: list[Any],
     number: int,
     images: int,
 ) -> dict[str, Any]:
     k, j = _draw_times(recipe, number)
-    texts = found.draw(images, iteration_generator(recipe.seed, number, "prompts"))
-    with operate(found.pipe) as surgery:
-        found.pipe(
+    texts = run.draw(images, iteration_generator(recipe.seed, number, "prompts"))
+    with operate(run.pipe) as surgery:
+        run.pipe(
             num_inference_steps=recipe.rollout.steps,
             **components.pipeline_arguments(recipe),
             **embeddings(texts),
@@ -67,10 +69,10 @@ def _measure_draw(
         )
     plan, trajectory = leapalign(k, j, 1.0), surgery.trajectory
     x_0 = trajectory[0].detach().requires_grad_()
-    score = found.reward(surgery.decode(x_0), texts)
-    apart = distances(plan, trajectory, surgery.field)
-    weights = objective.weights(plan, trajectory, apart, "all", recipe.objective.tau)
-    loss = objective.loss([score], weights.w, components.hinge_threshold(recipe, found))
+    score = run.reward(surgery.decode(x_0), texts)
+    leap_distances = distances(plan, trajectory, surgery.field)
+    weights = objective.weights(plan, trajectory, leap_distances, "all", recipe.objective.tau)
+    loss = objective.loss([score], weights.w, components.hinge_threshold(recipe, run))
     (cotangent,) = objective.cotangents(loss, (x_0,))
     evaluation = plan.gradient().evaluate(trajectory, surgery.field, cotangent, parameters)
     terms = {
@@ -88,7 +90,7 @@ def _measure_draw(
 
 
 def _draw_times(recipe: Recipe, number: int) -> tuple[int, int]:
-    """k > j, as the iteration of that number draws them."""
+    """Return k > j, as the iteration of that number draws them."""
     drawn = recipe.method.draw(recipe.rollout.steps, iteration_generator(recipe.seed, number, "plan"))
     times = {node.t for node in drawn.nodes if type(node).__name__ == "Velocity"}
     k, j = sorted((t for t in times if isinstance(t, int)), reverse=True)
@@ -111,7 +113,7 @@ def _cosine(a: Tensor, b: Tensor) -> float:
 
 
 def summarise_terms(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over the draws, and the share of draws in which the nested term is the largest."""
+    """Return medians over the draws, and the share of draws in which the nested term is the largest."""
     largest = [max(line["norms"], key=line["norms"].__getitem__) == "nested" for line in lines]
     return {
         "draws": len(lines),
@@ -122,25 +124,27 @@ def summarise_terms(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def terms_table(found: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """A table: a line a model."""
+def terms_table(summaries: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Yield the lines of a table with a row for each model."""
     names = ["single-step at j", "single-step at k", "nested"]
     head = ["weights", *names, *(f"whole, alpha {a:g}" for a in ALPHAS), "cosine"]
     yield row(head)
     yield row(["---"] * len(head))
-    for model, line in found.items():
+    for model, line in summaries.items():
         cells = [*(line["norms"][name] for name in names), *line["whole"].values(), line["cosine"]]
         yield row([model, *(f"{cell:.3g}" for cell in cells)])
 
 
 def draw(lines: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """The norms of the terms against the length of the first leap, a panel a model."""
+    """Draw the norms of the terms against the length of the first leap, a panel for each model."""
     figure = Figure(figsize=(4.6 * len(lines), 4), layout="constrained")
     colours = {"single-step at j": "#0b6e99", "single-step at k": "#e0a458", "nested": "#b3442e"}
-    for axes, (model, of) in zip(figure.subplots(1, len(lines), squeeze=False, sharey=True)[0], lines.items()):
+    for axes, (model, model_lines) in zip(figure.subplots(1, len(lines), squeeze=False, sharey=True)[0], lines.items()):
         for name, colour in colours.items():
-            apart = [line["sigmas"][0] - line["sigmas"][1] for line in of]
-            axes.plot(apart, [line["norms"][name] for line in of], "o", color=colour, label=name, alpha=0.7)
+            leap_lengths = [line["sigmas"][0] - line["sigmas"][1] for line in model_lines]
+            axes.plot(
+                leap_lengths, [line["norms"][name] for line in model_lines], "o", color=colour, label=name, alpha=0.7
+            )
         axes.set(title=model, xlabel="sigma_k - sigma_j", yscale="log")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2)

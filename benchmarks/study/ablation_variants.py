@@ -1,4 +1,4 @@
-"""What the ablations vary, one thing at a time around the study's LeapAlign, and what the paper says of each."""
+"""The ablations' variants, each one change from the study's LeapAlign, and the paper's claims about them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NORM = "gradient norm (median)"
 
 @dataclass(frozen=True)
 class Variant:
-    """A method, and what of the objective differs from the centre's."""
+    """A method, and what differs from the centre in the objective."""
 
     method: LeapAlign = field(default_factory=LeapAlign)
     objective: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -63,55 +63,63 @@ GROUPS: dict[str, tuple[str, ...]] = {
 """Part of the paper: its variants, in the picture's order."""
 
 LEAPS = {"1 leap": "leaps 1", CENTRE: CENTRE, "3 leaps": "leaps 3"}
-"""The variants whose memory Fig. 4b asks for, and what study_cost.json calls them."""
+"""The variants whose memory Fig. 4b compares, and their names in study_cost.json."""
 
 
 def findings(runs: Runs, seeds: Sequence[int]) -> list[Finding]:
-    """The paper's findings of section 6.3 and appendix C."""
+    """Return the paper's findings of section 6.3 and appendix C with their intervals."""
 
-    def over(what: str, *others: str, figure: str = "reward") -> dict[str, Interval]:
-        return {f"{what} - {other}, {figure}": gain(runs, seeds, what, figure, other) for other in others}
+    def gains_over(name: str, *others: str, figure: str = "reward") -> dict[str, Interval]:
+        return {f"{name} - {other}, {figure}": gain(runs, seeds, name, figure, other) for other in others}
 
-    def rising(*names: str) -> dict[str, Interval]:
+    def norm_steps(*names: str) -> dict[str, Interval]:
         pairs = zip(names[1:], names)
         return {f"{more} - {less}, {NORM}": gain(runs, seeds, more, NORM, less) for more, less in pairs}
 
     nested = GROUPS["Fig. 6: nested gradient only"]
     lambdas = ("lambda 0.35", "lambda 0.55", "lambda 0.65")
     return [
-        Finding("alpha = 0.3 is at or above 0 and 1 (Fig. 4a).", over(CENTRE, "alpha 0", "alpha 1"), strict=False),
-        Finding("The gradient's norm rises with alpha (Fig. 4a).", rising(*GROUPS["Fig. 4a: alpha"])),
+        Finding(
+            "alpha = 0.3 is at or above 0 and 1 (Fig. 4a).", gains_over(CENTRE, "alpha 0", "alpha 1"), strict=False
+        ),
+        Finding("The gradient's norm rises with alpha (Fig. 4a).", norm_steps(*GROUPS["Fig. 4a: alpha"])),
         Finding(
             "With the nested gradient alone at k, 0.3 is at or above 0 and 1 (Fig. 6).",
-            over("nested only, alpha 0.3", "nested only, alpha 0", "nested only, alpha 1"),
+            gains_over("nested only, alpha 0.3", "nested only, alpha 0", "nested only, alpha 1"),
             strict=False,
         ),
-        Finding("And its norm rises with alpha (Fig. 6).", rising(*nested)),
-        Finding("Two leaps are at or above one and three (Fig. 4b).", over(CENTRE, "1 leap", "3 leaps"), False),
+        Finding("And its norm rises with alpha (Fig. 6).", norm_steps(*nested)),
+        Finding("Two leaps are at or above one and three (Fig. 4b).", gains_over(CENTRE, "1 leap", "3 leaps"), False),
         Finding(
             "The image as the reward's input is above the prediction (Fig. 4c).",
-            over(CENTRE, "prediction, d_j", "prediction, d_j + d_0"),
+            gains_over(CENTRE, "prediction, d_j", "prediction, d_j + d_0"),
         ),
         Finding(
-            "Both weights are at or above one (Fig. 4d).", over(CENTRE, "weights at j", "weights at 0"), strict=False
+            "Both weights are at or above one (Fig. 4d).",
+            gains_over(CENTRE, "weights at j", "weights at 0"),
+            strict=False,
         ),
         Finding(
             "Weights at one place are above none (Fig. 4d).",
-            {**over("weights at j", "no weights"), **over("weights at 0", "no weights")},
+            {**gains_over("weights at j", "no weights"), **gains_over("weights at 0", "no weights")},
         ),
         Finding(
             "All times are above the later half, on what the rules see (Fig. 4e).",
             {
-                **over(CENTRE, "window 0 to 1/2", figure="rules"),
-                **over(CENTRE, "window 0 to 1/2", figure="position"),
-                **over(CENTRE, "window 0 to 1/2", figure="attribute binding"),
+                **gains_over(CENTRE, "window 0 to 1/2", figure="rules"),
+                **gains_over(CENTRE, "window 0 to 1/2", figure="position"),
+                **gains_over(CENTRE, "window 0 to 1/2", figure="attribute binding"),
             },
         ),
-        Finding("Random k and j are at or above a fixed distance (Fig. 4f).", over(CENTRE, "distance 1/2"), False),
-        Finding("A middling lambda is at or above smaller and larger ones (Table 5).", over(CENTRE, *lambdas), False),
+        Finding(
+            "Random k and j are at or above a fixed distance (Fig. 4f).", gains_over(CENTRE, "distance 1/2"), False
+        ),
+        Finding(
+            "A middling lambda is at or above smaller and larger ones (Table 5).", gains_over(CENTRE, *lambdas), False
+        ),
         Finding(
             "Also for a scorer that is not climbed (Table 5).",
-            over(CENTRE, *lambdas, figure="tiny:scorer_b"),
+            gains_over(CENTRE, *lambdas, figure="tiny:scorer_b"),
             strict=False,
         ),
     ]

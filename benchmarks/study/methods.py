@@ -1,4 +1,4 @@
-"""The methods of the study, and the runs that every one of them gets: the same recipe but for method and rate."""
+"""The study's methods, and the recipes of their runs, which differ in method and rate alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GRID = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
 """The learning rates that may be tried."""
 
 PICTURES = 24
-"""Held-out images that are kept to be looked at."""
+"""Held-out images that a run stores as pictures."""
 
 Split = Literal["heldout", "validation"]
 
@@ -36,12 +36,12 @@ class Budget:
     stages: tuple[int, ...]
     """Iterations after which held-out images are made; the last is the budget."""
     images: int
-    """Held-out images a run."""
+    """Held-out images of a run."""
     runs: Path
-    """Where the runs are."""
+    """Folder of the runs."""
 
     def recipe(self, method: Method, rate: float, seed: int, split: Split, folder: Path) -> Recipe:
-        """The embedded Flux's recipe of a method, at a rate, on a seed."""
+        """Return the recipe of a method on the embedded Flux, at a rate, on a seed."""
         chosen = presets(method, "")["tiny"]
         return replace(
             chosen,
@@ -54,30 +54,30 @@ class Budget:
         )
 
     def base(self, seed: int, split: Split = "heldout") -> Task:
-        """The untuned model's images of a seed, which all methods share."""
+        """Return the task that makes a seed's images of the untuned model, which all methods share."""
         return Task(self.recipe(METHODS["refl"], GRID[0], seed, split, Path("base") / f"{split}_{seed}"), (0,))
 
     def trial(self, name: str, rate: float, seed: int) -> Task:
-        """A method's run on the validation prompts; its last stage alone is graded."""
+        """Return a method's run on the validation prompts, evaluated after the last stage only."""
         folder = Path("rates") / name / f"{rate:g}"
         return Task(self.recipe(METHODS[name], rate, seed, "validation", folder), self.stages[-1:])
 
     def run(self, name: str, rate: float, seed: int) -> Task:
-        """One of the table's runs."""
+        """Return one of the table's runs."""
         folder = Path("seeds") / name / f"{rate:g}" / str(seed)
         return Task(self.recipe(METHODS[name], rate, seed, "heldout", folder), self.stages)
 
 
-def rates_to_try(found: dict[float, float], rates: Sequence[float]) -> tuple[float, ...]:
-    """The rates to try: those that all methods try, and the grid's next where the best of all tried lies at an edge.
+def rates_to_try(rewards: dict[float, float], rates: Sequence[float]) -> tuple[float, ...]:
+    """Return the rates to try: those that all methods try, and the grid's next where the best rate lies at an edge.
 
     Args:
-        found: {rate: the reward on validation prompts}, of the runs that are finished.
+        rewards: {rate: the reward on validation prompts} of the finished runs.
     """
-    if set(rates) - found.keys():
+    if set(rates) - rewards.keys():
         return tuple(rates)
-    best, low, high = max(found, key=found.__getitem__), min(found), max(found)
+    best, low, high = max(rewards, key=rewards.__getitem__), min(rewards), max(rewards)
     place = GRID.index(best)
-    beyond = [GRID[place - 1]] if best == low and place else []
-    beyond += [GRID[place + 1]] if best == high and place + 1 < len(GRID) else []
-    return tuple(sorted({*found, *beyond}))
+    further = [GRID[place - 1]] if best == low and place else []
+    further += [GRID[place + 1]] if best == high and place + 1 < len(GRID) else []
+    return tuple(sorted({*rewards, *further}))

@@ -1,4 +1,4 @@
-"""What is committed of the study: study.json and study.md, from the runs that are finished."""
+"""Write study.json and study.md from the finished runs."""
 
 from __future__ import annotations
 
@@ -29,42 +29,42 @@ BIN = 15
 
 
 def stage_figures(tasks: Mapping[str, Mapping[int, Task]]) -> dict[str, dict[int, dict[int, dict[str, float]]]]:
-    """{name: {seed: {iteration: figures}}} of finished tasks that did not diverge."""
+    """Return {name: {seed: {iteration: figures}}} of the finished runs that did not diverge."""
     return {
         name: {
             seed: {stage: mean_figures(load_scores(task.folder, stage)) for stage in task.stages}
-            for seed, task in of.items()
+            for seed, task in tasks_by_seed.items()
             if has_scores(task)
         }
-        for name, of in tasks.items()
+        for name, tasks_by_seed in tasks.items()
     }
 
 
 def last_stage(
-    found: Mapping[str, Mapping[int, Mapping[int, dict[str, float]]]],
+    figures_by_stage: Mapping[str, Mapping[int, Mapping[int, dict[str, float]]]],
 ) -> dict[str, dict[int, dict[str, float]]]:
-    """{name: {seed: figures}} after the last stage."""
-    return {name: {seed: at[max(at)] for seed, at in of.items()} for name, of in found.items()}
+    """Return {name: {seed: figures}} after the last stage."""
+    return {name: {seed: stages[max(stages)] for seed, stages in of.items()} for name, of in figures_by_stage.items()}
 
 
 def training_curves(task: Task) -> dict[str, list[float]]:
-    """The rollouts' reward and the gradient's norm before clipping, averaged over bins of iterations."""
+    """Return the rollouts' reward and the gradient norm before clipping, averaged over bins of iterations."""
     lines = load_iterations(task.folder)
     bins = [lines[i : i + BIN] for i in range(0, len(lines), BIN)]
     return {key: [_mean([line[key] for line in part]) for part in bins] for key in WATCHED}
 
 
 def _mean(values: list[float | None]) -> float:
-    """Of the iterations that were not skipped; those have None."""
-    there = [value for value in values if value is not None]
-    return round(statistics.fmean(there), 5) if there else math.nan
+    """Return the mean over the iterations that were not skipped; skipped ones have None."""
+    present = [value for value in values if value is not None]
+    return round(statistics.fmean(present), 5) if present else math.nan
 
 
 WATCHED = ("reward", "grad_norm", "closed", "weight")
 
 
 def check_one_world(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The fingerprint of the weights that all runs were made with.
+    """Return the fingerprint of the weights that all runs were made with, in a list.
 
     Raises:
         SurgeryError: there are several.
@@ -78,32 +78,32 @@ def check_one_world(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def collect_results(tasks: Mapping[str, Mapping[int, Task]], rates: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that study.json holds but the costs.
+    """Return the content of study.json.
 
     Args:
-        tasks: {method: {seed: its task}}, `base` among them.
-        rates: what is to be said about how they were chosen.
+        tasks: {method: {seed: its task}}, with `base`.
+        rates: how the rates were chosen, by method.
     """
-    at = stage_figures(tasks)
-    runs, names = last_stage(at), [name for name in tasks if name != "base"]
+    figures_by_stage = stage_figures(tasks)
+    runs, names = last_stage(figures_by_stage), [name for name in tasks if name != "base"]
     seeds = finished_seeds(runs, names)
-    asked = sorted(next(iter(tasks.values())))
-    done = [task for of in tasks.values() for task in of.values() if is_finished(task)]
-    records = [load_record(task) for task in done]
+    all_seeds = sorted(next(iter(tasks.values())))
+    finished_tasks = [task for of in tasks.values() for task in of.values() if is_finished(task)]
+    records = [load_record(task) for task in finished_tasks]
     worlds = check_one_world(records)
     recipe = {name: value for name, value in records[-1]["recipe"].items() if name not in ("output", "method", "seed")}
     return {
         **provenance(),
         "commits": sorted({record["commit"] for record in records}),
         "worlds": worlds,
-        "complete": seeds == asked,
+        "complete": seeds == all_seeds,
         "seeds": seeds,
         "recipe": recipe,
         "rates": rates,
         "summary": summarise_runs(runs, seeds, ["base", *names]) if seeds else {},
         "ranking": rank_methods(runs, seeds, names, "reward") if seeds else [],
         "findings": [one.to_dict() for one in table_2_findings(runs, seeds, names)] if seeds else [],
-        "runs": at,
+        "runs": figures_by_stage,
         "training": {
             name: {seed: training_curves(task) for seed, task in of.items() if has_scores(task)}
             for name, of in tasks.items()
@@ -112,7 +112,7 @@ def collect_results(tasks: Mapping[str, Mapping[int, Task]], rates: Mapping[str,
         "diverged": diverged_runs(records),
         "skipped": {
             "/".join(task.folder.parts[-3:]): record["skipped"]
-            for task, record in zip(done, records)
+            for task, record in zip(finished_tasks, records)
             if record["skipped"]
         },
     }
@@ -121,28 +121,28 @@ def collect_results(tasks: Mapping[str, Mapping[int, Task]], rates: Mapping[str,
 def write_report(
     tasks: Mapping[str, Mapping[int, Task]], rates: Mapping[str, Any], output: Path, stem: str = "study"
 ) -> dict[str, Any] | None:
-    """Writes study.json and study.md; what is in the first, None if no seed is finished for all methods."""
-    found = collect_results(tasks, rates)
-    if not found["seeds"]:
+    """Write study.json and study.md; return the record, or None if no seed is finished for all methods."""
+    record = collect_results(tasks, rates)
+    if not record["seeds"]:
         print("no seed is finished for all methods yet: there is nothing to write")
         return None
     names = [name for name in tasks if name != "base"]
-    runs = last_stage(found["runs"])
+    runs = last_stage(record["runs"])
     output.mkdir(parents=True, exist_ok=True)
-    (output / f"{stem}.json").write_text(json.dumps(round_numbers(found), indent=1) + "\n")
-    text = render_document(found, table_2_findings(runs, found["seeds"], names), load_costs())
+    (output / f"{stem}.json").write_text(json.dumps(round_numbers(record), indent=1) + "\n")
+    text = render_document(record, table_2_findings(runs, record["seeds"], names), load_costs())
     (output / f"{stem}.md").write_text(text)
-    return found
+    return record
 
 
 def load_costs() -> dict[str, Any]:
-    """{method: seconds and peak bytes of an iteration}, as study_cost.py last measured them."""
+    """Return {method: seconds and peak bytes of an iteration}, as cost.py last measured them."""
     path = Path(__file__).parent / "results" / "study_cost.json"
     return json.loads(path.read_text())["methods"] if path.exists() else {}
 
 
 def round_numbers(value: Any) -> Any:
-    """Numbers with six digits: what is read is the same on every machine that shows it."""
+    """Round all numbers to six digits."""
     if isinstance(value, Mapping):
         return {str(name): round_numbers(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):

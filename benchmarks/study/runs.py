@@ -1,4 +1,4 @@
-"""One run of the study, resumable: a recipe trained in stages, held-out images of the averaged weights after each."""
+"""One resumable run of the study: a recipe trained in stages; after each, held-out images of the averaged weights."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ from trajsurgery.training.recipe import Recipe, differences
 from trajsurgery.training.training_loop import train
 
 DONE = "done.json"
-"""Written last into a run's folder."""
+"""The file that is written last into a run's folder."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What one process does at a time."""
+    """One run: the unit of work of a process."""
 
     recipe: Recipe
     """Its `output` is the folder of the run, its `iterations` the last stage."""
     stages: tuple[int, ...]
-    """Iterations, rising, after which held-out images are made; (0,) is the untuned model's alone."""
+    """Rising iterations after which held-out images are made; (0,) is the untuned model alone."""
 
     @property
     def folder(self) -> Path:
-        """Where the run is."""
+        """Folder of the run."""
         return self.recipe.output
 
     @property
     def cost(self) -> int:
-        """In iterations; the 480 images of a stage cost about as much as 15."""
+        """Cost in iterations; the 480 images of a stage cost about as much as 15."""
         return self.stages[-1] + 15 * len(self.stages)
 
 
 def is_finished(task: Task) -> bool:
-    """Whether the folder holds all of it, or the run diverged.
+    """Return whether the run is complete, or diverged.
 
     Raises:
         RecipeError: the folder holds a finished run of another recipe.
@@ -54,68 +54,67 @@ def is_finished(task: Task) -> bool:
     path = task.folder / DONE
     if not path.exists():
         return False
-    there = json.loads(path.read_text())
-    changed = differences(there["recipe"], task.recipe.to_dict())
+    record = json.loads(path.read_text())
+    changed = differences(record["recipe"], task.recipe.to_dict())
     if changed:
         raise RecipeError(
             f"{task.folder} holds a finished run of another recipe; it differs in {'; '.join(changed)}. "
             "Pass --runs with another folder, or delete that one."
         )
-    return "diverged" in there or all((task.folder / name(stage)).exists() for stage in task.stages)
+    return "diverged" in record or all((task.folder / scores_file(stage)).exists() for stage in task.stages)
 
 
 def has_scores(task: Task) -> bool:
-    """Whether it is finished and did not diverge: whether there are scores."""
+    """Return whether the run is finished and did not diverge."""
     return is_finished(task) and "diverged" not in load_record(task)
 
 
-def name(stage: int) -> str:
-    """The file of a stage's scores."""
+def scores_file(stage: int) -> str:
+    """Return the name of the file with a stage's scores."""
     return f"scores_{stage}.pt"
 
 
 def load_scores(folder: Path, stage: int) -> HeldOutScores:
-    """What a run's images were given after a stage, image by image."""
-    return HeldOutScores.from_dict(torch.load(folder / name(stage), weights_only=True))
+    """Load the scores of a run's images after a stage."""
+    return HeldOutScores.from_dict(torch.load(folder / scores_file(stage), weights_only=True))
 
 
 def load_iterations(folder: Path) -> list[dict[str, Any]]:
-    """The run's iterations, line by line."""
+    """Return the log records of the run's iterations."""
     return [line for line in Log(folder / METRICS).read() if line["kind"] == "iteration"]
 
 
 def spent_cost(task: Task) -> int:
-    """How much of a task's cost is spent."""
+    """Return how much of a task's cost is spent."""
     log = task.folder / METRICS
     lines = log.read_bytes().count(b"\n") if log.exists() else 0
-    return lines + 15 * sum((task.folder / name(stage)).exists() for stage in task.stages)
+    return lines + 15 * sum((task.folder / scores_file(stage)).exists() for stage in task.stages)
 
 
 def run_task(task: Task) -> bool:
-    """Does a task, or what is left of it; False if it was interrupted (it is saved).
+    """Run what is left of a task; return False if it was interrupted (its state is saved).
 
     Raises:
-        RecipeError: the folder holds another recipe's run.
+        RecipeError: the folder holds a run of another recipe.
     """
     torch.set_num_threads(task.recipe.threads)
-    found = components.load(task.recipe)
-    training = TrainingState.start(task.recipe, found.module)
+    run = components.load(task.recipe)
+    training = TrainingState.start(task.recipe, run.module)
     resume(task.recipe, training)
-    components.PromptCache(
-        found.pipe, found.texts
-    )  # all at once, so that they do not depend on where a run was interrupted
-    ended: dict[str, str] = {}
+    # All prompts at once, so that embeddings do not depend on where a run was interrupted.
+    components.PromptCache(run.pipe, run.texts)
+    divergence: dict[str, str] = {}
     for stage in task.stages:
         try:
-            if stage and not train(replace(task.recipe, iterations=stage), found, training, lambda _: None):
+            if stage and not train(replace(task.recipe, iterations=stage), run, training, lambda _: None):
                 return False
         except DivergedError as error:  # ends this run, not the study
-            ended["diverged"] = str(error)
+            divergence["diverged"] = str(error)
             break
-        path = task.folder / name(stage)
+        path = task.folder / scores_file(stage)
         if not path.exists():
-            held = evaluate_weights(task.recipe, found, training, averaged=stage > 0)
-            write_atomically(path, lambda partial, held=held: torch.save(held.to_dict(), partial))
+            scores = evaluate_weights(task.recipe, run, training, averaged=stage > 0)
+            write_atomically(path, lambda partial, scores=scores: torch.save(scores.to_dict(), partial))
     record = {
         "recipe": task.recipe.to_dict(),
         "stages": list(task.stages),
@@ -123,29 +122,29 @@ def run_task(task: Task) -> bool:
         "seconds": round(training.seconds, 1),
         "commit": commit(),
         "world": world_fingerprint(),
-        **ended,
+        **divergence,
     }
     write_atomically(task.folder / DONE, lambda partial: partial.write_text(json.dumps(record, indent=1) + "\n"))
     return True
 
 
 def evaluate_weights(
-    recipe: Recipe, found: components.RunComponents, training: TrainingState, averaged: bool
+    recipe: Recipe, run: components.RunComponents, training: TrainingState, averaged: bool
 ) -> HeldOutScores:
-    """The evaluation of the averaged weights; the weights that train are put back."""
+    """Evaluate the averaged weights (or the current ones), and put the training weights back."""
     if not averaged:
-        return evaluate(recipe, found)
+        return evaluate(recipe, run)
     training.ema.store(training.parameters)
     training.ema.copy_to(training.parameters)
     try:
-        return evaluate(recipe, found)
+        return evaluate(recipe, run)
     finally:
         training.ema.restore(training.parameters)
 
 
 @cache
 def world_fingerprint() -> str:
-    """Of the weights of Flux and scorers: runs of two worlds are not to be mixed in a table."""
+    """Return a hash of the weights of Flux and scorers: runs with different weights must not share a table."""
     folder = Path(tiny.__file__).parent / "weights"
     digest = hashlib.sha256()
     for part in ("pipeline", "scorer", "scorer_b", "scorer_c"):
@@ -155,10 +154,10 @@ def world_fingerprint() -> str:
 
 
 def diverged_runs(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """{run: what was said}, of finished runs that diverged."""
+    """Return {run: the error's message} of the finished runs that diverged."""
     return {"/".join(Path(r["recipe"]["output"]).parts[-3:]): r["diverged"] for r in records if "diverged" in r}
 
 
 def load_record(task: Task) -> dict[str, Any]:
-    """What done.json says of a finished task."""
+    """Return done.json of a finished task."""
     return json.loads((task.folder / DONE).read_text())

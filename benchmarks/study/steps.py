@@ -1,12 +1,12 @@
-"""Which of the sampler's steps carry what a method learned: its weights at some steps, the untuned model's at the rest.
+"""Which of the sampler's steps carry what a method learned: tuned weights at some steps, untuned ones at the rest.
 
     python -m benchmarks.study.steps
 
 ReFL's gradient reaches the last 11 of 25 steps, DRaFT-LV's the last one, LeapAlign's and DRTune's all. If what a step
 teaches stayed with its time, the tuned weights of the first two would gain nothing at the 14 steps before; if it
 spreads, methods that reach early steps have no head start. Takes the runs that study.py made with rates chosen by the
-rules, 480 held-out images each, from the noise that they were graded with. What is finished in the folder of runs is
-read. Writes study_steps.json and study_steps.png beside this file; about four minutes.
+rules, 480 held-out images each, from the noise that they were evaluated with. Finished evaluations in the folder of
+runs are read. Writes study_steps.json and study_steps.png to results/. About four minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ from trajsurgery.training.recipe import Recipe
 
 RESULTS = Path(__file__).parent / "results"
 PARTS = {"early": range(ReFL().last + 1, 26), "late": range(1, ReFL().last + 1)}
-"""Steps before those that ReFL trains, and those."""
+"""The steps before those that ReFL trains, and those that it trains."""
 PANELS = ("reward", "rules", "position", "attribute binding")
 
 
 @dataclass(frozen=True)
 class Options:
-    """Which runs of the study."""
+    """The study's runs."""
 
     methods: tuple[str, ...] = ("refl", "draft_lv", "drtune", "leapalign")
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     rates: Path = RESULTS / "study_by_rules_rates.json"
-    """Where the rates are."""
+    """File with the chosen rates."""
     stages: tuple[int, ...] = (75, 150, 225)
     images: int = 480
     workers: int = 2
@@ -63,37 +63,37 @@ class Options:
 
 
 def evaluate_mixed(recipe: Recipe, tuned: Sequence[torch.Tensor], at: range) -> HeldOutScores:
-    """The evaluation of a model that has the tuned weights when it is called at these t, and its own at others."""
+    """Evaluate a model that has the tuned weights when it is called at these t, and the untuned ones at others."""
     torch.set_num_threads(recipe.threads)
-    found = components.load(recipe)
-    parameters = [p for p in found.module.parameters() if p.requires_grad]
+    run = components.load(recipe)
+    parameters = [p for p in run.module.parameters() if p.requires_grad]
     untuned = [p.detach() for p in parameters]
 
-    def choose(module: torch.nn.Module, _: Any, passed: Mapping[str, torch.Tensor]) -> None:
-        sigma = float(passed["timestep"][0])
-        t = sum(float(one) < sigma + 1e-6 for one in found.pipe.scheduler.sigmas[:-1])
+    def choose(module: torch.nn.Module, _: Any, inputs: Mapping[str, torch.Tensor]) -> None:
+        sigma = float(inputs["timestep"][0])
+        t = sum(float(one) < sigma + 1e-6 for one in run.pipe.scheduler.sigmas[:-1])
         for parameter, value in zip(parameters, tuned if t in at else untuned, strict=True):
             parameter.data = value
 
-    with found.module.register_forward_pre_hook(choose, with_kwargs=True):
-        return evaluate(recipe, found)
+    with run.module.register_forward_pre_hook(choose, with_kwargs=True):
+        return evaluate(recipe, run)
 
 
 def load_or_evaluate(task: Task, name: str) -> HeldOutScores:
-    """A finished run's averaged weights, at a part of the steps."""
-    kept = task.folder / f"steps_{name}.pt"
-    if not kept.exists():
+    """Return the scores of a finished run's averaged weights, used at one part of the steps."""
+    path = task.folder / f"steps_{name}.pt"
+    if not path.exists():
         state = torch.load(task.folder / CHECKPOINT, weights_only=True)
-        found = evaluate_mixed(task.recipe, state["ema"]["shadow_params"], PARTS[name])
-        write_atomically(kept, lambda partial: torch.save(found.to_dict(), partial))
-    return HeldOutScores.from_dict(torch.load(kept, weights_only=True))
+        scores = evaluate_mixed(task.recipe, state["ema"]["shadow_params"], PARTS[name])
+        write_atomically(path, lambda partial: torch.save(scores.to_dict(), partial))
+    return HeldOutScores.from_dict(torch.load(path, weights_only=True))
 
 
 def tasks_by_method(options: Options) -> dict[str, dict[int, Task]]:
-    """{method: {seed: its run}}.
+    """Return {method: {seed: its run}}.
 
     Raises:
-        SurgeryError: one is not there, or they are of several worlds.
+        SurgeryError: one is missing, or they are of several worlds.
     """
     budget, rates = Budget(options.stages, options.images, options.runs), json.loads(options.rates.read_text())["rates"]
     tasks = {
@@ -109,28 +109,32 @@ def tasks_by_method(options: Options) -> dict[str, dict[int, Task]]:
 
 
 def collect_gains(options: Options, tasks: Mapping[str, Mapping[int, Task]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """{method: {part, or all: {figure: its gain over the base by seed, and the interval}}}."""
+    """Return {method: {part, or all: {figure: its gain over the base by seed, and the interval}}}."""
     budget = Budget(options.stages, options.images, options.runs)
     base = {seed: mean_figures(load_scores(budget.base(seed).folder, 0)) for seed in options.seeds}
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    for name, of in tasks.items():
-        ends = {p: {seed: mean_figures(load_or_evaluate(task, p)) for seed, task in of.items()} for p in PARTS}
-        ends["all"] = {seed: mean_figures(load_scores(task.folder, options.stages[-1])) for seed, task in of.items()}
-        found[name] = {p: {} for p in ends}
-        for p, figure in itertools.product(ends, next(iter(base.values()))):
-            values = [ends[p][seed][figure] - base[seed][figure] for seed in options.seeds]
-            found[name][p][figure] = {**interval(values).to_dict(), "by seed": values}
-    return found
+    gains_by_method: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, tasks_by_seed in tasks.items():
+        figures_by_part = {
+            p: {seed: mean_figures(load_or_evaluate(task, p)) for seed, task in tasks_by_seed.items()} for p in PARTS
+        }
+        figures_by_part["all"] = {
+            seed: mean_figures(load_scores(task.folder, options.stages[-1])) for seed, task in tasks_by_seed.items()
+        }
+        gains_by_method[name] = {p: {} for p in figures_by_part}
+        for p, figure in itertools.product(figures_by_part, next(iter(base.values()))):
+            values = [figures_by_part[p][seed][figure] - base[seed][figure] for seed in options.seeds]
+            gains_by_method[name][p][figure] = {**interval(values).to_dict(), "by seed": values}
+    return gains_by_method
 
 
-def draw(found: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path) -> None:
-    """A panel a figure; of each method, tuned at all steps, at the early and at the late ones."""
-    figure = Figure(figsize=(15, 1.1 * len(found) + 1.6), layout="constrained")
+def draw(gains_by_method: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path) -> None:
+    """Draw a panel for each figure: every method tuned at all steps, at the early and at the late ones."""
+    figure = Figure(figsize=(15, 1.1 * len(gains_by_method) + 1.6), layout="constrained")
     words = {"all": "all steps", "early": "steps 25 to 12", "late": "steps 11 to 1"}
-    rows = [(name, p) for name in reversed(found) for p in ("late", "early", "all")]
+    rows = [(name, p) for name in reversed(gains_by_method) for p in ("late", "early", "all")]
     for axes, key in zip(figure.subplots(1, len(PANELS)), PANELS):
         for place, (name, p) in enumerate(rows):
-            values = found[name][p][key]["by seed"]
+            values = gains_by_method[name][p][key]["by seed"]
             draw_interval(axes, interval(values), values, place, COLOURS[name])
         axes.axvline(0, color="#444444", linewidth=0.8)
         axes.set(title=key, yticks=range(len(rows)))
@@ -142,16 +146,16 @@ def draw(found: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path) -> No
 
 
 def main(options: Options) -> int:
-    """Makes what is missing, then writes."""
+    """Evaluate what is missing, then write."""
     tasks = tasks_by_method(options)
     pairs = [(task, p) for of in tasks.values() for task in of.values() for p in PARTS]
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
         for _ in track(pool.map(load_or_evaluate, *zip(*pairs)), "images", len(pairs)):
             pass
-    told = {**provenance(), "seeds": options.seeds, "gains": collect_gains(options, tasks)}
+    record = {**provenance(), "seeds": options.seeds, "gains": collect_gains(options, tasks)}
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "study_steps.json").write_text(json.dumps(round_numbers(told), indent=1) + "\n")
-    draw(told["gains"], options.output / "study_steps.png")
+    (options.output / "study_steps.json").write_text(json.dumps(round_numbers(record), indent=1) + "\n")
+    draw(record["gains"], options.output / "study_steps.png")
     return 0
 
 

@@ -2,15 +2,16 @@
 
     python -m benchmarks.study.study
 
-Each method gets the same iterations, batch and optimiser; its learning rate is chosen once, by the reward on validation
-prompts and a seed of their own, from the grid that all share (and extended by a step where the best lies at its edge).
-Then it runs on every seed, with the prompts and noise that all methods of a seed share, and its held-out images are
-graded by the reward, two further scorers and the rules, paired with the untuned model's image by image. Writes
-study.json, study.md, study.png and study_samples.png beside this file, from as many whole seeds as there are, and
-study_rates.json, what every rate that was tried came to on the validation prompts. A high rate may buy reward that the
-rules do not see: --by rules chooses by them, and writes study_by_rules.json and so on; --rate 3e-5 gives one to all
-methods, and writes study_rate_3e-05.json and so on. Runs that are finished are read, not repeated, and one that was
-interrupted goes on: after any interruption the same command continues. Time and memory are measured by study_cost.py.
+Each method gets the same iterations, batch and optimiser. Its learning rate is chosen once, by the reward on validation
+prompts and a seed of their own, from a grid that all methods share (extended by a step where the best rate lies at its
+edge). Then it runs on every seed, with the prompts and noise that all methods of a seed share; its held-out images are
+graded by the reward, two further scorers and the rules, paired with the untuned model's image by image.
+
+Writes study.json, study.md, study.png and study_samples.png to results/, from the seeds that are finished for all
+methods, and study_rates.json, the figures of every rate that was tried. A high rate may buy reward that the rules do
+not see: `--by rules` chooses rates by the rules and writes study_by_rules.json and so on; `--rate 3e-5` gives one rate
+to all methods and writes study_rate_3e-05.json and so on. Finished runs are read and interrupted ones continue: repeat
+the command after any interruption. About two hours on 2 cores. cost.py measures time and memory.
 """
 
 from __future__ import annotations
@@ -41,19 +42,19 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Options:
-    """Which methods, on which seeds, under which budget."""
+    """Methods, seeds and budget."""
 
     methods: tuple[str, ...] = tuple(METHODS)
     """In the table's order."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     rates: tuple[float, ...] = (1e-5, 3e-5, 1e-4)
-    """The learning rates that are tried with every method; the grid goes on in both directions."""
+    """The learning rates that every method tries; the grid continues in both directions."""
     validation: int = 100
     """The seed on which the rate is chosen."""
     by: Literal["reward", "rules"] = "reward"
     """What chooses the rate on the validation prompts; with rules the files are study_by_rules.json, ..."""
     chosen: Path | None = None
-    """A study_rates.json whose rates are taken instead of choosing them."""
+    """A study_rates.json whose rates are used instead of choosing them."""
     rate: float | None = None
     """One rate for all methods instead of choosing them; the files are study_rate_3e-05.json, ..."""
     stages: tuple[int, ...] = (75, 150, 225)
@@ -63,10 +64,10 @@ class Options:
     workers: int = 2
     """Processes side by side, one thread each; 1 on a busy machine."""
     report: bool = False
-    """Only write the table and pictures of what is finished."""
+    """Only write the table and pictures of the finished runs."""
     output: Path = RESULTS
     runs: Path = Path("outputs/study")
-    """Where the runs themselves are; keep it to go on."""
+    """Folder of the runs; keep it to continue."""
 
     @property
     def budget(self) -> Budget:
@@ -75,90 +76,94 @@ class Options:
 
 
 def load_trials(options: Options, name: str) -> dict[float, dict[str, float]]:
-    """{rate: figures of the validation images}, of the runs that are finished; none of a run that diverged."""
-    found: dict[float, dict[str, float]] = {}
+    """Return {rate: figures of the validation images} of the finished trials; no figures if a run diverged."""
+    figures_by_rate: dict[float, dict[str, float]] = {}
     while True:
-        seen = {rate: trial_value(line, options.by) for rate, line in found.items()}
+        values = {rate: trial_value(line, options.by) for rate, line in figures_by_rate.items()}
         tasks = {
-            rate: options.budget.trial(name, rate, options.validation) for rate in rates_to_try(seen, options.rates)
+            rate: options.budget.trial(name, rate, options.validation) for rate in rates_to_try(values, options.rates)
         }
-        new = {rate: task for rate, task in tasks.items() if rate not in found and is_finished(task)}
+        new = {rate: task for rate, task in tasks.items() if rate not in figures_by_rate and is_finished(task)}
         if not new:
-            return found
+            return figures_by_rate
         for rate, task in new.items():
-            found[rate] = mean_figures(load_scores(task.folder, options.stages[-1])) if has_scores(task) else {}
+            figures_by_rate[rate] = (
+                mean_figures(load_scores(task.folder, options.stages[-1])) if has_scores(task) else {}
+            )
 
 
 def trial_value(line: dict[str, float], figure: str) -> float:
-    """A trial's figure; below all others if it diverged."""
+    """Return a trial's figure, or minus infinity if it diverged."""
     return line.get(figure, -math.inf)
 
 
-def best_rate(found: dict[float, dict[str, float]], figure: str = "reward") -> float:
-    """The rate with the highest figure.
+def best_rate(figures_by_rate: dict[float, dict[str, float]], figure: str = "reward") -> float:
+    """Return the rate with the highest figure.
 
     Raises:
         SurgeryError: all diverged.
     """
-    if not any(found.values()):
+    if not any(figures_by_rate.values()):
         raise SurgeryError(
-            f"all rates that were tried diverged, {sorted(found)}: pass smaller ones, --rates 1e-6 3e-6."
+            f"all rates that were tried diverged, {sorted(figures_by_rate)}: pass smaller ones, --rates 1e-6 3e-6."
         )
-    return max(found, key=lambda rate: trial_value(found[rate], figure))
+    return max(figures_by_rate, key=lambda rate: trial_value(figures_by_rate[rate], figure))
 
 
 def choose_rates(options: Options) -> dict[str, dict[str, Any]]:
-    """How each method's rate was chosen, and the one with the best rules among those tried; None while not done."""
+    """Return each method's trials, its rate, and the one with the best rules; None while trials are missing."""
     if options.rate is not None:
         return {name: {"chosen": options.rate} for name in options.methods}
     if options.chosen is not None:
-        there = json.loads(options.chosen.read_text())["rates"]
-        return {name: {"chosen": there[name]["chosen"]} for name in options.methods}
-    found: dict[str, dict[str, Any]] = {}
+        rates = json.loads(options.chosen.read_text())["rates"]
+        return {name: {"chosen": rates[name]["chosen"]} for name in options.methods}
+    choices: dict[str, dict[str, Any]] = {}
     for name in options.methods:
-        at = load_trials(options, name)
+        trials = load_trials(options, name)
         left = (
-            set(rates_to_try({rate: trial_value(line, options.by) for rate, line in at.items()}, options.rates))
-            - at.keys()
+            set(rates_to_try({rate: trial_value(line, options.by) for rate, line in trials.items()}, options.rates))
+            - trials.keys()
         )
-        found[name] = {
-            "tried": {f"{rate:g}": line for rate, line in sorted(at.items())},
+        choices[name] = {
+            "tried": {f"{rate:g}": line for rate, line in sorted(trials.items())},
             "left": sorted(left),
-            "chosen": None if left else best_rate(at, options.by),
-            "by_rules": None if left else best_rate(at, "rules"),
+            "chosen": None if left else best_rate(trials, options.by),
+            "by_rules": None if left else best_rate(trials, "rules"),
         }
-    return found
+    return choices
 
 
 def chooses_rates(options: Options) -> bool:
-    """Whether rates are chosen by this study."""
+    """Return whether this study chooses the rates."""
     return options.chosen is None and options.rate is None
 
 
 def file_stem(options: Options) -> str:
-    """What its files are called."""
+    """Return the stem of the result files."""
     if options.rate is not None:
         return f"study_rate_{options.rate:g}"
     return "study" if options.by == "reward" else "study_by_rules"
 
 
 def ordered_tasks(options: Options) -> Iterator[Task]:
-    """Rates first, then one seed after the other with all methods, so that what is there is balanced at any time."""
-    found, budget = choose_rates(options), options.budget
+    """Yield trials first, then seed by seed all methods, so that the table is balanced at any time."""
+    choices, budget = choose_rates(options), options.budget
     if chooses_rates(options):
         yield budget.base(options.validation, "validation")
-        trials = [(rate, name) for name, line in found.items() for rate in (*map(float, line["tried"]), *line["left"])]
+        trials = [
+            (rate, name) for name, line in choices.items() for rate in (*map(float, line["tried"]), *line["left"])
+        ]
         for rate, name in sorted(trials, key=lambda one: one[0]):
             yield budget.trial(name, rate, options.validation)
     for seed in options.seeds:
         yield budget.base(seed)
-        for name, line in found.items():
+        for name, line in choices.items():
             if line["chosen"] is not None:
                 yield budget.run(name, line["chosen"], seed)
 
 
 def describe_task(done: Task) -> str:
-    """A line about a finished run."""
+    """Return a line about a finished run."""
     if not has_scores(done):
         return load_record(done)["diverged"]
     line = mean_figures(load_scores(done.folder, done.stages[-1]))
@@ -166,7 +171,7 @@ def describe_task(done: Task) -> str:
 
 
 def tasks_by_method(options: Options) -> dict[str, dict[int, Task]]:
-    """{method: {seed: its run}} of the methods whose rates are chosen, the base first."""
+    """Return {method: {seed: its run}} of the methods with a chosen rate, the base first."""
     tasks = {"base": {seed: options.budget.base(seed) for seed in options.seeds}}
     for name, line in choose_rates(options).items():
         rate = line["chosen"]
@@ -175,7 +180,7 @@ def tasks_by_method(options: Options) -> dict[str, dict[int, Task]]:
 
 
 def main(options: Options) -> int:
-    """Runs what is left, then writes what there is."""
+    """Run what is not finished, then write the results."""
     if options.rate is not None and (options.chosen is not None or options.by != "reward"):
         raise SurgeryError("--rate gives all methods one rate: drop --chosen and --by, which choose one for each.")
     complete = options.report or run_tasks(
@@ -187,12 +192,12 @@ def main(options: Options) -> int:
     if chooses_rates(options):
         base = options.budget.base(options.validation, "validation")
         untuned = mean_figures(load_scores(base.folder, 0)) if is_finished(base) else {}
-        told = {**provenance(), "validation seed": options.validation, "untuned": untuned, "rates": rates}
-        (options.output / f"{name}_rates.json").write_text(json.dumps(round_numbers(told), indent=1) + "\n")
-    found = write_report(tasks, rates, options.output, name)
-    if found is not None:
-        draw(found, options.output / f"{name}.png")
-        draw_samples(tasks, found["seeds"][0], options.output / f"{name}_samples.png")
+        record = {**provenance(), "validation seed": options.validation, "untuned": untuned, "rates": rates}
+        (options.output / f"{name}_rates.json").write_text(json.dumps(round_numbers(record), indent=1) + "\n")
+    results = write_report(tasks, rates, options.output, name)
+    if results is not None:
+        draw(results, options.output / f"{name}.png")
+        draw_samples(tasks, results["seeds"][0], options.output / f"{name}_samples.png")
     return 0 if complete else 130
 
 

@@ -1,14 +1,14 @@
-"""Several plans a rollout, and times of their own for the samples: what both do to the gradient's variance, to reward.
+"""Several plans per rollout, and separate times for each sample: effect on the gradient's variance and on the reward.
 
     python -m benchmarks.study.variance
 
 Gradients: for each of 64 independent draws of prompts and noise, a rollout of the untuned embedded Flux, eight plans
-that all samples share and two sets of plans of their own, the recipe's loss pulled along each. Written: the trace of
-the covariance of the whole gradient over the squared norm of its mean, for M plans a rollout, with 95% intervals
-(jackknife over 16 groups of draws); what the times contribute, and what prompts and noise; seconds a gradient, of CPU
-and of the clock; and the product of variance and time, which says how fast a mean is known. Rewards: trainings of equal
-CPU time (variance_runs.py). What is finished in the folder of runs is read, not repeated, so that parts can be made
-side by side (--methods, --part). Writes variance.json and variance.png beside this file.
+that all samples share and two sets of per-sample plans, and the gradient of the recipe's loss along each. Written: the
+trace of the covariance of the whole gradient over the squared norm of its mean, for M plans per rollout, with 95%
+intervals (jackknife over 16 groups of draws); the part of the times, and of prompts and noise; seconds of a gradient,
+of CPU and of the clock; and the product of variance and time, which says how fast a mean is estimated. Rewards:
+trainings of equal CPU time (variance_runs.py). Finished parts in the folder of runs are read, so that parts can be made
+side by side (`--methods`, `--part`). Writes variance.json and variance.png to results/. About an hour of CPU.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ GROUPS = 16
 
 @dataclass(frozen=True)
 class Options:
-    """How many draws, and what is trained."""
+    """Draws, and trainings."""
 
     methods: tuple[str, ...] = tuple(METHODS)
     part: str = "all"
     """gradients, rewards, or all."""
     draws: int = 64
-    """Of prompts and noise, in 16 groups."""
+    """Draws of prompts and noise, in 16 groups."""
     seed: int = 1000
     trainings: Trainings = field(default_factory=Trainings)
     output: Path = RESULTS
@@ -69,19 +69,17 @@ class GradientBench:
         self.seconds = {name: [0.0, 0.0, 0] for name in ("rollout", "shared", "per-sample")}
 
     def timed(self, name: str, what: Any, *args: Any) -> Any:
-        """Adds what a call takes: CPU, clock, count."""
+        """Call `what`, and add its CPU seconds, clock seconds and count to the totals."""
         cpu, clock = time.process_time(), time.perf_counter()
-        found = what(*args)
+        result = what(*args)
         spent = time.process_time() - cpu, time.perf_counter() - clock, 1
         self.seconds[name] = [a + b for a, b in zip(self.seconds[name], spent)]
-        return found
+        return result
 
-    def rolled(self, number: int) -> tuple[Any, Tensor]:
-        """A rollout and d(loss)/d(x_0), before the weights."""
-        recipe, texts = (
-            self.recipe,
-            self.world.draw(self.recipe.rollout.batch, iteration_generator(self.seed, number, "prompts")),
-        )
+    def roll_out(self, number: int) -> tuple[Any, Tensor]:
+        """Return a rollout and d(loss)/d(x_0), before the weights."""
+        recipe = self.recipe
+        texts = self.world.draw(recipe.rollout.batch, iteration_generator(self.seed, number, "prompts"))
         with operate(self.world.pipe) as surgery:
             self.world.pipe(
                 **self.embeddings(texts),
@@ -95,44 +93,44 @@ class GradientBench:
         (c,) = objective.cotangents(objective.loss([score], torch.ones_like(score), self.threshold), (x_0,))
         return surgery, c
 
-    def pulled(self, surgery: Any, cotangent: Tensor, draws: torch.Generator, alone: bool) -> Tensor:
-        """The whole gradient of one plan, or of one plan for each sample, as a vector."""
+    def plan_gradient(self, surgery: Any, cotangent: Tensor, draws: torch.Generator, per_sample: bool) -> Tensor:
+        """Return the whole gradient of one plan, or of one plan for each sample, as a vector."""
         recipe, steps = self.recipe, self.recipe.rollout.steps
         plan: Plan | PerSample = recipe.method.draw(steps, draws)
-        if alone:
+        if per_sample:
             plan = PerSample(recipe.method.draw(steps, draws) for _ in cotangent)
-        tail = surgery.trajectory, surgery.field
-        apart = distances(plan, *tail) if recipe.weights_at != "none" else {}
-        w = objective.weights(plan, surgery.trajectory, apart, recipe.weights_at, recipe.objective.tau).w
+        recorded = surgery.trajectory, surgery.field
+        leap_distances = distances(plan, *recorded) if recipe.weights_at != "none" else {}
+        w = objective.weights(plan, surgery.trajectory, leap_distances, recipe.weights_at, recipe.objective.tau).w
         for p in self.params:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
-        backward(plan, *tail, cotangent * w.to(cotangent).view(-1, *[1] * (cotangent.dim() - 1)), check=False)
+        backward(plan, *recorded, cotangent * w.to(cotangent).view(-1, *[1] * (cotangent.dim() - 1)), check=False)
         return torch.cat([p.grad.flatten() for p in self.params if p.grad is not None])
 
-    def means(self, number: int) -> dict[str, Tensor]:
-        """{M plans: the mean of their gradients} on one rollout; "all" is the mean of every one."""
-        surgery, cotangent = self.timed("rollout", self.rolled, number)
-        draws, found, total = iteration_generator(self.seed, number, "plan"), dict[str, Tensor](), list[Tensor]()
+    def mean_gradients(self, number: int) -> dict[str, Tensor]:
+        """Return {M plans: the mean of their gradients} on one rollout; "all" is the mean of all of them."""
+        surgery, cotangent = self.timed("rollout", self.roll_out, number)
+        draws, means, total = iteration_generator(self.seed, number, "plan"), dict[str, Tensor](), list[Tensor]()
         for kind, chosen in (("shared", SHARED), ("per-sample", ALONE)):
             added = torch.zeros(())
             for m in range(1, max(chosen) + 1):
-                added = added + self.timed(kind, self.pulled, surgery, cotangent, draws, kind == "per-sample")
+                added = added + self.timed(kind, self.plan_gradient, surgery, cotangent, draws, kind == "per-sample")
                 if m in chosen:
-                    found[f"{kind} {m}"] = added / m
+                    means[f"{kind} {m}"] = added / m
             total.append(added)
-        return found | {"all": sum(total) / (max(SHARED) + max(ALONE))}
+        return means | {"all": sum(total) / (max(SHARED) + max(ALONE))}
 
 
 def measure_gradients(method: str, options: Options) -> dict[str, Any]:
-    """The sums by group of draws that everything is made of, and seconds."""
+    """Return sums by group of draws, from which all statistics follow, and seconds."""
     bench, sums, squares = GradientBench(method, options.seed), dict[str, Tensor](), dict[str, Tensor]()
     for number in range(options.draws):
-        found = bench.means(number)
-        for name, g in found.items():
+        means = bench.mean_gradients(number)
+        for name, gradient in means.items():
             group = number * GROUPS // options.draws
-            sums.setdefault(name, torch.zeros(GROUPS, len(g)))[group] += g
+            sums.setdefault(name, torch.zeros(GROUPS, len(gradient)))[group] += gradient
             squares.setdefault(name, torch.zeros(GROUPS, dtype=torch.float64))[group] += float(
-                g.double().square().sum()
+                gradient.double().square().sum()
             )
         print(method, number, flush=True)
     inner = {name: (s.double() @ s.double().T).tolist() for name, s in sums.items()}
@@ -145,40 +143,40 @@ def measure_gradients(method: str, options: Options) -> dict[str, Any]:
 
 
 def variance_statistics(raw: dict[str, Any], left_out: int | None = None) -> dict[str, float]:
-    """{configuration: trace of the covariance over the squared norm of the mean}, and the parts of it."""
-    kept = [g for g in range(GROUPS) if g != left_out]
-    n = raw["draws"] * len(kept) // GROUPS
+    """Return {configuration: trace of the covariance over the squared norm of the mean}, and its parts."""
+    groups = [g for g in range(GROUPS) if g != left_out]
+    n = raw["draws"] * len(groups) // GROUPS
     trace, mean = dict[str, float](), dict[str, float]()
     for name, inner in raw["inner"].items():
-        whole = float(torch.tensor(inner, dtype=torch.float64)[kept][:, kept].sum())
-        trace[name] = (sum(raw["squares"][name][g] for g in kept) - whole / n) / (n - 1)
+        whole = float(torch.tensor(inner, dtype=torch.float64)[groups][:, groups].sum())
+        trace[name] = (sum(raw["squares"][name][g] for g in groups) - whole / n) / (n - 1)
         mean[name] = whole / n**2 - trace[name] / n
     norm = mean["all"]  # all configurations have one mean: its best estimate serves them all
-    found = {name: value / norm for name, value in trace.items()}
-    times = (found["shared 1"] - found["shared 8"]) / (1 - 1 / 8)
-    return found | {"of the times": times, "of prompts and noise": found["shared 1"] - times}
+    statistics = {name: value / norm for name, value in trace.items()}
+    times = (statistics["shared 1"] - statistics["shared 8"]) / (1 - 1 / 8)
+    return statistics | {"of the times": times, "of prompts and noise": statistics["shared 1"] - times}
 
 
 def summarise_variance(raw: dict[str, Any]) -> dict[str, Any]:
-    """With 95% intervals by the jackknife over groups, with costs, and products relative to one shared plan."""
+    """Return the statistics with 95% jackknife intervals, costs, and products relative to one shared plan."""
     whole, parts = variance_statistics(raw), [variance_statistics(raw, g) for g in range(GROUPS)]
     seconds = raw["seconds"]
 
     def interval(of: Any) -> list[float]:
-        at = [of(part) for part in parts]
-        spread = ((GROUPS - 1) / GROUPS * sum((a - sum(at) / GROUPS) ** 2 for a in at)) ** 0.5
+        values = [of(part) for part in parts]
+        spread = ((GROUPS - 1) / GROUPS * sum((a - sum(values) / GROUPS) ** 2 for a in values)) ** 0.5
         return [round(of(whole) - 2.13 * spread, 4), round(of(whole) + 2.13 * spread, 4)]  # t of 15 degrees
 
     def line(name: str) -> dict[str, Any]:
         kind, m = name.rsplit(" ", 1)
         cost = {c: seconds["rollout"][c] + int(m) * seconds[kind][c] for c in ("cpu", "clock")}
-        dear = cost["cpu"] / (seconds["rollout"]["cpu"] + seconds["shared"]["cpu"])
+        relative_cost = cost["cpu"] / (seconds["rollout"]["cpu"] + seconds["shared"]["cpu"])
         return {
             "variance": round(whole[name], 4),
             "interval": interval(lambda part: part[name]),
             "seconds": {c: round(s, 3) for c, s in cost.items()},
-            "variance_by_time": round(whole[name] / whole["shared 1"] * dear, 3),
-            "variance_by_time_interval": interval(lambda part: part[name] / part["shared 1"] * dear),
+            "variance_by_time": round(whole[name] / whole["shared 1"] * relative_cost, 3),
+            "variance_by_time_interval": interval(lambda part: part[name] / part["shared 1"] * relative_cost),
         }
 
     names = [name for name in raw["inner"] if name != "all"]
@@ -195,24 +193,26 @@ def summarise_variance(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(options: Options) -> int:
-    """Makes what is missing of the parts asked for; writes once all of it is there."""
+    """Make what is missing of the chosen parts; write once everything exists."""
     options.runs.mkdir(parents=True, exist_ok=True)
     for method in options.methods:
         path = options.runs / f"gradients_{method}.json"
         if options.part in ("all", "gradients") and not path.exists():
             path.write_text(json.dumps(measure_gradients(method, options)))
-    lines = compare_rewards(options.trainings, options.methods, options.runs, make=options.part in ("all", "rewards"))
+    rewards_record = compare_rewards(
+        options.trainings, options.methods, options.runs, make=options.part in ("all", "rewards")
+    )
     raw = {m: options.runs / f"gradients_{m}.json" for m in METHODS}
-    if lines is None or not all(path.exists() for path in raw.values()):
+    if rewards_record is None or not all(path.exists() for path in raw.values()):
         print("some parts are missing still: nothing written")
         return 0
-    found = {
+    record = {
         **provenance(),
         "gradients": {m: summarise_variance(json.loads(path.read_text())) for m, path in raw.items()},
-        "rewards": lines,
+        "rewards": rewards_record,
     }
-    (options.output / "variance.json").write_text(json.dumps(found, indent=1) + "\n")
-    draw(found, options.output / "variance.png")
+    (options.output / "variance.json").write_text(json.dumps(record, indent=1) + "\n")
+    draw(record, options.output / "variance.png")
     return 0
 
 

@@ -11,11 +11,11 @@ COLOURS = {"shared": "#0b6e99", "per-sample": "#c8553d"}
 NAMES = {"leapalign": "LeapAlign", "drtune": "DRTune, connected"}
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
-    """A row a method: variance, variance times time, reward in equal time."""
+def draw(record: dict[str, Any], path: Path) -> None:
+    """Draw a row for each method: variance, variance times time, reward in equal time."""
     figure = Figure(figsize=(11, 6.4), layout="constrained")
     for parts, method in zip(figure.subplots(2, 3), NAMES):
-        plans, runs = found["gradients"][method]["plans"], found["rewards"][method]["plans"]
+        plans, runs = record["gradients"][method]["plans"], record["rewards"][method]["plans"]
         _bars(parts[0], {n: (p["variance"], p["interval"]) for n, p in plans.items()})
         parts[0].set(title=f"{NAMES[method]}: variance of the gradient", ylabel="tr Cov / |mean|²")
         _bars(parts[1], {n: (p["variance_by_time"], p["variance_by_time_interval"]) for n, p in plans.items()})
@@ -23,7 +23,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
         gains = {n: (r["reward_gain"]["mean"], [r["reward_gain"][end] for end in ("low", "high")])
                  for n, r in runs.items()}  # fmt: skip
         _bars(parts[2], gains)
-        budget, seeds = found["rewards"]["budget"], len(found["rewards"]["seeds"])
+        budget, seeds = record["rewards"]["budget"], len(record["rewards"]["seeds"])
         parts[2].set(title=f"gain, {budget:g} s of CPU, {seeds} seeds")
     for axes in figure.axes:
         axes.title.set_size(10)
@@ -32,7 +32,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 
 def _bars(axes: Any, values: dict[str, tuple[float, list[float]]]) -> None:
-    """A bar each, with its interval."""
+    """Draw a bar with its interval for each value."""
     for place, (name, (value, (low, high))) in enumerate(values.items()):
         kind = name.rsplit(" ", 1)[0]
         axes.bar(place, value, color=COLOURS[kind], width=0.7)

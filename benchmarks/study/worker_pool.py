@@ -1,4 +1,4 @@
-"""Worker processes for the study's runs: whatever is left is read off the disk, so that any interruption is mended."""
+"""Worker processes for the study's runs. They read from the disk what is left to do: any run can be interrupted."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from benchmarks.study.runs import Task, is_finished, run_task, spent_cost
 from trajsurgery.errors import SurgeryError
 
 Plan = Callable[[], Sequence[Task]]
-"""All tasks that are known by now, in the order in which they are to be done; asked again after each."""
+"""All tasks known so far, in their order; called again after each task."""
 
 
-def run_tasks(plan: Plan, folder: Path, workers: int, said: Callable[[Task], str]) -> bool:
-    """Does what is not done yet, several runs side by side; says whether all of it is done (False: interrupted).
+def run_tasks(plan: Plan, folder: Path, workers: int, describe: Callable[[Task], str]) -> bool:
+    """Run the unfinished tasks, several side by side; return False if interrupted.
 
     Args:
-        folder: where the runs are; no two studies work there at a time.
-        said: a line about a finished task.
+        folder: folder of the runs; only one study works in it at a time.
+        describe: describes a finished task in a line.
 
     Raises:
-        SurgeryError: another study works there.
+        SurgeryError: another study works in the folder.
     """
     console = Console(soft_wrap=True)
     context, running = multiprocessing.get_context("spawn"), dict[Future[bool], Task]()
@@ -43,15 +43,15 @@ def run_tasks(plan: Plan, folder: Path, workers: int, said: Callable[[Task], str
     ):
         try:
             while True:
-                known = plan()
-                free = [task for task in known if task not in running.values() and not is_finished(task)]
-                for task in free[: workers - len(running)]:
+                tasks = plan()
+                waiting = [task for task in tasks if task not in running.values() and not is_finished(task)]
+                for task in waiting[: workers - len(running)]:
                     console.print(f"{_now()} begins {task.folder}", highlight=False)
                     running[pool.submit(run_task, task)] = task
                 if not running:
                     return True
-                done = _wait_for_one(running, known, show)
-                if not _report_ended([(running.pop(future), future) for future in done], console, said):
+                done = _wait_for_one(running, tasks, show)
+                if not _report_ended([(running.pop(future), future) for future in done], console, describe):
                     raise KeyboardInterrupt
         except KeyboardInterrupt:
             console.print("interrupted: runs are saved, the same command goes on")
@@ -62,22 +62,22 @@ def run_tasks(plan: Plan, folder: Path, workers: int, said: Callable[[Task], str
 
 
 def _wait_for_one(
-    running: dict[Future[bool], Task], known: Sequence[Task], show: Callable[[int, int], None]
+    running: dict[Future[bool], Task], tasks: Sequence[Task], show: Callable[[int, int], None]
 ) -> set[Any]:
-    """Waits for a run to end, the bar moving."""
+    """Wait for a run to end while the bar moves."""
     done: set[Any] = set()
     while not done:
         done, _ = wait(running, timeout=5, return_when=FIRST_COMPLETED)
-        show(sum(map(spent_cost, known)), sum(task.cost for task in known))
+        show(sum(map(spent_cost, tasks)), sum(task.cost for task in tasks))
     return done
 
 
-def _report_ended(ended: list[tuple[Task, Future[bool]]], console: Console, said: Callable[[Task], str]) -> bool:
-    """Says what came of runs; whether all of them were done to their end."""
+def _report_ended(ended: list[tuple[Task, Future[bool]]], console: Console, describe: Callable[[Task], str]) -> bool:
+    """Print a line for each ended run; return whether all of them ran to their end."""
     for task, future in ended:
         if not future.result():
             return False
-        console.print(f"{_now()} done   {task.folder}: {said(task)}", highlight=False)
+        console.print(f"{_now()} done   {task.folder}: {describe(task)}", highlight=False)
     return True
 
 
@@ -87,7 +87,7 @@ def _now() -> str:
 
 @contextmanager
 def lock_folder(folder: Path) -> Generator[None]:
-    """Holds the folder's lock, which the system takes back from a process that ends in whatever way."""
+    """Hold the folder's lock, which the system releases when the process ends in any way."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as file:
         try:
@@ -101,7 +101,7 @@ def lock_folder(folder: Path) -> Generator[None]:
 
 @contextmanager
 def _progress_bar(console: Console) -> Generator[Callable[[int, int], None]]:
-    """A bar of everything; without a terminal a line every ten minutes."""
+    """Show a progress bar of all runs; without a terminal, print a line every ten minutes."""
     columns = (TextColumn("study"), BarColumn(None), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     began, last, first = time.monotonic(), time.monotonic(), -1
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
@@ -121,7 +121,7 @@ def _progress_bar(console: Console) -> Generator[Callable[[int, int], None]]:
 
 @contextmanager
 def _interrupt_on_sigterm() -> Generator[None]:
-    """SIGTERM is as Ctrl-C."""
+    """Treat SIGTERM as Ctrl-C."""
 
     def interrupt(_: int, __: FrameType | None) -> None:
         raise KeyboardInterrupt
