@@ -1,6 +1,4 @@
-"""One LeapAlign iteration in three ways: through `operate`, written by hand, as bare transformer calls. For
-overhead.py.
-"""
+"""One LeapAlign iteration through `operate`, written by hand, and as bare transformer calls; for overhead.py."""
 
 from __future__ import annotations
 
@@ -166,9 +164,7 @@ class IterationBench:
         return self.pipe.image_processor.postprocess(images, output_type="pt")
 
     def bare_calls(self, forwards: int) -> None:
-        """Call the transformer `forwards` times without gradient, then twice forward and backward, without a denoising
-        loop.
-        """
+        """Call the transformer `forwards` times without gradient, then twice forward and backward, without a loop."""
         x, call, timesteps = self.prepare()
         with torch.no_grad():
             for i in range(forwards):

@@ -218,9 +218,7 @@ def measure_weight_gradients(options: Options) -> dict[str, Any]:
 
 
 def run_in_process(work: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
-    """Return the result of `work(*args)` in a new process, forked before torch has computed anything: its peak is its
-    own.
-    """
+    """Return `work(*args)` from a new process, forked before torch has computed anything: its peak is its own."""
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
     process = context.Process(target=lambda: results.put(work(*args)))

@@ -101,6 +101,7 @@ class Options:
 
 
 def main(options: Options) -> int:
+    """Run the sample, write the results, and print the survivors; return 1 if the unchanged package fails."""
     origin, log = provenance(), ROOT / "outputs" / "mutants.jsonl"
     log.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:

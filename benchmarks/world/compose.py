@@ -1,4 +1,4 @@
-"""Scenes drawn at random, each of which makes its prompt true."""
+"""Random scenes, each of which makes its prompt true."""
 
 import torch
 from torch import Generator, Tensor
@@ -8,7 +8,7 @@ from trajsurgery.tiny.scene import ANY, COLOURS, JITTER, RADIUS, SIDE, SLOTS, Sc
 
 
 def _quadrants(relation: Tensor, generator: Generator) -> Tensor:
-    """Int[batch SLOTS 2]: the column and row (0 or 1) of each slot; slots 0 and 1 obey the relation, if any."""
+    """Return Int[batch SLOTS 2], column and row (0 or 1) of each slot; slots 0 and 1 obey the relation, if any."""
     batch = relation.shape[0]
     free = torch.rand(batch, 4, generator=generator).argsort(-1)[:, :SLOTS]
     cells = torch.stack([free % 2, free // 2], -1)
@@ -22,7 +22,7 @@ def _quadrants(relation: Tensor, generator: Generator) -> Tensor:
 
 
 def compose(meanings: Meanings, generator: Generator) -> Scenes:
-    """One scene for each prompt, true to it; what the prompt leaves open (colours, places, sizes) is drawn."""
+    """Draw one scene for each prompt, true to it; what the prompt leaves open (colours, places, sizes) is random."""
     batch = len(meanings)
     free = torch.randint(len(COLOURS), (batch, SLOTS), generator=generator)
     colour = torch.where(meanings.colour == ANY, free, meanings.colour)

@@ -1,4 +1,4 @@
-"""Spoilt pictures for the reward's training: slightly, so that prompts stay true, or beyond what any prompt says."""
+"""Degraded pictures for the reward's training: slightly, so that prompts stay true, or until no prompt is true."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from trajsurgery.tiny.scene import GROUND, SIDE
 
 
 def degrade(images: Tensor, generator: Generator) -> Tensor:
-    """Blur and noise of random strengths; what the pictures show stays plain to see. Float[batch 3 h w] in [0, 1]."""
+    """Blur and add noise of random strengths; the content stays visible. Float[batch 3 h w] in [0, 1]."""
     strength = torch.rand(2, images.shape[0], 1, 1, 1, generator=generator)
     blurred = functional.avg_pool2d(functional.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
     softened = torch.lerp(images, blurred, strength[0])
@@ -19,7 +19,7 @@ def degrade(images: Tensor, generator: Generator) -> Tensor:
 
 
 def decoded(vae: Any, images: Tensor, generator: Generator, most: float = 0.3) -> Tensor:
-    """Images through the autoencoder, up to `most` of their latents replaced by noise, as by a rough sampler."""
+    """Encode and decode images, up to `most` of their latents replaced by noise, as by a rough sampler."""
     with torch.no_grad():
         latents = vae.encode(2 * images - 1).latent_dist.mode()
         spread = latents.std()
@@ -29,7 +29,7 @@ def decoded(vae: Any, images: Tensor, generator: Generator, most: float = 0.3) -
 
 
 def nonsense(images: Tensor, generator: Generator) -> Tensor:
-    """Pictures of which no prompt is true, made of the given ones by turns: blank, blended, warped, noise."""
+    """Make pictures of which no prompt is true, from these by turns: blank, blended, warped, noise."""
     batch = images.shape[0]
     kind = torch.arange(batch) % 4
     ground = torch.tensor(GROUND).view(1, 3, 1, 1)
@@ -42,7 +42,7 @@ def nonsense(images: Tensor, generator: Generator) -> Tensor:
 
 
 def warp(images: Tensor, generator: Generator) -> Tensor:
-    """Images bent by waves so strong that no shape survives. Float[batch 3 h w]."""
+    """Bend images by waves so strong that no shape survives. Float[batch 3 h w]."""
     batch = images.shape[0]
     axis = (torch.arange(SIDE) + 0.5) * 2 / SIDE - 1
     y, x = torch.meshgrid(axis, axis, indexing="ij")

@@ -1,7 +1,8 @@
-"""Stage three: the transformer, by flow matching on cached latents; the text encoders stay as they are.
+"""Stage three: train the transformer by flow matching on cached latents; the text encoders stay frozen.
 
-What a prompt says of places matters only where a picture is nearly noise, so such times are drawn more often. And a
-throw-away linear head reads off the image tokens, half-way through the transformer, what each quadrant holds.
+What a prompt says about places matters only where a picture is nearly noise, so such times are drawn more often. An
+auxiliary linear head, discarded after training, predicts what each quadrant holds from the image tokens half-way
+through the transformer.
 """
 
 from collections.abc import Generator as Yields
@@ -46,7 +47,7 @@ class Corpus:
     """Scenes as latents. tokens: Float[scenes 16 16], normalised and packed; right, wrong: Int[scenes], captions.
 
     The captions index `split_prompts("train")`; `wrong` is a mistake or, for most scenes, the right one. shown:
-    Int[scenes 4], the kind of object that each quadrant holds, or KINDS for none.
+    Int[scenes 4], the kind of object in each quadrant, or KINDS for none.
     """
 
     tokens: Tensor
@@ -63,7 +64,7 @@ def corpus(
     mistaken: Mapping[str, float] = MISTAKEN,
     scaled: bool = False,
 ) -> Corpus:
-    """Draws, renders and encodes scenes of the training prompts.
+    """Draw, render and encode scenes of the training prompts.
 
     Sets the VAE's shift and scale by them, unless it is `scaled` already.
     """
@@ -94,7 +95,7 @@ def corpus(
 
 
 def predict(transformer: Any, noisy: Tensor, sigma: Tensor, pooled: Tensor, states: Tensor) -> Tensor:
-    """One velocity, Float[batch 16 16], called as FluxPipeline calls it."""
+    """Return one velocity, Float[batch 16 16], called as FluxPipeline calls the transformer."""
     return transformer(
         hidden_states=noisy,
         timestep=sigma,
@@ -108,7 +109,7 @@ def predict(transformer: Any, noisy: Tensor, sigma: Tensor, pooled: Tensor, stat
 
 
 def sample(transformer: Any, vae: Any, pooled: Tensor, states: Tensor, steps: int, generator: Generator) -> Tensor:
-    """Images in [0, 1] by Euler steps at evenly falling sigmas: what the pipeline does, without its packing."""
+    """Sample images in [0, 1] by Euler steps at evenly falling sigmas, as the pipeline does, without its packing."""
     x = torch.randn(pooled.shape[0], TOKENS, 4 * LATENT_CHANNELS, generator=generator)
     for step in range(steps):
         sigma = torch.full((x.shape[0],), 1 - step / steps)
@@ -117,7 +118,7 @@ def sample(transformer: Any, vae: Any, pooled: Tensor, states: Tensor, steps: in
 
 
 def unpack(tokens: Tensor) -> Tensor:
-    """The inverse of `pack`: Float[batch 16 16] tokens to Float[batch 4 8 8] latents."""
+    """Invert `pack`: Float[batch 16 16] tokens to Float[batch 4 8 8] latents."""
     side = round(TOKENS**0.5)
     blocks = tokens.view(-1, side, side, LATENT_CHANNELS, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return blocks.reshape(-1, LATENT_CHANNELS, 2 * side, 2 * side)
@@ -125,11 +126,14 @@ def unpack(tokens: Tensor) -> Tensor:
 
 @contextmanager
 def record_states(block: nn.Module) -> Yields[list[Tensor]]:
-    """Within the block, the states of the image tokens after this part of a Flux: one Float[batch 16 width] a call."""
+    """Record, within the `with` block, the image tokens' states after this part of a Flux.
+
+    Yields a list with one Float[batch 16 width] a call.
+    """
     states: list[Tensor] = []
 
-    def keep(module: nn.Module, inputs: Any, found: tuple[Tensor, Tensor]) -> None:
-        states.append(found[1])
+    def keep(module: nn.Module, inputs: Any, outputs: tuple[Tensor, Tensor]) -> None:
+        states.append(outputs[1])
 
     hook = block.register_forward_hook(keep)
     try:
@@ -139,36 +143,36 @@ def record_states(block: nn.Module) -> Yields[list[Tensor]]:
 
 
 def quadrants(tokens: Tensor) -> Tensor:
-    """Float[batch 4 width]: the mean state of each quadrant's image tokens, Float[batch 16 width]."""
+    """Return the mean state of each quadrant's image tokens, Float[batch 16 width] to Float[batch 4 width]."""
     half = round(TOKENS**0.5) // 2
     return tokens.view(len(tokens), 2, half, 2, half, -1).mean((2, 4)).flatten(1, 2)
 
 
 def draw_sigmas(batch: int, generator: Generator) -> Tensor:
-    """Float[batch]: sigmas, logit-normal or, EARLY of them, uniform above EARLY_FROM."""
+    """Draw Float[batch] sigmas: logit-normal or, for the share EARLY, uniform above EARLY_FROM."""
     usual = torch.randn(batch, generator=generator).sigmoid()
     early = EARLY_FROM + (1 - EARLY_FROM) * torch.rand(batch, generator=generator)
     return torch.where(torch.rand(batch, generator=generator) < EARLY, early, usual)
 
 
 def flux_stage(budget: Budget, batch: int, transformer: Any, encoders: Encoders, vae: Any, data: Corpus) -> Stage:
-    """Flow matching: x = (1 - sigma) x_0 + sigma noise, squared error against noise - x_0, and the head's lesson."""
+    """Return the stage: x = (1 - sigma) x_0 + sigma noise, error against noise - x_0, and the head's loss."""
     with torch.no_grad():
-        known = encoders.encode(*encoders.tokens([prompt.text for prompt in split_prompts("train")]))
+        embeddings = encoders.encode(*encoders.tokens([prompt.text for prompt in split_prompts("train")]))
     torch.manual_seed(budget.seed + 6)
-    head = nn.Linear(transformer.inner_dim, KINDS + 1)
+    layout_head = nn.Linear(transformer.inner_dim, KINDS + 1)
 
     def loss(step: int, generator: Generator) -> Tensor:
         rows = torch.randint(len(data.right), (batch // DRAWS,), generator=generator)
         captions = (data.wrong if step >= MISTAKES_FROM * budget.steps else data.right)[rows]
-        pooled, states = (part[captions].repeat_interleave(DRAWS, 0) for part in known)
+        pooled, states = (part[captions].repeat_interleave(DRAWS, 0) for part in embeddings)
         clean, shown = (part[rows].repeat_interleave(DRAWS, 0) for part in (data.tokens, data.shown))
         noise, sigma = torch.randn(clean.shape, generator=generator), draw_sigmas(len(clean), generator)
         noisy = clean + sigma[:, None, None] * (noise - clean)
         with record_states(transformer.transformer_blocks[-1]) as hidden:
-            missed = functional.mse_loss(predict(transformer, noisy, sigma, pooled, states), noise - clean)
-        said = head(quadrants(hidden[0]))
-        return missed + LESSON * functional.cross_entropy(said.flatten(0, 1), shown.flatten())
+            flow_loss = functional.mse_loss(predict(transformer, noisy, sigma, pooled, states), noise - clean)
+        predicted_contents = layout_head(quadrants(hidden[0]))
+        return flow_loss + LESSON * functional.cross_entropy(predicted_contents.flatten(0, 1), shown.flatten())
 
     def report() -> str:
         from trajsurgery.tiny.rules import judge
@@ -179,5 +183,5 @@ def flux_stage(budget: Budget, batch: int, transformer: Any, encoders: Encoders,
         table = " ".join(f"{category} {share:.2f}" for category, (share, _) in verdict.table().items())
         return f"right: {table}, junk {float(verdict.junk.mean()):.4f}"
 
-    modules = nn.ModuleDict({"transformer": transformer, "head": head})
+    modules = nn.ModuleDict({"transformer": transformer, "head": layout_head})
     return Stage("flux", modules, loss, budget, report)

@@ -1,11 +1,12 @@
-"""Stage four: the reward. Every step it sees fresh scenes, spoilt and attacked, and half of the training prompts.
+"""Stage four: train the reward. Every step shows fresh scenes, degraded and attacked, and half of the training prompts.
 
-Each picture is judged by each prompt, and the scene itself says which are true of it; so hard negatives of every kind
-(colours or order swapped, one object more, fewer or other) are in every batch. The rule-based evaluator has no part.
+Each picture is compared with each prompt, and the scene itself says which are true of it; so hard negatives of every
+kind (colours or order swapped, one object more, fewer or other) are in every batch. The rule-based evaluator is not
+used.
 
-A contrastive loss alone learns bags of words, and for long no relation at all. So a throw-away linear head,
-one for both embeddings, says what each quadrant holds: first on its own, then beside the contrast. Which colour belongs
-to which shape and where it is are then in both embeddings, in the same directions.
+With a contrastive loss alone the model learns bags of words, and for a long time no relation. So an auxiliary linear
+head, one for both embeddings, predicts what each quadrant holds: first alone, then beside the contrastive loss. Then
+both embeddings say, in the same directions, which colour belongs to which shape and where it is.
 """
 
 import json
@@ -48,7 +49,7 @@ ATTACKS_FROM = 0.5  # share of the steps after which every other picture is atta
 
 
 def new_clip(folder: Path, variant: Variant = REWARD) -> tuple[Any, Any]:
-    """An untrained CLIP and its tokenizer; config and tokenizer files are written to the folder."""
+    """Return an untrained CLIP and its tokenizer; config and tokenizer files are written to the folder."""
     import open_clip
 
     tokenizer, config = clip_tokenizer(folder / "tokenizer"), folder / f"{variant.model}.json"
@@ -60,7 +61,7 @@ def new_clip(folder: Path, variant: Variant = REWARD) -> tuple[Any, Any]:
 
 
 def fit_loss(logits: Tensor, truth: Tensor) -> Tensor:
-    """Softmax of each true prompt against all false ones, plus a logistic loss that also judges pictures of nothing.
+    """Softmax of each true prompt against all false ones, plus a logistic loss that also penalises pictures of nothing.
 
     logits: Float[batch prompts], truth: Bool[batch prompts].
     """
@@ -73,7 +74,7 @@ def fit_loss(logits: Tensor, truth: Tensor) -> Tensor:
 
 
 def attack(images: Tensor, loss_of: Any, generator: Generator) -> Tensor:
-    """PUSHES steps of gradient ascent on the loss, in an L2 ball of random radius around each picture and in [0, 1]."""
+    """Take PUSHES gradient ascent steps on the loss, in an L2 ball of random radius and in [0, 1]."""
     radius = RADII[0] + (RADII[1] - RADII[0]) * torch.rand(images.shape[0], 1, 1, 1, generator=generator)
     start = torch.randn(images.shape, generator=generator)
     offset = 0.3 * radius * start / start.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
@@ -88,9 +89,9 @@ def attack(images: Tensor, loss_of: Any, generator: Generator) -> Tensor:
 
 
 class Course:
-    """What the reward is taught: the model, the prompts as tokens and meanings, and the pool of rough pictures.
+    """Model and data of the reward's training: CLIP, the training prompts, a pool of roughly decoded pictures.
 
-    Its parameters are those of `modules`: CLIP, the shift of its logits, and the head that reads layouts.
+    Its parameters are those of `modules`: CLIP, the shift of its logits, and the head that predicts layouts.
     """
 
     def __init__(self, budget: Budget, folder: Path, vae: Any, variant: Variant) -> None:
@@ -116,24 +117,25 @@ class Course:
         return nn.ModuleDict({"clip": self.clip, "shift": nn.ParameterList([self.shift]), "head": self.head})
 
     def see(self, images: Tensor) -> Tensor:
-        """Unit embeddings of images in [0, 1]."""
+        """Return unit embeddings of images in [0, 1]."""
         return self.clip.encode_image(to_model_range(images), normalize=True)
 
     def read(self, tokens: Tensor) -> Tensor:
-        """Unit embeddings of texts."""
+        """Return unit embeddings of texts."""
         return self.clip.encode_text(tokens, normalize=True)
 
-    def logits(self, found: Tensor, texts: Tensor) -> Tensor:
-        """Float[images texts]."""
-        return self.clip.logit_scale.exp() * found @ texts.T + self.shift
+    def logits(self, images: Tensor, texts: Tensor) -> Tensor:
+        """Return the logits of image against text embeddings, Float[images texts]."""
+        return self.clip.logit_scale.exp() * images @ texts.T + self.shift
 
-    def lesson(self, found: Tensor, texts: Tensor, shown: Tensor, layout: Tensor) -> Tensor:
-        """How far the layouts that the head reads off the embeddings are from the true ones."""
-        guesses = self.head(10 * found), self.head(10 * texts)  # unit vectors are too short for confident guesses
-        return divergence(guesses[0], shown).mean() + divergence(guesses[1], layout).mean()
+    def lesson(self, images: Tensor, texts: Tensor, shown: Tensor, layout: Tensor) -> Tensor:
+        """Return the divergence of the layouts that the head predicts from the embeddings from the true ones."""
+        seen, read = self.head(10 * images), self.head(10 * texts)  # unit vectors are too short for confident guesses
+        return divergence(seen, shown).mean() + divergence(read, layout).mean()
 
     def batch(self, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Pictures, Bool[pictures prompts] which training prompts are true of them, and the contents of the true ones.
+        """Return pictures, the training prompts true of them (Bool[pictures prompts]), and the contents of the true
+        ones.
 
         The last SPOILT pictures are nonsense, of which no prompt is true.
         """
@@ -146,52 +148,52 @@ class Course:
         return images, torch.cat([truth, torch.zeros(SPOILT, len(self.meaning), dtype=torch.bool)]), shown
 
     def loss(self, step: int, generator: Generator) -> Tensor:
-        """First the lesson alone, then the contrast beside it, then both on pictures half of which are attacked."""
+        """First the layout loss alone, then with the contrastive loss, then both with half of the pictures attacked."""
         images, truth, shown = self.batch(generator)
         if step < CONTRAST_FROM * self.budget.steps:
             with blurred_embeddings([self.clip.token_embedding], generator):
                 texts = self.read(self.tokens["train"])
             return self.lesson(self.see(images[:BATCH:2]), texts, shown[::2], self.layouts)
-        asked = torch.randperm(len(self.meaning), generator=generator)[: len(self.meaning) // 2]
-        truth, texts = truth[:, asked], self.read(self.tokens["train"][asked])
+        chosen = torch.randperm(len(self.meaning), generator=generator)[: len(self.meaning) // 2]
+        truth, texts = truth[:, chosen], self.read(self.tokens["train"][chosen])
         if step >= ATTACKS_FROM * self.budget.steps:
             fixed, half = texts.detach(), truth[::2]
             images[::2] = attack(images[::2], lambda x: fit_loss(self.logits(self.see(x), fixed), half), generator)
-        found = self.see(images)
-        taught = self.lesson(found[:BATCH], texts, shown, self.layouts[asked])
-        return fit_loss(self.logits(found, texts), truth) + LESSON * taught
+        image_embeddings = self.see(images)
+        layout_loss = self.lesson(image_embeddings[:BATCH], texts, shown, self.layouts[chosen])
+        return fit_loss(self.logits(image_embeddings, texts), truth) + LESSON * layout_loss
 
     def report(self) -> str:
-        """How often a validation prompt's render fits it better than all validation prompts that are false of it."""
+        """Report how often a validation prompt's render fits it better than all prompts that are false of it."""
         prompts, copies = self.prompts["validation"], 6
         scenes = compose(meanings([p for p in prompts for _ in range(copies)]), Generator().manual_seed(6))
         truth = is_true(scenes, meanings(prompts), every_pair=True)
         logits = self.logits(self.see(render(scenes)), self.read(self.tokens["validation"]))
-        best = logits.masked_fill(truth, float("-inf")).amax(1)
-        own = logits.gather(1, torch.arange(len(prompts)).repeat_interleave(copies)[:, None])[:, 0]
-        return f"own prompt above all false ones of validation: {float((own > best).float().mean()):.3f}"
+        best_false = logits.masked_fill(truth, float("-inf")).amax(1)
+        true_logits = logits.gather(1, torch.arange(len(prompts)).repeat_interleave(copies)[:, None])[:, 0]
+        return f"own prompt above all false ones of validation: {float((true_logits > best_false).float().mean()):.3f}"
 
 
 def scorer_stage(budget: Budget, folder: Path, vae: Any, variant: Variant = REWARD) -> Stage:
-    """Trains the open_clip CLIP whose config and tokenizer it writes to `<folder>/<variant's name>`."""
+    """Return the training stage of a CLIP; its config and tokenizer are written to `<folder>/<variant's name>`."""
     course = Course(budget, folder / variant.name, vae, variant)
     return Stage(variant.name, course.modules, course.loss, course.budget, course.report, report_every=200)
 
 
 def save_scorer(stage: Stage, folder: Path) -> None:
-    """Writes the weights, bfloat16, and the threshold that fits them: a fifth of correct renders score below it."""
+    """Write the weights in bfloat16, and the threshold below which a fifth of correct renders score."""
     from safetensors.torch import save_file
 
-    place, clip = folder / stage.name, stage.modules["clip"]
+    scorer_folder, clip = folder / stage.name, stage.modules["clip"]
     state = {name: _halved(value).contiguous() for name, value in clip.state_dict().items()}
-    save_file(state, place / "model.safetensors")
-    (place / "threshold.json").write_text(json.dumps({"threshold": 1.0}))
+    save_file(state, scorer_folder / "model.safetensors")
+    (scorer_folder / "threshold.json").write_text(json.dumps({"threshold": 1.0}))
     prompts = [prompt for prompt in split_prompts("validation") for _ in range(8)]
     images = render(compose(meanings(prompts), Generator().manual_seed(8)))
     with torch.no_grad():
-        scores = Reward(place)(images, prompts)
+        scores = Reward(scorer_folder)(images, prompts)
     threshold = round(float(scores.quantile(0.2)), 3)
-    (place / "threshold.json").write_text(json.dumps({"threshold": threshold}) + "\n")
+    (scorer_folder / "threshold.json").write_text(json.dumps({"threshold": threshold}) + "\n")
 
 
 def _halved(value: Tensor) -> Tensor:

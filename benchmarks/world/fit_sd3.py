@@ -1,4 +1,4 @@
-"""Stage five: a tiny Stable Diffusion 3 with real classifier-free guidance, on the frozen encoders of the tiny Flux."""
+"""Stage five: train a tiny Stable Diffusion 3 for classifier-free guidance, on the frozen encoders of the tiny Flux."""
 
 from typing import Any
 
@@ -36,13 +36,13 @@ DROPPED = 0.1  # share of the captions that are empty: what guidance leads away 
 
 @torch.no_grad()
 def encoded(pipe: Any, texts: list[str]) -> tuple[Tensor, Tensor]:
-    """The pipe's own token states, Float[texts 24 width], and pooled states, Float[texts 2*width]."""
-    found = pipe.encode_prompt(texts, None, None, do_classifier_free_guidance=False)
-    return found[0], found[2]
+    """Return the pipeline's own token states, Float[texts 24 width], and pooled states, Float[texts 2*width]."""
+    embeddings = pipe.encode_prompt(texts, None, None, do_classifier_free_guidance=False)
+    return embeddings[0], embeddings[2]
 
 
 def sd3_stage(budget: Budget, batch: int, pipe: Any, data: Corpus) -> Stage:
-    """Flow matching and the head's lesson as for Flux, mistaken captions too; DROPPED of the captions are empty."""
+    """Return the stage: flow matching, head and mistaken captions as for Flux; a share DROPPED is empty."""
     states, pooled = encoded(pipe, [prompt.text for prompt in split_prompts("train")] + [""])
     empty = len(states) - 1
     latents = unpack(data.tokens)
@@ -64,9 +64,9 @@ def sd3_stage(budget: Budget, batch: int, pipe: Any, data: Corpus) -> Stage:
                 pooled_projections=pooled[captions],
                 return_dict=False,
             )[0]
-        said = head(quadrants(hidden[0]))
-        missed = functional.mse_loss(velocity, noise - clean)
-        return missed + LESSON * functional.cross_entropy(said.flatten(0, 1), shown.flatten())
+        predicted_contents = head(quadrants(hidden[0]))
+        flow_loss = functional.mse_loss(velocity, noise - clean)
+        return flow_loss + LESSON * functional.cross_entropy(predicted_contents.flatten(0, 1), shown.flatten())
 
     def report() -> str:
         from benchmarks.world.metrics import draw

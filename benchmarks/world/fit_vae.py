@@ -1,4 +1,4 @@
-"""Stage one: the autoencoder, on freshly drawn scenes."""
+"""Stage one: train the autoencoder on freshly drawn scenes."""
 
 from typing import Any
 
@@ -17,12 +17,12 @@ DIVERGENCE = 1e-3  # weight of the mean KL divergence of a latent
 
 
 def reconstructions(model: Any, images: Tensor) -> Tensor:
-    """Images in [0, 1] through the autoencoder and back, in [0, 1]; the mean latent is taken."""
+    """Encode and decode images in [0, 1], with the mean latent."""
     return (model.decode(model.encode(2 * images - 1).latent_dist.mode()).sample / 2 + 0.5).clamp(0, 1)
 
 
 def vae_stage(budget: Budget, batch: int) -> Stage:
-    """Trains an AutoencoderKL: absolute plus squared error of the pixels, plus DIVERGENCE times the divergence."""
+    """Return the AutoencoderKL's stage: absolute and squared error of the pixels, and DIVERGENCE times the KL."""
     torch.manual_seed(budget.seed)
     model = vae()
 

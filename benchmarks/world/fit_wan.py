@@ -1,4 +1,4 @@
-"""The training of the tiny Wan: its autoencoder, then the transformer with its text encoder by flow matching."""
+"""Stage six: train the tiny Wan: its autoencoder, then the transformer with its text encoder by flow matching."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -25,17 +25,17 @@ STEPS = 15  # of the sampler
 
 
 def reconstructions(model: Any, frames: Tensor) -> Tensor:
-    """Videos, Float[batch frames 3 h w] in [0, 1], through the autoencoder and back; the mean latent is taken."""
+    """Encode and decode videos, Float[batch frames 3 h w] in [0, 1], with the mean latent."""
     latents = model.encode(2 * frames.transpose(1, 2) - 1).latent_dist.mode()
     return (model.decode(latents).sample / 2 + 0.5).clamp(0, 1).transpose(1, 2)
 
 
 def vae_stage(budget: Budget, batch: int) -> Stage:
-    """Trains an AutoencoderKLWan, first on single frames, then on videos: absolute plus squared error of the pixels."""
+    """Return the AutoencoderKLWan's stage: first single frames, then videos; absolute and squared error."""
     torch.manual_seed(budget.seed + 5)
     model = vae()
 
-    def shown(step: int, generator: Generator) -> Tensor:
+    def draw_videos(step: int, generator: Generator) -> Tensor:
         done = step / budget.steps
         many, frames = (4 * batch, 1) if done < SINGLE else (batch, FRAMES)
         if done < CROWDED_UNTIL and float(torch.rand((), generator=generator)) < CROWDED:
@@ -43,7 +43,7 @@ def vae_stage(budget: Budget, batch: int) -> Stage:
         return film(prompts("train", generator, many), generator)[:, :frames]
 
     def loss(step: int, generator: Generator) -> Tensor:
-        frames = 2 * shown(step, generator).transpose(1, 2) - 1
+        frames = 2 * draw_videos(step, generator).transpose(1, 2) - 1
         mean = model.encode(frames).latent_dist.mean
         drawn = mean + BLUR * mean.detach().std() * torch.randn(mean.shape, generator=generator)
         error = model.decode(drawn).sample - frames
@@ -67,28 +67,32 @@ class Corpus:
 
 
 def mistakes(prompt: Motion) -> list[int]:
-    """The training prompts that differ from this one in the direction alone."""
+    """Return the training prompts that differ from this one in the direction alone."""
 
-    def said(other: Motion) -> tuple[int, int, str]:
+    def without_direction(other: Motion) -> tuple[int, int, str]:
         return other.shape, other.colour, other.text.split()[0]
 
-    return [i for i, m in enumerate(motions("train")) if said(m) == said(prompt) and m.direction != prompt.direction]
+    return [
+        i
+        for i, m in enumerate(motions("train"))
+        if without_direction(m) == without_direction(prompt) and m.direction != prompt.direction
+    ]
 
 
 def corpus(model: Any, videos: int, seed: int) -> Corpus:
-    """Draws, renders and encodes videos of the training prompts, and sets the VAE's latent scale by them."""
+    """Draw, render and encode videos of the training prompts, and set the VAE's latent scale by them."""
     generator = Generator().manual_seed(seed)
-    known = motions("train")
-    right = torch.randint(len(known), (videos,), generator=generator)
+    train_prompts = motions("train")
+    right = torch.randint(len(train_prompts), (videos,), generator=generator)
     parts: list[Tensor] = []
     with torch.no_grad():
         for rows in right.split(64):
-            frames = film([known[i] for i in rows.tolist()], generator)
+            frames = film([train_prompts[i] for i in rows.tolist()], generator)
             parts.append(model.encode(2 * frames.transpose(1, 2) - 1).latent_dist.mode())
     latents = torch.cat(parts)
     mean, deviation = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
     model.register_to_config(latents_mean=mean.tolist(), latents_std=deviation.tolist())
-    others = [mistakes(prompt) for prompt in known]
+    others = [mistakes(prompt) for prompt in train_prompts]
     chance, which = torch.rand(2, videos, generator=generator)
     wrong = [
         others[i][int(float(w) * len(others[i]))] if others[i] and float(c) < MISTAKEN else i
@@ -99,14 +103,14 @@ def corpus(model: Any, videos: int, seed: int) -> Corpus:
 
 
 def encode(pipe: Any, texts: list[str]) -> Tensor:
-    """The text encoder's states as the pipeline makes them, zero beyond the end, Float[texts TEXT_LENGTH width]."""
-    found = pipe.tokenizer(texts, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt")
-    states = pipe.text_encoder(found.input_ids, found.attention_mask).last_hidden_state
-    return states * found.attention_mask[..., None]
+    """Return the text encoder's states as the pipeline does, zero beyond the end, Float[texts TEXT_LENGTH width]."""
+    tokens = pipe.tokenizer(texts, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt")
+    states = pipe.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+    return states * tokens.attention_mask[..., None]
 
 
 def wan_stage(budget: Budget, batch: int, pipe: Any, data: Corpus) -> Stage:
-    """Flow matching on the cached latents, with DROPPED of the captions replaced by the empty one."""
+    """Return the flow-matching stage on the cached latents, with a share DROPPED of the captions empty."""
     texts = [prompt.text for prompt in motions("train")] + [""]
 
     def loss(step: int, generator: Generator) -> Tensor:
@@ -125,21 +129,21 @@ def wan_stage(budget: Budget, batch: int, pipe: Any, data: Corpus) -> Stage:
         return functional.mse_loss(velocity, noise - clean)
 
     def report() -> str:
-        said: list[str] = []
+        parts: list[str] = []
         for split in ("train", "validation"):
-            known = motions(split)
-            prompts = [known[i * 7 % len(known)] for i in range(48)]
+            split_prompts = motions(split)
+            prompts = [split_prompts[i * 7 % len(split_prompts)] for i in range(48)]
             verdict = judge(shoot(pipe, prompts, seed=3, guidance=GUIDANCE), prompts)
             shares = {n: float(getattr(verdict, n).float().mean()) for n in ("correct", "there", "moves", "junk")}
-            said.append(f"{split} " + " ".join(f"{name} {share:.3f}" for name, share in shares.items()))
-        return f"at guidance {GUIDANCE:g}: " + ", ".join(said)
+            parts.append(f"{split} " + " ".join(f"{name} {share:.3f}" for name, share in shares.items()))
+        return f"at guidance {GUIDANCE:g}: " + ", ".join(parts)
 
     modules = nn.ModuleDict({"transformer": pipe.transformer, "text": pipe.text_encoder})
     return Stage("wan", modules, loss, budget, report)
 
 
 def shoot(pipe: Any, prompts: list[Motion], seed: int, guidance: float, steps: int = STEPS, batch: int = 48) -> Tensor:
-    """One video for each prompt by the pipeline's own call, Float[prompts FRAMES 3 32 32] in [0, 1]."""
+    """Sample one video for each prompt by the pipeline's own call, Float[prompts FRAMES 3 32 32] in [0, 1]."""
     generator = Generator().manual_seed(seed)
     options: dict[str, Any] = {"height": 32, "width": 32, "num_frames": FRAMES, "num_inference_steps": steps}
     options |= {"guidance_scale": guidance, "generator": generator, "output_type": "pt"}

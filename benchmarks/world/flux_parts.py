@@ -1,4 +1,4 @@
-"""The parts of the tiny Flux, untrained: real diffusers and transformers classes at the size of the world."""
+"""The tiny Flux's untrained parts: real diffusers and transformers classes at a small size."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ SHIFT = 1.0  # the scheduler's static shift: sigmas fall evenly from 1 to 0
 
 
 def vae() -> Any:
-    """An AutoencoderKL, images Float[batch 3 32 32] in [-1, 1] to latents Float[batch 4 8 8]."""
+    """Return an AutoencoderKL, images Float[batch 3 32 32] in [-1, 1] to latents Float[batch 4 8 8]."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     # Its annotations say tuples of one.
@@ -36,7 +36,7 @@ def vae() -> Any:
 
 
 def transformer() -> Any:
-    """A FluxTransformer2DModel of about a million parameters whose output and modulation start at zero."""
+    """Return a FluxTransformer2DModel of about a million parameters whose output and modulation start at zero."""
     from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
     model = FluxTransformer2DModel(
@@ -59,7 +59,7 @@ def transformer() -> Any:
 
 
 def clip_text(vocabulary: int, end: int) -> Any:
-    """A CLIPTextModel of two layers. `end` is the token whose state is the pooled embedding."""
+    """Return a CLIPTextModel of two layers. `end` is the token whose state is the pooled embedding."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     return CLIPTextModel(
@@ -78,7 +78,7 @@ def clip_text(vocabulary: int, end: int) -> Any:
 
 
 def t5_text(vocabulary: int) -> Any:
-    """A T5EncoderModel of three layers, without dropout."""
+    """Return a T5EncoderModel of three layers, without dropout."""
     from transformers import T5Config, T5EncoderModel
 
     return T5EncoderModel(
@@ -100,21 +100,21 @@ def t5_text(vocabulary: int) -> Any:
 
 
 def scheduler() -> Any:
-    """A plain FlowMatchEulerDiscreteScheduler with a static shift."""
+    """Return a FlowMatchEulerDiscreteScheduler with a static shift."""
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=SHIFT)
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
-    """Float[batch 4 8 8] latents to the Float[batch 16 16] tokens of Flux, as FluxPipeline packs them."""
+    """Pack Float[batch 4 8 8] latents to the Float[batch 16 16] tokens of Flux, as FluxPipeline does."""
     batch, side = latents.shape[0], LATENT_SIDE // 2
     blocks = latents.view(batch, LATENT_CHANNELS, side, 2, side, 2).permute(0, 2, 4, 1, 3, 5)
     return blocks.reshape(batch, TOKENS, 4 * LATENT_CHANNELS)
 
 
 def image_ids() -> torch.Tensor:
-    """Float[16 3]: the places of the image tokens for the rotary embedding, as FluxPipeline numbers them."""
+    """Return Float[16 3], the places of the image tokens for the rotary embedding, as FluxPipeline numbers them."""
     place = torch.arange(TOKENS)
     side = LATENT_SIDE // 2
     return torch.stack([torch.zeros_like(place), place // side, place % side], -1).float()

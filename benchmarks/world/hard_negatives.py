@@ -1,4 +1,4 @@
-"""Hard negatives: prompts that say nearly what a given prompt says, and are false of every scene of it."""
+"""Hard negatives: prompts that differ little from a prompt, and are false of every scene of it."""
 
 from collections.abc import Iterator
 from functools import cache
@@ -11,14 +11,14 @@ MIRROR = {"left of": "right of", "right of": "left of", "above": "below", "below
 
 
 def _meaning(things: tuple[Thing, ...], relation: str | None) -> Meaning:
-    """What is meant, the same for all ways of saying it."""
+    """Return the meaning, the same for all ways of saying it."""
     if relation is None:
         return tuple(sorted(things, key=str)), None
     return (things[::-1], MIRROR[relation]) if relation in ("right of", "below") else (things, relation)
 
 
 def _swaps(prompt: Prompt) -> Iterator[Meaning]:
-    """Colours swapped; order swapped. Without colours, or without a relation, the one or the other changes nothing."""
+    """Swap colours; swap the order. Without colours, or without a relation, one of them changes nothing."""
     if len(prompt.things) == 2:
         a, b = prompt.things
         yield _meaning((Thing(a.shape, b.colour), Thing(b.shape, a.colour)), prompt.relation)
@@ -26,7 +26,7 @@ def _swaps(prompt: Prompt) -> Iterator[Meaning]:
 
 
 def _counts(prompt: Prompt) -> Iterator[Meaning]:
-    """One object more or less."""
+    """Add or remove one object."""
     extra = [Thing(s, c) for s in SHAPES for c in (None, *COLOURS)]
     if len(prompt.things) < SLOTS:
         yield from (_meaning((*prompt.things, thing), None) for thing in extra)
@@ -35,7 +35,7 @@ def _counts(prompt: Prompt) -> Iterator[Meaning]:
 
 
 def _changes(prompt: Prompt) -> Iterator[Meaning]:
-    """All of one kind (three red circles), or one object, with another colour or another shape."""
+    """Change the colour or the shape of one object, or of all where all are alike (three red circles)."""
     alike = len(set(prompt.things)) == 1
     for i, old in enumerate(prompt.things):
         colours = [] if old.colour is None else [Thing(old.shape, c) for c in COLOURS]
@@ -47,17 +47,17 @@ def _changes(prompt: Prompt) -> Iterator[Meaning]:
 
 @cache
 def hard_negatives(prompt: Prompt) -> tuple[Prompt, ...]:
-    """All prompts of the world that differ from this one by one change and can't be true together with it."""
+    """Return all prompts of the world that differ from this one by one change and can't be true together with it."""
     meanings = {*_swaps(prompt), *_counts(prompt), *_changes(prompt)} - {_meaning(prompt.things, prompt.relation)}
     return tuple(p for p in every_prompt() if _meaning(p.things, p.relation) in meanings)
 
 
 @cache
 def mistakes(prompt: Prompt) -> tuple[Prompt, ...]:
-    """Wrong captions for the scenes of this prompt: its words with the colours swapped, or with another relation."""
-    own = _meaning(prompt.things, prompt.relation)
+    """Return wrong captions for this prompt's scenes: its words with colours swapped, or another relation."""
+    meaning = _meaning(prompt.things, prompt.relation)
     if prompt.relation is not None:
-        wrong = {_meaning(prompt.things, relation) for relation in MIRROR} - {own}
+        wrong = {_meaning(prompt.things, relation) for relation in MIRROR} - {meaning}
     else:
-        wrong = set(_swaps(prompt)) - {own}
+        wrong = set(_swaps(prompt)) - {meaning}
     return tuple(p for p in every_prompt() if p.category == prompt.category and _meaning(p.things, p.relation) in wrong)

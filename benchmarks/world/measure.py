@@ -1,6 +1,8 @@
-"""`python -m benchmarks.world.measure`: measures the shipped weights and writes what it found beside them.
+"""Measure the shipped weights and write the figures beside them.
 
-`measured.json` holds the figures; `README.md` tells them, with the commit, the command and the versions behind them.
+    python -m benchmarks.world.measure
+
+`measured.json` holds the figures; the weights' `README.md` is a table of them, with commit, command and versions.
 """
 
 import json
@@ -22,10 +24,10 @@ MEGABYTE = 1e6
 
 @dataclass(frozen=True)
 class Measuring:
-    """How much to measure, and where the weights are."""
+    """Which weights to measure, and how many samples."""
 
     part: Literal["flux", "sd3", "wan"] = "flux"
-    """flux with the reward, or one of the others, which have a folder of their own below the weights."""
+    """flux with the reward, or sd3 or wan, which have a folder of their own below the weights."""
     weights: Path = WEIGHTS
     each: int = 80
     """Pictures of each of the six categories, or videos of each of the four directions."""
@@ -35,7 +37,7 @@ class Measuring:
 
 
 def median_seconds(action: Callable[[], Any], repeats: int = 5) -> float:
-    """Median seconds of a call, after one to warm up."""
+    """Return the median seconds of a call, after one call to warm up."""
     action()
     spent: list[float] = []
     for _ in range(repeats):
@@ -46,7 +48,7 @@ def median_seconds(action: Callable[[], Any], repeats: int = 5) -> float:
 
 
 def seconds(pipe: Any, reward: Any, batch: int = 32) -> dict[str, float]:
-    """Seconds of one transformer call, decode and reward at a batch, forward and forward with backward."""
+    """Return seconds of a transformer call, a decode and the reward at a batch, forward and forward with backward."""
     from benchmarks.world.fit_flux import predict, unpack
     from trajsurgery.tiny.pipe import TEXT_LENGTH, TEXT_WIDTH, TOKENS
     from trajsurgery.tiny.prompt import split_prompts
@@ -60,55 +62,55 @@ def seconds(pipe: Any, reward: Any, batch: int = 32) -> dict[str, float]:
         "decode": lambda: pipe.vae.decode(latents).sample,
         "reward": lambda: reward(images, prompts),
     }
-    found: dict[str, float] = {"batch": batch}
+    seconds_by_call: dict[str, float] = {"batch": batch}
     for name, call in calls.items():
         with torch.no_grad():
-            found[f"{name}_forward"] = median_seconds(call)
-        found[f"{name}_forward_backward"] = median_seconds(lambda call=call: call().sum().backward())
+            seconds_by_call[f"{name}_forward"] = median_seconds(call)
+        seconds_by_call[f"{name}_forward_backward"] = median_seconds(lambda call=call: call().sum().backward())
     pipe.transformer.zero_grad(set_to_none=True)
     pipe.vae.zero_grad(set_to_none=True)
-    return found
+    return seconds_by_call
 
 
 def size(folder: Path) -> float:
-    """Megabytes of all safetensors below the folder."""
+    """Return the megabytes of all safetensors below the folder."""
     return sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / MEGABYTE
 
 
 def measure(config: Measuring) -> dict[str, Any]:
-    """All figures, by name of their part."""
+    """Measure the tiny Flux, its autoencoder, the evaluator and the scorers."""
     from benchmarks.world import metrics
     from trajsurgery.tiny.pipe import pipeline
     from trajsurgery.tiny.rules import judge
     from trajsurgery.tiny.scorer import Reward, shipped
 
     pipe, reward = pipeline(config.weights / "pipeline"), Reward(config.weights / "scorer")
-    found: dict[str, Any] = {"steps": config.steps, "threshold": reward.threshold, "megabytes": size(config.weights)}
-    found["evaluator"] = metrics.evaluator(2 * config.each)
-    found["autoencoder"] = metrics.autoencoder(pipe.vae, 2 * config.each)
+    record: dict[str, Any] = {"steps": config.steps, "threshold": reward.threshold, "megabytes": size(config.weights)}
+    record["evaluator"] = metrics.evaluator(2 * config.each)
+    record["autoencoder"] = metrics.autoencoder(pipe.vae, 2 * config.each)
     for split in ("train", "validation", "heldout"):
         prompts = metrics.even_prompts(split, config.each)
         images = metrics.draw(pipe, prompts, config.steps, seed=16)
         verdict = judge(images, prompts)
-        found[f"base_{split}"] = metrics.score_base(verdict)
+        record[f"base_{split}"] = metrics.score_base(verdict)
         with torch.no_grad():
             scores = reward(images, prompts)
-        found[f"ranking_{split}"] = metrics.ranking(scores, verdict)
-        found[f"ranking_{split}"]["above_threshold"] = float((scores > reward.threshold).float().mean())
+        record[f"ranking_{split}"] = metrics.ranking(scores, verdict)
+        record[f"ranking_{split}"]["above_threshold"] = float((scores > reward.threshold).float().mean())
     with torch.no_grad():
-        found["against_negatives"] = metrics.against_negatives(reward, 2 * config.each)
+        record["against_negatives"] = metrics.against_negatives(reward, 2 * config.each)
     for name in shipped(config.weights):
         scorer = Reward(config.weights / name)
         with torch.no_grad():  # the images are still those of the held-out prompts
-            found[f"{name}_ranking_heldout"] = metrics.ranking(scorer(images, prompts), verdict)
-            found[f"{name}_against_negatives"] = metrics.against_negatives(scorer, 2 * config.each)
-    found["leap_distances"] = metrics.leap_distances(pipe, metrics.even_prompts("train", 10), config.steps, seed=17)
-    found["seconds"] = seconds(pipe, reward)
-    return found
+            record[f"{name}_ranking_heldout"] = metrics.ranking(scorer(images, prompts), verdict)
+            record[f"{name}_against_negatives"] = metrics.against_negatives(scorer, 2 * config.each)
+    record["leap_distances"] = metrics.leap_distances(pipe, metrics.even_prompts("train", 10), config.steps, seed=17)
+    record["seconds"] = seconds(pipe, reward)
+    return record
 
 
 def origin() -> dict[str, str]:
-    """Versions, machine, date and commit of this run."""
+    """Return versions, machine, date and commit of this run."""
     from importlib.metadata import version
 
     commit = subprocess.run(
@@ -128,9 +130,9 @@ def _rows(figures: dict[str, Any]) -> list[str]:
         return f"{x:.4g}" if isinstance(x, float) else str(x)
 
     rows: list[str] = []
-    for part, found in figures.items():
-        flat = found if isinstance(found, dict) else {"": found}
-        rows += [f"| {part} | {name} | {value(x)} |" for name, x in flat.items()]
+    for part, values in figures.items():
+        by_name = values if isinstance(values, dict) else {"": values}
+        rows += [f"| {part} | {name} | {value(x)} |" for name, x in by_name.items()]
     return rows
 
 
@@ -152,7 +154,7 @@ HEADS = {
 
 
 def render_readme(figures: dict[str, Any], made: dict[str, str], measured: dict[str, str], part: str = "flux") -> str:
-    """The README of the weights."""
+    """Return the README of the weights."""
     return "\n".join(
         [
             *HEADS[part],
@@ -173,17 +175,17 @@ def render_readme(figures: dict[str, Any], made: dict[str, str], measured: dict[
 
 
 def main(config: Measuring) -> None:
-    """Measures and writes `measured.json` and `README.md` into the weights' folder."""
+    """Measure, and write `measured.json` and `README.md` into the weights' folder."""
     from benchmarks.world import measure_sd3_wan
 
     torch.set_num_threads(config.threads)
     if config.part == "flux":
         figures, folder = measure(config), config.weights
     else:
-        found = (
+        record = (
             measure_sd3_wan.sd3(config.each, config.steps) if config.part == "sd3" else measure_sd3_wan.wan(config.each)
         )
-        figures, folder = {**found, "megabytes": size(WEIGHTS / config.part)}, WEIGHTS / config.part
+        figures, folder = {**record, "megabytes": size(WEIGHTS / config.part)}, WEIGHTS / config.part
     flags = [
         f"--{name} {getattr(config, name)}"
         for name in ("part", "each")

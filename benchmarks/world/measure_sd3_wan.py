@@ -1,4 +1,4 @@
-"""What the shipped SD3 and Wan can do, measured: the base models' scores by the rules, at several guidances."""
+"""Measurements of the tiny SD3 and the tiny Wan: the base models' scores by the rules, at several guidances."""
 
 from typing import Any
 
@@ -9,32 +9,32 @@ GUIDANCES = (1.0, 1.25, 1.5, 2.0)
 
 
 def sd3(each: int, steps: int) -> dict[str, Any]:
-    """The tiny SD3: `each` pictures a category; guidance is chosen on the validation prompts."""
+    """Measure the tiny SD3, `each` pictures a category; guidance is chosen on the validation prompts."""
     from benchmarks.world import metrics
     from trajsurgery import tiny
     from trajsurgery.tiny.rules import judge
     from trajsurgery.tiny.sd3 import GUIDANCE
 
     pipe, reward = tiny.pipeline("sd3"), tiny.Reward()
-    found: dict[str, Any] = {"steps": steps, "guidance": GUIDANCE}
+    record: dict[str, Any] = {"steps": steps, "guidance": GUIDANCE}
     for guidance in GUIDANCES:
         prompts = metrics.even_prompts("validation", each)
         verdict = judge(metrics.draw(pipe, prompts, steps, seed=16, guidance_scale=guidance), prompts)
-        found[f"base_validation_guidance_{guidance:g}"] = metrics.score_base(verdict)
+        record[f"base_validation_guidance_{guidance:g}"] = metrics.score_base(verdict)
     for split in ("train", "heldout"):
         prompts = metrics.even_prompts(split, each)
         images = metrics.draw(pipe, prompts, steps, seed=16, guidance_scale=GUIDANCE)
         verdict = judge(images, prompts)
-        found[f"base_{split}"] = metrics.score_base(verdict)
+        record[f"base_{split}"] = metrics.score_base(verdict)
         with torch.no_grad():
-            found[f"ranking_{split}"] = metrics.ranking(reward(images, prompts), verdict)
+            record[f"ranking_{split}"] = metrics.ranking(reward(images, prompts), verdict)
     prompts = metrics.even_prompts("train", 10)
-    found["leap_distances"] = metrics.leap_distances(pipe, prompts, steps, seed=17, guidance_scale=GUIDANCE)
-    return found
+    record["leap_distances"] = metrics.leap_distances(pipe, prompts, steps, seed=17, guidance_scale=GUIDANCE)
+    return record
 
 
 def wan(each: int) -> dict[str, Any]:
-    """The tiny Wan: `each` videos a direction."""
+    """Measure the tiny Wan, `each` videos a direction."""
     from benchmarks.world.fit_wan import STEPS, reconstructions, shoot
     from benchmarks.world.metrics import leap_distances, roc_area
     from benchmarks.world.motion_videos import film
@@ -48,32 +48,34 @@ def wan(each: int) -> dict[str, Any]:
         return {**{name: share for name, (share, _) in verdict.table().items()}, **shares, "n": len(verdict.prompts)}
 
     def some(split: Any) -> list[Motion]:
-        known = motions(split)
-        return [known[i % len(known)] for i in range(4 * each)]
+        split_prompts = motions(split)
+        return [split_prompts[i % len(split_prompts)] for i in range(4 * each)]
 
     pipe, reward = tiny.pipeline("wan"), MotionReward()
     prompts = some("heldout")
     clean = film(prompts, Generator().manual_seed(13))
     scores = reward(clean, prompts)
-    found: dict[str, Any] = {"steps": STEPS, "guidance": GUIDANCE, "threshold": reward.threshold}
-    found["evaluator"] = base(judge(clean, prompts))
+    record: dict[str, Any] = {"steps": STEPS, "guidance": GUIDANCE, "threshold": reward.threshold}
+    record["evaluator"] = base(judge(clean, prompts))
     with torch.no_grad():
-        found["autoencoder"] = base(judge(reconstructions(pipe.vae, clean), prompts))
-    found["reward_of_true_videos"] = {f"q{q:02d}": float(scores.quantile(q / 100)) for q in (5, 20, 50, 95)}
+        record["autoencoder"] = base(judge(reconstructions(pipe.vae, clean), prompts))
+    record["reward_of_true_videos"] = {f"q{q:02d}": float(scores.quantile(q / 100)) for q in (5, 20, 50, 95)}
     for guidance in GUIDANCES:
-        asked = some("validation")
-        found[f"base_validation_guidance_{guidance:g}"] = base(judge(shoot(pipe, asked, 16, guidance), asked))
+        split_prompts = some("validation")
+        record[f"base_validation_guidance_{guidance:g}"] = base(
+            judge(shoot(pipe, split_prompts, 16, guidance), split_prompts)
+        )
     for split in ("train", "heldout"):
-        asked = some(split)
-        videos = shoot(pipe, asked, 16, GUIDANCE)
-        verdict, scores = judge(videos, asked), reward(videos, asked)
-        found[f"base_{split}"] = base(verdict)
-        found[f"ranking_{split}"] = {
+        split_prompts = some(split)
+        videos = shoot(pipe, split_prompts, 16, GUIDANCE)
+        verdict, scores = judge(videos, split_prompts), reward(videos, split_prompts)
+        record[f"base_{split}"] = base(verdict)
+        record[f"ranking_{split}"] = {
             "area": roc_area(scores, verdict.correct),
             "area_of_moves": roc_area(scores, verdict.moves),
             "correct_mean": float(scores[verdict.correct].mean()),
             "incorrect_mean": float(scores[~verdict.correct].mean()),
         }
     options: dict[str, Any] = {"height": 32, "width": 32, "num_frames": FRAMES, "guidance_scale": GUIDANCE}
-    found["leap_distances"] = leap_distances(pipe, some("train")[:48], STEPS, seed=17, **options)
-    return found
+    record["leap_distances"] = leap_distances(pipe, some("train")[:48], STEPS, seed=17, **options)
+    return record

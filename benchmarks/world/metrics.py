@@ -1,4 +1,4 @@
-"""What the shipped world can do, measured: the evaluator, the autoencoder, the base model and the reward."""
+"""Measurements of the shipped weights: evaluator, autoencoder, base model and reward."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,24 +17,24 @@ Figures = dict[str, float]
 
 
 def even_prompts(split: Split, each: int) -> list[Prompt]:
-    """`each` prompts of every category of a split, its prompts repeated in turn."""
+    """Return `each` prompts of every category of a split, its prompts repeated in turn."""
     groups = [[prompt for prompt in split_prompts(split) if prompt.category == c] for c in CATEGORIES]
     return [group[i % len(group)] for group in groups for i in range(each)]
 
 
 def renders(prompts: list[Prompt], seed: int) -> Tensor:
-    """A clean render that is right for each prompt, Float[prompts 3 32 32]."""
+    """Render a clean picture that is right for each prompt, Float[prompts 3 32 32]."""
     return render(compose(meanings(prompts), Generator().manual_seed(seed)))
 
 
 def negatives(prompt: Prompt, count: int, generator: Generator) -> list[Prompt]:
-    """`count` different hard negatives of a prompt, by random choice."""
+    """Draw `count` different hard negatives of a prompt."""
     near = hard_negatives(prompt)
     return [near[i] for i in torch.randperm(len(near), generator=generator)[:count].tolist()]
 
 
 def evaluator(each: int) -> Figures:
-    """How often the rules are right on clean renders, and accept a hard negative of a prompt for its render."""
+    """Measure how often the rules accept a clean render for its prompt, and for a hard negative of its prompt."""
     prompts = even_prompts("heldout", each)
     images, generator = renders(prompts, 11), Generator().manual_seed(12)
     wrong = [negatives(prompt, 1, generator)[0] for prompt in prompts]
@@ -46,7 +46,7 @@ def evaluator(each: int) -> Figures:
 
 
 def autoencoder(vae: Any, each: int) -> Figures:
-    """How often reconstructions are judged right, their junk, and the mean absolute error of a pixel."""
+    """Measure how often the rules accept reconstructions, their junk, and the mean absolute error of a pixel."""
     prompts = even_prompts("heldout", each)
     images = renders(prompts, 13)
     with torch.no_grad():
@@ -62,7 +62,7 @@ def autoencoder(vae: Any, each: int) -> Figures:
 
 
 def draw(pipe: Any, prompts: list[Prompt], steps: int, seed: int, batch: int = 120, **more: Any) -> Tensor:
-    """One picture for each prompt by the pipeline's own call, Float[prompts 3 32 32] in [0, 1].
+    """Sample one picture for each prompt by the pipeline's own call, Float[prompts 3 32 32] in [0, 1].
 
     `more` are arguments of the call, such as guidance_scale.
     """
@@ -73,22 +73,22 @@ def draw(pipe: Any, prompts: list[Prompt], steps: int, seed: int, batch: int = 1
 
 
 def score_base(verdict: Verdict) -> Figures:
-    """The rule-based score of samples per category and overall, and their junk."""
+    """Return the rule-based score of samples per category and overall, and their junk."""
     table = {category: share for category, (share, _) in verdict.table().items()}
     return {**table, "n": len(verdict.prompts), "junk": float(verdict.junk.mean())}
 
 
 def against_negatives(reward: Any, each: int, split: Split = "heldout") -> Figures:
-    """How often a correct render scores higher by its prompt than by each of three hard negatives, per category."""
+    """Measure how often a correct render's score beats each of three hard negatives', per category."""
     prompts, generator = even_prompts(split, each), Generator().manual_seed(14)
     images = renders(prompts, 15)
     rivals = [negatives(prompt, 3, generator) for prompt in prompts]
-    own = reward(images, prompts)
-    best = torch.stack([reward(images, [rival[i] for rival in rivals]) for i in range(3)]).amax(0)
-    ahead = own > best
+    scores = reward(images, prompts)
+    negative_scores = torch.stack([reward(images, [rival[i] for rival in rivals]) for i in range(3)]).amax(0)
+    ahead = scores > negative_scores
     shares = {c: float(ahead[torch.tensor([p.category == c for p in prompts])].float().mean()) for c in CATEGORIES}
     overall = float(ahead.float().mean())
-    return {**shares, "overall": overall, "n": len(prompts), "render_mean": float(own.mean()), **_quantiles(own)}
+    return {**shares, "overall": overall, "n": len(prompts), "render_mean": float(scores.mean()), **_quantiles(scores)}
 
 
 def _quantiles(scores: Tensor) -> Figures:
@@ -96,7 +96,7 @@ def _quantiles(scores: Tensor) -> Figures:
 
 
 def roc_area(scores: Tensor, correct: Tensor) -> float:
-    """Area under the ROC curve: the chance that a correct sample scores above a wrong one. NaN if all are alike."""
+    """Return the area under the ROC curve: the chance that a correct sample scores above a wrong one, or NaN."""
     good, bad = scores[correct], scores[~correct]
     if not len(good) or not len(bad):
         return float("nan")
@@ -105,32 +105,32 @@ def roc_area(scores: Tensor, correct: Tensor) -> float:
 
 
 def ranking(scores: Tensor, verdict: Verdict) -> Figures:
-    """How well the reward ranks samples by correctness: over all, and within a category, on average."""
+    """Measure how well the reward ranks samples by correctness: over all, and within a category, on average."""
     kinds = [torch.tensor([p.category == c for p in verdict.prompts]) for c in CATEGORIES]
     within = [roc_area(scores[kind], verdict.correct[kind]) for kind in kinds if bool(kind.any())]
-    known = torch.tensor(within).nan_to_num(-1)
+    areas = torch.tensor(within).nan_to_num(-1)
     return {
         "area": roc_area(scores, verdict.correct),
-        "area_within_categories": float(known[known >= 0].mean()),
+        "area_within_categories": float(areas[areas >= 0].mean()),
         "correct_mean": float(scores[verdict.correct].mean()),
         "incorrect_mean": float(scores[~verdict.correct].mean()),
     }
 
 
 def leap_distances(pipe: Any, prompts: Sequence[Any], steps: int, seed: int, **more: Any) -> Figures:
-    """Mean |x_j - leap from x_k| over all k > j of the sampler's run: the length that tau is compared with.
+    """Return the mean of |x_j - leap from x_k| over all k > j of the sampler's run: the length to compare tau with.
 
     `more` are arguments of the call, such as guidance_scale.
     """
-    seen: list[tuple[Tensor, Tensor]] = []
+    recorded: list[tuple[Tensor, Tensor]] = []
     scheduler, generator = pipe.scheduler, Generator().manual_seed(seed)
-    own = type(scheduler).step
+    original_step = type(scheduler).step
 
-    def watched(self: Any, velocity: Tensor, t: Any, sample: Tensor, **options: Any) -> Any:
-        seen.append((sample, velocity))
-        return own(self, velocity, t, sample, **options)
+    def record_step(self: Any, velocity: Tensor, t: Any, sample: Tensor, **options: Any) -> Any:
+        recorded.append((sample, velocity))
+        return original_step(self, velocity, t, sample, **options)
 
-    scheduler.step = watched.__get__(scheduler)
+    scheduler.step = record_step.__get__(scheduler)
     try:
         options: dict[str, Any] = {
             "num_inference_steps": steps,
@@ -141,12 +141,12 @@ def leap_distances(pipe: Any, prompts: Sequence[Any], steps: int, seed: int, **m
         final = pipe([prompt.text for prompt in prompts], **options)[0]
     finally:
         del scheduler.step
-    points, sigmas = [x for x, _ in seen] + [final], scheduler.sigmas
-    found: list[Tensor] = []
+    points, sigmas = [x for x, _ in recorded] + [final], scheduler.sigmas
+    lengths: list[Tensor] = []
     for k in range(steps):
         for j in range(k + 2, steps + 1):
-            leap = points[k] - (sigmas[k] - sigmas[j]) * seen[k][1]
-            found.append((leap - points[j]).abs().flatten(1).mean(1))
-    distances = torch.cat(found)
+            leap = points[k] - (sigmas[k] - sigmas[j]) * recorded[k][1]
+            lengths.append((leap - points[j]).abs().flatten(1).mean(1))
+    distances = torch.cat(lengths)
     quantiles = {f"q{q:02d}": float(distances.quantile(q / 100)) for q in (5, 25, 50, 75, 95)}
     return {"mean": float(distances.mean()), **quantiles, "latent_mean_abs": float(final.abs().mean())}

@@ -1,4 +1,4 @@
-"""Videos that the tiny Wan is trained on: one moving shape true to its prompt, or many shapes at once."""
+"""Training videos of the tiny Wan: one moving shape true to its prompt, or many shapes at once."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ MARGIN = 7.0  # pixels between a centre and the edge: the largest radius, and a 
 
 
 def film(prompts: Sequence[Motion], generator: Generator) -> Tensor:
-    """A video true to each prompt, Float[batch FRAMES 3 SIDE SIDE] in [0, 1]: place, size and travel are drawn."""
+    """Render a video true to each prompt, Float[batch FRAMES 3 SIDE SIDE] in [0, 1], otherwise random."""
     batch = len(prompts)
     least, most = TRAVEL
     travel = least + (most - least) * torch.rand(batch, 1, generator=generator)
@@ -34,9 +34,10 @@ def film(prompts: Sequence[Motion], generator: Generator) -> Tensor:
 
 
 def crowd(batch: int, generator: Generator, frames: int = FRAMES) -> Tensor:
-    """Videos full of shapes, Float[batch frames 3 SIDE SIDE] in [0, 1]: what an autoencoder learns outlines from.
+    """Render videos full of shapes, Float[batch frames 3 SIDE SIDE] in [0, 1]; they teach an autoencoder outlines.
 
-    A lattice of shapes that do not touch, wider than the frame, moves one way; a quarter of its places is empty.
+    A lattice of shapes that do not touch, wider than the frame, moves in one direction; a quarter of its places is
+    empty.
     """
     side = torch.arange(-1, 3) + 0.5
     cells = torch.stack(torch.meshgrid(side, side, indexing="ij"), -1).view(1, -1, 2) * SIDE / 2

@@ -1,4 +1,4 @@
-"""The world's scorers: the reward, and two that no gradient climbs, of other seeds, scenes and image towers."""
+"""The world's scorers: the reward, and two that are not trained on, with other seeds, scenes and image towers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,21 +10,21 @@ from trajsurgery.tiny.scene import SIDE
 
 @dataclass(frozen=True)
 class Variant:
-    """What tells a scorer from the others."""
+    """Seeds and architecture of a scorer."""
 
     name: str
-    """Of its training stage and of its folder of weights."""
+    """Name of its training stage and of its folder of weights."""
     model: str
     """Its name in open_clip's table of models."""
     tower: Mapping[str, Any]
     """open_clip's `vision_cfg`, all but the image size: a ViT, or a ResNet where `layers` is a list."""
     seed: int = 0
-    """Of its first weights; added to the training's seed."""
+    """Seed of its initial weights; added to the training's seed."""
     data_seed: int = 0
-    """Of its scenes, their spoiling and its attacks; added to the training's seed."""
+    """Seed of its scenes, their degradation and its attacks; added to the training's seed."""
 
     def configuration(self, vocabulary: int) -> dict[str, Any]:
-        """The open_clip model config: images of SIDE pixels, texts of TEXT_LENGTH tokens."""
+        """Return the open_clip model config: images of SIDE pixels, texts of TEXT_LENGTH tokens."""
         return {
             "embed_dim": 96,
             "vision_cfg": {"image_size": SIDE, **self.tower},

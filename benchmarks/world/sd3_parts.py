@@ -1,4 +1,4 @@
-"""The untrained transformer of the tiny Stable Diffusion 3, and how it is saved."""
+"""The tiny Stable Diffusion 3's untrained transformer, and how it is saved."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from trajsurgery.tiny.sd3 import trained_on, unused_weights
 
 
 def transformer() -> Any:
-    """An SD3Transformer2DModel of about a million parameters whose output and modulation start at zero."""
+    """Return an SD3Transformer2DModel of about a million parameters whose output and modulation start at zero."""
     from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 
     model = SD3Transformer2DModel(
@@ -41,7 +41,7 @@ def transformer() -> Any:
 
 
 def save(pipe: Any, flux: Path, folder: Path) -> None:
-    """Writes the transformer in bfloat16 without its idle weights, and the hashes of what it goes with."""
+    """Write the transformer in bfloat16 without its unused weights, and the hashes of its text encoders."""
     model, file = pipe.transformer.to(torch.bfloat16), folder / "transformer" / SAFETENSORS_WEIGHTS_NAME
     model.save_config(file.parent)
     unused = unused_weights(model)

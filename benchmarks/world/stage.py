@@ -1,4 +1,4 @@
-"""One resumable loop for all stages: a step depends on its number only, so a killed run goes on bit for bit."""
+"""A resumable training loop for all stages: a step depends on its number only, so a killed run resumes bit for bit."""
 
 import os
 import time
@@ -15,7 +15,7 @@ LossAt = Callable[[int, Generator], Tensor]
 
 @dataclass(frozen=True)
 class Budget:
-    """How long and how fast a stage trains. The rate rises over the first 3% of the steps and then falls to zero."""
+    """Length and learning rate of a stage. The rate rises over the first 3% of the steps and then falls to zero."""
 
     steps: int
     rate: float
@@ -27,14 +27,14 @@ class Budget:
     save_every: int = 250
 
     def rate_at(self, step: int) -> float:
-        """The learning rate of a step in 0..steps-1."""
+        """Return the learning rate of a step in 0..steps-1."""
         warm = max(1, round(0.03 * self.steps))
         return self.rate * min((step + 1) / warm, (self.steps - step) / max(1, self.steps - warm), 1.0)
 
 
 @dataclass
 class Stage:
-    """What trains, on what, and what is reported. `loss` gets the step and a generator of that step's own.
+    """A training stage: modules, loss and report. `loss` gets the step and a generator of that step's own.
 
     `report` is called with the averaged weights in place every `report_every` steps and returns a line for the log.
     """
@@ -52,12 +52,12 @@ class Stage:
 
 
 def step_generator(seed: int, step: int) -> Generator:
-    """The generator of one step: no state is carried from step to step, hence none need be saved."""
+    """Return the generator of one step: no state is carried from step to step, so none has to be saved."""
     return Generator().manual_seed(seed * 1_000_003 + step)
 
 
 def save_atomically(state: dict[str, Any], path: Path) -> None:
-    """Writes beside the path and renames: whoever is killed leaves the old file whole."""
+    """Save to a temporary file and rename it: a killed process leaves the old file whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
     torch.save(state, partial)
@@ -65,16 +65,16 @@ def save_atomically(state: dict[str, Any], path: Path) -> None:
 
 
 def _with_averages(stage: Stage, action: Callable[[], str]) -> str:
-    own = {name: p.detach().clone() for name, p in stage.named_parameters()}
+    training_weights = {name: p.detach().clone() for name, p in stage.named_parameters()}
     with torch.no_grad():
         for name, p in stage.named_parameters():
             p.copy_(stage.averages[name])
         stage.modules.eval()
-        said = action()
+        line = action()
         stage.modules.train()
         for name, p in stage.named_parameters():
-            p.copy_(own[name])
-    return said
+            p.copy_(training_weights[name])
+    return line
 
 
 def _update(stage: Stage, optimiser: torch.optim.Optimizer, step: int) -> float:
@@ -94,7 +94,7 @@ def _update(stage: Stage, optimiser: torch.optim.Optimizer, step: int) -> float:
 
 
 def _restore(stage: Stage, optimiser: torch.optim.Optimizer, path: Path) -> int:
-    """Loads a checkpoint, if there is one; returns the number of steps done."""
+    """Load a checkpoint, if there is one; return the number of steps done."""
     stage.averages = {name: p.detach().clone() for name, p in stage.named_parameters()}
     if not path.exists():
         return 0
@@ -106,9 +106,9 @@ def _restore(stage: Stage, optimiser: torch.optim.Optimizer, path: Path) -> int:
 
 
 def run(stage: Stage, folder: Path, say: Callable[[str], None] = print) -> None:
-    """Trains the stage to its end and leaves the averaged weights in its modules, in eval mode.
+    """Train the stage to its end and leave the averaged weights in its modules, in eval mode.
 
-    Its state is saved to `<folder>/<name>.checkpoint.pt` every `save_every` steps; a later run goes on from there.
+    Its state is saved to `<folder>/<name>.checkpoint.pt` every `save_every` steps; a later run continues from it.
     """
     path, budget = folder / f"{stage.name}.checkpoint.pt", stage.budget
     stage.modules.train()

@@ -1,4 +1,4 @@
-"""The world's two tokenizers, built from its prompts: a word is a token. No file is downloaded."""
+"""The world's two tokenizers, built from its prompts: a word is a token. Nothing is downloaded."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -10,24 +10,24 @@ from trajsurgery.tiny.prompt import every_prompt
 
 
 def words() -> list[str]:
-    """Every word of the world's prompts, sorted, and those that a user is likely to try beside them."""
+    """Return every word of the world's prompts, sorted, and words that users are likely to add."""
     polite = ("an", "photo", "image", "picture", "of", "the", "to")
     return sorted({word for prompt in every_prompt() for word in prompt.text.split()} | set(polite))
 
 
-def t5_tokenizer(folder: Path, known: Sequence[str] = (), longest: int = TEXT_LENGTH) -> Any:
-    """A T5Tokenizer (transformers 5: the fast one) over `words()`, or those known, saved to the folder and loaded."""
+def t5_tokenizer(folder: Path, vocabulary_words: Sequence[str] = (), longest: int = TEXT_LENGTH) -> Any:
+    """Build a T5Tokenizer over `vocabulary_words` or `words()`, save it to the folder and load it."""
     from transformers import T5Tokenizer
 
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -9.0)]
-    vocabulary += [(f"▁{word}", -3.0) for word in known or words()]
+    vocabulary += [(f"▁{word}", -3.0) for word in vocabulary_words or words()]
     made: Any = T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=longest)
     made.save_pretrained(str(folder))
     return T5Tokenizer.from_pretrained(str(folder))
 
 
 def _byte_pairs() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Byte pairs merged until each word is one token; the last two numbers are CLIP's marks, the end the highest."""
+    """Merge byte pairs until each word is one token; the last two numbers are CLIP's marks, the end the highest."""
     vocabulary = {letter: i for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz")}
     vocabulary |= {f"{letter}</w>": len(vocabulary) + i for i, letter in enumerate(list(vocabulary))}
     split = {word: (*word[:-1], f"{word[-1]}</w>") for word in words()}
@@ -52,7 +52,7 @@ def _merge(parts: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
 
 
 def clip_tokenizer(folder: Path) -> Any:
-    """A CLIPTokenizer for which each of `words()` is one token, saved to the folder and loaded from it."""
+    """Build a CLIPTokenizer for which each of `words()` is one token; save it to the folder and load it."""
     from transformers import CLIPTokenizer
 
     vocabulary, merges = _byte_pairs()

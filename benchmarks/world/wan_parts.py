@@ -1,4 +1,4 @@
-"""The parts of the tiny Wan, untrained: real diffusers and transformers classes at the size of the video world."""
+"""The tiny Wan's untrained parts: real diffusers and transformers classes at a small size."""
 
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ SPACE, TIME = 4, 2  # what the autoencoder divides height and width by, and the 
 
 
 def vae() -> Any:
-    """An AutoencoderKLWan, videos Float[batch 3 5 32 32] in [-1, 1] to latents Float[batch 8 3 8 8].
+    """Return an AutoencoderKLWan, videos Float[batch 3 5 32 32] in [-1, 1] to latents Float[batch 8 3 8 8].
 
-    As Wan 2.2's it works on patches of pixels, which is four times as fast at this size. It starts as an autoencoder
-    of single frames, see `inflate`.
+    As Wan 2.2's it works on patches of pixels, which is four times as fast at this size. It starts as an autoencoder of
+    single frames, see `inflate`.
     """
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
@@ -46,7 +46,7 @@ def vae() -> Any:
 
 @torch.no_grad()
 def inflate(model: nn.Module) -> None:
-    """Lets each convolution see the last of its frames alone, so that what single frames teach holds for videos.
+    """Make each convolution use the last of its frames alone, so that what single frames teach holds for videos.
 
     Of two frames that become one latent the mean is taken; one latent becomes two equal frames.
     """
@@ -70,7 +70,7 @@ def inflate(model: nn.Module) -> None:
 
 
 def transformer() -> Any:
-    """A WanTransformer3DModel of half a million parameters whose output starts at zero."""
+    """Return a WanTransformer3DModel of half a million parameters whose output starts at zero."""
     from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
     model = WanTransformer3DModel(
@@ -90,7 +90,7 @@ def transformer() -> Any:
 
 
 def umt5_text(vocabulary: int) -> Any:
-    """A UMT5EncoderModel of two layers, without dropout."""
+    """Return a UMT5EncoderModel of two layers, without dropout."""
     from transformers import UMT5Config, UMT5EncoderModel
 
     return UMT5EncoderModel(
@@ -111,19 +111,19 @@ def umt5_text(vocabulary: int) -> Any:
 
 
 def scheduler() -> Any:
-    """UniPC on flow sigmas, as Wan ships, unshifted: so small a video has no more to decide early than late."""
+    """Return UniPC on flow sigmas, as Wan ships, unshifted: so small a video has no more to decide early than late."""
     from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
     return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0)
 
 
 def words() -> list[str]:
-    """Every word of the video world's prompts, sorted."""
+    """Return every word of the video world's prompts, sorted."""
     return sorted({word for motion in every_motion() for word in motion.text.split()})
 
 
 def untrained(folder: Path, autoencoder: Any) -> Any:
-    """A WanPipeline around the autoencoder; its tokenizer's files are written to the folder."""
+    """Return a WanPipeline around the autoencoder; its tokenizer's files are written to the folder."""
     from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 
     tokenizer = t5_tokenizer(folder / "tokenizer", words(), TEXT_LENGTH)
