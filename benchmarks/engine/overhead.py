@@ -5,7 +5,7 @@
 Both sample the same images from the same FluxPipeline (18 M parameters), take LeapAlign's two leaps, decode, score and
 differentiate; images and gradients are compared first. Times are of alternating pairs on one thread; peaks are bytes of
 tensors alive at once, counted storage by storage. Writes overhead.json and overhead.png to results/. Fails if a ratio
-exceeds `MAX_TIME_RATIO` or `MAX_MEMORY_RATIO`. A few minutes on one core.
+exceeds `MAX_TIME_RATIO` or `MAX_MEMORY_RATIO`. About 1.5 minutes on one core.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 The reward is the brightness of a picture, whatever its prompt: white pictures are best. Every few iterations every run
 is validated on two scorers that it does not train on; validation changes no draw, so that the run with early stop
 equals the unguarded one up to where it ends. Writes guards.json and guards.png to results/. Fails unless the reward
-rises and scorer b falls without a guard, and every guard leaves scorer b higher than no guard does. About ten minutes
+rises and scorer b falls without a guard, and every guard leaves scorer b higher than no guard does. About six minutes
 on one core.
 
 The rate and the strengths of anchor and mixture were set by hand after two trials on the same seed, in which the guards

@@ -103,7 +103,10 @@ def tasks_by_method(options: Options) -> dict[str, dict[int, Task]]:
     whole = [*(budget.base(seed) for seed in options.seeds), *(task for of in tasks.values() for task in of.values())]
     missing = [str(task.folder) for task in whole if not has_scores(task)]
     if missing:
-        raise SurgeryError(f"not trained yet: {', '.join(missing)}. Run study.py --by rules first, or pass --runs.")
+        raise SurgeryError(
+            f"not trained yet: {', '.join(missing)}. Run `python -m benchmarks.study.study --by rules` first, "
+            "or pass --runs."
+        )
     check_one_world([load_record(task) for task in whole])
     return tasks
 

@@ -8,7 +8,7 @@ trace of the covariance of the whole gradient over the squared norm of its mean,
 intervals (jackknife over 16 groups of draws); the part of the times, and of prompts and noise; seconds of a gradient,
 of CPU and of the clock; and the product of variance and time, which says how fast a mean is estimated. Rewards:
 trainings of equal CPU time (variance_runs.py). Finished parts in the folder of runs are read, so that parts can be made
-side by side (`--methods`, `--part`). Writes variance.json and variance.png to results/. About an hour of CPU.
+side by side (`--methods`, `--part`). Writes variance.json and variance.png to results/. About 40 minutes on one core.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""study_steps.py: at the steps that it names a model has its tuned weights, at the others its own."""
+"""study/steps.py: a model has its tuned weights at the steps that are named, and its own at the others."""
 
 from __future__ import annotations
 
