@@ -148,6 +148,20 @@ MUTATIONS = (
         "surgery/test_run_ways.py",
     ),
     Mutation(
+        "a split call that forgets its input's gradient",
+        "surgery/autograd_functions.py",
+        "return None, x.grad, None, None, None, None",
+        "return None, None, None, None, None, None",
+        "surgery/test_run_ways.py",
+    ),
+    Mutation(
+        "a split call that autograd.grad may use",
+        "surgery/autograd_functions.py",
+        "if torch.is_grad_enabled() or not torch._C._will_engine_execute_node(ctx.token):",
+        "if torch.is_grad_enabled():",
+        "surgery/test_split.py",
+    ),
+    Mutation(
         "a faithful value computed again",
         "surgery/node_values.py",
         "return autograd_functions.connect(prediction, trajectory[_int(node.to)]) if faithful else prediction",

@@ -214,7 +214,7 @@ class _Split(torch.autograd.Function):
         v, x = ctx.kept or (None, ctx.saved_tensors[0].detach().requires_grad_(ctx.needs_input_grad[1]))
         ctx.kept = None
         if v is None:
-            with torch.enable_grad(), _restored(ctx.state):
+            with _restored(ctx.state), torch.enable_grad():
                 v = ctx.call(x)
         inputs = None if ctx.params is None else [*ctx.params, *([x] if x.requires_grad else [])]
         if v.requires_grad:
