@@ -139,6 +139,14 @@ def test_a_plan_is_made_without_torch() -> None:
     assert done.stdout.splitlines() == ["x_5 -> x^_0|5", "[]"]
 
 
+def test_tiny_and_testing_need_no_import_of_their_own() -> None:
+    code = (
+        "import trajsurgery; print(trajsurgery.tiny.prompts('heldout')[0], trajsurgery.testing.check_gradient.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip().endswith("check_gradient")
+
+
 def test_every_exported_name_is_there() -> None:
     import trajsurgery
 
