@@ -33,7 +33,8 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Replace each marker of the methods page, and check the architecture page against the tree."""
+    """Replace the markers of the methods page, check the architecture page, and point at the site's copy of results."""
+    markdown = re.sub(r"(?:\.\./)+benchmarks/\w+/results/([\w.-]+\.png)", r"../results/\1", markdown)
     if page.file.src_uri == METHODS_PAGE:
         texts = [described(i, match) for i, match in enumerate(PLAN.finditer(markdown))]
         return PLAN.sub(lambda _: texts.pop(0), markdown)

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -193,8 +194,30 @@ def test_help_imports_no_torch(words: list[str]) -> None:
     assert words[0] in done.stdout
 
 
+def test_the_installed_command_is_there() -> None:
+    (command,) = entry_points(group="console_scripts", name="trajsurgery")
+    assert command.load() is main
+
+
 @pytest.mark.parametrize("module", ["trajsurgery"])
 def test_the_modules_are_the_command(module: str) -> None:
     words = [sys.executable, "-m", module, "--help"]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     assert "Score pictures with rewards" in done.stdout
+
+
+def red(images: Tensor, prompts: list[str]) -> Tensor:
+    return images[:, 0].mean((1, 2))
+
+
+def make_red() -> Any:
+    return red
+
+
+RED = red
+
+
+@pytest.mark.parametrize("name", ["red", "make_red", "RED"])
+def test_a_module_names_a_reward_or_what_makes_one(name: str) -> None:
+    reward = load_reward(f"{__name__}:{name}", CPU)
+    assert torch.equal(reward(torch.ones(1, 3, 2, 2), ["a circle"]), torch.ones(1))

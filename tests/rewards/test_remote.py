@@ -202,8 +202,9 @@ def test_an_address_is_host_and_port(text: str) -> None:
 def test_an_address_where_nothing_listens_is_reported() -> None:
     with stranger(b"") as address, contextlib.suppress(RewardError):
         Remote(address)
-    with pytest.raises(RewardError, match="nothing listens"):
+    with pytest.raises(RewardError, match="nothing listens") as error:
         Remote(address)
+    assert str(error.value).count("Nothing was changed here") == 1
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -89,12 +90,20 @@ def load_reward(name_of_reward: str, device: torch.device) -> Reward:
     if packaged is not None:
         return packaged.to(device)
     try:
-        return getattr(import_module(name), rest)()
-    except (ImportError, AttributeError, ValueError) as error:
+        target = getattr(import_module(name), rest)
+        return target() if _makes_a_reward(target) else target
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise RecipeError(
             f"reward = {name_of_reward!r} could not be made ({error}): it is tiny, tiny:SCORER, {KNOWN} or "
-            "MODULE:NAME, which is called without arguments and returns reward(images, prompts) -> scores."
+            "MODULE:NAME, a reward(images, prompts) -> scores, or what makes one when it is called without arguments."
         ) from error
+
+
+def _makes_a_reward(target: Any) -> bool:
+    """Whether this is a class or a function without required arguments, rather than a reward."""
+    parameters = inspect.signature(target).parameters.values()
+    needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return isinstance(target, type) or not needed
 
 
 def score_one(name: str, reward: Reward, image: Tensor, text: str) -> Tensor:

@@ -66,6 +66,8 @@ class Remote(Reward):
             about = json.loads(self._request("GET", "about"))
             for name in ABOUT:
                 setattr(self, name, about[name])
+        except RewardError:
+            raise
         except (ValueError, KeyError, TypeError) as error:
             raise RewardError(self._problem(_STRANGER.format(error=error))) from error
         self.eval()
@@ -79,8 +81,9 @@ class Remote(Reward):
         """Return the tensor that the server answers with."""
         from safetensors import SafetensorError
 
+        answer = self._request("POST", path, _pack(tensors, prompts))
         try:
-            return _unpack(self._request("POST", path, _pack(tensors, prompts)))[0]["result"]
+            return _unpack(answer)[0]["result"]
         except (SafetensorError, ValueError, KeyError) as error:
             raise RewardError(self._problem(_STRANGER.format(error=error))) from error
 

@@ -43,7 +43,7 @@ class Recipe:
     """tiny (the embedded Flux), tiny:sd3, tiny:wan, a folder that diffusers can load, or a hub id that is cached."""
     reward: str = "tiny"
     """tiny, tiny:SCORER, a name of trajsurgery.rewards.packaged (hpsv2.1, pickscore, imagereward, ...), the same with
-    :FILE, remote:HOST:PORT, or MODULE:NAME: called without arguments, it returns a reward. A weighted sum of such is
+    :FILE, remote:HOST:PORT, or MODULE:NAME: a reward, or what makes one without arguments. A weighted sum of such is
     WEIGHT*REWARD+WEIGHT*REWARD, each on its own scale."""
     prompts: str = "tiny"
     """Training prompts: tiny (categories in the paper's ratio), tiny:even, tiny:wan, or a file: text (one a line),

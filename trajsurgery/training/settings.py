@@ -33,15 +33,16 @@ class Rollout:
     times: Literal["shared", "per-sample"] = "shared"
     """shared: one draw of the method for a rollout. per-sample: one for each image; the plans' model calls are then
     made anew after the rollout, whatever `memory` is: retain keeps their activations, and saves no call."""
-    memory: Literal["retain", "recompute", "staged", "split"] = "retain"
-    """retain keeps the activations of the plan's model calls; split too, but holds no second gradient of the weights;
-    recompute and staged keep those of one call at a time."""
+    memory: Literal["split", "retain", "recompute", "staged"] = "split"
+    """split keeps the activations of the plan's model calls, and holds no second gradient of the weights; retain holds
+    one; recompute and staged keep the activations of one call at a time, and make each call with gradient once more."""
     checkpointing: bool = False
     """Gradient checkpointing inside the transformer."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 runs the transformer under autocast; weights, latents, decoder and reward stay float32."""
     compile: bool = False
-    """torch.compile of the transformer's forward. With retain the rollout is the compiled plain call's, bit for bit."""
+    """torch.compile of the transformer's forward. With split and retain the rollout is the compiled plain call's, bit for
+    bit."""
 
     @property
     def shape(self) -> tuple[int, int] | None:
