@@ -210,7 +210,7 @@ def red(images: Tensor, prompts: list[str]) -> Tensor:
     return images[:, 0].mean((1, 2))
 
 
-def make_red() -> Any:
+def make_red() -> object:
     return red
 
 

@@ -209,7 +209,7 @@ def test_an_address_where_nothing_listens_is_reported() -> None:
 
 @pytest.mark.parametrize(
     "answer",
-    [b"SSH-2.0-OpenSSH_9.2\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n<html>"],
+    [b"SSH-2.0-OpenSSH_9.2\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n<html>"],
     ids=["SSH", "a web page"],
 )
 def test_a_server_of_another_kind_is_reported(answer: bytes) -> None:

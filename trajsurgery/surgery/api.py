@@ -86,8 +86,8 @@ def sample(
     check_memory(memory)
     check_plan(plan)
     bind_to_steps(plan, len(as_sigmas(sigmas, noise)) - 1)
-    if params is not None:  # once: it may be an iterator
-        params = tuple(params.values() if isinstance(params, Mapping) else params)
+    if params is not None and memory == "split":  # the rollout's own calls need them
+        params = trainable_only(params, required=False)
     in_rollout = plan if memory in IN_ROLLOUT else None
     rolled = _run_sampler(field, noise, sigmas, interpolant, in_rollout, generator, memory == "split", params)
     trajectory = rolled[1]

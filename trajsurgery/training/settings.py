@@ -41,8 +41,8 @@ class Rollout:
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 runs the transformer under autocast; weights, latents, decoder and reward stay float32."""
     compile: bool = False
-    """torch.compile of the transformer's forward. With split and retain the rollout is the compiled plain call's, bit for
-    bit."""
+    """torch.compile of the transformer's forward. With split and retain the rollout is the compiled plain call's, bit
+    for bit."""
 
     @property
     def shape(self) -> tuple[int, int] | None:
