@@ -86,10 +86,11 @@ def sample(
     check_memory(memory)
     check_plan(plan)
     bind_to_steps(plan, len(as_sigmas(sigmas, noise)) - 1)
+    trained = None
     if params is not None and memory == "split":  # the rollout's own calls need them
-        params = trainable_only(params, required=False)
+        params = trained = trainable_only(params, required=False)
     in_rollout = plan if memory in IN_ROLLOUT else None
-    rolled = _run_sampler(field, noise, sigmas, interpolant, in_rollout, generator, memory == "split", params)
+    rolled = _run_sampler(field, noise, sigmas, interpolant, in_rollout, generator, memory == "split", trained)
     trajectory = rolled[1]
     if check:
         check_finite(trajectory.latents, trajectory.velocities)
