@@ -28,7 +28,6 @@ from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.settings import Decoder, Hardware, Rollout, Trained
 
 PLAN = leapalign(4, 2, 0.3)
-GIB = 2**30
 
 
 def video() -> Small:
@@ -296,6 +295,6 @@ def test_real_models(model: str, size: int, parameters: int, kept: float, forwar
     with KERNELS["cpu"]():
         found = measure_model(Recipe(rollout=rollout, model=model), find_spec(model), 1, sharded=True)
     assert found.model.count("transformer") == parameters == find_spec(model).published
-    assert found.call.kept / GIB == pytest.approx(kept, abs=0.01)
+    assert found.call.kept / 2**30 == pytest.approx(kept, abs=0.01)
     assert found.call.forward / 1e12 == pytest.approx(forward, abs=0.01)
     assert found.call.backward / 1e12 == pytest.approx(backward, abs=0.01)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutations import MUTATIONS
+from tests.builders.mutations import MUTATIONS
 
 TESTS = Path(__file__).parents[1]
 

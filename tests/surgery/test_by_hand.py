@@ -29,7 +29,7 @@ from trajsurgery import (
     values,
 )
 from trajsurgery.surgery.execution import Execution
-from trajsurgery.surgery.velocity_calls import recompute_leaves
+from trajsurgery.surgery.velocity_calls import trained_leaves
 
 
 def test_the_rollout() -> None:
@@ -161,7 +161,7 @@ def test_what_recompute_trains() -> None:
     fields: Any = {None: one, "other": other, "third": third}
 
     def found(plan: Plan, params: Any = None) -> dict[Any, list[int]]:
-        leaves = recompute_leaves(Execution(plan, rolled()), fields, params)
+        leaves = trained_leaves(Execution(plan, rolled()), fields, params)
         return {name: [id(leaf) for leaf in part] for name, part in leaves.items()}
 
     assert found(plan) == {None: [id(one.w)], "other": [id(other.w)]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.builders.problems import Problem, distance, grads
-from trajsurgery import Plan, PlanError, apply, latent, leapalign, noise, sample
+from trajsurgery import Plan, PlanError, SamplerError, apply, latent, leapalign, noise, sample
 from trajsurgery.testing import MLP
 
 PLAN = leapalign(6, 3, 0.3)
@@ -98,6 +99,29 @@ def test_what_needs_the_whole_graph_is_refused(rolled: Problem, misuse: Any) -> 
     with pytest.raises(RuntimeError, match=r"memory='split' adds parameter gradients into \.grad.*memory='retain'"):
         misuse(x_0.sum(), rolled.noise)
     assert all(leaf.grad is None for leaf in (*rolled.params, rolled.noise))
+
+
+def test_weights_changed_before_the_backward_pass_are_refused(rolled: Problem) -> None:
+    x_0 = apply(PLAN, rolled.trajectory, rolled.field, "split")
+    with torch.no_grad():
+        rolled.params[0].add_(1)
+    with pytest.raises(RuntimeError, match="changed in place between the forward and the backward pass"):
+        x_0.sum().backward()
+
+
+def test_weights_frozen_before_the_backward_pass_are_refused(rolled: Problem) -> None:
+    x_0 = apply(PLAN, rolled.trajectory, rolled.field, "split")
+    rolled.field.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="frozen since the forward pass"):
+        x_0.sum().backward()
+
+
+@pytest.mark.parametrize("in_one_pass", [True, False])
+def test_a_frozen_field_has_nothing_to_train(rolled: Problem, in_one_pass: bool) -> None:
+    rolled.field.requires_grad_(False)
+    run = partial(sample, PLAN, rolled.field, rolled.noise, rolled.sigmas, memory="split")
+    with pytest.raises(SamplerError, match="no parameter of the field requires a gradient"):
+        run() if in_one_pass else apply(PLAN, rolled.trajectory, rolled.field, "split")
 
 
 def test_a_second_backward_pass_is_torch_s_own_error(rolled: Problem) -> None:

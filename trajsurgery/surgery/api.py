@@ -24,6 +24,7 @@ from trajsurgery.surgery.velocity_calls import (
     Run,
     check_memory,
     cut,
+    modules_of,
     retained_call,
     run_outputs,
     split_call,
@@ -83,7 +84,7 @@ def sample(
         PlanError: the plan does not fit T = len(sigmas) - 1 steps, or has unbound names.
         SamplerError: as `rollout` and `apply`.
     """
-    check_memory(memory)
+    check_memory(memory, modules_of(field))
     check_plan(plan)
     bind_to_steps(plan, len(as_sigmas(sigmas, noise)) - 1)
     trained = None
@@ -129,8 +130,8 @@ def apply(
 
     Raises:
         PlanError: unbound names, another number of steps, times above T.
-        SamplerError: nothing to train; sharded parameters with "recompute"; a velocity of another shape than its
-            latent.
+        SamplerError: nothing to train; sharded parameters with "recompute"; a DistributedDataParallel module with
+            "split"; a velocity of another shape than its latent.
     """
     return _unwrap(run_outputs(field, memory, start_run(plan, trajectory, generator), params))
 

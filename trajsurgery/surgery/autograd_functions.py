@@ -70,6 +70,7 @@ def split(
     call: Call | None,
     value: Tensor | None,
     params: tuple[Tensor, ...] | None,
+    leaves: Sequence[Tensor] = (),
 ) -> Tensor:
     """Return a call's velocity whose backward pass runs the call's own graph, adding parameter gradients into `.grad`.
 
@@ -82,9 +83,10 @@ def split(
         call: the model at one time, where it is not made yet.
         value: what `call(x)` returns.
         params: what receives a gradient; None: every leaf of the call's graph.
+        leaves: what a call that is not made yet trains, which must not change before the backward pass.
     """
     token = torch.empty(0, device=x.device, requires_grad=True)
-    return _apply(_Split, token, x, kept, call, value, params)
+    return _apply(_Split, token, x, kept, call, value, params, leaves)
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
@@ -150,7 +152,7 @@ class _Recompute(torch.autograd.Function):
     def forward(ctx: Any, call: Call, value: Tensor | None, x: Tensor, *params: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.call, ctx.state = call, _kernel_state(x.device.type)
         # Not saved tensors: hooks such as save_on_cpu would hand back copies, which the call does not depend on.
-        ctx.params, ctx.versions = params, [p._version for p in params]
+        ctx.leaves, ctx.versions = params, [p._version for p in params]
         ctx.save_for_backward(x)
         if value is None:
             with torch.no_grad():
@@ -165,21 +167,9 @@ class _Recompute(torch.autograd.Function):
                 "second derivative. Use memory='retain'."
             )
         (x,) = ctx.saved_tensors
-        if [p._version for p in ctx.params] != ctx.versions:
-            raise RuntimeError(
-                "a parameter was changed in place between the forward and the backward pass: recompute would give the "
-                "gradient of another model. Call backward() before optimizer.step()."
-            )
         x = x.detach().requires_grad_(ctx.needs_input_grad[2])
-        with torch.enable_grad(), _restored(ctx.state):
-            out = ctx.call(x)
-        if not out.requires_grad:
-            raise RuntimeError(
-                "the model's call, made again in the backward pass, carries no gradient. Gradient checkpointing of the "
-                "reentrant kind loses it where the call's input needs none: pass use_reentrant=False, as diffusers' "
-                "enable_gradient_checkpointing() does. Or what trains was frozen since the forward pass."
-            )
-        inputs = [v for v, need in zip((x, *ctx.params), ctx.needs_input_grad[2:], strict=True) if need]
+        out = _call_again(ctx, x)
+        inputs = [v for v, need in zip((x, *ctx.leaves), ctx.needs_input_grad[2:], strict=True) if need]
         gradients = iter(torch.autograd.grad(out, inputs, grad.to(out.dtype), allow_unused=True))
         return None, None, *(next(gradients) if need else None for need in ctx.needs_input_grad[2:])
 
@@ -194,8 +184,10 @@ class _Split(torch.autograd.Function):
         call: Call | None,
         value: Tensor | None,
         params: tuple[Tensor, ...] | None,
+        leaves: Sequence[Tensor],
     ) -> Tensor:
         ctx.kept, ctx.call, ctx.params, ctx.state = kept, call, params, _kernel_state(x.device.type)
+        ctx.leaves, ctx.versions = leaves, [leaf._version for leaf in leaves]
         ctx.token = torch.autograd.graph.get_gradient_edge(token).node
         ctx.save_for_backward(*([x] if kept is None else []))
         v = value if kept is None else kept[0]
@@ -214,12 +206,28 @@ class _Split(torch.autograd.Function):
         v, x = ctx.kept or (None, ctx.saved_tensors[0].detach().requires_grad_(ctx.needs_input_grad[1]))
         ctx.kept = None
         if v is None:
-            with _restored(ctx.state), torch.enable_grad():
-                v = ctx.call(x)
+            v = _call_again(ctx, x)
         inputs = None if ctx.params is None else [*ctx.params, *([x] if x.requires_grad else [])]
-        if v.requires_grad:
-            torch.autograd.backward(v, grad.to(v.dtype), inputs=inputs)
-        return None, x.grad, None, None, None, None
+        torch.autograd.backward(v, grad.to(v.dtype), inputs=inputs)
+        return None, x.grad, None, None, None, None, None
+
+
+def _call_again(ctx: Any, x: Tensor) -> Tensor:
+    """Make a call in the backward pass that the forward pass did not make, or whose graph it did not keep."""
+    if [leaf._version for leaf in ctx.leaves] != ctx.versions:
+        raise RuntimeError(
+            "a parameter was changed in place between the forward and the backward pass: the call, made again, would "
+            "give the gradient of another model. Call backward() before optimizer.step()."
+        )
+    with torch.enable_grad(), _restored(ctx.state):
+        v = ctx.call(x)
+    if not v.requires_grad:
+        raise RuntimeError(
+            "the model's call, made again in the backward pass, carries no gradient. Gradient checkpointing of the "
+            "reentrant kind loses it where the call's input needs none: pass use_reentrant=False, as diffusers' "
+            "enable_gradient_checkpointing() does. Or what trains was frozen since the forward pass."
+        )
+    return v
 
 
 def _kernel_state(device: str) -> tuple[Any, ...]:

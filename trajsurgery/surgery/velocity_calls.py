@@ -7,11 +7,13 @@ itself (split), or a leaf whose gradient the staged sweep uses.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal, Protocol, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from trajsurgery.errors import PlanError, SamplerError
 from trajsurgery.plans.nodes import Node, Noise, Velocity
@@ -61,12 +63,24 @@ class Run(Protocol):
         ...
 
 
-def check_memory(memory: str) -> None:
-    """Raise PlanError unless `memory` is a known way to keep activations."""
+def check_memory(memory: str, modules: Iterable[object] = ()) -> None:
+    """Raise PlanError unless `memory` is a known way to keep activations, SamplerError if these modules rule it out."""
     if memory not in get_args(Memory):
         raise PlanError(
             f'memory={memory!r}: it is "retain", "recompute" or "split"; the staged sweep is trajsurgery.backward.'
         )
+    parts = (part for module in modules if isinstance(module, nn.Module) for part in module.modules())
+    if memory == "split" and any(isinstance(part, DistributedDataParallel) for part in parts):
+        raise SamplerError(
+            "memory='split' runs a backward pass for each call, and DistributedDataParallel averages the gradients of "
+            "one: the ranks would train on different gradients. Use memory='retain', trajsurgery.backward, or "
+            "fully_shard."
+        )
+
+
+def modules_of(fields: Fields) -> Iterable[object]:
+    """Return the fields themselves, of which some may be modules."""
+    return fields.values() if isinstance(fields, Mapping) else (fields,)
 
 
 def retained_call(call: Callable[[Tensor], Tensor], x: Tensor, recorded: Tensor | None, name: str | None) -> Tensor:
@@ -114,26 +128,30 @@ def velocity_at(
 
 def run_outputs(fields: Fields, memory: Memory, execution: Run, params: Params) -> tuple[Tensor, ...]:
     """Return the outputs of a run, making the remaining calls in the way of `memory`."""
-    check_memory(memory)
+    check_memory(memory, modules_of(fields))
     if params is not None:  # once: it may be an iterator
         params = trainable_only(params, not any(isinstance(node, Noise) for node in execution.live))
     if memory == "retain" or _inside_torch_func():
         return _check_differentiable(execution.finish(fields, retained_call))
+    trained = functools.cache(lambda: trained_leaves(execution, fields, params))
     if memory == "split":
 
         def own_graph(call: Callable[[Tensor], Tensor], x: Tensor, recorded: Tensor | None, name: str | None) -> Tensor:
             if recorded is not None:
-                return autograd_functions.split(x, None, call, recorded, params)
+                train = trained()[name]
+                if not train and not x.requires_grad:
+                    return recorded
+                return autograd_functions.split(x, None, call, recorded, params, train)
             start = cut(x)
             v = call(start)
             return split_call(x, v, start, params)
 
         return _check_differentiable(execution.finish(fields, own_graph))
-    trained = recompute_leaves(execution, fields, params)
+    refuse_sharded(trained())
 
     def recomputed(call: Callable[[Tensor], Tensor], x: Tensor, recorded: Tensor | None, name: str | None) -> Tensor:
-        checked = checked_call(call, trained[name]) if params is None else call
-        return autograd_functions.recompute(checked, x, trained[name], recorded)
+        checked = checked_call(call, trained()[name]) if params is None else call
+        return autograd_functions.recompute(checked, x, trained()[name], recorded)
 
     return _check_differentiable(execution.finish(fields, recomputed))
 
@@ -161,12 +179,12 @@ def check_trains(field: Field, v: Tensor, t: int | tuple[int, ...]) -> Tensor:
     return v
 
 
-def recompute_leaves(execution: Run, fields: Fields, params: Params) -> dict[str | None, tuple[Tensor, ...]]:
+def trained_leaves(execution: Run, fields: Fields, params: Params) -> dict[str | None, tuple[Tensor, ...]]:
     """Return the leaves of every field that the plan calls with gradient, by the field's name; some fields may be
     frozen.
 
     Raises:
-        SamplerError: no field has any; they are sharded.
+        SamplerError: no field has any.
     """
     calls = execution.calls
     leaves_by_field: dict[str | None, tuple[Tensor, ...]] = {}
@@ -176,12 +194,16 @@ def recompute_leaves(execution: Run, fields: Fields, params: Params) -> dict[str
         leaves_by_field[name] = leaves(field_named(fields, name), x, sigma, params, required=False)
     every = [leaf for part in leaves_by_field.values() for leaf in part]
     trainable_only(every, required=not any(isinstance(node, Noise) for node in execution.live))
-    if any(hasattr(leaf, "device_mesh") for leaf in every):
+    return leaves_by_field
+
+
+def refuse_sharded(leaves_by_field: Mapping[str | None, tuple[Tensor, ...]]) -> None:
+    """Raise SamplerError if recompute would drop the gradient of a leaf."""
+    if any(hasattr(leaf, "device_mesh") for part in leaves_by_field.values() for leaf in part):
         raise SamplerError(
             "memory='recompute' returns parameter gradients from an autograd.Function, which sharded (DTensor) "
             "parameters silently drop. Use trajsurgery.backward(plan, trajectory, field, cotangent), the staged sweep."
         )
-    return leaves_by_field
 
 
 def _inside_torch_func() -> bool:
