@@ -111,6 +111,10 @@ def check_pipeline(memory: Any, rank: int) -> None:
     assert len(found) == len(expected)
     norm = torch.stack([g.norm() for g in expected]).norm()
     assert torch.stack([(a - b).norm() for a, b in zip(found, expected, strict=True)]).norm() <= 1e-5 * norm
+    alone.transformer = DistributedDataParallel(alone.transformer)
+    if memory == "split":
+        with pytest.raises(SamplerError, match="DistributedDataParallel averages"), operate(alone, PLAN, memory):
+            pass
 
 
 CHECKS = {f"field, {name}": (check_field, way) for name, way in WAYS.items()} | {

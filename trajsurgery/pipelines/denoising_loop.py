@@ -32,7 +32,7 @@ from trajsurgery.plans.nodes import (
 from trajsurgery.plans.plan import Plan
 from trajsurgery.surgery.execution import Execution, bind_to_steps, first_call
 from trajsurgery.surgery.trajectory import Trajectory
-from trajsurgery.surgery.velocity_calls import IN_ROLLOUT, Memory, check_memory, cut, run_outputs, split_call
+from trajsurgery.surgery.velocity_calls import IN_ROLLOUT, Memory, cut, run_outputs, split_call
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,6 @@ class DenoisingLoop:
 
     def __enter__(self) -> DenoisingLoop:
         pipe = self.record.pipe
-        check_memory(self.wish.memory, pipe.components.values())
         with contextlib.ExitStack() as stack:
             mode = torch.is_grad_enabled()
             stack.callback(lambda: torch.set_grad_enabled(mode))

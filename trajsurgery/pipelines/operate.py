@@ -112,6 +112,7 @@ class Surgery:
                 "record once with operate(pipe) and run several plans on surgery.trajectory."
             )
         check_flow_matching(self._pipe)
+        check_memory(self._wish.memory, self._pipe.components.values())
         members = {_ONE_OFF: True, "__call__": self._recorded_call(), "__module__": self._base.__module__}
         self._pipe.__class__ = type(self._base.__name__, (self._base,), members)
         return self
