@@ -1,4 +1,4 @@
-"""Interpolants, quadratures and closed forms small enough for paper: their coefficients, order, number and text."""
+"""Interpolants, quadratures and closed forms against values by hand: coefficients, order, number and text."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def test_coefficients_of_interpolants() -> None:
         (Trigonometric(), half, sympy.sqrt(2) / 2, sympy.sqrt(2) / 2, -pi * sympy.sqrt(2) / 4, pi * sympy.sqrt(2) / 4),
         (Polynomial(), sympy.Rational(1, 3), sympy.Rational(8, 9), sympy.Rational(1, 3), -sympy.Rational(2, 3), 1),
     ):
-        found = [f(t, sympy) for f in (path.alpha, path.beta, path.alpha_rate, path.beta_rate)]
-        assert [sympy.simplify(a - b) for a, b in zip(found, (alpha, beta, alpha_rate, beta_rate), strict=True)] == [
-            0
-        ] * 4
+        coefficients = [f(t, sympy) for f in (path.alpha, path.beta, path.alpha_rate, path.beta_rate)]
+        assert [
+            sympy.simplify(a - b) for a, b in zip(coefficients, (alpha, beta, alpha_rate, beta_rate), strict=True)
+        ] == [0] * 4
     for path, leap in (
         (RectifiedFlow(), (1, -0.5)),
         (Trigonometric(), (2**-0.5, -(2**0.5) / torch.pi)),
@@ -56,9 +56,9 @@ def table(plan: Plan, **options: Any) -> list[tuple[Any, ...]]:
 def test_terms_in_their_order() -> None:
     k, j, a = sympy.symbols("k j a")
     s1, s2, s3 = sympy.symbols("sigma_1 sigma_2 sigma_3")
-    found = table(leapalign("k", "j", "a"))
-    assert [row[:3] for row in found] == [(0, (), "j"), (0, (), "k"), (0, ("j",), "k")]
-    assert [sympy.expand(row[3] - c) for row, c in zip(found, (-j, j - k, a * j * (k - j)), strict=True)] == [0, 0, 0]
+    rows = table(leapalign("k", "j", "a"))
+    assert [row[:3] for row in rows] == [(0, (), "j"), (0, (), "k"), (0, ("j",), "k")]
+    assert [sympy.expand(row[3] - c) for row, c in zip(rows, (-j, j - k, a * j * (k - j)), strict=True)] == [0, 0, 0]
     numbers = table(leapalign(3, 1, 0.25), sigmas=SIGMAS)
     assert numbers == [(0, (), 1, -0.5), (0, (), 3, -0.5), (0, (1,), 3, 0.0625)]
     plan = Plan(latent(2).leap(1).recover("rollout"), latent(0).renoise(3).velocity().x.leap(1))
@@ -95,15 +95,15 @@ def test_terms_are_counted_listed_and_limited() -> None:
     assert two.gradient().count == len(two.gradient().terms) == 5
 
 
-def test_terms_that_meet_are_merged_and_may_cancel() -> None:
-    """One call on two ways to the output: v_2 by an advance and by the leap before it."""
+def test_terms_of_one_call_are_merged_and_may_cancel() -> None:
+    """v_2 reaches the output by two paths: through an advance and through the leap before it."""
     s0, s1, s2 = sympy.Integer(0), *sympy.symbols("sigma_1 sigma_2")
     v = latent(2).velocity()
-    meets = Plan(latent(2).leap(1, velocity=v).advance(0, [latent(1).velocity(), v])).gradient()
-    assert meets.count == len(meets.terms) == 2
-    twice = next(term for term in meets.terms if term.source == 2)
-    wanted = (s1 - s2) + sympy.integrate(*_line(s2, s1, s1, s0))
-    assert sympy.simplify(twice.coefficient - wanted) == 0
+    merged = Plan(latent(2).leap(1, velocity=v).advance(0, [latent(1).velocity(), v])).gradient()
+    assert merged.count == len(merged.terms) == 2
+    twice = next(term for term in merged.terms if term.source == 2)
+    expected = (s1 - s2) + sympy.integrate(*_line(s2, s1, s1, s0))
+    assert sympy.simplify(twice.coefficient - expected) == 0
     cancels = Plan(
         latent(2).advance(1, [v], "euler").advance(0, [recorded(1), v.scale(1)], "lagrange"), latent(1).leap(0)
     ).gradient(sigmas=[1.0, 0.5, 0.25, 0.0])
@@ -115,7 +115,7 @@ def _line(at: Any, other: Any, start: Any, to: Any) -> tuple[Any, tuple[Any, Any
     return (s - other) / (at - other), (s, start, to)
 
 
-def test_what_is_factored_and_what_is_left() -> None:
+def test_short_coefficients_are_factored_and_long_ones_are_not() -> None:
     k, j = sympy.symbols("k j")
     assert str(simplify(k * j - k**2)) == "k*(j - k)"
     assert simplify(0.5) == 0.5
@@ -130,7 +130,7 @@ def test_what_is_factored_and_what_is_left() -> None:
     assert isinstance(simplify(long), sympy.Add)
 
 
-def test_which_quadratures_are_written_out() -> None:
+def test_weights_of_up_to_three_supports_are_written_out() -> None:
     v = {t: latent(t).velocity() for t in (4, 3, 2, 1)}
     three, four = (latent(4).advance(0, [v[t] for t in times]) for times in ((4, 3, 2), (4, 3, 2, 1)))
     assert not any(term.coefficient.has(QuadratureWeight) for term in Plan(three).gradient().terms)
@@ -138,18 +138,18 @@ def test_which_quadratures_are_written_out() -> None:
     assert all(isinstance(term.coefficient, QuadratureWeight) for term in terms)
     assert str(terms[0].coefficient) == "w[sigma_1: sigma_4 -> 0]"
     assert sympy.latex(terms[0].coefficient) == r"w_{\sigma_{1}}^{\sigma_{4} \to 0}"
-    held = Plan(latent(4).advance(0, list(v.values()), "euler")).gradient().terms
-    assert {term.source: str(term.coefficient) for term in held}[4] in ("sigma_3 - sigma_4", "-(sigma_4 - sigma_3)")
+    euler = Plan(latent(4).advance(0, list(v.values()), "euler")).gradient().terms
+    assert {term.source: str(term.coefficient) for term in euler}[4] in ("sigma_3 - sigma_4", "-(sigma_4 - sigma_3)")
     times = [1.0, 2 / 3, 1 / 3, 1 / 6, 0.0]
-    found = {term.source: float(term.coefficient) for term in Plan(four).gradient(sigmas=times).terms}
-    put = {term.source: float(term.coefficient) for term in Plan(four).gradient().numbers(times).terms}
-    wanted = dict(zip((4, 3, 2, 1), weights("lagrange", times[:4], 1.0, 0.0), strict=True))
-    assert found == pytest.approx(wanted, rel=1e-12)
-    assert put == pytest.approx(wanted, rel=1e-12)
+    coefficients = {term.source: float(term.coefficient) for term in Plan(four).gradient(sigmas=times).terms}
+    substituted = {term.source: float(term.coefficient) for term in Plan(four).gradient().numbers(times).terms}
+    expected = dict(zip((4, 3, 2, 1), weights("lagrange", times[:4], 1.0, 0.0), strict=True))
+    assert coefficients == pytest.approx(expected, rel=1e-12)
+    assert substituted == pytest.approx(expected, rel=1e-12)
 
 
-def test_supports_are_sorted_by_time_and_names_stand_as_given() -> None:
-    """Euler holds each velocity down to the next support's time, in whatever order they are given."""
+def test_supports_are_sorted_by_time_and_names_keep_their_order() -> None:
+    """Euler uses each velocity down to the time of the next support, whatever their order."""
     v = {t: latent(t).velocity() for t in (3, 2, 1)}
     for order in ((3, 2, 1), (1, 2, 3), (2, 3, 1)):
         terms = Plan(latent(3).advance(0, [v[t] for t in order], "euler")).gradient(sigmas=SIGMAS).terms
@@ -157,8 +157,8 @@ def test_supports_are_sorted_by_time_and_names_stand_as_given() -> None:
     top = latent("T").velocity()
     for velocities in ([top, v[2]], [v[2], top]):
         plan = Plan(latent("T").advance(0, velocities, "euler"))
-        found = {str(term.source): term.coefficient for term in plan.gradient(sigmas=SIGMAS).terms}
-        assert {name: float(c) for name, c in found.items()} == {"T": -0.25, "2": -0.75}
+        coefficients = {str(term.source): term.coefficient for term in plan.gradient(sigmas=SIGMAS).terms}
+        assert {name: float(c) for name, c in coefficients.items()} == {"T": -0.25, "2": -0.75}
     a, b = sympy.symbols("a b")
     named = Plan(latent("a").advance(0, [latent("a").velocity(), latent("b").velocity()], "euler")).gradient().terms
     assert {term.source: sympy.expand(term.coefficient) for term in named} == {"a": b - a, "b": -b}
@@ -186,10 +186,10 @@ def test_a_number_times_a_difference_stays_a_product() -> None:
     )
 
 
-def test_numbers_for_symbols() -> None:
+def test_numbers_replace_symbols() -> None:
     plan = leapalign(3, 1, 0.25)
-    put = plan.gradient().numbers(SIGMAS)
-    assert [float(term.coefficient) for term in put.terms] == [-0.5, -0.5, 0.0625]
-    assert put.count == 3
+    substituted = plan.gradient().numbers(SIGMAS)
+    assert [float(term.coefficient) for term in substituted.terms] == [-0.5, -0.5, 0.0625]
+    assert substituted.count == 3
     exact = plan.gradient(sigmas=[1, sympy.Rational(3, 4), sympy.Rational(1, 2), 0])
     assert [str(term.coefficient) for term in exact.terms] == ["-1/2", "-1/2", "1/16"]

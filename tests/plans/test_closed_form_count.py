@@ -46,17 +46,17 @@ def test_fifty_steps_of_any_interpolant_in_symbols_and_numbers(interpolant):
     """Factoring every coefficient anew took 25 s."""
     start = time.process_time()
     sigmas = [1 - i / 50 for i in range(51)]
-    found = [full(50).gradient(given, interpolant) for given in (None, sigmas)]
-    assert {expansion.count for expansion in found} == {2**50 - 1}
+    expansions = [full(50).gradient(times, interpolant) for times in (None, sigmas)]
+    assert {expansion.count for expansion in expansions} == {2**50 - 1}
     assert time.process_time() - start < 10  # measured: 1.9 s
     numbers = {sympy.Symbol(f"sigma_{t}"): 1 - (50 - t) / 50 for t in range(51)}
     for i in (0, 7, 49, 50, 999):
-        symbolic, number = (float(e.terms[i].coefficient.subs(numbers)) for e in found)
+        symbolic, number = (float(e.terms[i].coefficient.subs(numbers)) for e in expansions)
         assert symbolic == pytest.approx(number, rel=1e-9)
 
 
 def test_advances_over_twelve_supports():
-    """Their weights, written out in symbols, took 100 s; they keep a name, which is the number once numbers are in."""
+    """Weights written out in symbols took 100 s: they are named symbols that become numbers with the sigmas."""
     start = time.process_time()
     plan = Plan(latent(12).advance(0, [latent(t).velocity() for t in range(12, 0, -1)]))
     sigmas = [Fraction((12 - i) ** 2, 144) for i in range(13)]
@@ -91,7 +91,7 @@ def test_a_thousand_nodes_are_counted_at_once():
     assert time.process_time() - start < 5  # measured: 0.1 s
 
 
-def test_a_call_that_two_ways_lead_to_is_one_term():
+def test_a_call_reached_by_two_paths_is_one_term():
     v = latent(6).velocity()
     once = latent(6).leap(0, velocity=v)
     plan = Plan(once.renoise(6).leap(0, velocity=v.scale("a")))
@@ -102,8 +102,8 @@ def test_a_call_that_two_ways_lead_to_is_one_term():
 
 def test_rational_times_give_exact_coefficients():
     sigmas = [1, Fraction(2, 3), Fraction(1, 3), 0]
-    found = [term.coefficient for term in leapalign(3, 1, 0.3).gradient(sigmas).terms]
-    assert found == [sympy.Rational(-1, 3), sympy.Rational(-2, 3), sympy.Rational(1, 15)]
+    coefficients = [term.coefficient for term in leapalign(3, 1, 0.3).gradient(sigmas).terms]
+    assert coefficients == [sympy.Rational(-1, 3), sympy.Rational(-2, 3), sympy.Rational(1, 15)]
     advance = Plan(latent(3).advance(0, [latent(t).velocity() for t in (3, 2, 1)])).gradient(sigmas)
     assert [term.coefficient for term in advance.terms] == [sympy.Rational(-3, 4), sympy.Rational(-1, 4)]
     (cosine, *_) = leapalign(2, 1).gradient([1, Fraction(1, 3), 0], Trigonometric()).terms
@@ -125,8 +125,8 @@ def test_names_are_bound_before_evaluation(rolled):
         leapalign(5, 2, "alpha").gradient().evaluate(rolled.trajectory, rolled.field, rolled.trajectory[0])
 
 
-def test_an_expansion_fits_its_interpolant(rolled):
-    """On another one its coefficients were wrong, silently."""
+def test_an_expansion_of_another_interpolant_is_not_evaluated(rolled):
+    """With another interpolant its coefficients were wrong without an error."""
     expansion = leapalign(5, 2, 0.3).gradient(interpolant=Trigonometric())
     with pytest.raises(PlanError, match=r"Trigonometric.*RectifiedFlow"):
         expansion.evaluate(rolled.trajectory, rolled.field, rolled.trajectory[0])
@@ -141,21 +141,21 @@ def test_times_above_the_sampler_s_are_refused():
     assert err.value.rules == ("steps",)
 
 
-def test_names_may_stay_where_numbers_are_given():
+def test_names_may_stay_beside_numeric_sigmas():
     (first, _, nested) = leapalign(3, 1, "alpha").gradient(sigmas=SIGMAS).terms
     assert float(first.coefficient) == pytest.approx(-0.12)
     assert nested.coefficient.free_symbols == {sympy.Symbol("alpha")}
 
 
 @given(plans(STEPS, size=6))
-def test_symbols_with_numbers_put_in_are_the_numbers(plan):
+def test_symbolic_coefficients_with_numbers_substituted_are_the_numeric_ones(plan):
     numbers = {sympy.Symbol(f"sigma_{t}"): sympy.Float(SIGMAS[STEPS - t]) for t in range(STEPS + 1)}
     numbers[sympy.Symbol("T")] = sympy.Float(SIGMAS[0])
     symbolic = plan.gradient(limit=40)
-    found = {(term.output, term.calls): float(term.coefficient.subs(numbers)) for term in symbolic.terms}
-    wanted = {(t.output, t.calls): float(t.coefficient) for t in plan.gradient(SIGMAS, limit=100_000).terms}
-    for key, value in found.items():
-        assert value == pytest.approx(wanted.get(key, 0.0), rel=1e-9, abs=1e-12)
+    substituted = {(term.output, term.calls): float(term.coefficient.subs(numbers)) for term in symbolic.terms}
+    numeric = {(t.output, t.calls): float(t.coefficient) for t in plan.gradient(SIGMAS, limit=100_000).terms}
+    for key, value in substituted.items():
+        assert value == pytest.approx(numeric.get(key, 0.0), rel=1e-9, abs=1e-12)
 
 
 @given(plans(STEPS))
@@ -166,9 +166,9 @@ def test_the_count_is_the_number_of_terms(plan):
 
 
 @pytest.mark.parametrize("interpolant", INTERPOLANTS)
-def test_noise_has_terms_of_its_own(interpolant):
+def test_noise_has_its_terms(interpolant):
     """x_T, straight and through the call; and the call's own parameters."""
     expansion = Plan(noise().leap(0)).gradient(interpolant=interpolant)
-    found = {tuple(call.op for call in term.calls) for term in expansion.terms}
-    assert found == {("velocity",), ("noise",), ("velocity", "noise")}
+    calls = {tuple(call.op for call in term.calls) for term in expansion.terms}
+    assert calls == {("velocity",), ("noise",), ("velocity", "noise")}
     assert "\ndx_0/dx_T = " in str(expansion)

@@ -1,4 +1,4 @@
-"""Each term's word for its order, in tables and LaTeX; the norms that say where a gradient comes from."""
+"""The kind of each term in tables and LaTeX, and gradient norms by kind."""
 
 import io
 
@@ -20,7 +20,7 @@ def printed(shown) -> str:
     return console.file.getvalue()
 
 
-def test_the_paper_s_words():
+def test_kinds_are_the_paper_s_words():
     kinds = [term.kind for term in leaps((6, 5, 3, 2), 0.5).gradient().terms]
     words = ("single-step", "nested once", "nested twice", "nested 3 times")
     assert {word: kinds.count(word) for word in words} == dict(zip(words, (4, 6, 4, 1), strict=True))
@@ -28,13 +28,13 @@ def test_the_paper_s_words():
 
 
 def test_eq_8_in_latex_with_its_braces():
-    found = leapalign("k", "j", 1.0).gradient().latex(braces=True)
+    latex = leapalign("k", "j", 1.0).gradient().latex(braces=True)
     assert (
         r"\frac{\partial x_{0}}{\partial\theta} = \underbrace{- j \frac{\partial v_\theta(x_{j})}{\partial\theta}"
-        in found
+        in latex
     )
-    assert r"}_{\text{single-step gradients at $k$ and $j$}} + \underbrace{j \left(k - j\right)" in found
-    assert found.endswith(r"}_{\text{nested gradient}}")
+    assert r"}_{\text{single-step gradients at $k$ and $j$}} + \underbrace{j \left(k - j\right)" in latex
+    assert latex.endswith(r"}_{\text{nested gradient}}")
     assert r"}_{\text{nested twice}}" in leaps(("a", "b", "c")).gradient().latex(braces=True)
     assert r"single-step gradient at $t$" in Plan(latent("t").leap(0)).gradient().latex(braces=True)
 
@@ -55,7 +55,7 @@ def test_a_factor_before_a_sum_is_not_multiplied_out():
     assert str(plan.gradient()) == "dx_j/dtheta = - 0.25 (k - j) dv(x_k)/dtheta"
 
 
-def test_the_gradient_of_x_t_is_a_line_of_its_own():
+def test_the_gradient_of_x_t_is_a_separate_line():
     """ReNO: noise() has its own terms."""
     expansion = Plan(noise().leap("j").leap(0)).gradient()
     assert str(expansion).splitlines()[1] == ("dx_0/dx_T = 1 - j dv/dx_j - (T - j) dv/dx_T + j (T - j) dv/dx_j dv/dx_T")
@@ -75,24 +75,24 @@ def test_a_table_has_a_row_for_each_term_listed():
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.1, 1.0])
-def test_norms_say_where_the_gradient_comes_from(alpha):
+def test_alpha_scales_the_norm_of_the_nested_terms_only(alpha):
     """Fig. 4a and 6: alpha scales the nested part, and nothing else."""
     c = torch.ones_like(ROLLED.noise)
-    found = leapalign(5, 2, alpha).gradient().evaluate(ROLLED.trajectory, ROLLED.field, c)
+    gradient = leapalign(5, 2, alpha).gradient().evaluate(ROLLED.trajectory, ROLLED.field, c)
     whole = leapalign(5, 2, 1.0).gradient().evaluate(ROLLED.trajectory, ROLLED.field, c)
-    assert found.by_kind["single-step"] == pytest.approx(whole.by_kind["single-step"], rel=GRADIENT)
-    nested = found.by_kind.get("nested once", 0.0)
+    assert gradient.by_kind["single-step"] == pytest.approx(whole.by_kind["single-step"], rel=GRADIENT)
+    nested = gradient.by_kind.get("nested once", 0.0)
     assert nested == pytest.approx(alpha * whole.by_kind["nested once"], rel=GRADIENT)
     assert whole.by_kind["nested once"] == pytest.approx(whole.norms[2], rel=GRADIENT)
-    shown = printed(found)
-    assert all(f"{norm:.3g}" in shown for norm in found.norms)
+    shown = printed(gradient)
+    assert all(f"{norm:.3g}" in shown for norm in gradient.norms)
 
 
 def test_kinds_sum_to_the_gradient():
     expansion = leaps((6, 4, 2), 0.5).gradient()
-    found = expansion.evaluate(ROLLED.trajectory, ROLLED.field, torch.ones_like(ROLLED.noise))
-    for i, whole in enumerate(found):
-        parts = sum(term[i] for term in found.terms)
+    gradient = expansion.evaluate(ROLLED.trajectory, ROLLED.field, torch.ones_like(ROLLED.noise))
+    for i, whole in enumerate(gradient):
+        parts = sum(term[i] for term in gradient.terms)
         torch.testing.assert_close(parts, whole, rtol=GRADIENT, atol=GRADIENT)
-    assert set(found.by_kind) == {"single-step", "nested once", "nested twice"}
-    assert found.by_kind["nested twice"] == pytest.approx(found.norms[-1], rel=GRADIENT)
+    assert set(gradient.by_kind) == {"single-step", "nested once", "nested twice"}
+    assert gradient.by_kind["nested twice"] == pytest.approx(gradient.norms[-1], rel=GRADIENT)

@@ -12,35 +12,35 @@ k, j, alpha = sympy.symbols("k j alpha")
 def table(plan, **options) -> dict:
     """{(times of the jacobians, source): coefficient}."""
     terms = plan.gradient(**options).terms
-    found = {(term.jacobians, term.source): term.coefficient for term in terms}
-    assert len(found) == len(terms)
-    return found
+    coefficients = {(term.jacobians, term.source): term.coefficient for term in terms}
+    assert len(coefficients) == len(terms)
+    return coefficients
 
 
-def same(found: dict, wanted: dict) -> bool:
-    return set(found) == set(wanted) and all(sympy.simplify(found[key] - wanted[key]) == 0 for key in wanted)
+def same(actual: dict, expected: dict) -> bool:
+    return set(actual) == set(expected) and all(sympy.simplify(actual[key] - expected[key]) == 0 for key in expected)
 
 
 def nested_only(k, j, alpha) -> Plan:
-    """Eq. 14: the straight part at k is stopped, the nested one kept."""
+    """Eq. 14: the straight path from k is stopped, the nested one stays."""
     x_j = latent(k).leap(j).connect()
     return Plan(x_j.detach().leap(0, velocity=x_j.discount(alpha).velocity()).connect())
 
 
 def test_eq_10():
-    wanted = {((), "j"): -j, ((), "k"): -(k - j), (("j",), "k"): alpha * j * (k - j)}
-    assert same(table(leapalign("k", "j", "alpha")), wanted)
+    expected = {((), "j"): -j, ((), "k"): -(k - j), (("j",), "k"): alpha * j * (k - j)}
+    assert same(table(leapalign("k", "j", "alpha")), expected)
 
 
 def test_eq_8_is_eq_10_with_alpha_one():
-    wanted = {((), "j"): -j, ((), "k"): -(k - j), (("j",), "k"): j * (k - j)}
-    assert same(table(leapalign("k", "j", 1.0)), wanted)
-    assert same(table(Plan(latent("k").leap("j").connect().leap(0).connect())), wanted)
+    expected = {((), "j"): -j, ((), "k"): -(k - j), (("j",), "k"): j * (k - j)}
+    assert same(table(leapalign("k", "j", 1.0)), expected)
+    assert same(table(Plan(latent("k").leap("j").connect().leap(0).connect())), expected)
 
 
 def test_eq_14():
-    wanted = {((), "j"): -j, (("j",), "k"): alpha * j * (k - j)}
-    assert same(table(nested_only("k", "j", "alpha")), wanted)
+    expected = {((), "j"): -j, (("j",), "k"): alpha * j * (k - j)}
+    assert same(table(nested_only("k", "j", "alpha")), expected)
 
 
 def test_alpha_zero_drops_the_nested_term():
@@ -65,9 +65,9 @@ def test_the_other_methods():
 
 def test_three_leaps():
     a, b, c = sympy.symbols("a b c")
-    found = table(leaps(("a", "b", "c"), "alpha"))
-    assert len(found) == 7
-    assert sympy.simplify(found[("c", "b"), "a"] + alpha**2 * c * (b - c) * (a - b)) == 0
+    coefficients = table(leaps(("a", "b", "c"), "alpha"))
+    assert len(coefficients) == 7
+    assert sympy.simplify(coefficients[("c", "b"), "a"] + alpha**2 * c * (b - c) * (a - b)) == 0
 
 
 def test_terms_come_by_order_of_nesting():
@@ -83,9 +83,9 @@ def test_like_terms_are_merged():
     assert same(merged, {((), "k"): j - k})
     v = x.velocity()
     two_paths = Plan(x.leap("j", velocity=v).advance(0, [latent("j").velocity(), v]))
-    (own,) = [c for (jacobians, source), c in table(two_paths).items() if source == "k"]
+    (coefficient,) = [c for (jacobians, source), c in table(two_paths).items() if source == "k"]
     weight = sympy.integrate((sympy.Symbol("s") - j) / (k - j), (sympy.Symbol("s"), j, 0))
-    assert sympy.simplify(own - (-(k - j) + weight)) == 0
+    assert sympy.simplify(coefficient - (-(k - j) + weight)) == 0
 
 
 def test_a_stopped_call_has_no_term():
@@ -98,11 +98,11 @@ def test_a_stopped_call_has_no_term():
 
 @pytest.mark.parametrize("interpolant", INTERPOLANTS)
 def test_straight_paths_multiply_by_a(interpolant):
-    """Away from rectified flow the straight path from k is not 1: its factor A belongs in the closed form."""
-    found = table(Plan(latent("k").leap("j").leap(0, discount="alpha")), interpolant=interpolant)
+    """On interpolants other than rectified flow the straight path from k has a factor A."""
+    coefficients = table(Plan(latent("k").leap("j").leap(0, discount="alpha")), interpolant=interpolant)
     a, b = interpolant.leap(j, sympy.Integer(0), sympy)
     _, b_first = interpolant.leap(k, j, sympy)
-    assert same(found, {((), "j"): b, ((), "k"): a * b_first, (("j",), "k"): alpha * b * b_first})
+    assert same(coefficients, {((), "j"): b, ((), "k"): a * b_first, (("j",), "k"): alpha * b * b_first})
 
 
 def test_how_eq_10_is_written():

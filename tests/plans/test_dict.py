@@ -39,7 +39,7 @@ def test_equality_and_hash_are_structure(a, b):
     assert a != "a plan"
 
 
-def test_equality_sees_steps_and_order_of_outputs():
+def test_equality_compares_steps_and_order_of_outputs():
     x, y = latent(3).leap(0), latent(2).leap(0)
     assert Plan(x, y) != Plan(y, x)
     assert Plan(x, steps=3) != Plan(x)
@@ -86,15 +86,15 @@ SCRAP = st.sampled_from((None, True, -1, 0, 1, 3, 7, 0.5, "k", "T", "", "a b", f
 
 
 @given(plans(STEPS), st.data())
-def test_a_spoilt_dict_gives_a_plan_or_a_plan_error(plan, data):
-    spoilt = plan.to_dict()
+def test_a_corrupted_dict_gives_a_plan_or_a_plan_error(plan, data):
+    corrupted = plan.to_dict()
     for _ in range(data.draw(st.integers(1, 3))):
-        entry = data.draw(st.sampled_from(spoilt["nodes"]))
+        entry = data.draw(st.sampled_from(corrupted["nodes"]))
         entry[data.draw(st.sampled_from(sorted(entry)))] = data.draw(SCRAP)
     try:
-        made = Plan.from_dict(spoilt)
+        read = Plan.from_dict(corrupted)
     except PlanError:
         return
-    assert Plan.from_dict(made.to_dict()) == made
-    assert str(made)
-    assert repr(made)
+    assert Plan.from_dict(read.to_dict()) == read
+    assert str(read)
+    assert repr(read)

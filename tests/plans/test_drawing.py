@@ -1,4 +1,4 @@
-"""Pictures: every format, every primitive, the labels, and the same bytes each time."""
+"""Drawings of plans: every format and primitive, the labels, and the same bytes each time."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_every_format_is_written_and_the_same_twice(name: str, ending: str, tmp_
     assert first.read_bytes() == again.read_bytes()
 
 
-def test_the_svg_says_what_the_paper_says(tmp_path: Path) -> None:
+def test_the_svg_has_the_paper_s_labels(tmp_path: Path) -> None:
     text = leapalign("k", "j", 0.3).draw(tmp_path / "plan.svg").read_text()
     for label in (
         "x_{T}",
@@ -110,11 +110,11 @@ def test_renoised_samples_show_x_0_beside_them() -> None:
     assert alone.start.kind == "real"
 
 
-def test_straight_paths_are_drawn_where_something_happens_on_them() -> None:
+def test_straight_paths_are_drawn_where_an_operation_is_on_them() -> None:
     def straight(plan: Plan) -> list[tuple[bool, bool]]:
         return [(e.live, e.stopped) for e in Scene(plan.outputs, plan.steps).edges if e.kind == "straight"]
 
-    assert straight(leapalign(6, 3)) == [(True, False)]  # from x_k the arrow through the call says it
+    assert straight(leapalign(6, 3)) == [(True, False)]  # from x_k the arrow through the call shows it
     x = latent("k").leap("j").connect()
     assert straight(Plan(x.detach().leap(0, velocity=x.velocity()))) == [(False, True)]  # Eq. 14
     assert len(straight(drtune(6, 2, {5, 3}))) == 5

@@ -18,7 +18,7 @@ k, j, t = sympy.symbols("k j t", real=True)
 
 
 def closed(interpolant, a, b):
-    """A and B, by hand."""
+    """A and B of each interpolant in closed form, derived by hand."""
     match interpolant:
         case RectifiedFlow():
             return 1, -(a - b)
@@ -30,14 +30,14 @@ def closed(interpolant, a, b):
 
 @pytest.mark.parametrize("interpolant", INTERPOLANTS)
 @given(TIMES, TIMES)
-def test_every_form_of_a_leap_is_one(interpolant, a, b):
-    wanted = pytest.approx(closed(interpolant, a, b), rel=1e-12, abs=1e-14)
-    assert interpolant.leap(a, b) == wanted
-    assert finite_leap(interpolant, a, b) == wanted
+def test_all_forms_of_a_leap_agree(interpolant, a, b):
+    expected = pytest.approx(closed(interpolant, a, b), rel=1e-12, abs=1e-14)
+    assert interpolant.leap(a, b) == expected
+    assert finite_leap(interpolant, a, b) == expected
     tensors = interpolant.leap(torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64), torch)
-    assert [float(x) for x in tensors] == wanted
+    assert [float(x) for x in tensors] == expected
     symbols = interpolant.leap(k, j, sympy)
-    assert [float(sympy.sympify(x).subs({k: a, j: b})) for x in symbols] == wanted
+    assert [float(sympy.sympify(x).subs({k: a, j: b})) for x in symbols] == expected
 
 
 @pytest.mark.parametrize("interpolant", INTERPOLANTS)
@@ -47,8 +47,8 @@ def test_the_finite_form_is_the_closed_form_symbolically(interpolant):
 
 
 @pytest.mark.parametrize("interpolant", INTERPOLANTS)
-def test_it_is_eq_20_where_eq_20_is_finite(interpolant):
-    """As printed, with alpha_k below."""
+def test_the_finite_form_is_eq_20_where_that_is_finite(interpolant):
+    """Eq. 20 as printed, divided by alpha_k."""
     a_k, b_k, a_j, b_j = (f(s, sympy) for s in (k, j) for f in (interpolant.alpha, interpolant.beta))
     rate_a, rate_b = interpolant.alpha_rate(k, sympy), interpolant.beta_rate(k, sympy)
     noise_v = a_k / (a_k * rate_b - rate_a * b_k)
@@ -71,7 +71,7 @@ def test_ends_and_rates(interpolant):
 
 @pytest.mark.parametrize("interpolant", INTERPOLANTS)
 @given(TIMES)
-def test_a_leap_to_where_it_starts_goes_nowhere(interpolant, a):
+def test_a_leap_to_its_start_is_the_identity(interpolant, a):
     assert interpolant.leap(a, a) == pytest.approx((1, 0), abs=1e-14)
 
 
@@ -105,8 +105,8 @@ def test_a_leap_on_gaussian_data_mixes_the_two_expectations(interpolant, a, b, s
     torch.testing.assert_close(big_a * x + big_b * v, interpolant.alpha(b) * image + interpolant.beta(b) * start)
 
 
-def test_the_gaussian_s_velocity_carries_its_distribution():
-    """Along v, N(alpha m, alpha^2 s^2 + beta^2) stays itself: fine Euler steps from noise end in N(m, s^2)."""
+def test_the_velocity_of_gaussian_data_transports_its_distribution():
+    """Small Euler steps along v carry N(alpha m, alpha^2 s^2 + beta^2) from noise to N(m, s^2)."""
     for interpolant in INTERPOLANTS:
         field = Gaussian(torch.tensor([0.7]), torch.tensor([0.4]), interpolant)
         x = torch.tensor([[-2.0], [-1.0], [0.0], [1.0], [2.0]])

@@ -1,4 +1,6 @@
-"""Legality: every rule has a mutation that breaks it and only it, and the error says what, where and how to mend it."""
+"""Legality: each rule has a mutation that breaks only it, and the error says what was received, where, and how to mend
+it.
+"""
 
 import re
 

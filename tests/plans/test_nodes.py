@@ -39,7 +39,7 @@ def test_equal_nodes_are_one_object(op):
 
 
 @pytest.mark.parametrize("op", PRIMITIVES)
-def test_every_primitive_names_itself(op):
+def test_op_is_the_primitive_s_name(op):
     node = one_of_each()[op]
     assert node.op == op
     assert type(node) is PRIMITIVES[op]
@@ -60,7 +60,7 @@ def test_copies_are_the_node_itself(op):
     assert copy.deepcopy(node) is node
 
 
-def test_every_primitive_is_drawn():
+def test_every_primitive_has_a_strategy():
     assert set(MOVES) == set(PRIMITIVES) == set(one_of_each())
 
 
@@ -73,7 +73,7 @@ def test_different_settings_are_different_nodes():
     assert noise() is not latent("T")
 
 
-def test_one_and_one_point_nought_are_one_factor():
+def test_integer_and_float_factors_are_one_node():
     assert latent(5).discount(1) is latent(5).discount(1.0)
 
 
@@ -98,9 +98,9 @@ def test_two_leaps_share_one_call(rolled):
 
 @given(plans(STEPS))
 def test_nodes_come_after_their_parents(plan):
-    known = set()
+    seen = set()
     for node in plan.nodes:
-        assert known.issuperset(node.parents)
-        known.add(node)
-    assert len(plan.nodes) == len(known)
+        assert seen.issuperset(node.parents)
+        seen.add(node)
+    assert len(plan.nodes) == len(seen)
     assert tuple(walk(plan.outputs)) == plan.nodes

@@ -1,4 +1,4 @@
-"""The rules at their borders: for each a plan that it just allows, and one that it just refuses, with what it says."""
+"""Each rule at its boundary: a plan that it just allows and one that it just refuses, with the message."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ LEGAL: tuple[Callable[[], Plan], ...] = (
 
 
 @pytest.mark.parametrize("make", LEGAL)
-def test_legal(make: Callable[[], Plan]) -> None:
+def test_plans_at_the_boundary_are_legal(make: Callable[[], Plan]) -> None:
     assert violations(make().outputs, make().steps) == []
 
 
@@ -148,7 +148,7 @@ ILLEGAL: tuple[tuple[Callable[[], Any], str, str], ...] = (
 
 
 @pytest.mark.parametrize("make, rule, received", ILLEGAL)
-def test_illegal(make: Callable[[], Any], rule: str, received: str) -> None:
+def test_plans_past_the_boundary_are_refused(make: Callable[[], Any], rule: str, received: str) -> None:
     with pytest.raises(PlanError) as err:
         make()
     assert err.value.rules == (rule,)
@@ -177,7 +177,7 @@ def test_illegal(make: Callable[[], Any], rule: str, received: str) -> None:
         ([1.0, float("nan"), 0.5, 0.0], False),
     ],
 )
-def test_sigmas(sigmas: list[float], legal: bool) -> None:
+def test_sigmas_are_strictly_monotonic_in_0_to_1(sigmas: list[float], legal: bool) -> None:
     if legal:
         check_sampled(sigmas)
         return
@@ -185,16 +185,16 @@ def test_sigmas(sigmas: list[float], legal: bool) -> None:
         check_sampled(sigmas)
 
 
-def test_every_rule_is_here() -> None:
+def test_every_rule_is_broken_once() -> None:
     assert {rule for _, rule, _ in ILLEGAL} == {*RULES, *PLAN_RULES}
 
 
-def test_several_at_once() -> None:
+def test_several_broken_rules_are_all_reported() -> None:
     with pytest.raises(PlanError) as err:
         Plan(latent(9).leap(9).discount(2), latent(8).leap(8), steps=6)
     assert err.value.rules == ("time-range", "falling", "discount-range")
     assert str(err.value).count("\n") == 6
-    # nodes that are mistaken for others are told alone: what else is wrong can't be known
+    # a node of the wrong kind is reported alone: the other rules can't be checked on it
     with pytest.raises(PlanError) as err:
         Plan(Leap(X, X, 0).leap(1).leap(9), steps=6)
     assert err.value.rules == ("kinds",)

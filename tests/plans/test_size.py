@@ -1,4 +1,4 @@
-"""A thousand nodes stay fast, and the language stays light."""
+"""Plans of a thousand nodes are fast; the language imports no heavy module."""
 
 import pickle
 import subprocess

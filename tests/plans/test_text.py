@@ -29,7 +29,7 @@ STEPS = 6
         (Plan(latent(0).renoise(2).leap(1).recover()), "x_0 ~> x_2^(0) -> x^_1|2 ~> x^_0|1"),
     ],
 )
-def test_arrows(plan, arrows):
+def test_str_is_the_paper_s_arrows(plan, arrows):
     assert str(plan) == arrows
 
 
@@ -41,7 +41,7 @@ def test_repr_is_code_that_builds_the_plan(plan):
 
 
 @given(plans(STEPS))
-def test_every_plan_has_one_line_an_output(plan):
+def test_str_has_a_line_for_each_output(plan):
     assert len(str(plan).splitlines()) == len(plan.outputs)
 
 
@@ -67,7 +67,7 @@ def test_the_graph_marks_times_outputs_and_gradients():
     assert graph.number_of_edges() == sum(len(set(node.parents)) for node in plan.nodes)
 
 
-def test_a_repr_is_never_long():
+def test_the_repr_of_a_large_plan_is_short():
     """Written out, the shared node doubles the expression at every leap."""
     x = latent(12)
     for t in range(11, 0, -1):

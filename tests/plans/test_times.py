@@ -49,7 +49,7 @@ def test_a_name_can_be_bound_to_another_name():
     assert leapalign("k", "j", "alpha").at(k="a", j="b") == leapalign("a", "b", "alpha")
 
 
-@example(2, 1.0)  # np.float64 is a float, and made a node of its own
+@example(2, 1.0)  # np.float64 is a float, and made a separate node
 @given(st.integers(2, 9), factors())
 def test_numbers_of_other_libraries(k, a):
     plan = leapalign("k", 1, "a")
@@ -86,9 +86,9 @@ def test_a_named_velocity_time_is_checked_once_bound():
 
 
 def test_binding_keeps_steps():
-    assert Plan(latent("k").leap(0), recorded_less(), steps=9).at(k=4).steps == 9
+    assert Plan(latent("k").leap(0), partly_recorded(), steps=9).at(k=4).steps == 9
 
 
-def recorded_less():
+def partly_recorded():
     """An output whose other velocity is recorded."""
     return latent(3).leap(2, velocity=recorded(3)).leap(0)
