@@ -45,13 +45,13 @@ def test_forward_ad(run, factor):
 
 @CASES
 def test_jacobians(run, factor):
-    wanted = factor * torch.eye(4, dtype=torch.float64)
+    expected = factor * torch.eye(4, dtype=torch.float64)
 
     def row(x):
         return run(x.expand(3, 4))[0]
 
-    assert torch.equal(jacrev(row)(X[0]), wanted)
-    assert torch.equal(jacfwd(row)(X[0]), wanted)
+    assert torch.equal(jacrev(row)(X[0]), expected)
+    assert torch.equal(jacfwd(row)(X[0]), expected)
 
 
 @CASES
@@ -74,7 +74,7 @@ def test_per_sample_gradients(run, factor):
 
 @CASES
 def test_second_derivatives(run, factor):
-    """The surgery is linear in its carrier: through a square, d2/dx2 is factor twice over."""
+    """Connect and scale are linear: the second derivative of half their square is factor^2."""
 
     def loss(x):
         return (run(x.expand(3, 4)) ** 2).sum() / 2
@@ -94,7 +94,7 @@ def test_gradcheck_of_the_backward_pass(run):
 
 
 @pytest.mark.parametrize("way", ["backward", "jvp"])
-def test_a_prediction_of_another_dtype(way):
+def test_a_prediction_may_have_another_dtype_than_the_latent(way):
     """A float32 prediction of a bfloat16 latent."""
     real = REAL.to(torch.bfloat16)
     if way == "backward":
@@ -108,8 +108,8 @@ def test_a_prediction_of_another_dtype(way):
         assert out.dtype == pushed.dtype == torch.bfloat16
 
 
-def test_the_surgery_works_under_no_grad():
-    """A pipeline's __call__ is under no_grad; the plan's edges exist all the same."""
+def test_connect_and_scale_pass_gradient_under_no_grad():
+    """A pipeline's __call__ runs under no_grad; gradients pass through connect and scale nevertheless."""
     x = X.clone().requires_grad_()
     with torch.no_grad():
         out = autograd_functions.connect(autograd_functions.scale(x, 0.5), REAL)

@@ -1,4 +1,4 @@
-"""The surgery's values are copies, bit for bit, in every dtype; the textbook formula's are not."""
+"""Values of connect, scale and recompute are copies, bit for bit, in every dtype; the textbook formula's are not."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_connect_is_the_rollout_s_value(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_textbook_formula_rounds_here(dtype):
-    """Else the test above would show nothing."""
+    """Shows that the test above can fail."""
     real, prediction = far_apart(dtype)
     assert not torch.equal(prediction + (real - prediction).detach(), real)
 
@@ -45,21 +45,21 @@ def test_the_textbook_discount_rounds_here(dtype):
     assert not torch.equal(0.3 * x + (1 - 0.3) * x.detach(), x)
 
 
-@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("recorded", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_recompute_is_the_call_s_value(dtype, known):
+def test_recompute_is_the_call_s_value(dtype, recorded):
     _, x = far_apart(dtype)
     w = torch.tensor(0.7, dtype=dtype, requires_grad=True)
     value = (w * x).detach()
-    out = autograd_functions.recompute(lambda x: w * x, x, (w,), value if known else None)
+    out = autograd_functions.recompute(lambda x: w * x, x, (w,), value if recorded else None)
     assert torch.equal(out, value)
     assert out.data_ptr() != value.data_ptr()
 
 
 @pytest.mark.parametrize("run", [autograd_functions.connect, lambda p, r: autograd_functions.scale(p, 0.5)])
-def test_a_change_in_place_of_the_result_leaves_the_rollout_alone(run):
+def test_changing_the_result_in_place_does_not_change_the_inputs(run):
     real, prediction = far_apart(torch.float64)
-    kept = real.clone(), prediction.detach().clone()
+    before = real.clone(), prediction.detach().clone()
     run(prediction, real).detach().add_(1)
-    assert torch.equal(real, kept[0])
-    assert torch.equal(prediction, kept[1])
+    assert torch.equal(real, before[0])
+    assert torch.equal(prediction, before[1])

@@ -1,4 +1,4 @@
-"""What cotangents, trajectories, params, plans and the order of arguments can be that they must not."""
+"""Invalid cotangents, trajectories, params and plans, and arguments in the wrong order: each is refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SIGMAS = [1.0, 0.7, 0.4, 0.0]
 TIMES = torch.tensor(SIGMAS, dtype=torch.float64)
 FIELD: Any = MLP(4)
 PLAN: Any = leapalign(3, 1)
-AGAIN: Any = draft_lv(1)
+RENOISING: Any = draft_lv(1)
 ONES = torch.ones_like(X)
 
 
@@ -58,21 +58,21 @@ COTANGENTS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("mistake", COTANGENTS)
-def test_a_cotangent(mistake: str) -> None:
-    bad, says = COTANGENTS[mistake]
+def test_an_invalid_cotangent_is_refused(mistake: str) -> None:
+    bad, message = COTANGENTS[mistake]
     for run in (
         lambda: backward(PLAN, rolled(), FIELD, bad),
         lambda: PLAN.gradient().evaluate(rolled(), FIELD, bad),
     ):
-        with pytest.raises(SamplerError, match=f"cotangent.*{says}"):
+        with pytest.raises(SamplerError, match=f"cotangent.*{message}"):
             run()
 
 
-def test_which_cotangent_is_not_finite() -> None:
+def test_the_message_names_the_cotangent_that_is_not_finite() -> None:
     with pytest.raises(SamplerError, match=r"cotangents \[1\] hold"):
-        backward(AGAIN, rolled(), FIELD, [ONES, ONES * math.nan])
+        backward(RENOISING, rolled(), FIELD, [ONES, ONES * math.nan])
     field = MLP(4)
-    backward(AGAIN, rolled(), field, [ONES, ONES * math.nan], check=False)
+    backward(RENOISING, rolled(), field, [ONES, ONES * math.nan], check=False)
     assert all(p.grad is not None and bool(p.grad.isnan().any()) for p in field.parameters())
 
 
@@ -84,7 +84,7 @@ def test_a_cotangent_of_another_precision_is_cast() -> None:
 
 
 @pytest.mark.parametrize("other", [FIELD, None, X, (X, None), object()], ids=lambda a: type(a).__name__)
-def test_arguments_in_another_order(other: Any) -> None:
+def test_arguments_in_another_order_are_refused(other: Any) -> None:
     for run in (apply, values, distances, lambda *a: backward(*a, ONES)):
         with pytest.raises(SamplerError, match=rf"received a {type(other).__name__} for.*\(plan, trajectory, field\)"):
             run(PLAN, other, FIELD)
@@ -97,16 +97,16 @@ def test_arguments_in_another_order(other: Any) -> None:
             swapped()
 
 
-@pytest.mark.parametrize("generator", [3, "a", np.random.default_rng(0)], ids=lambda given: type(given).__name__)
-@pytest.mark.parametrize("plan", [PLAN, AGAIN], ids=["without", "with"])
-def test_a_generator(plan: Any, generator: Any) -> None:
+@pytest.mark.parametrize("generator", [3, "a", np.random.default_rng(0)], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("plan", [PLAN, RENOISING], ids=["without", "with"])
+def test_what_is_no_generator_is_refused(plan: Any, generator: Any) -> None:
     for run in (apply, values, distances, lambda *a, **k: backward(*a, [ONES] * len(plan.outputs), **k)):
         with pytest.raises(SamplerError, match="generator= received"):
             run(plan, rolled(), FIELD, generator=generator)
 
 
 @pytest.mark.parametrize("params", [FIELD, FIELD.outer.bias, 3, [None], [FIELD.outer.bias, 3], "abc"])
-def test_params(params: Any) -> None:
+def test_invalid_params_are_refused(params: Any) -> None:
     for run in (
         lambda: apply(PLAN, rolled(), FIELD, params=params),
         lambda: apply(PLAN, rolled(), FIELD, "recompute", params=params),
@@ -119,7 +119,7 @@ def test_params(params: Any) -> None:
 
 
 @pytest.mark.parametrize("interpolant", ["rectified", 3, type(rolled().interpolant)], ids=str)
-def test_an_interpolant(interpolant: Any) -> None:
+def test_what_is_no_interpolant_is_refused(interpolant: Any) -> None:
     for run in (lambda: rollout(FIELD, X, SIGMAS, interpolant), lambda: sample(PLAN, FIELD, X, SIGMAS, interpolant)):
         with pytest.raises(SamplerError, match=r"interpolant received.*RectifiedFlow\(\)"):
             run()
@@ -145,14 +145,14 @@ HANDMADE: dict[str, tuple[Callable[[Trajectory], Any], str]] = {
 
 
 @pytest.mark.parametrize("mistake", HANDMADE)
-def test_a_trajectory_made_by_hand(mistake: str) -> None:
-    make, says = HANDMADE[mistake]
-    with pytest.raises(SamplerError, match=says):
+def test_an_invalid_trajectory_is_refused(mistake: str) -> None:
+    make, message = HANDMADE[mistake]
+    with pytest.raises(SamplerError, match=message):
         make(rolled())
 
 
 @pytest.mark.parametrize("t", ["T", 2.5, 1.0, None, slice(1, 2), -1, 4])
-def test_a_time_of_a_trajectory(t: Any) -> None:
+def test_times_outside_a_trajectory_are_refused(t: Any) -> None:
     for read in (lambda: rolled()[t], lambda: rolled().velocity(t), lambda: rolled().sigma(t)):
         with pytest.raises(PlanError, match=r"outside [01]\.\.3"):
             read()
@@ -185,13 +185,13 @@ PLANS: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize("mistake", PLANS)
-def test_a_plan(mistake: str) -> None:
-    make, says = PLANS[mistake]
-    with pytest.raises(PlanError, match=says):
+def test_an_invalid_plan_is_refused(mistake: str) -> None:
+    make, message = PLANS[mistake]
+    with pytest.raises(PlanError, match=message):
         make()
 
 
-def test_a_noise_node_without_gradient_is_told_by_every_way() -> None:
+def test_noise_without_requires_grad_is_refused() -> None:
     plan = Plan(noise().leap(0))
     for run in (lambda: apply(plan, rolled(), FIELD), lambda: backward(plan, rolled(), FIELD, ONES)):
         with pytest.raises(SamplerError, match="requires_grad_"):

@@ -1,4 +1,4 @@
-"""What a field, a noise and sigmas can be that they must not: told in every way of running."""
+"""Invalid fields, noise and sigmas are refused in every way of running."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SIGMAS = [1.0, 0.7, 0.4, 0.0]
 FIELD: Any = MLP(4)
 PARAMS = list(FIELD.parameters())
 PLAN: Any = leapalign(3, 1)
-AGAIN: Any = draft_lv(1)
+RENOISING: Any = draft_lv(1)
 ONES = torch.ones_like(X)
 
 
@@ -40,7 +40,7 @@ def rolled() -> Trajectory:
     return rollout(FIELD, X.clone(), SIGMAS)
 
 
-def pulled(memory: Any) -> Callable[[Any], Any]:
+def backpropagated(memory: Any) -> Callable[[Any], Any]:
     return lambda field: torch.autograd.backward(apply(PLAN, rolled(), field, memory, params=PARAMS), ONES)
 
 
@@ -48,15 +48,15 @@ WAYS: dict[str, Callable[[Any], Any]] = {
     "rollout": lambda field: rollout(field, X.clone(), SIGMAS),
     "sample": lambda field: sample(PLAN, field, X.clone(), SIGMAS),
     "sample recompute": lambda field: sample(PLAN, field, X.clone(), SIGMAS, memory="recompute"),
-    "retain": pulled("retain"),
-    "recompute": pulled("recompute"),
+    "retain": backpropagated("retain"),
+    "recompute": backpropagated("recompute"),
     "recompute, leaves looked up": lambda field: apply(PLAN, rolled(), lambda x, s: field(x, s), "recompute"),
     "staged": lambda field: backward(PLAN, rolled(), field, ONES),
-    "values": lambda field: values(AGAIN, rolled(), field),
-    "distances": lambda field: distances(AGAIN, rolled(), field),
+    "values": lambda field: values(RENOISING, rolled(), field),
+    "distances": lambda field: distances(RENOISING, rolled(), field),
     "evaluate": lambda field: PLAN.gradient().evaluate(rolled(), field, ONES, PARAMS),
 }
-"""Everything that calls a field."""
+"""Every function that calls a field."""
 
 
 def changes_input(x: Tensor, sigma: Tensor) -> Tensor:
@@ -83,21 +83,21 @@ FIELDS: dict[str, tuple[Any, str]] = {
     "that changes its input": (changes_input, "in place"),
     "that changes a part of its input": (changes_view, "in place"),
 }
-"""Every mistake in a field: the field, what the message says."""
+"""Invalid fields, each with the regular expression of its error message."""
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("mistake", FIELDS)
-def test_a_field(mistake: str, way: str) -> None:
-    field, says = FIELDS[mistake]
-    if way == "recompute, leaves looked up" and "can't be called" in says:
+def test_an_invalid_field_is_refused(mistake: str, way: str) -> None:
+    field, message = FIELDS[mistake]
+    if way == "recompute, leaves looked up" and "can't be called" in message:
         return  # the lambda around it can be called
-    with pytest.raises(SamplerError, match=says):
+    with pytest.raises(SamplerError, match=message):
         WAYS[way](field)
 
 
 @pytest.mark.parametrize("back", [lambda x, s: x, lambda x, s: x.view(4, 2).view(2, 4), lambda x, s: x.detach()])
-def test_a_field_that_returns_its_input(back: Any) -> None:
+def test_a_field_that_returns_its_input_is_refused(back: Any) -> None:
     trained = lambda x, s: FIELD(x, s) if float(s) > 0.5 else back(x, s)  # noqa: E731
     for way in ("rollout", "sample", "sample recompute"):
         with pytest.raises(SamplerError, match=r"its own input, or a view of it, at t = 3.*clone"):
@@ -109,13 +109,13 @@ def test_a_field_that_returns_its_input(back: Any) -> None:
     assert copied[3] is not copied.velocity(3)
 
 
-def test_a_field_that_writes_into_one_buffer() -> None:
+def test_a_field_that_writes_into_one_buffer_is_refused() -> None:
     buffer = torch.empty_like(X)
     with pytest.raises(SamplerError, match=r"t = \[3, 2\] were changed in place.*one buffer"):
         rollout(lambda x, s: buffer.copy_(FIELD(x, s).detach()), X, SIGMAS)
 
 
-def test_a_wider_dtype_than_the_latents() -> None:
+def test_a_velocity_of_a_wider_dtype_than_the_latents_is_refused() -> None:
     """A float32 velocity would make float32 latents of bfloat16 noise, from the second step on."""
     wide = MLP(4, dtype=torch.float32)
     start = X.bfloat16()
@@ -128,16 +128,16 @@ def test_a_wider_dtype_than_the_latents() -> None:
             run()
 
 
-def test_a_narrower_dtype_is_mixed_precision() -> None:
+def test_a_velocity_of_a_narrower_dtype_leaves_the_latents_dtype() -> None:
     """Under autocast a field returns bfloat16 for float32 latents: latents stay float32."""
     narrow = MLP(4, dtype=torch.bfloat16)
     trajectory = rollout(lambda x, s: narrow(x.bfloat16(), s), X.float(), SIGMAS)
     assert {a.dtype for a in trajectory.latents.values()} == {torch.float32}
-    found: Any = apply(PLAN, trajectory, lambda x, s: narrow(x.bfloat16(), s), "recompute")
-    assert found.dtype == torch.float32
+    out: Any = apply(PLAN, trajectory, lambda x, s: narrow(x.bfloat16(), s), "recompute")
+    assert out.dtype == torch.float32
 
 
-def test_errors_of_the_field_s_own_code_are_its_own() -> None:
+def test_errors_raised_inside_the_field_pass_unchanged() -> None:
     def typed(x: Tensor, sigma: Tensor) -> Tensor:
         return x + None  # type: ignore[arg-type]
 
@@ -147,21 +147,21 @@ def test_errors_of_the_field_s_own_code_are_its_own() -> None:
         assert not isinstance(err.value, SurgeryError)
 
 
-@pytest.mark.parametrize("spoil", [math.nan, math.inf, -math.inf])
-def test_a_field_that_is_not_finite_somewhere(spoil: float) -> None:
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_the_first_velocity_that_is_not_finite_is_named(value: float) -> None:
     def field(x: Tensor, sigma: Tensor) -> Tensor:
-        return FIELD(x, sigma) + torch.tensor([[spoil], [0.0]], dtype=x.dtype) * (1.0 if sigma == 0.7 else 0.0)
+        return FIELD(x, sigma) + torch.tensor([[value], [0.0]], dtype=x.dtype) * (1.0 if sigma == 0.7 else 0.0)
 
-    spoilt = lambda x, s: torch.where(s == 0.7, field(x, s), FIELD(x, s))  # noqa: E731
-    for run in (lambda: rollout(spoilt, X, SIGMAS), lambda: sample(PLAN, spoilt, X, SIGMAS)):
+    broken = lambda x, s: torch.where(s == 0.7, field(x, s), FIELD(x, s))  # noqa: E731
+    for run in (lambda: rollout(broken, X, SIGMAS), lambda: sample(PLAN, broken, X, SIGMAS)):
         with pytest.raises(SamplerError, match=r"v_2 is the first that does, in 1 of 2 samples"):
             run()
-    assert not rollout(spoilt, X, SIGMAS, check=False)[0][0].isfinite().any()
-    assert rollout(spoilt, X, SIGMAS, check=False)[0][1].isfinite().all()
-    sample(PLAN, spoilt, X, SIGMAS, check=False)
+    assert not rollout(broken, X, SIGMAS, check=False)[0][0].isfinite().any()
+    assert rollout(broken, X, SIGMAS, check=False)[0][1].isfinite().all()
+    sample(PLAN, broken, X, SIGMAS, check=False)
 
 
-def test_a_noise_that_is_not_finite_and_a_step_that_overflows() -> None:
+def test_noise_that_is_not_finite_and_steps_that_overflow_are_named() -> None:
     with pytest.raises(SamplerError, match=r"the noise handed in is the first that does, in 2 of 2"):
         rollout(FIELD, X * math.nan, SIGMAS)
     with pytest.raises(SamplerError, match=r"x_2 is the first that does"):
@@ -181,10 +181,10 @@ NOISES: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("mistake", NOISES)
-def test_a_noise(mistake: str) -> None:
-    bad, says = NOISES[mistake]
+def test_invalid_noise_is_refused(mistake: str) -> None:
+    bad, message = NOISES[mistake]
     for run in (lambda: rollout(FIELD, bad, SIGMAS), lambda: sample(PLAN, FIELD, bad, SIGMAS)):
-        with pytest.raises(SamplerError, match=f"noise received.*{says}"):
+        with pytest.raises(SamplerError, match=f"noise received.*{message}"):
             run()
 
 
@@ -200,7 +200,7 @@ SAMPLERS: tuple[Any, ...] = (
 
 
 @pytest.mark.parametrize("sigmas", SAMPLERS, ids=str)
-def test_sigmas(sigmas: Any) -> None:
+def test_invalid_sigmas_are_refused(sigmas: Any) -> None:
     for run in (lambda: rollout(FIELD, X, sigmas), lambda: sample(PLAN, FIELD, X, sigmas)):
         with pytest.raises(SamplerError, match="sigmas"):
             run()
@@ -220,12 +220,12 @@ def test_sigmas(sigmas: Any) -> None:
         [1, math.nan, 0],
     ],
 )
-def test_sigmas_of_the_closed_form(sigmas: Any) -> None:
+def test_the_closed_form_refuses_invalid_sigmas(sigmas: Any) -> None:
     with pytest.raises(PlanError, match=r"sigmas.*strictly monotone"):
         PLAN.gradient(sigmas)
 
 
-def test_an_interpolant_of_the_closed_form() -> None:
+def test_the_closed_form_refuses_what_is_no_interpolant() -> None:
     rectified: Any = "rectified"
     with pytest.raises(PlanError, match="interpolant='rectified'"):
         PLAN.gradient(interpolant=rectified)

@@ -1,4 +1,4 @@
-"""Border cases of the core that drawn plans seldom reach; each kills a mutant (benchmarks/engine/mutants.py)."""
+"""Border cases of the core that Hypothesis seldom draws; each kills a mutant (benchmarks/engine/mutants.py)."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def test_inverted_flow() -> None:
 
 
 @pytest.mark.parametrize(
-    "a, b, found", [(1, S, S), (S, 1, S), (-1, S, -S), (0, S, 0), (S, 2, 2 * S), (S, -1, -S), (2, 3, 6)]
+    "a, b, product", [(1, S, S), (S, 1, S), (-1, S, -S), (0, S, 0), (S, 2, 2 * S), (S, -1, -S), (2, 3, 6)]
 )
-def test_a_product(a: Any, b: Any, found: Any) -> None:
-    assert _multiply(a, b) == found
+def test_products_of_numbers_and_symbols(a: Any, b: Any, product: Any) -> None:
+    assert _multiply(a, b) == product
 
 
 def test_a_number_times_a_difference_stays_a_product() -> None:
-    for made in (_multiply(sympy.Float(0.5), K - J), _multiply(K - J, sympy.Float(0.5))):
-        assert str(made) == "0.5*(-j + k)"
+    for product in (_multiply(sympy.Float(0.5), K - J), _multiply(K - J, sympy.Float(0.5))):
+        assert str(product) == "0.5*(-j + k)"
 
 
 @pytest.mark.parametrize("sigmas", [None, 3, [None], ["a", "b"], [torch.zeros(2), 0.0], torch.ones(3, device="meta")])
-def test_what_is_no_list_of_numbers_is_no_sampler(sigmas: Any) -> None:
+def test_sigmas_that_are_no_list_of_numbers_are_refused(sigmas: Any) -> None:
     with pytest.raises(PlanError, match="sigmas"):
         check_sampled(sigmas)
 
@@ -56,13 +56,13 @@ def test_a_violation_is_a_value() -> None:
         broken.rule = "other"  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_a_leap_from_the_image_does_not_fall() -> None:
+def test_a_leap_from_the_image_breaks_the_rule_of_falling_times() -> None:
     stays = latent(0).leap(0, velocity=recorded(0))
     assert "falling" in {violation.rule for violation in violations([stays])}
 
 
-def test_times_above_those_that_python_shares() -> None:
-    """Integers above 256 that are equal need not be one object."""
+def test_times_are_compared_by_value() -> None:
+    """CPython shares integers up to 256 only: equal larger ones may be different objects."""
     steps = int("300")
     plan = Plan(noise().leap(int("150")).connect().leap(0)).prepared(steps)
     assert not list(violations(plan.outputs, int("300")))
@@ -76,7 +76,7 @@ def test_recompute_under_forward_mode_is_retain() -> None:
     trajectory = rollout(FIELD, torch.ones(2, 3, dtype=torch.float64), [1.0, 0.5, 0.0])
     params = dict(FIELD.named_parameters())
     tangents = {name: torch.ones_like(p) for name, p in params.items()}
-    found: list[torch.Tensor] = []
+    derivatives: list[torch.Tensor] = []
     for memory in ("retain", "recompute"):
         with torch.autograd.forward_ad.dual_level():
             dual = {name: torch.autograd.forward_ad.make_dual(p.detach(), tangents[name]) for name, p in params.items()}
@@ -87,12 +87,12 @@ def test_recompute_under_forward_mode_is_retain() -> None:
                 memory,
                 params=list(FIELD.parameters()),
             )
-            found.append(torch.autograd.forward_ad.unpack_dual(out).tangent)
-    assert torch.equal(*found)
-    assert found[0].abs().max() > 0
+            derivatives.append(torch.autograd.forward_ad.unpack_dual(out).tangent)
+    assert torch.equal(*derivatives)
+    assert derivatives[0].abs().max() > 0
 
 
-def test_a_gate_passes_the_rows_that_it_names() -> None:
+def test_a_gate_passes_gradient_in_its_rows_only() -> None:
     x = torch.arange(6.0).reshape(3, 2).requires_grad_()
     for rows, passed in ((None, [1, 1, 1]), (torch.tensor([True, False, True]), [1, 0, 1])):
         gate = autograd_functions.Gate()
@@ -100,12 +100,12 @@ def test_a_gate_passes_the_rows_that_it_names() -> None:
         assert torch.equal(out, x)
         assert out is not x
         gate.rows = rows
-        (found,) = torch.autograd.grad(out.sum(), x)
-        assert torch.equal(found, torch.tensor(passed, dtype=x.dtype)[:, None].expand(3, 2))
+        (gradient,) = torch.autograd.grad(out.sum(), x)
+        assert torch.equal(gradient, torch.tensor(passed, dtype=x.dtype)[:, None].expand(3, 2))
 
 
 class Detaching(torch.nn.Module):
-    """A field with a parameter that trains, whose velocity forgets it."""
+    """A field whose first velocity is detached from its parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,13 +115,13 @@ class Detaching(torch.nn.Module):
         return (self.w * x).detach() if float(sigma) == 1.0 else self.w * x
 
 
-def test_one_velocity_that_carries_no_gradient_is_told() -> None:
+def test_a_velocity_without_gradient_is_named() -> None:
     trajectory = rollout(Detaching(), torch.ones(2, 3), [1.0, 0.5, 0.0])
     with pytest.raises(SamplerError, match="the velocity at t = 2 carries no gradient"):
         apply(leapalign(2, 1, 0.3), trajectory, Detaching())
 
 
-def test_a_call_on_two_ways_is_one_term() -> None:
+def test_a_call_on_two_paths_is_one_term() -> None:
     v = latent(1).velocity()
     plan = Plan(latent(3).advance(1, [latent(3).velocity(), v]).leap(0, velocity=v))
     expansion = plan.gradient()
@@ -144,7 +144,7 @@ def test_supports_of_an_euler_advance_lie_above_its_end() -> None:
         Plan(x.advance(2, [x.velocity(), latent(1).velocity()], rule="euler"))
 
 
-def test_a_rule_is_known_by_its_letters() -> None:
+def test_quadrature_rules_are_compared_by_value() -> None:
     """A string made at run time is another object than the one in the library."""
     start = latent("p")
     velocities = [start.velocity(), *(latent(t).velocity() for t in ("q", "r", "u"))]
@@ -155,7 +155,7 @@ def test_a_rule_is_known_by_its_letters() -> None:
     assert sympy.simplify(coefficients["u"] - (z - u)) == 0
 
 
-def test_a_long_rollout_lends_its_calls() -> None:
+def test_calls_of_a_long_rollout_are_reused() -> None:
     calls: list[float] = []
 
     def field(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -168,21 +168,21 @@ def test_a_long_rollout_lends_its_calls() -> None:
     assert len(calls) == 300
 
 
-def test_every_violation_before_a_wrong_kind_is_told() -> None:
-    spoilt = Leap(latent(7).discount(5.0), latent(7), 0)
-    assert [violation.rule for violation in violations([spoilt, spoilt.leap(9)])] == ["discount-range", "kinds"]
+def test_violations_before_a_wrong_kind_are_reported() -> None:
+    illegal = Leap(latent(7).discount(5.0), latent(7), 0)
+    assert [violation.rule for violation in violations([illegal, illegal.leap(9)])] == ["discount-range", "kinds"]
 
 
 def test_a_time_below_0_is_no_image() -> None:
     assert {violation.rule for violation in violations([latent(-1).recover()])} == {"time-range"}
 
 
-def test_equal_times_of_two_objects_fit() -> None:
+def test_the_time_of_a_velocity_is_compared_by_value() -> None:
     x = latent(int("300")).leap(0, velocity=recorded(int("300")))
     assert "velocity-time" not in {violation.rule for violation in violations([x])}
 
 
-def test_noises_are_drawn_once_the_rollout_is_over() -> None:
+def test_noises_are_drawn_after_the_rollout() -> None:
     """A field, or a sampler, may draw from the same generator."""
     generator, again = (torch.Generator().manual_seed(0) for _ in range(2))
 

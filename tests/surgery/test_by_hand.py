@@ -1,7 +1,7 @@
-"""Executions and closed forms small enough for paper: a field v = w x, whose every number can be written down.
+"""Executions and closed forms against values worked out by hand, on the field v = w x.
 
-With v_t = w x_t the rollout is x_{t-1} = x_t (1 + w (s_{t-1} - s_t)). These tests take a second; they are what
-`benchmarks/engine/mutants.py` runs first.
+With v_t = w x_t the rollout is x_{t-1} = x_t (1 + w (s_{t-1} - s_t)). These tests take a second;
+`benchmarks/engine/mutants.py` runs them first.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def derivative(plan: Any, memory: str, field: Counted) -> float:
         assert field.w.grad is not None
         return float(field.w.grad)
     kind: Any = memory
-    found: Any = apply(plan, rolled(), field, kind)
-    return float(torch.autograd.grad(found, field.w, cotangent)[0])
+    out: Any = apply(plan, rolled(), field, kind)
+    return float(torch.autograd.grad(out, field.w, cotangent)[0])
 
 
 PLANS: dict[str, tuple[Plan, float, float]] = {
@@ -111,21 +111,21 @@ def test_how_often_the_model_is_called() -> None:
     ):
         for memory, count in (("retain", retain), ("recompute", recompute)):
             field, kind = Counted(), memory
-            found: Any = apply(plan, rolled(), field, kind)  # type: ignore[arg-type]
+            out: Any = apply(plan, rolled(), field, kind)  # type: ignore[arg-type]
             assert len(field.times) == count, (str(plan), memory)
-            found.sum().backward()
+            out.sum().backward()
         field = Counted()
         values(plan, rolled(), field)
         assert len(field.times) == recompute
         assert not any(field.graphs)
 
 
-def test_a_pass_makes_no_call_of_its_own() -> None:
+def test_sample_makes_no_extra_call() -> None:
     field = Counted()
-    found, _ = sample(leapalign(3, 1), field, X3, SIGMAS)
+    x_0, _ = sample(leapalign(3, 1), field, X3, SIGMAS)
     assert field.times == [1.0, 0.75, 0.5]
     assert field.graphs == [True, False, True]
-    assert first(found) == X0
+    assert first(x_0) == X0
     field = Counted()
     sample(leapalign(3, 1), field, X3, SIGMAS, memory="recompute")
     assert field.graphs == [False, False, False]
@@ -135,42 +135,44 @@ def test_a_pass_makes_no_call_of_its_own() -> None:
     assert field.graphs == [True, False, False, True]
 
 
-def test_misses() -> None:
-    found = distances(leapalign(3, 1), rolled(), Counted())
-    assert list(found) == [1, 0]
-    assert float(found[1]) == pytest.approx((1 + 2) / 2 * abs(X1 - 2 * 0.75), rel=1e-13)
-    assert float(found[0]) == 0
+def test_distances() -> None:
+    by_time = distances(leapalign(3, 1), rolled(), Counted())
+    assert list(by_time) == [1, 0]
+    assert float(by_time[1]) == pytest.approx((1 + 2) / 2 * abs(X1 - 2 * 0.75), rel=1e-13)
+    assert float(by_time[0]) == 0
     twice = Plan(latent(3).leap(1).leap(0), latent(2).leap(1).leap(0))
-    found = distances(twice, rolled(), Counted())
-    assert float(found[1]) == pytest.approx(1.5 * abs(X1 - 2 * 0.75), rel=1e-13)  # the sampler's own is left out
+    by_time = distances(twice, rolled(), Counted())
+    assert float(by_time[1]) == pytest.approx(
+        1.5 * abs(X1 - 2 * 0.75), rel=1e-13
+    )  # the leap that is the sampler's step is left out
     assert distances(leapalign(3, 1), rolled(Counted()), Counted())[1].dtype == torch.float64
 
 
-def test_misses_of_narrow_latents_are_taken_in_float32() -> None:
+def test_distances_of_bfloat16_latents_are_float32() -> None:
     field = Counted()
     trajectory = rollout(lambda x, s: (field.w * x).bfloat16(), X3.bfloat16(), [1.0, 0.6, 0.3, 0.0])
-    found = distances(leapalign(3, 1), trajectory, lambda x, s: (field.w * x).bfloat16())
-    assert found[1].dtype == torch.float32
-    mine = (trajectory[1].float() - (trajectory[3] + (0.3 - 1.0) * trajectory.velocity(3)).float()).abs().mean()
-    assert float(found[1]) == pytest.approx(float(mine), rel=1e-2)
+    by_time = distances(leapalign(3, 1), trajectory, lambda x, s: (field.w * x).bfloat16())
+    assert by_time[1].dtype == torch.float32
+    expected = (trajectory[1].float() - (trajectory[3] + (0.3 - 1.0) * trajectory.velocity(3)).float()).abs().mean()
+    assert float(by_time[1]) == pytest.approx(float(expected), rel=1e-2)
 
 
-def test_what_recompute_trains() -> None:
+def test_recompute_trains_the_fields_that_the_plan_calls() -> None:
     one, other, third = Counted(), Counted(), Counted()
     plan = Plan(latent(3).leap(1).leap(0, velocity=latent(1).velocity("other")), latent(2).leap(0))
     fields: Any = {None: one, "other": other, "third": third}
 
-    def found(plan: Plan, params: Any = None) -> dict[Any, list[int]]:
+    def leaf_ids(plan: Plan, params: Any = None) -> dict[Any, list[int]]:
         leaves = trained_leaves(Execution(plan, rolled()), fields, params)
         return {name: [id(leaf) for leaf in part] for name, part in leaves.items()}
 
-    assert found(plan) == {None: [id(one.w)], "other": [id(other.w)]}
-    assert found(plan, (third.w,)) == {None: [id(third.w)], "other": [id(third.w)]}
+    assert leaf_ids(plan) == {None: [id(one.w)], "other": [id(other.w)]}
+    assert leaf_ids(plan, (third.w,)) == {None: [id(third.w)], "other": [id(third.w)]}
     stopped = Plan(latent(3).leap(1, velocity=latent(3).velocity("other").detach()).leap(0))
-    assert found(stopped) == {None: [id(one.w)]}
+    assert leaf_ids(stopped) == {None: [id(one.w)]}
 
 
-def test_sharded_leaves_are_told() -> None:
+def test_sharded_leaves_are_refused() -> None:
     class Sharded(Counted):
         def parameters(self) -> list[Tensor]:
             leaf: Any = torch.nn.Parameter(self.w.detach())
@@ -181,22 +183,22 @@ def test_sharded_leaves_are_told() -> None:
         apply(refl(2), rolled(), Sharded(), "recompute")
 
 
-def test_which_outputs_are_idle() -> None:
+def test_outputs_without_gradient_are_named() -> None:
     frozen: Any = {None: Counted(), "frozen": lambda x, s: 0.5 * x}
     plan = Plan(latent(2).leap(0), latent(2).leap(0, velocity=latent(2).velocity("frozen")))
     with pytest.raises(SamplerError, match=r"outputs \[1\] of the plan carry no gradient"):
         apply(plan, rolled(), frozen)
 
 
-def test_nothing_is_trained_where_noise_is() -> None:
+def test_noise_trains_under_a_frozen_field() -> None:
     """A frozen field, x_T trained: x_0 = x_3 (1 - w)."""
     start = X3.clone().requires_grad_()
     plan = Plan(noise().leap(0))
     trajectory = rollout(lambda x, s: 0.5 * x, start, SIGMAS)
     for memory in ("retain", "recompute"):
         kind: Any = memory
-        found: Any = apply(plan, trajectory, lambda x, s: 0.5 * x, kind)
-        assert torch.autograd.grad(found.sum(), start)[0].tolist() == [[0.5, 0.5]]
+        x_0: Any = apply(plan, trajectory, lambda x, s: 0.5 * x, kind)
+        assert torch.autograd.grad(x_0.sum(), start)[0].tolist() == [[0.5, 0.5]]
     backward(plan, trajectory, lambda x, s: 0.5 * x, torch.ones(1, 2))
     assert start.grad is not None
     assert start.grad.tolist() == [[0.5, 0.5]]

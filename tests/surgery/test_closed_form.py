@@ -1,4 +1,4 @@
-"""Eq. 10, proved: for every plan, autograd's gradient is the closed form, evaluated term by term by another hand."""
+"""Eq. 10, proved: for every plan, autograd's gradient is the closed form, evaluated by an independent witness."""
 
 import torch
 from hypothesis import example, given
@@ -20,14 +20,14 @@ FROM_START = Plan(noise().advance(0, [latent(1).velocity(), noise().velocity(), 
 def closed_and_autograd(plan, trajectory, field, guided=None):
     """The two gradients, of all parameters and of x_T."""
     named = {None: field} if guided is None else {None: field, "guided": guided}
-    found = outputs(apply(plan, trajectory, named))
-    cs = cotangents(found)
+    out = outputs(apply(plan, trajectory, named))
+    cs = cotangents(out)
     expansion = plan.gradient(trajectory.sigmas.tolist(), trajectory.interpolant)
     assert expansion.count == len(expansion.terms)
     coefficients = [float(term.coefficient) for term in expansion.terms]
     closed = Witness(plan, trajectory, named).gradient(expansion.terms, coefficients, cs)
     leaves = [*(p for f in named.values() for p in f.parameters()), trajectory.start]
-    return closed, grads(found, leaves, cs)
+    return closed, grads(out, leaves, cs)
 
 
 @given(plans(STEPS), trajectories(FIELD, STEPS, (DIM,), INTERPOLANTS))
@@ -35,8 +35,8 @@ def closed_and_autograd(plan, trajectory, field, guided=None):
 @example(leaps((5, 4, 2, 1), 0.5), ROLLED)
 @example(drtune(5, 2, {5, 3}), ROLLED)
 def test_autograd_is_the_closed_form_on_an_mlp(plan, trajectory):
-    closed, found = closed_and_autograd(plan, trajectory, FIELD)
-    assert distance(found, closed) <= GRADIENT
+    closed, autograd = closed_and_autograd(plan, trajectory, FIELD)
+    assert distance(autograd, closed) <= GRADIENT
 
 
 @given(plans(STEPS), sigmas(STEPS), st.sampled_from(INTERPOLANTS), st.integers(0, 2**16))
@@ -47,16 +47,16 @@ def test_autograd_is_the_closed_form_on_gaussian_fields(plan, times, interpolant
     field = Gaussian(mean, 0.3 + spread.abs(), interpolant)
     start = torch.stack(noise).requires_grad_()
     trajectory = rollout(field, start, torch.tensor(times, dtype=torch.float64), interpolant)
-    closed, found = closed_and_autograd(plan, trajectory, field)
-    assert distance(found, closed) <= GRADIENT
+    closed, autograd = closed_and_autograd(plan, trajectory, field)
+    assert distance(autograd, closed) <= GRADIENT
 
 
 @given(plans(STEPS, fields=("guided",)), st.data())
 def test_autograd_is_the_closed_form_on_random_fields(plan, data):
     field, guided = data.draw(fields(DIM)), data.draw(fields(DIM))
     trajectory = data.draw(trajectories(field, STEPS, (DIM,)))
-    closed, found = closed_and_autograd(plan, trajectory, field, guided)
-    assert distance(found, closed) <= GRADIENT
+    closed, autograd = closed_and_autograd(plan, trajectory, field, guided)
+    assert distance(autograd, closed) <= GRADIENT
 
 
 @given(st.integers(1, 8), st.data())
@@ -64,20 +64,20 @@ def test_methods_on_any_number_of_steps(steps, data):
     field = data.draw(fields(DIM))
     trajectory = data.draw(trajectories(field, steps, (DIM,)))
     plan = data.draw(methods(steps)).draw(steps)
-    closed, found = closed_and_autograd(plan, trajectory, field)
-    assert distance(found, closed) <= GRADIENT
+    closed, autograd = closed_and_autograd(plan, trajectory, field)
+    assert distance(autograd, closed) <= GRADIENT
 
 
 @given(plans(STEPS), trajectories(FIELD, STEPS, (DIM,), INTERPOLANTS))
-@example(Plan(noise()), ROLLED)  # params were forgotten where no call trains them
-@example(FROM_START, ROLLED)  # supports stood in the order given where one is at "T"
-def test_the_library_s_own_evaluation_agrees(plan, trajectory):
-    found = outputs(apply(plan, trajectory, FIELD))
-    cs = cotangents(found)
+@example(Plan(noise()), ROLLED)  # params were ignored where no call trains them
+@example(FROM_START, ROLLED)  # supports were not sorted where one is at "T"
+def test_the_library_s_evaluation_agrees(plan, trajectory):
+    out = outputs(apply(plan, trajectory, FIELD))
+    cs = cotangents(out)
     got = plan.gradient(interpolant=trajectory.interpolant).evaluate(trajectory, FIELD, cs, FIELD.parameters())
-    wanted = grads(found, [*FIELD.parameters(), trajectory.start], cs)
-    start = wanted[-1] * 0 if got.start is None else got.start
-    assert distance([*got, start], wanted) <= GRADIENT
+    expected = grads(out, [*FIELD.parameters(), trajectory.start], cs)
+    start = expected[-1] * 0 if got.start is None else got.start
+    assert distance([*got, start], expected) <= GRADIENT
     assert len(got.terms) == len(got.norms)
 
 
@@ -86,28 +86,27 @@ def test_the_library_s_own_evaluation_agrees(plan, trajectory):
 def test_values_are_what_the_primitives_define(plan, trajectory):
     """Every unrecorded value too: the witness computes them by plain formulas."""
     named = {None: FIELD, "guided": GUIDED}
-    found = outputs(apply(plan, trajectory, named))
+    out = outputs(apply(plan, trajectory, named))
     witness = Witness(plan, trajectory, named)
-    for node, value in zip(plan.outputs, found, strict=True):
+    for node, value in zip(plan.outputs, out, strict=True):
         torch.testing.assert_close(value.detach(), witness.values[node], rtol=1e-9, atol=1e-9)
 
 
-def test_the_witness_can_tell():
-    """A wrong coefficient is seen."""
+def test_the_witness_detects_a_wrong_coefficient():
     plan = leapalign(4, 2, 0.3)
     expansion = plan.gradient(ROLLED.sigmas.tolist())
-    found = outputs(apply(plan, ROLLED, FIELD))
-    cs = cotangents(found)
+    out = outputs(apply(plan, ROLLED, FIELD))
+    cs = cotangents(out)
     wrong = [(1.01 if term.order else 1.0) * float(term.coefficient) for term in expansion.terms]
     closed = Witness(plan, ROLLED, {None: FIELD}).gradient(expansion.terms, wrong, cs)
-    assert distance(grads(found, [*FIELD.parameters(), ROLLED.start], cs), closed) > 1e-5
+    assert distance(grads(out, [*FIELD.parameters(), ROLLED.start], cs), closed) > 1e-5
 
 
-def test_each_term_is_evaluated_in_its_place():
-    """Terms that the sampler's times make 0 were dropped: the others moved up, and norms named the wrong ones."""
+def test_terms_of_coefficient_zero_keep_their_place():
+    """Terms whose coefficient is 0 on these sigmas were dropped, which shifted the others against their norms."""
     plan = Plan(latent(3).leap(0).renoise(6).leap(0))  # at T nothing is left of the image
     rolled = problem(MLP(4), 6)
     expansion = plan.gradient()
-    found = expansion.evaluate(rolled.trajectory, rolled.field, torch.ones_like(rolled.noise))
-    assert len(found.terms) == len(expansion.terms) == 3
-    assert [norm > 0 for norm in found.norms] == [term.source == 6 for term in expansion.terms]
+    gradient = expansion.evaluate(rolled.trajectory, rolled.field, torch.ones_like(rolled.noise))
+    assert len(gradient.terms) == len(expansion.terms) == 3
+    assert [norm > 0 for norm in gradient.norms] == [term.source == 6 for term in expansion.terms]

@@ -31,16 +31,16 @@ def twelve() -> Plan:
 LONGEST = (twelve(), [1.0, 0.8, 0.5, 0.2, 0.0], 2, 0)
 
 
-def miss(field, run) -> float:
-    """How far autograd's gradient is from the closed form."""
+def error(field, run) -> float:
+    """The distance between autograd's gradient and the closed form."""
     plan, times, batch, seed = run
     noise = torch.randn(batch, *field.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     trajectory = rollout(field, noise.requires_grad_(), torch.tensor(times, dtype=torch.float64))
-    found = outputs(apply(plan, trajectory, field))
-    cs = cotangents(found)
+    out = outputs(apply(plan, trajectory, field))
+    cs = cotangents(out)
     terms = plan.gradient(times).terms
     closed = Witness(plan, trajectory, {None: field}).gradient(terms, [float(term.coefficient) for term in terms], cs)
-    return distance(grads(found, [*field.parameters(), noise], cs), closed)
+    return distance(grads(out, [*field.parameters(), noise], cs), closed)
 
 
 @pytest.mark.slow
@@ -48,7 +48,7 @@ def miss(field, run) -> float:
 @example(LONGEST)
 def test_flux_in_float64(run):
     with float64_throughout():
-        assert miss(flux(), run) <= GRADIENT
+        assert error(flux(), run) <= GRADIENT
 
 
 @pytest.mark.slow
@@ -56,21 +56,21 @@ def test_flux_in_float64(run):
 @example(LONGEST)
 def test_sd3_in_float64(run):
     with float64_throughout():
-        assert miss(sd3(), run) <= GRADIENT
+        assert error(sd3(), run) <= GRADIENT
 
 
 @pytest.mark.slow
 @given(RUNS)
 @example(LONGEST)
 def test_stock_flux(run):
-    assert miss(flux(), run) <= STOCK
+    assert error(flux(), run) <= STOCK
 
 
 @pytest.mark.slow
 @given(RUNS)
 @example(LONGEST)
 def test_stock_sd3(run):
-    assert miss(sd3(), run) <= STOCK
+    assert error(sd3(), run) <= STOCK
 
 
 def test_the_longest_run_has_twelve_calls():
@@ -89,4 +89,4 @@ def test_the_patch_changes_rounding_only(make):
         patched = field(x, torch.tensor(0.7))
     assert not torch.equal(stock, patched)
     torch.testing.assert_close(stock, patched, rtol=STOCK, atol=STOCK)
-    assert field(1.5 * x, torch.tensor(0.7)).sub(stock).abs().mean() > 0.1  # the field bends
+    assert field(1.5 * x, torch.tensor(0.7)).sub(stock).abs().mean() > 0.1  # the field is not linear

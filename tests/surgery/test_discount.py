@@ -16,7 +16,9 @@ ROLLED = problem(FIELD, STEPS)
 
 
 def rewritten(plan: Plan, ops: dict[str, str | None], a: float) -> tuple[Plan, Plan]:
-    """The plan with every factor a, and with the nodes that have factors replaced by others (None: left out)."""
+    """The plan with every factor set to a, and the plan with the nodes in `ops` replaced by a detach or, for None,
+    removed.
+    """
     first, second, made = {}, {}, {}
     for node in plan.nodes:
         ours, theirs = ([made[parent][i] for parent in node.parents] for i in (0, 1))
@@ -30,8 +32,8 @@ def rewritten(plan: Plan, ops: dict[str, str | None], a: float) -> tuple[Plan, P
 
 
 def gradients(plan, trajectory):
-    found = outputs(apply(plan, trajectory, FIELD))
-    return [*found, *grads(found, [*FIELD.parameters(), trajectory.start], cotangents(found))]
+    out = outputs(apply(plan, trajectory, FIELD))
+    return [*out, *grads(out, [*FIELD.parameters(), trajectory.start], cotangents(out))]
 
 
 FACTORED = plans(STEPS).filter(lambda plan: any(node.op in ("discount", "scale") for node in plan.nodes))
@@ -47,19 +49,19 @@ def test_the_ends_of_a_discount(plan, trajectory, a):
         assert err.rules == ("trains",)  # noqa: PT017  with every discount at 0, some plans train nothing
         reject()
     count = len(plan.outputs)
-    found, wanted = gradients(discounted, trajectory), gradients(plain, trajectory)
-    assert all(torch.equal(x, y) for x, y in zip(found[:count], wanted[:count], strict=True))
-    # Calls that differ in their discount alone are two, and one without: the sums have another order.
-    assert distance(found[count:], wanted[count:]) <= GRADIENT
+    actual, expected = gradients(discounted, trajectory), gradients(plain, trajectory)
+    assert all(torch.equal(x, y) for x, y in zip(actual[:count], expected[:count], strict=True))
+    # With discounts, calls that differ only in their factor are two, without them one: sums are added in another order.
+    assert distance(actual[count:], expected[count:]) <= GRADIENT
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("a", [0.0, 1.0])
-def test_in_every_way_of_running(way, a):
+def test_the_ends_of_a_discount_in_every_way_of_running(way, a):
     x = latent(4).leap(2).connect()
     plain = Plan(x.leap(0, velocity=(x.detach() if a == 0 else x).velocity()).connect())
-    found = [WAYS[way](plan, ROLLED, ROLLED.params, FIELD)[1] for plan in (leapalign(4, 2, a), plain)]
-    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+    by_plan = [WAYS[way](plan, ROLLED, ROLLED.params, FIELD)[1] for plan in (leapalign(4, 2, a), plain)]
+    assert all(torch.equal(x, y) for x, y in zip(*by_plan, strict=True))
 
 
 @given(st.floats(0, 1), st.floats(0, 1))

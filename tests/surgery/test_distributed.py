@@ -1,4 +1,4 @@
-"""Two ranks: the gradient under FSDP2 and DDP is the mean of the ranks' own, or the way of running is refused."""
+"""Two ranks: the gradient under FSDP2 and DDP is the mean of the ranks' gradients, or the way of running is refused."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def sharded(module: nn.Module, blocks: Any) -> Any:
 
 
 def gradients(module: nn.Module) -> list[Tensor]:
-    given = [p.grad for p in module.parameters() if p.grad is not None]
-    return [g.full_tensor() if hasattr(g, "full_tensor") else g for g in given]  # type: ignore[operator]
+    grads = [p.grad for p in module.parameters() if p.grad is not None]
+    return [g.full_tensor() if hasattr(g, "full_tensor") else g for g in grads]  # type: ignore[operator]
 
 
 def mean_of_ranks(way: Any) -> list[Tensor]:
@@ -107,10 +107,10 @@ def check_pipeline(memory: Any, rank: int) -> None:
     pipe = tiny.pipeline()
     sharded(pipe.transformer, [*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks])
     train_pipeline(pipe, rank, memory)
-    found = gradients(pipe.transformer)
-    assert len(found) == len(expected)
+    actual = gradients(pipe.transformer)
+    assert len(actual) == len(expected)
     norm = torch.stack([g.norm() for g in expected]).norm()
-    assert torch.stack([(a - b).norm() for a, b in zip(found, expected, strict=True)]).norm() <= 1e-5 * norm
+    assert torch.stack([(a - b).norm() for a, b in zip(actual, expected, strict=True)]).norm() <= 1e-5 * norm
     alone.transformer = DistributedDataParallel(alone.transformer)
     if memory == "split":
         with pytest.raises(SamplerError, match="DistributedDataParallel averages"), operate(alone, PLAN, memory):

@@ -40,8 +40,8 @@ def directions(field, seed):
 def check(plan, trajectory, field, memory, tolerance):
     theta = {name: p.detach() for name, p in field.named_parameters()}
     t = directions(field, 1)
-    found, pushed = jvp(of_weights(plan, trajectory, field, memory), (theta,), (t,))
-    cs = cotangents(found)
+    out, pushed = jvp(of_weights(plan, trajectory, field, memory), (theta,), (t,))
+    cs = cotangents(out)
     pulled = grads(outputs(apply(plan, trajectory, field)), list(field.parameters()), cs)
     forward, backward = inner(pushed, cs), inner(t.values(), pulled)
     size = sum(g.norm() ** 2 for g in pulled) ** 0.5 * sum(d.norm() ** 2 for d in t.values()) ** 0.5
@@ -75,11 +75,11 @@ def test_the_inner_product_on_stock_transformers(make):
 @example(leapalign(4, 2, 0.3), ROLLED, "recompute")
 def test_func_vjp_is_autograd(plan, trajectory, memory):
     theta = {name: p.detach() for name, p in FIELD.named_parameters()}
-    found, pull = vjp(of_weights(plan, trajectory, FIELD, memory), theta)
-    cs = cotangents(found)
+    out, pull = vjp(of_weights(plan, trajectory, FIELD, memory), theta)
+    cs = cotangents(out)
     (pulled,) = pull(tuple(cs))
-    wanted = grads(outputs(apply(plan, trajectory, FIELD)), list(FIELD.parameters()), cs)
-    assert distance(list(pulled.values()), wanted) <= GRADIENT
+    expected = grads(outputs(apply(plan, trajectory, FIELD)), list(FIELD.parameters()), cs)
+    assert distance(list(pulled.values()), expected) <= GRADIENT
 
 
 @pytest.mark.parametrize("memory", ["retain", "recompute"])
@@ -94,12 +94,12 @@ def test_jacrev_is_jacfwd_and_not_zero(memory):
 
 
 def test_a_detached_plan_has_the_tangent_of_its_last_leap():
-    """What is left of the first leap after detach is nothing, in forward mode too."""
+    """Nothing of the first leap's tangent passes detach."""
     theta = {name: p.detach() for name, p in FIELD.named_parameters()}
     t = directions(FIELD, 3)
     stopped = Plan(latent(4).leap(2).detach().leap(0))
     x = apply(Plan(latent(4).leap(2)), ROLLED, FIELD).detach()
     sigma = ROLLED.sigma(2)
     _, (pushed,) = jvp(of_weights(stopped, ROLLED, FIELD), (theta,), (t,))
-    _, wanted = jvp(lambda w: -sigma * functional_call(FIELD, w, (x, sigma)), (theta,), (t,))
-    torch.testing.assert_close(pushed, wanted)
+    _, expected = jvp(lambda w: -sigma * functional_call(FIELD, w, (x, sigma)), (theta,), (t,))
+    torch.testing.assert_close(pushed, expected)

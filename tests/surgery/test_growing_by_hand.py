@@ -1,4 +1,4 @@
-"""A run while its rollout grows: what is settled, wanted, adopted, forgotten, and left for the end."""
+"""Execution during the rollout: values settled, calls wanted, velocities adopted and forgotten, and the finish."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trajsurgery.surgery.velocity_calls import retained_call
 
 
 def executed(plan: Plan, t: int) -> Execution:
-    """A plan's run when the rollout has come to x_t, the model not yet called there."""
+    """The execution of a plan when the rollout has reached x_t and the model has not been called on it."""
     whole = rolled()
     trajectory = Trajectory(
         whole.sigmas,
@@ -25,7 +25,7 @@ def executed(plan: Plan, t: int) -> Execution:
     return execution
 
 
-def test_what_a_growing_rollout_settles_and_wants() -> None:
+def test_calls_are_wanted_once_their_input_is_settled() -> None:
     plan = leapalign(3, 1)
     execution = executed(plan, 3)
     start = execution.wanted(3)
@@ -55,7 +55,7 @@ def test_what_a_growing_rollout_settles_and_wants() -> None:
     assert first(execution.tensors[later.x]) == 9
 
 
-def test_what_is_forgotten_is_no_longer_faithful() -> None:
+def test_forgotten_values_are_no_longer_faithful() -> None:
     plan = Plan(latent(3).leap(2).leap(0))
     execution = executed(plan, 3)
     call: Any = execution.wanted(3)
@@ -68,8 +68,8 @@ def test_what_is_forgotten_is_no_longer_faithful() -> None:
     assert {node.op for node in execution.faithful} == {"latent", "velocity"}
 
 
-def test_a_call_that_trains_nothing_is_read_off_the_rollout() -> None:
-    """A stopped velocity at x_2: recorded at once, and no model call is left for the end."""
+def test_a_call_that_trains_nothing_is_read_from_the_rollout() -> None:
+    """A stopped velocity at x_2 is recorded at once; no model call is left for the finish."""
     plan = Plan(latent(2).leap(1, velocity=latent(2).velocity().detach()).leap(0))
     execution = executed(plan, 1)
     assert latent(2).velocity() in execution.tensors
@@ -77,9 +77,9 @@ def test_a_call_that_trains_nothing_is_read_off_the_rollout() -> None:
     field = Counted()
     execution.trajectory.velocities[1] = rolled().velocity(1)
     execution.trajectory.latents[0] = rolled()[0]
-    (found,) = execution.finish(field, retained_call)
+    (out,) = execution.finish(field, retained_call)
     assert field.times == [0.5]
-    assert first(found) == X0
+    assert first(out) == X0
 
 
 def test_renoised_samples_wait_for_the_image() -> None:
@@ -89,8 +89,8 @@ def test_renoised_samples_wait_for_the_image() -> None:
     assert done == {"latent", "renoise"}
 
 
-def test_the_call_that_a_pipeline_makes_first() -> None:
-    for plan, wanted in (
+def test_the_first_call_of_a_plan() -> None:
+    for plan, expected in (
         (leapalign(3, 1), latent(3).velocity()),
         (leapalign(2, 1), None),
         (Plan(latent(3).detach().leap(0)), latent(3).detach().velocity()),
@@ -99,4 +99,4 @@ def test_the_call_that_a_pipeline_makes_first() -> None:
         (Plan(latent(3).leap(1, velocity=latent(3).velocity().detach()).leap(0)), None),
         (Plan(latent(0).renoise(3).leap(0)), None),
     ):
-        assert first_call(plan.prepared(3), 3) is wanted, str(plan)
+        assert first_call(plan.prepared(3), 3) is expected, str(plan)

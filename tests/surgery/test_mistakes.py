@@ -1,4 +1,4 @@
-"""What users get wrong, and that they are told what to do, before any work is done."""
+"""Common mistakes are refused, with a repair, before the model is called."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def never(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("no_plan", [LeapAlign(), LeapAlign, leapalign, None, "leapalign"])
-def test_a_method_for_a_plan(no_plan: Any) -> None:
+def test_a_method_in_place_of_a_plan_is_refused(no_plan: Any) -> None:
     trajectory = rollout(FIELD, X, SIGMAS)
     for run in (apply, values, distances, lambda *a: backward(*a, X)):
         with pytest.raises(PlanError, match="is no plan"):
@@ -51,7 +51,7 @@ def test_a_method_for_a_plan(no_plan: Any) -> None:
             operate(flux().pipe, no_plan)
 
 
-def test_memory_is_known_before_the_rollout() -> None:
+def test_memory_is_checked_before_the_rollout() -> None:
     staged: Any = "staged"
     with pytest.raises(PlanError, match="staged sweep"):
         sample(PLAN, never, X, SIGMAS, memory=staged)
@@ -66,27 +66,27 @@ def test_a_plan_is_checked_before_the_rollout(plan: Any, memory: Any) -> None:
         sample(plan, never, X, SIGMAS, memory=memory)
 
 
-def test_a_field_that_returns_a_tuple() -> None:
+def test_a_field_that_returns_a_tuple_is_refused() -> None:
     """As diffusers' models do with return_dict=False."""
     with pytest.raises(SamplerError, match="returned a tuple"):
         rollout(lambda x, s: (FIELD(x, s),), X, SIGMAS)  # pyright: ignore[reportArgumentType]
 
 
-def test_named_parameters_for_params() -> None:
-    given: Any = FIELD.named_parameters()
+def test_named_parameters_are_refused_as_params() -> None:
+    pairs: Any = FIELD.named_parameters()
     with pytest.raises(SamplerError, match="params= received tuples"):
-        apply(PLAN, rollout(FIELD, X, SIGMAS), FIELD, "recompute", params=given)
+        apply(PLAN, rollout(FIELD, X, SIGMAS), FIELD, "recompute", params=pairs)
 
 
 @pytest.mark.parametrize("method", [ReFL(last=0), DRTune(last=0), DRaFTLV(-1), LeapAlign(leaps=0)])
-def test_a_method_with_nothing_to_draw_from(method: Any) -> None:
+def test_a_method_without_times_is_refused(method: Any) -> None:
     with pytest.raises(PlanError):
         method.draw(6)
     with pytest.raises(PlanError, match="no time"):
         leaps(())
 
 
-def test_blocks_that_were_made_first_and_nested_later() -> None:
+def test_nested_operate_blocks_are_refused() -> None:
     pipe = flux().pipe
     kind, outer, inner = type(pipe), operate(pipe), operate(pipe)
     with outer, pytest.raises(SamplerError, match="open already"), inner:
@@ -114,6 +114,6 @@ def test_inference_mode_records_and_refuses_a_plan() -> None:
 
 
 @pytest.mark.parametrize("times", [(5, 5), (2, 5), (5, 0)])
-def test_times_that_do_not_fall(times: Any) -> None:
+def test_times_that_do_not_fall_are_refused(times: Any) -> None:
     with pytest.raises(PlanError, match="falling"):
         leapalign(*times)

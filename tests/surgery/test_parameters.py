@@ -1,4 +1,4 @@
-"""What trains: a module's parameters, the leaves behind a lambda, or what params= says."""
+"""Parameters that train: a module's, the leaves behind a lambda, or those in params=."""
 
 import pytest
 import torch
@@ -25,31 +25,31 @@ def weights(seed=0):
     return w, lambda x, sigma: torch.tanh(x @ w["inner"] + sigma * w["time"]) @ w["outer"]
 
 
-def test_a_lambda_over_a_dict_of_tensors():
+def test_a_lambda_over_a_dict_of_tensors_trains_them():
     w, field = weights()
     p = problem(field)
     c = cotangents([p.trajectory[0]])
-    wanted = torch.autograd.grad(apply(PLAN, p.trajectory, field), list(w.values()), c)
-    found = torch.autograd.grad(apply(PLAN, p.trajectory, field, memory="recompute"), list(w.values()), c)
-    assert distance(found, wanted) <= EXACT
+    expected = torch.autograd.grad(apply(PLAN, p.trajectory, field), list(w.values()), c)
+    actual = torch.autograd.grad(apply(PLAN, p.trajectory, field, memory="recompute"), list(w.values()), c)
+    assert distance(actual, expected) <= EXACT
     named = apply(PLAN, p.trajectory, field, memory="recompute", params=w)
-    assert distance(torch.autograd.grad(named, list(w.values()), c), wanted) <= EXACT
+    assert distance(torch.autograd.grad(named, list(w.values()), c), expected) <= EXACT
     backward(PLAN, p.trajectory, field, c)
-    assert distance([leaf.grad for leaf in w.values()], wanted) <= EXACT
+    assert distance([leaf.grad for leaf in w.values()], expected) <= EXACT
 
 
-def test_a_lambda_over_a_module(rolled):
+def test_a_lambda_over_a_module_trains_it(rolled):
     def field(x, sigma):
         return 2 * rolled.field(x, sigma)
 
     p = problem(field)
     c = cotangents([p.trajectory[0]])
-    wanted = torch.autograd.grad(apply(PLAN, p.trajectory, field), rolled.params, c)
-    found = torch.autograd.grad(apply(PLAN, p.trajectory, field, "recompute"), rolled.params, c)
-    assert distance(found, wanted) <= EXACT
+    expected = torch.autograd.grad(apply(PLAN, p.trajectory, field), rolled.params, c)
+    actual = torch.autograd.grad(apply(PLAN, p.trajectory, field, "recompute"), rolled.params, c)
+    assert distance(actual, expected) <= EXACT
 
 
-def test_the_walk_is_made_once():
+def test_leaves_are_looked_up_once():
     w, inner = weights()
     calls = []
 
@@ -74,8 +74,8 @@ def test_a_field_of_one_leaf():
 
 
 @pytest.mark.parametrize("memory", ["retain", "recompute"])
-def test_a_leaf_that_was_swapped_is_not_forgotten(memory):
-    """The walk is cached: weights put in the place of others afterwards got no gradient, silently."""
+def test_a_leaf_that_replaced_another_trains_or_is_refused(memory):
+    """Leaves are cached: weights that replaced others later got no gradient, without an error."""
     w, field = weights()
     p = problem(field)
     apply(PLAN, p.trajectory, field, memory).sum().backward()
@@ -89,7 +89,7 @@ def test_a_leaf_that_was_swapped_is_not_forgotten(memory):
 
 
 @pytest.mark.parametrize("memory", ["retain", "recompute"])
-def test_a_leaf_that_thaws_is_not_forgotten(memory):
+def test_a_leaf_unfrozen_later_trains_or_is_refused(memory):
     w, field = weights()
     w["inner"].requires_grad_(False)
     p = problem(field)
@@ -120,8 +120,8 @@ def mesh(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-def test_sharded_parameters_are_sent_to_backward(mesh):
-    """An autograd.Function drops their gradients silently (facts.md)."""
+def test_sharded_parameters_are_refused_with_a_hint_to_backward(mesh):
+    """An autograd.Function drops the gradients of DTensors without an error."""
     w, _ = weights()
     sharded = {name: distribute_tensor(v.detach(), mesh, [Replicate()]).requires_grad_() for name, v in w.items()}
     assert all(isinstance(v, DTensor) for v in sharded.values())
@@ -143,7 +143,7 @@ def test_whatever_has_a_device_mesh_is_sharded(rolled):
         apply(PLAN, rolled.trajectory, rolled.field, "recompute")
 
 
-def test_a_field_that_is_a_mapping_of_fields():
+def test_all_fields_of_a_mapping_train():
     a, b = MLP(4, seed=1), MLP(4, seed=2)
     p = problem(a)
     from trajsurgery import Plan, latent
@@ -151,7 +151,7 @@ def test_a_field_that_is_a_mapping_of_fields():
     plan = Plan(latent(5).leap(3).connect().leap(0, velocity=latent(3).velocity("b")))
     c = cotangents([p.trajectory[0]])
     both = [*a.parameters(), *b.parameters()]
-    wanted = torch.autograd.grad(apply(plan, p.trajectory, {None: a, "b": b}), both, c)
-    found = torch.autograd.grad(apply(plan, p.trajectory, {None: a, "b": b}, "recompute"), both, c)
-    assert distance(found, wanted) <= EXACT
-    assert all(g.abs().max() > 0 for g in found)
+    expected = torch.autograd.grad(apply(plan, p.trajectory, {None: a, "b": b}), both, c)
+    actual = torch.autograd.grad(apply(plan, p.trajectory, {None: a, "b": b}, "recompute"), both, c)
+    assert distance(actual, expected) <= EXACT
+    assert all(g.abs().max() > 0 for g in actual)

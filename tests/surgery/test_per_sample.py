@@ -1,4 +1,4 @@
-"""A plan of its own for each sample: the gradient is the sum of the samples' closed forms, in every way of running."""
+"""One plan for each sample: the gradient is the sum of the samples' closed forms, in every way of running."""
 
 from __future__ import annotations
 
@@ -50,27 +50,27 @@ ONE = plans(STEPS, size=8).filter(lambda plan: len(plan.outputs) == 1 and "noise
 
 
 def closed(plan: PerSample, p: Any, cs: list[Tensor]) -> list[Tensor]:
-    """The sum of the single plans' closed forms, each with the cotangent of its own sample alone."""
+    """The sum of the single plans' closed forms, each with the cotangent of its sample only."""
     total = [torch.zeros_like(leaf) for leaf in p.params]
-    for i, own in enumerate(plan.plans):
+    for i, single in enumerate(plan.plans):
         alone = [torch.zeros_like(c).index_copy(0, torch.tensor([i]), c[i : i + 1]) for c in cs]
-        found = own.gradient().evaluate(p.trajectory, p.field, alone, params=p.params)
-        total = [a + b for a, b in zip(total, found, strict=True)]
+        part = single.gradient().evaluate(p.trajectory, p.field, alone, params=p.params)
+        total = [a + b for a, b in zip(total, part, strict=True)]
     return total
 
 
-def misses(plan: PerSample, p: Any) -> list[float]:
-    """How far every way of running is from the closed forms."""
-    found = outputs(apply(plan, p.trajectory, p.field, generator=seeded()))
-    cs = cotangents(found)
-    wanted = closed(plan, p, cs)
+def gradient_errors(plan: PerSample, p: Any) -> list[float]:
+    """The distance of every way of running from the closed forms."""
+    out = outputs(apply(plan, p.trajectory, p.field, generator=seeded()))
+    cs = cotangents(out)
+    expected = closed(plan, p, cs)
     again = outputs(apply(plan, p.trajectory, p.field, "recompute", generator=seeded()))
-    got = [torch.autograd.grad(of, p.params, cs, allow_unused=True, materialize_grads=True) for of in (found, again)]
+    got = [torch.autograd.grad(of, p.params, cs, allow_unused=True, materialize_grads=True) for of in (out, again)]
     for leaf in p.params:
         leaf.grad = None
     backward(plan, p.trajectory, p.field, cs, generator=seeded())
     staged = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in p.params]
-    return [distance(g, wanted) for g in (*got, staged)]
+    return [distance(g, expected) for g in (*got, staged)]
 
 
 @given(st.lists(ONE, min_size=BATCH, max_size=BATCH))
@@ -79,7 +79,7 @@ def misses(plan: PerSample, p: Any) -> list[float]:
 @example([leapalign(4, 2, 0.3)] * BATCH)
 def test_the_gradient_is_the_sum_of_the_closed_forms(drawn: list[Plan]) -> None:
     P.trajectory.noises.clear()
-    assert max(misses(PerSample(drawn), P)) <= GRADIENT
+    assert max(gradient_errors(PerSample(drawn), P)) <= GRADIENT
 
 
 PAIRS = st.lists(
@@ -94,29 +94,29 @@ PAIRS = st.lists(
 def test_on_small_transformers(make: Any, pairs: list[tuple[int, int]]) -> None:
     with float64_throughout():
         p = problem(make(), 4, (2, *make().shape))
-        assert max(misses(PerSample(leapalign(k, j, 0.3) for k, j in pairs), p)) <= GRADIENT
+        assert max(gradient_errors(PerSample(leapalign(k, j, 0.3) for k, j in pairs), p)) <= GRADIENT
 
 
-def test_values_and_distances_are_each_samples_own() -> None:
+def test_values_and_distances_are_those_of_each_sample() -> None:
     each = [leapalign(4, 2, 0.3), refl(3), leapalign(3, 2, 0.3)]
-    found = distances(PerSample(each), P.trajectory, FIELD)
+    by_time = distances(PerSample(each), P.trajectory, FIELD)
     for i, plan in enumerate(each):
         alone = distances(plan, P.trajectory, FIELD)
-        assert {t for t, d in found.items() if not d[i].isnan()} == set(alone)
+        assert {t for t, d in by_time.items() if not d[i].isnan()} == set(alone)
         for t, d in alone.items():
-            torch.testing.assert_close(found[t][i], d[i], rtol=EXACT, atol=EXACT)
-        mine, own = values(PerSample(each), P.trajectory, FIELD)[i], values(plan, P.trajectory, FIELD)[i]
-        torch.testing.assert_close(mine, own, rtol=EXACT, atol=EXACT)
+            torch.testing.assert_close(by_time[t][i], d[i], rtol=EXACT, atol=EXACT)
+        actual, expected = values(PerSample(each), P.trajectory, FIELD)[i], values(plan, P.trajectory, FIELD)[i]
+        torch.testing.assert_close(actual, expected, rtol=EXACT, atol=EXACT)
 
 
 @pytest.mark.parametrize("where", ["all", "j", "none", (0,)])
-def test_weights_are_each_samples_own(where: Any) -> None:
-    """Also of a leap that is the sampler's own step: it is left out for its sample alone."""
+def test_weights_are_those_of_each_sample(where: Any) -> None:
+    """A leap that is the sampler's step is left out for its sample only."""
     each = [leapalign(4, 2, 0.3), leapalign(5, 1, 0.3), leapalign(3, 2, 0.3)]
-    found = weights(PerSample(each), P.trajectory, distances(PerSample(each), P.trajectory, FIELD), where, 1e-3)
-    wanted = [weights(plan, P.trajectory, distances(plan, P.trajectory, FIELD), where, 1e-3) for plan in each]
-    apart = torch.stack([w.w[i] for i, w in enumerate(wanted)])
-    torch.testing.assert_close(found.w.double(), apart.double(), rtol=EXACT, atol=EXACT)
+    actual = weights(PerSample(each), P.trajectory, distances(PerSample(each), P.trajectory, FIELD), where, 1e-3)
+    expected = [weights(plan, P.trajectory, distances(plan, P.trajectory, FIELD), where, 1e-3) for plan in each]
+    apart = torch.stack([w.w[i] for i, w in enumerate(expected)])
+    torch.testing.assert_close(actual.w.double(), apart.double(), rtol=EXACT, atol=EXACT)
 
 
 def test_a_batch_costs_as_many_calls_as_its_longest_plan() -> None:
@@ -159,19 +159,19 @@ def test_through_a_pipeline(name: str) -> None:
     trajectory, field = surgery.trajectory, surgery.field
     params, c = list(small.pipe.transformer.parameters()), torch.randn_like(trajectory[0])
     each = [leapalign(4, 1, 0.3), leapalign(2, 1, 0.3)]
-    wanted = [torch.zeros_like(p) for p in params]
+    expected = [torch.zeros_like(p) for p in params]
     for i, plan in enumerate(each):
         alone = torch.zeros_like(c).index_copy(0, torch.tensor([i]), c[i : i + 1])
-        found = plan.gradient().evaluate(trajectory, field, alone, params=params)
-        wanted = [a + b for a, b in zip(wanted, found, strict=True)]
+        part = plan.gradient().evaluate(trajectory, field, alone, params=params)
+        expected = [a + b for a, b in zip(expected, part, strict=True)]
     for memory in ("retain", "recompute"):
         out = apply(PerSample(each), trajectory, field, memory)
         assert torch.equal(out, trajectory[0])
         got = torch.autograd.grad(out, params, c, allow_unused=True, materialize_grads=True)
-        assert distance(got, wanted) <= STOCK
+        assert distance(got, expected) <= STOCK
 
 
-def test_a_pipeline_that_knows_more_of_the_time_is_told() -> None:
+def test_a_pipeline_with_more_inputs_that_depend_on_time_is_refused() -> None:
     small = BUILDERS["Flux inpaint"]()
     with operate(small.pipe) as surgery:
         small()
@@ -179,7 +179,7 @@ def test_a_pipeline_that_knows_more_of_the_time_is_told() -> None:
         apply(PerSample([leapalign(3, 2), leapalign(2, 1)]), surgery.trajectory, surgery.field)
 
 
-def test_refusals() -> None:
+def test_invalid_plans_per_sample_are_refused() -> None:
     with pytest.raises(PlanError, match="2 plans for a batch of 3"):
         apply(PerSample([refl(1)] * 2), P.trajectory, FIELD)
     with pytest.raises(PlanError, match="received none"):
@@ -196,17 +196,17 @@ def test_refusals() -> None:
 def test_a_recipe_with_equal_plans_is_the_shared_one(memory: str, tmp_path: Path) -> None:
     recipe = toy_world.recipe(tmp_path)
     one = Given((leapalign(4, 1, 0.3),), count())
-    wanted = gradient(recipe, one)
-    assert distance(gradient(recipe, one, times="per-sample", memory=memory), wanted) < 1e-5
+    shared = gradient(recipe, one)
+    assert distance(gradient(recipe, one, times="per-sample", memory=memory), shared) < 1e-5
     mixed = Given((leapalign(4, 1, 0.3), leapalign(3, 2, 0.3)), count())
-    found = gradient(recipe, mixed, times="per-sample", memory=memory)
-    assert distance(found, wanted) > 1e-2
+    separate = gradient(recipe, mixed, times="per-sample", memory=memory)
+    assert distance(separate, shared) > 1e-2
     mixed = Given(mixed.plans, count())
-    assert distance(gradient(recipe, mixed, times="per-sample", memory=memory, at_once=2), found) < 1e-5
+    assert distance(gradient(recipe, mixed, times="per-sample", memory=memory, at_once=2), separate) < 1e-5
 
 
 @pytest.mark.parametrize("method", [LeapAlign(), DRTune(last=3)], ids=str)
-def test_methods_learn_with_times_of_their_own(method: Any, tmp_path: Path) -> None:
+def test_methods_learn_with_times_per_sample(method: Any, tmp_path: Path) -> None:
     recipe = toy_world.recipe(tmp_path, method)
     rollout = replace(recipe.rollout, times="per-sample", memory="recompute")
     _, seen = ran(replace(recipe, rollout=rollout))

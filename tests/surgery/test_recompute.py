@@ -36,41 +36,41 @@ def test_the_number_of_calls(name):
     field = Counting(4, seed=3)
     p = problem(field)
     field.calls = 0
-    found = outputs(apply(PLANS[name], p.trajectory, field, "recompute"))
+    out = outputs(apply(PLANS[name], p.trajectory, field, "recompute"))
     forward, backward = PROMISED[name]
     assert field.calls == forward == PLANS[name].cost(p.trajectory).extra
-    grads(found, p.params, cotangents(found))
+    grads(out, p.params, cotangents(out))
     assert field.calls == forward + backward
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_no_activation_is_kept(name, rolled):
+def test_no_activation_is_saved(name, rolled):
     """The graph holds no tensor of the hidden width."""
-    kept = []
+    shapes = []
 
     def pack(tensor):
-        kept.append(tuple(tensor.shape))
+        shapes.append(tuple(tensor.shape))
         return tensor
 
     field = MLP(4, hidden=77, seed=1)
     p = problem(field)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         apply(PLANS[name], p.trajectory, field, "recompute")
-    assert all(77 not in shape for shape in kept)
+    assert all(77 not in shape for shape in shapes)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         apply(PLANS[name], p.trajectory, field, "retain")
-    assert any(77 in shape for shape in kept)
+    assert any(77 in shape for shape in shapes)
 
 
 def test_the_gradient_survives_hooks_on_saved_tensors(rolled):
-    """save_on_cpu hands back copies of what was saved: parameters among it were lost, silently."""
+    """save_on_cpu returns copies of saved tensors: gradients of parameters among them were lost without an error."""
     plan = leapalign(6, 3, 0.3)
-    wanted = torch.autograd.grad(apply(plan, rolled.trajectory, rolled.field).sum(), rolled.params)
+    expected = torch.autograd.grad(apply(plan, rolled.trajectory, rolled.field).sum(), rolled.params)
     with torch.autograd.graph.save_on_cpu():
         out = apply(plan, rolled.trajectory, rolled.field, "recompute")
-    found = torch.autograd.grad(out.sum(), rolled.params, allow_unused=True)
-    assert all(g is not None for g in found)
-    assert distance(found, wanted) <= EXACT
+    actual = torch.autograd.grad(out.sum(), rolled.params, allow_unused=True)
+    assert all(g is not None for g in actual)
+    assert distance(actual, expected) <= EXACT
 
 
 def test_parameters_shared_between_calls_add_up(rolled):
@@ -78,8 +78,8 @@ def test_parameters_shared_between_calls_add_up(rolled):
     for p in rolled.params:
         p.grad = torch.ones_like(p)
     apply(plan, rolled.trajectory, rolled.field, "recompute").sum().backward()
-    wanted = torch.autograd.grad(apply(plan, rolled.trajectory, rolled.field).sum(), rolled.params)
-    assert distance([p.grad - 1 for p in rolled.params], wanted) <= 1e-12
+    expected = torch.autograd.grad(apply(plan, rolled.trajectory, rolled.field).sum(), rolled.params)
+    assert distance([p.grad - 1 for p in rolled.params], expected) <= 1e-12
 
 
 def test_frozen_parameters_stay_without_gradient(rolled):
@@ -90,7 +90,7 @@ def test_frozen_parameters_stay_without_gradient(rolled):
     assert all(p.grad.abs().max() > 0 for p in trained)
 
 
-def test_a_changed_parameter_is_seen(rolled):
+def test_a_parameter_changed_in_place_is_refused(rolled):
     out = apply(leapalign(6, 3, 0.3), rolled.trajectory, rolled.field, "recompute")
     with torch.no_grad():
         rolled.params[0].add_(1.0)
@@ -100,12 +100,12 @@ def test_a_changed_parameter_is_seen(rolled):
 
 def test_a_second_derivative_is_refused(rolled):
     out = apply(leapalign(6, 3, 0.3), rolled.trajectory, rolled.field, "recompute")
-    with pytest.raises(RuntimeError, match="first-order only"):  # it was a constant, silently
+    with pytest.raises(RuntimeError, match="first-order only"):  # it was a constant, without an error
         torch.autograd.grad(out.sum(), rolled.params, create_graph=True)
 
 
 class Watching(torch.nn.Module):
-    """An attention that notes the settings that it is run under."""
+    """An attention module that records the autocast and kernel settings of each call."""
 
     def __init__(self):
         super().__init__()

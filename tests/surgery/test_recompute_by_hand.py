@@ -1,4 +1,4 @@
-"""One recomputed call, y = a x + b, in numbers: what it costs, returns, restores and refuses."""
+"""One recomputed call of y = a x + b, by hand: its cost, its value, the settings it restores, its errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def leaf(value: float, gradient: bool = True) -> Tensor:
 
 
 class Line:
-    """y = a x + b, with what it saw at each call."""
+    """y = a x + b; records the settings of each call."""
 
     def __init__(self, a: Tensor, b: Tensor) -> None:
         self.a, self.b = a, b
@@ -37,7 +37,7 @@ class Line:
 
 
 @pytest.mark.parametrize("recorded", [True, False])
-def test_gradients_go_to_their_own(recorded: bool) -> None:
+def test_each_input_gets_its_gradient(recorded: bool) -> None:
     x, a, b, c = leaf(3), leaf(5), leaf(7), leaf(9)
     line = Line(a, b)
     value = torch.tensor([22.0], dtype=torch.float64)
@@ -45,8 +45,8 @@ def test_gradients_go_to_their_own(recorded: bool) -> None:
     assert out.item() == 22
     assert out is not value
     assert [grad for grad, *_ in line.seen] == ([] if recorded else [False])
-    found = torch.autograd.grad(out, (x, a, b), torch.tensor([2.0], dtype=torch.float64))
-    assert [g.item() for g in found] == [10, 6, 2]
+    gradients = torch.autograd.grad(out, (x, a, b), torch.tensor([2.0], dtype=torch.float64))
+    assert [g.item() for g in gradients] == [10, 6, 2]
     assert [seen[:2] for seen in line.seen[-1:]] == [(True, True)]
     assert len(line.seen) == 2 - recorded
     assert c.grad is None
@@ -63,7 +63,7 @@ def test_the_recorded_value_is_copied() -> None:
 @pytest.mark.parametrize(
     "trains", [(True, False, True), (False, True, False), (False, False, True), (True, True, False)]
 )
-def test_frozen_ones_get_none(trains: tuple[bool, bool, bool]) -> None:
+def test_frozen_inputs_get_no_gradient(trains: tuple[bool, bool, bool]) -> None:
     x, a, b = (leaf(value, need) for value, need in zip((3, 5, 7), trains, strict=True))
     autograd_functions.recompute(Line(a, b), x, (a, b), None).backward()
     grads = [None if t.grad is None else t.grad.item() for t in (x, a, b)]
@@ -105,7 +105,7 @@ def test_the_cotangent_takes_the_call_s_dtype() -> None:
     assert a.grad.item() == 6
 
 
-def test_what_it_refuses() -> None:
+def test_second_derivatives_changed_weights_and_detached_calls_are_refused() -> None:
     a = leaf(5)
     out = autograd_functions.recompute(Line(a, leaf(7)), leaf(3), (a,), None)
     with pytest.raises(RuntimeError, match="create_graph=True"):
@@ -119,18 +119,18 @@ def test_what_it_refuses() -> None:
         autograd_functions.recompute(lambda x: (a * x).detach(), leaf(3), (a,), None).backward()
 
 
-def test_factors_that_cost_nothing() -> None:
+def test_scale_by_one_is_the_input_and_by_zero_a_detach() -> None:
     x = leaf(3)
     assert autograd_functions.scale(x, 1) is x
     assert autograd_functions.scale(x, 1.0) is x
     assert not autograd_functions.scale(x, 0).requires_grad
     assert not autograd_functions.scale(x, 0.0).requires_grad
     for factor in (0.5, 2, 3.0):
-        (found,) = torch.autograd.grad(autograd_functions.scale(x, factor), x)
-        assert found.item() == factor
+        (gradient,) = torch.autograd.grad(autograd_functions.scale(x, factor), x)
+        assert gradient.item() == factor
 
 
-def test_a_gate_is_asked_in_the_backward_pass() -> None:
+def test_a_gate_reads_its_rows_in_the_backward_pass() -> None:
     x = torch.arange(6, dtype=torch.float64).reshape(3, 2).requires_grad_()
     gate = autograd_functions.Gate()
     out = autograd_functions.gated(x, gate)

@@ -1,4 +1,4 @@
-"""recompute on real transformers and under what users wrap them in: checkpointing, autocast, LoRA, torch.compile."""
+"""Recompute on real transformers and under what users add to them: checkpointing, autocast, LoRA, torch.compile."""
 
 import functools
 import itertools
@@ -28,20 +28,20 @@ def full(steps):
     return Plan(x)
 
 
-def kept(run, parameters):
-    """Bytes of the storages that autograd saved in `run` and holds at its end, the parameters left out; the result."""
-    own, held = {p.untyped_storage()._cdata for p in parameters}, {}
+def saved_bytes(run, parameters):
+    """Bytes of the storages that autograd saved in `run` and holds at its end, parameters excluded; and the result."""
+    parameter_storages, held = {p.untyped_storage()._cdata for p in parameters}, {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage._cdata not in own and storage._cdata not in held:
+        if storage._cdata not in parameter_storages and storage._cdata not in held:
             held[storage._cdata] = storage.nbytes()
             weakref.finalize(storage, held.pop, storage._cdata)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        found = run()
-    return sum(held.values()), found
+        result = run()
+    return sum(held.values()), result
 
 
 def trained(field):
@@ -49,7 +49,7 @@ def trained(field):
 
 
 def gradients(field, run):
-    """What `run` adds to `.grad`, of all that trains; there is no silent None."""
+    """What `run` adds to `.grad` of all that trains; no gradient is None."""
     field.zero_grad()
     run()
     assert all(p.grad is not None for p in trained(field))
@@ -68,15 +68,15 @@ def all_ways(field, plan, p):
 
 
 def agree(field, plan, p, tolerance=EXACT):
-    found = all_ways(field, plan, p)
-    assert torch.stack([g.norm() for g in found["retain"]]).norm() > 0
+    by_way = all_ways(field, plan, p)
+    assert torch.stack([g.norm() for g in by_way["retain"]]).norm() > 0
     for way in ("recompute", "split", "staged"):
-        assert distance(found[way], found["retain"]) <= tolerance, way
-    return found["recompute"]
+        assert distance(by_way[way], by_way["retain"]) <= tolerance, way
+    return by_way["recompute"]
 
 
 def loop(field, noise, sigmas):
-    """The sampler written out, with gradient."""
+    """The sampler's loop, with gradient."""
     x = noise.detach()
     for now, then in itertools.pairwise(sigmas):
         x = x + (then - now) * field(x, now)
@@ -89,15 +89,15 @@ def test_25_steps_keep_less_than_one_retained_step(name, mode):
     field = getattr(FIELDS[name](), mode)()
     sigmas, noise = torch.linspace(1, 0, 26, dtype=torch.float64), torch.randn(2, *field.shape, dtype=torch.float64)
     trajectory, parameters = rollout(field, noise, sigmas), list(field.parameters())
-    one, _ = kept(lambda: apply(Plan(latent(1).leap(0)), trajectory, field), parameters)
-    many, out = kept(lambda: apply(full(25), trajectory, field, "recompute"), parameters)
-    sampled, _ = kept(lambda: sample(full(25), field, noise, sigmas, memory="recompute"), parameters)
+    one, _ = saved_bytes(lambda: apply(Plan(latent(1).leap(0)), trajectory, field), parameters)
+    many, out = saved_bytes(lambda: apply(full(25), trajectory, field, "recompute"), parameters)
+    sampled, _ = saved_bytes(lambda: sample(full(25), field, noise, sigmas, memory="recompute"), parameters)
     assert many == sampled <= one
-    assert kept(lambda: apply(full(25), trajectory, field), parameters)[0] > 20 * one
-    wanted = torch.autograd.grad(loop(field, noise, sigmas).sum(), parameters)
-    assert distance(torch.autograd.grad(out.sum(), parameters), wanted) <= EXACT
+    assert saved_bytes(lambda: apply(full(25), trajectory, field), parameters)[0] > 20 * one
+    expected = torch.autograd.grad(loop(field, noise, sigmas).sum(), parameters)
+    assert distance(torch.autograd.grad(out.sum(), parameters), expected) <= EXACT
     field.model.enable_gradient_checkpointing()
-    assert kept(lambda: apply(full(25), trajectory, field, "recompute"), parameters)[0] == many
+    assert saved_bytes(lambda: apply(full(25), trajectory, field, "recompute"), parameters)[0] == many
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -107,13 +107,13 @@ def test_under_the_model_s_own_checkpointing(name, plan, mode):
     """DRTune's calls have detached inputs; a reentrant checkpoint would give them None."""
     field = getattr(FIELDS[name](), mode)()
     p = problem(field, shape=(2, *field.shape))
-    wanted = agree(field, plan, p)
+    expected = agree(field, plan, p)
     field.model.enable_gradient_checkpointing()
-    assert distance(agree(field, plan, p), wanted) <= EXACT
+    assert distance(agree(field, plan, p), expected) <= EXACT
 
 
 def adapted(start="gaussian"):
-    """Flux with LoRA on its attention; its B are drawn too, unless it starts as peft starts it (True)."""
+    """Flux with LoRA on its attention; B is random too, unless `start` is True, peft's default."""
     field = FluxField()
     field.requires_grad_(False)
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -132,11 +132,11 @@ def test_lora(plan, checkpointing):
     if checkpointing:
         field.model.enable_gradient_checkpointing()
     p = problem(field, shape=(2, *field.shape))
-    found = agree(field, plan, p)
-    assert len(found) == 2 * 7
+    actual = agree(field, plan, p)
+    assert len(actual) == 2 * 7
     if plan == full(8):
-        wanted = torch.autograd.grad(loop(field, p.noise, p.sigmas).sum(), trained(field))
-        assert distance(found, wanted) <= EXACT
+        expected = torch.autograd.grad(loop(field, p.noise, p.sigmas).sum(), trained(field))
+        assert distance(actual, expected) <= EXACT
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def reentrant():
 @pytest.mark.parametrize("plan", [leapalign(6, 3, 0.3), DRTUNE], ids=["leapalign", "drtune"])
 @pytest.mark.parametrize("memory", ["retain", "recompute", "staged", "recompute behind a lambda"])
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
-def test_a_reentrant_checkpoint_is_told(memory, plan, reentrant):
+def test_a_reentrant_checkpoint_is_refused(memory, plan, reentrant):
     field, p = reentrant
     ones = torch.ones_like(p.trajectory[0])
     run = {
@@ -176,7 +176,7 @@ def test_autocast(cache, inside):
     """With the cache of casts two retained calls add up in bfloat16, recomputed ones in float32."""
     field = FluxField().float()
     noise, sigmas = torch.randn(2, *field.shape), torch.linspace(1, 0, 9)
-    plan, found = leapalign(6, 3, 0.3), {}
+    plan, by_memory = leapalign(6, 3, 0.3), {}
     for memory in ("retain", "recompute"):
         field.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=cache):
@@ -185,17 +185,17 @@ def test_autocast(cache, inside):
                 out.sum().backward()
         if not inside:
             out.sum().backward()
-        found[memory] = [p.grad for p in field.parameters()]
-        assert all(g is not None and g.dtype == torch.float32 for g in found[memory])
+        by_memory[memory] = [p.grad for p in field.parameters()]
+        assert all(g is not None and g.dtype == torch.float32 for g in by_memory[memory])
     tolerance = VALUE[torch.bfloat16 if cache else torch.float32]
-    assert distance(found["recompute"], found["retain"]) <= tolerance
+    assert distance(by_memory["recompute"], by_memory["retain"]) <= tolerance
     plain = torch.autograd.grad(sample(plan, field, noise, sigmas)[0].sum(), list(field.parameters()))
-    assert distance(found["recompute"], plain) > VALUE[torch.float32]  # bfloat16 it was
+    assert distance(by_memory["recompute"], plain) > VALUE[torch.float32]  # autocast did compute in bfloat16
 
 
 @pytest.mark.parametrize("memory", ["retain", "recompute", "staged"])
 def test_a_frozen_field_beside_one_that_trains(memory):
-    """The frozen one passes the gradient on, and may as well be called on a constant."""
+    """The frozen field passes the gradient on, and may also be called on a constant."""
     field, frozen = MLP(4, seed=1), MLP(4, seed=2).requires_grad_(False)
     p = problem(field)
     x_5 = latent(7).leap(5)
@@ -206,17 +206,17 @@ def test_a_frozen_field_beside_one_that_trains(memory):
     y_3 = y_5 + (sigma(3) - sigma(5)) * frozen(y_5, sigma(5))
     y_1 = y_3 + (sigma(1) - sigma(3)) * frozen(x[3], sigma(3))
     y_0 = y_1 - sigma(1) * field(y_1, sigma(1))
-    wanted = torch.autograd.grad(y_0.sum(), p.params)
+    expected = torch.autograd.grad(y_0.sum(), p.params)
     if memory == "staged":
         backward(plan, x, fields, torch.ones_like(p.noise))
     else:
         apply(plan, x, fields, memory).sum().backward()
-    assert distance([q.grad for q in field.parameters()], wanted) <= EXACT
+    assert distance([q.grad for q in field.parameters()], expected) <= EXACT
     assert all(q.grad is None for q in frozen.parameters())
 
 
 @pytest.mark.parametrize("memory", ["retain", "recompute", "staged"])
-def test_two_frozen_fields_are_told(memory):
+def test_two_frozen_fields_are_refused(memory):
     field, frozen = MLP(4, seed=1).requires_grad_(False), MLP(4, seed=2).requires_grad_(False)
     p = problem(field)
     plan, fields = Plan(latent(5).leap(2, velocity=latent(5).velocity("b")).leap(0)), {None: field, "b": frozen}
@@ -238,7 +238,7 @@ class Backend:
 
 
 DYNAMO_LOOKS_AT_GRAD = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-"""Of every input, whether it is a leaf or not."""
+"""Dynamo reads `.grad` of every input, leaf or not."""
 
 
 @pytest.fixture
@@ -262,10 +262,10 @@ def test_a_compiled_field(plan, wrap, backend, fresh):
         inner = field if wrap == "module" else lambda x, sigma: field(x, sigma)
         compiled = torch.compile(inner, backend=counted)
     p = problem(plain)
-    wanted = torch.autograd.grad(apply(plan, p.trajectory, plain).sum(), p.params)
+    expected = torch.autograd.grad(apply(plan, p.trajectory, plain).sum(), p.params)
     for memory in ("retain", "recompute"):
         out = apply(plan, p.trajectory, compiled, memory)
-        assert distance(torch.autograd.grad(out.sum(), list(field.parameters())), wanted) <= EXACT
+        assert distance(torch.autograd.grad(out.sum(), list(field.parameters())), expected) <= EXACT
     done = counted.count
     assert done > 0
     apply(plan, p.trajectory, compiled, "recompute").sum().backward()
@@ -274,13 +274,13 @@ def test_a_compiled_field(plan, wrap, backend, fresh):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch's default compiler needs a C++ compiler on a CPU")
 @DYNAMO_LOOKS_AT_GRAD
-def test_a_field_compiled_for_real(fresh):
+def test_a_field_compiled_with_the_default_backend(fresh):
     field, plain = MLP(4, seed=3), MLP(4, seed=3)
     p = problem(plain)
     plan = leapalign(6, 3, 0.3)
-    wanted = torch.autograd.grad(apply(plan, p.trajectory, plain).sum(), p.params)
+    expected = torch.autograd.grad(apply(plan, p.trajectory, plain).sum(), p.params)
     out = apply(plan, p.trajectory, torch.compile(field), "recompute")
-    assert distance(torch.autograd.grad(out.sum(), list(field.parameters())), wanted) <= EXACT
+    assert distance(torch.autograd.grad(out.sum(), list(field.parameters())), expected) <= EXACT
 
 
 @pytest.mark.slow
@@ -288,6 +288,6 @@ def test_a_field_compiled_for_real(fresh):
 def test_a_compiled_flux(fresh):
     field = FluxField()
     p = problem(field, shape=(2, *field.shape))
-    wanted = torch.autograd.grad(apply(DRTUNE, p.trajectory, field).sum(), p.params)
+    expected = torch.autograd.grad(apply(DRTUNE, p.trajectory, field).sum(), p.params)
     out = apply(DRTUNE, p.trajectory, torch.compile(field, backend="eager"), "recompute")
-    assert distance(torch.autograd.grad(out.sum(), p.params), wanted) <= EXACT
+    assert distance(torch.autograd.grad(out.sum(), p.params), expected) <= EXACT

@@ -1,4 +1,4 @@
-"""What a run refuses, and how it says so."""
+"""Errors of a run and their messages."""
 
 import math
 
@@ -32,7 +32,7 @@ PLAN = leapalign(2, 1)
 
 
 @pytest.mark.parametrize(
-    "sigmas, says",
+    "sigmas, message",
     [
         ([1.0], r"shape \(1,\)"),
         ([], r"shape \(0,\)"),
@@ -45,11 +45,11 @@ PLAN = leapalign(2, 1)
         ([1.0, 0.5, -0.1], r"\[0, 1\]"),
     ],
 )
-def test_bad_sigmas(sigmas, says):
+def test_invalid_sigmas_are_refused(sigmas, message):
     for times in (sigmas, torch.tensor(sigmas, dtype=torch.float64)):
-        with pytest.raises(SamplerError, match=says):
+        with pytest.raises(SamplerError, match=message):
             rollout(FIELD, X, times)
-        with pytest.raises(SamplerError, match=says):
+        with pytest.raises(SamplerError, match=message):
             sample(PLAN, FIELD, X, times)
 
 
@@ -59,7 +59,7 @@ def test_rising_sigmas_are_a_sampler_too():
 
 
 @pytest.mark.parametrize("bad", [lambda x, s: x[:, :2], lambda x, s: x[:1], lambda x, s: x.sum()])
-def test_a_velocity_of_another_shape(bad):
+def test_a_velocity_of_another_shape_is_refused(bad):
     with pytest.raises(SamplerError, match=r"shape .* latent of shape \(2, 4\)"):
         rollout(bad, X, [1.0, 0.5, 0.0])
     trajectory = rollout(FIELD, X, [1.0, 0.5, 0.0])
@@ -69,7 +69,7 @@ def test_a_velocity_of_another_shape(bad):
 
 
 @pytest.mark.parametrize("plan", [PLAN, draft_lv(1)])
-def test_cotangents_of_another_shape_or_number(plan):
+def test_cotangents_of_another_shape_or_number_are_refused(plan):
     trajectory = rollout(FIELD, X, [1.0, 0.5, 0.0])
     for bad in (X[:1], [X, X, X], []):
         with pytest.raises(SamplerError, match="one for each output"):
@@ -93,7 +93,7 @@ def test_an_unknown_field_is_named():
         (Plan(latent(2).leap(0), steps=7), "steps"),
     ],
 )
-def test_a_plan_that_does_not_fit(run, plan, rule):
+def test_a_plan_that_does_not_fit_is_refused(run, plan, rule):
     with pytest.raises(PlanError) as err:
         run(plan, rollout(FIELD, X, [1.0, 0.5, 0.0]), FIELD)
     assert err.value.rules == (rule,)
@@ -107,12 +107,12 @@ def test_a_plan_that_does_not_fit_is_refused_before_the_rollout():
         sample(leapalign(5, 1), never, X, [1.0, 0.5, 0.0])
 
 
-def test_an_unknown_memory():
+def test_an_unknown_memory_is_refused():
     with pytest.raises(PlanError, match=r"memory='staged'.*trajsurgery\.backward"):
         apply(PLAN, rollout(FIELD, X, [1.0, 0.5, 0.0]), FIELD, "staged")
 
 
-def test_noise_without_a_leaf():
+def test_noise_without_a_leaf_is_refused():
     with pytest.raises(SamplerError, match="requires_grad_"):
         apply(Plan(noise().leap(0)), rollout(FIELD, X, [1.0, 0.5, 0.0]), FIELD)
 
@@ -124,7 +124,7 @@ def test_values_need_no_leaf():
     )
 
 
-def test_recover_where_there_is_no_image_left():
+def test_recover_where_alpha_is_zero_is_refused():
     plan = Plan(
         latent(0).renoise(2).velocity().x.leap(1).recover(), latent(2).recover(draw="rollout").renoise(1).leap(0)
     )
@@ -132,7 +132,7 @@ def test_recover_where_there_is_no_image_left():
         apply(plan, rollout(FIELD, X, [1.0, 0.5, 0.0]), FIELD)
 
 
-def test_times_of_a_trajectory():
+def test_times_outside_a_trajectory_are_refused():
     trajectory = problem(FIELD, 4).trajectory
     assert trajectory.steps == 4
     assert float(trajectory.sigma(4)) == 1
@@ -153,7 +153,7 @@ def test_a_trajectory_checks_its_sigmas():
         Trajectory(torch.tensor([0.5, 0.5]), {}, {})
 
 
-def test_nothing_to_train():
+def test_a_run_that_trains_nothing_is_refused():
     frozen = MLP(4).requires_grad_(False)
     trajectory = rollout(frozen, X, [1.0, 0.5, 0.0])
     rolled = rollout(frozen, X.clone().requires_grad_(), [1.0, 0.5, 0.0])
@@ -172,7 +172,7 @@ def test_nothing_to_train():
             run()
 
 
-def test_inference_mode_is_no_silent_stop():
+def test_inference_mode_is_refused():
     trajectory = rollout(FIELD, X, [1.0, 0.5, 0.0])
     with torch.inference_mode(), pytest.raises(SamplerError, match="inference_mode"):
         apply(PLAN, trajectory, FIELD)

@@ -1,4 +1,4 @@
-"""Values: the trajectory is the sampler's bit for bit, exact plans give its image, predictions the prediction."""
+"""Values: the trajectory is the sampler's bit for bit, exact plans give its image, other plans their prediction."""
 
 from itertools import pairwise
 
@@ -32,7 +32,7 @@ EXACT_PLANS = (leapalign(6, 3, 0.3), leapalign(8, 1, 0.1), leaps((8, 5, 2), 0.5)
 
 
 def run(dtype):
-    """A bending field, noise and sigmas of a dtype; sigmas are float32 for the half ones, as schedulers have them."""
+    """A nonlinear field, noise and sigmas of a dtype; float32 sigmas for the half dtypes, as schedulers have them."""
     field = MLP(4, seed=3, dtype=dtype)
     noise = torch.randn(3, 4, generator=seeded(), dtype=torch.float64).to(dtype)
     wide = dtype if dtype in (torch.float32, torch.float64) else torch.float32
@@ -65,10 +65,10 @@ def test_the_rollout_is_the_plain_sampler_bit_for_bit(dtype):
 @pytest.mark.parametrize("plan", [*EXACT_PLANS, drtune(8, 2, {7, 3}), draft_lv(1), refl(4)])
 def test_surgery_inside_the_rollout_changes_no_bit_of_it(plan, dtype, memory):
     field, noise, sigmas = run(dtype)
-    found, trajectory = sample(plan, field, noise, sigmas, memory=memory, generator=seeded())
+    out, trajectory = sample(plan, field, noise, sigmas, memory=memory, generator=seeded())
     for t, x in enumerate(euler(field, noise, sigmas)):
         assert torch.equal(trajectory[t], x)
-    assert outputs(found)[0].requires_grad
+    assert outputs(out)[0].requires_grad
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -84,7 +84,7 @@ def test_exact_plans_give_the_rollout_s_image(plan, dtype):
 
 
 def test_on_this_field_the_textbook_connector_rounds():
-    """Else the test above would show nothing: the leaps here miss by the order of the latents."""
+    """Shows that the test above can fail: these leaps miss by the size of the latents."""
     for dtype in DTYPES:
         field, noise, sigmas = run(dtype)
         trajectory = rollout(field, noise, sigmas)
@@ -96,8 +96,8 @@ def test_on_this_field_the_textbook_connector_rounds():
 @given(plans(8))
 def test_every_latent_that_is_recorded_has_the_recorded_bits(plan):
     p = problem(MLP(4, seed=3))
-    found = outputs(apply(plan, p.trajectory, p.field))
-    for node, value in zip(plan.outputs, found, strict=True):
+    out = outputs(apply(plan, p.trajectory, p.field))
+    for node, value in zip(plan.outputs, out, strict=True):
         while node.op in ("discount", "detach"):
             node = node.x
         if node.op in ("connect", "latent", "noise"):
@@ -134,28 +134,28 @@ def test_steps_of_another_sampler_are_predictions(rolled):
     """A sampler whose steps are measured and are not Euler's."""
     latents = {t: x if t % 2 else x + 0.1 for t, x in rolled.trajectory.latents.items()}
     other = Trajectory(rolled.sigmas, latents, rolled.trajectory.velocities, euler=None)
-    found = values(Plan(latent(3).leap(2)), other, rolled.field)
-    torch.testing.assert_close(found, rolled.trajectory[2])
-    assert not torch.equal(found, other[2])
+    x_2 = values(Plan(latent(3).leap(2)), other, rolled.field)
+    torch.testing.assert_close(x_2, rolled.trajectory[2])
+    assert not torch.equal(x_2, other[2])
 
 
 @pytest.mark.parametrize("interpolant", [Trigonometric(), Polynomial()])
 def test_on_other_interpolants_a_step_is_a_prediction(interpolant):
     p = problem(MLP(4, seed=3), interpolant=interpolant)
-    found = values(Plan(latent(3).leap(2)), p.trajectory, p.field)
+    x_2 = values(Plan(latent(3).leap(2)), p.trajectory, p.field)
     a, b = interpolant.leap(p.trajectory.sigma(3), p.trajectory.sigma(2), torch)
-    torch.testing.assert_close(found, a * p.trajectory[3] + b * p.trajectory.velocity(3))
-    assert not torch.equal(found, p.trajectory[2])
+    torch.testing.assert_close(x_2, a * p.trajectory[3] + b * p.trajectory.velocity(3))
+    assert not torch.equal(x_2, p.trajectory[2])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_predictions_in_every_dtype(dtype):
     field, noise, sigmas = run(dtype)
     trajectory = rollout(field, noise, sigmas)
-    found = apply(refl(5), trajectory, field)
-    wanted = trajectory[5].double() - float(trajectory.sigma(5)) * trajectory.velocity(5).double()
-    assert found.dtype == dtype
-    torch.testing.assert_close(found.double(), wanted, rtol=VALUE[dtype], atol=VALUE[dtype])
+    x_0 = apply(refl(5), trajectory, field)
+    expected = trajectory[5].double() - float(trajectory.sigma(5)) * trajectory.velocity(5).double()
+    assert x_0.dtype == dtype
+    torch.testing.assert_close(x_0.double(), expected, rtol=VALUE[dtype], atol=VALUE[dtype])
 
 
 def test_values_have_no_gradient_and_shape_of_the_plan(rolled):
@@ -170,23 +170,23 @@ def test_values_have_no_gradient_and_shape_of_the_plan(rolled):
 
 
 def test_distances(rolled):
-    found = distances(leapalign(6, 3, 0.3), rolled.trajectory, rolled.field)
-    assert list(found) == [3, 0]
+    by_time = distances(leapalign(6, 3, 0.3), rolled.trajectory, rolled.field)
+    assert list(by_time) == [3, 0]
     x = rolled.trajectory
     landed = x[6] + (x.sigma(3) - x.sigma(6)) * x.velocity(6)
-    torch.testing.assert_close(found[3], (x[3] - landed).abs().mean(1))
-    assert found[3].shape == (3,)
-    assert not found[3].requires_grad
+    torch.testing.assert_close(by_time[3], (x[3] - landed).abs().mean(1))
+    assert by_time[3].shape == (3,)
+    assert not by_time[3].requires_grad
 
 
-def test_a_step_of_the_sampler_misses_by_nothing(rolled):
-    found = distances(drtune(8, 2, {7}), rolled.trajectory, rolled.field)
-    assert all(d.eq(0).all() for t, d in found.items() if t != 0)
-    assert found[0].min() > 0
+def test_steps_of_the_sampler_have_distance_zero(rolled):
+    by_time = distances(drtune(8, 2, {7}), rolled.trajectory, rolled.field)
+    assert all(d.eq(0).all() for t, d in by_time.items() if t != 0)
+    assert by_time[0].min() > 0
 
 
-def test_a_batch_is_its_samples(rolled):
-    """No mixing between samples: the gradient of one sample's output reaches that sample alone."""
+def test_samples_do_not_mix(rolled):
+    """The gradient of one sample's output reaches that sample only."""
     c = torch.zeros_like(rolled.trajectory[0])
     c[1] = cotangents([c[1]])[0]
     out = apply(leapalign(6, 3, 0.3), rolled.trajectory, rolled.field)
@@ -200,7 +200,7 @@ def test_a_batch_is_its_samples(rolled):
 @pytest.mark.parametrize(
     "plan, extra", [(leapalign(6, 3, 0.3), 0), (drtune(8, 2, {7, 3}), 0), (refl(4), 0), (draft_lv(2), 2)]
 )
-def test_calls_inside_the_rollout_are_the_rollout_s_own(plan, extra, mlp):
+def test_calls_of_the_rollout_are_reused(plan, extra, mlp):
     """Algorithm 1: no extra model call, but for the renoised samples."""
     calls = []
     p = problem(mlp)
@@ -229,13 +229,13 @@ def test_recover_undoes_renoise(draw, rolled):
 
 
 def test_renoise_mixes_image_and_noise(rolled):
-    found = values(Plan(latent(6).leap(0).connect().renoise(4, "rollout")), rolled.trajectory, rolled.field)
+    x_4 = values(Plan(latent(6).leap(0).connect().renoise(4, "rollout")), rolled.trajectory, rolled.field)
     x = rolled.trajectory
-    torch.testing.assert_close(found, (1 - x.sigma(4)) * x[0] + x.sigma(4) * x[8])
+    torch.testing.assert_close(x_4, (1 - x.sigma(4)) * x[0] + x.sigma(4) * x[8])
 
 
 def test_a_trajectory_of_some_latents_is_enough() -> None:
-    """What a plan does not read need not be there: x_T was asked for its dtype and its number of samples."""
+    """Latents that the plan does not read may be missing: x_T was read for its dtype and batch size."""
     w = torch.nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
 
     def field(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:

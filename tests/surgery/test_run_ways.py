@@ -25,10 +25,10 @@ def run(way, plan, p=P, fields=FIELDS, leaves=None):
 
 def agree(plan, p=P, fields=FIELDS, leaves=None):
     """Every way's outputs and gradients are those of retain."""
-    wanted, gradient = run("retain", plan, p, fields, leaves)
+    expected, gradient = run("retain", plan, p, fields, leaves)
     for way in WAYS:
-        found, got = run(way, plan, p, fields, leaves)
-        for x, y in zip(found, wanted, strict=True):
+        out, got = run(way, plan, p, fields, leaves)
+        for x, y in zip(out, expected, strict=True):
             assert torch.equal(x, y), way
         assert distance(got, gradient) <= GRADIENT, way
 
@@ -59,11 +59,11 @@ def test_the_public_checker_agrees(plan, trajectory):
 def test_the_public_checker_can_fail():
     plan = leapalign(4, 2, 0.3)
     with pytest.raises(AssertionError, match="misses the closed form"):
-        check_gradient(plan, P.trajectory, Lying(DIM, seed=11))
+        check_gradient(plan, P.trajectory, WrongGradient(DIM, seed=11))
 
 
-class Lying(MLP):
-    """A field of whose calls every third has another gradient."""
+class WrongGradient(MLP):
+    """A field whose every third call has a wrong gradient."""
 
     calls = 0
 
@@ -82,11 +82,11 @@ def test_several_plans_on_one_trajectory(way):
     for leaf in LEAVES:
         leaf.grad = None
     for plan in many:
-        found = outputs(apply(plan, P.trajectory, FIELDS))
-        backward(plan, P.trajectory, FIELDS, cotangents(found))
+        out = outputs(apply(plan, P.trajectory, FIELDS))
+        backward(plan, P.trajectory, FIELDS, cotangents(out))
     summed = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in LEAVES]
-    wanted = [sum(gs) for gs in zip(*(g[: len(LEAVES)] for g in alone), strict=True)]
-    assert distance(summed, wanted) <= EXACT * 10
+    expected = [sum(gs) for gs in zip(*(g[: len(LEAVES)] for g in alone), strict=True)]
+    assert distance(summed, expected) <= EXACT * 10
     assert all(torch.equal(P.trajectory[t], x) for t, x in trajectory_before.items())
 
 
@@ -95,11 +95,11 @@ def test_staged_adds_into_grad_and_returns_nothing():
     for p in P.params:
         p.grad = torch.full_like(p, 2.0)
     assert backward(plan, P.trajectory, FIELD, c[0]) is None
-    wanted = torch.autograd.grad(apply(plan, P.trajectory, FIELD), P.params, c[0])
-    assert distance([p.grad - 2 for p in P.params], wanted) <= 1e-12
+    expected = torch.autograd.grad(apply(plan, P.trajectory, FIELD), P.params, c[0])
+    assert distance([p.grad - 2 for p in P.params], expected) <= 1e-12
 
 
-def test_staged_gives_gradient_to_the_params_asked_for():
+def test_staged_gives_gradient_to_params_only():
     for p in P.params:
         p.grad = None
     first, *others = P.params
@@ -119,17 +119,17 @@ def test_staged_makes_one_backward_a_call():
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_renoise_sees_one_noise_in_the_forward_and_the_backward_pass(way):
-    """The field's backward pass runs on the very input of its forward pass."""
+def test_renoise_uses_one_noise_in_the_forward_and_the_backward_pass(way):
+    """The backward pass calls the field on the same input as the forward pass."""
     inputs = []
 
-    class Noting(MLP):
+    class Recording(MLP):
         def forward(self, x, sigma):
             if x.shape[0] == 3 and float(sigma) == float(P.sigmas[STEPS - 1]):
                 inputs.append(x.detach().clone())
             return super().forward(x, sigma)
 
-    field = Noting(DIM, seed=11)
+    field = Recording(DIM, seed=11)
     plan = Plan(*draft_lv(2).outputs[1:])
     run(way, plan, P, field, list(field.parameters()))
     noisy = [x for x in inputs if not torch.equal(x, P.trajectory[1])]
@@ -137,19 +137,19 @@ def test_renoise_sees_one_noise_in_the_forward_and_the_backward_pass(way):
 
 
 def test_noises_are_drawn_once_for_all_runs_on_a_trajectory():
-    """What the forward pass drew is what the staged sweep and the closed form see, whatever the generator."""
+    """The staged sweep and the closed form use the noises that the forward pass drew, whatever the generator."""
     p, plan = problem(FIELD, STEPS), draft_lv(2)
-    found = apply(plan, p.trajectory, FIELD, generator=seeded(1))
-    cs = cotangents(found)
-    wanted = torch.autograd.grad(found, p.params, cs)
+    out = apply(plan, p.trajectory, FIELD, generator=seeded(1))
+    cs = cotangents(out)
+    expected = torch.autograd.grad(out, p.params, cs)
     for leaf in p.params:
         leaf.grad = None
     backward(plan, p.trajectory, FIELD, cs, generator=seeded(2))
-    assert distance([leaf.grad for leaf in p.params], wanted) <= EXACT * 10
-    assert distance(list(plan.gradient().evaluate(p.trajectory, FIELD, cs)), wanted) <= EXACT * 10
+    assert distance([leaf.grad for leaf in p.params], expected) <= EXACT * 10
+    assert distance(list(plan.gradient().evaluate(p.trajectory, FIELD, cs)), expected) <= EXACT * 10
     again = apply(plan, p.trajectory, FIELD, "recompute", generator=seeded(3))
-    assert all(torch.equal(x, y) for x, y in zip(again, found, strict=True))
-    assert distance(torch.autograd.grad(again, p.params, cs), wanted) <= EXACT * 10
+    assert all(torch.equal(x, y) for x, y in zip(again, out, strict=True))
+    assert distance(torch.autograd.grad(again, p.params, cs), expected) <= EXACT * 10
     assert len({tuple(eps.flatten().tolist()) for eps in p.trajectory.noises.values()}) == 2
 
 
@@ -162,17 +162,17 @@ def test_the_same_draw_at_two_times_is_two_noises_and_at_one_time_one():
 
 
 def test_noise_gets_its_gradient():
-    """ReNO: x_T receives what a chain of plain autograd steps would give it."""
+    """ReNO: the gradient of x_T is that of plain autograd through the steps."""
     p = problem(FIELD, STEPS)
     x, reference = noise(), p.noise
     for t in range(STEPS, 0, -1):
         x = x.leap(t - 1)
         reference = reference + (p.sigmas[STEPS - t + 1] - p.sigmas[STEPS - t]) * FIELD(reference, p.sigmas[STEPS - t])
     c = cotangents([reference])
-    wanted = grads([reference], [p.noise, *p.params], c)
+    expected = grads([reference], [p.noise, *p.params], c)
     for way in WAYS:
         _, got = WAYS[way](Plan(x), p, [p.noise, *p.params], FIELD)
-        assert distance(got, wanted) <= GRADIENT, way
+        assert distance(got, expected) <= GRADIENT, way
         p.noise.grad = None
 
 

@@ -1,4 +1,4 @@
-"""split: each call's graph apart from the plan's; gradients go into `.grad` call by call, and no call is made twice."""
+"""split: each call has its own graph; gradients go into `.grad` call by call, and no call is made twice."""
 
 from __future__ import annotations
 
@@ -46,43 +46,43 @@ def test_on_a_recorded_trajectory_each_call_is_made_once_in_the_backward_pass(ro
 
 
 def test_gradients_add_up_in_grad_and_params_limits_them(rolled: Problem) -> None:
-    wanted = grads((apply(PLAN, rolled.trajectory, rolled.field),), rolled.params, (torch.ones(3, 4),))
+    expected = grads((apply(PLAN, rolled.trajectory, rolled.field),), rolled.params, (torch.ones(3, 4),))
     for leaf in rolled.params:
         leaf.grad = torch.ones_like(leaf)
     first = rolled.params[0]
     apply(PLAN, rolled.trajectory, rolled.field, "split", params=[first]).sum().backward()
-    assert distance([first.grad - 1], wanted[:1]) <= 1e-12
+    assert distance([first.grad - 1], expected[:1]) <= 1e-12
     assert all(torch.equal(leaf.grad, torch.ones_like(leaf)) for leaf in rolled.params[1:])
 
 
 def test_the_gradient_to_the_noise_passes(rolled: Problem) -> None:
     plan = Plan(noise().leap(3).leap(0))
-    (wanted,) = torch.autograd.grad(apply(plan, rolled.trajectory, rolled.field).sum(), rolled.noise)
+    (expected,) = torch.autograd.grad(apply(plan, rolled.trajectory, rolled.field).sum(), rolled.noise)
     apply(plan, rolled.trajectory, rolled.field, "split").sum().backward()
     assert rolled.noise.grad is not None
-    assert distance([rolled.noise.grad], [wanted]) <= 1e-12
+    assert distance([rolled.noise.grad], [expected]) <= 1e-12
 
 
-def test_a_call_s_graph_is_freed_as_soon_as_it_was_swept(rolled: Problem) -> None:
-    """What the second call keeps is gone before the first call's backward pass begins."""
+def test_a_call_s_graph_is_freed_after_its_backward_pass(rolled: Problem) -> None:
+    """What the second call saved is freed before the first call's backward pass begins."""
     alive: list[int] = []
-    kept: weakref.WeakSet[Tensor] = weakref.WeakSet()
+    saved: weakref.WeakSet[Tensor] = weakref.WeakSet()
 
     class Watched(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, v: Tensor) -> Tensor:
             ctx.held = v.detach().clone()
-            kept.add(ctx.held)
+            saved.add(ctx.held)
             return v.clone()
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-            alive.append(len(kept))
+            alive.append(len(saved))
             return grad
 
     field = rolled.field
-    plan, _ = sample(PLAN, lambda x, s: Watched.apply(field(x, s)), rolled.noise, rolled.sigmas, memory="split")
-    plan.sum().backward()
+    x_0, _ = sample(PLAN, lambda x, s: Watched.apply(field(x, s)), rolled.noise, rolled.sigmas, memory="split")
+    x_0.sum().backward()
     assert alive == [2, 1]
 
 
