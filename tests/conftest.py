@@ -1,4 +1,4 @@
-"""Profiles of Hypothesis, one thread for torch, and the problems that many tests share."""
+"""Hypothesis profiles, one torch thread, and fixtures that many tests share."""
 
 import importlib
 import os
@@ -30,13 +30,13 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.ge
 
 @pytest.fixture
 def mlp() -> MLP:
-    """A field that bends, on [batch, 4]."""
+    """A nonlinear field on latents [batch, 4]."""
     return MLP(4, seed=3)
 
 
 @pytest.fixture
 def rolled(mlp: MLP) -> Problem:
-    """Eight steps of that field on a batch of three."""
+    """A rollout of `mlp`: eight steps, a batch of three."""
     return problem(mlp, steps=8)
 
 

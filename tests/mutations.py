@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(package: Path | None, test: str) -> tuple[bool, str]:
-    """Whether the test passes on that package (or on the one here), and the first failure's name."""
+    """Whether the test passes on that package (None: the one in the repository), and the name of the first failure."""
     path = str(ROOT) if package is None else f"{package}{os.pathsep}{ROOT}"
     environment = os.environ | {"PYTHONPATH": path, "HYPOTHESIS_PROFILE": "mutation"}
     folder = ROOT if package is None else package

@@ -119,8 +119,8 @@ def quadrature(rule: str, supports: Sequence[float], start: float, to: float) ->
 
     nodes, ws = np.polynomial.legendre.leggauss(len(supports) + 1)
     at = (to - start) / 2 * nodes + (to + start) / 2
-    found = []
+    result = []
     for i, s in enumerate(supports):
         basis = np.prod([(at - m) / (s - m) for n, m in enumerate(supports) if n != i] or [np.ones_like(at)], axis=0)
-        found.append(float((to - start) / 2 * (ws * basis).sum()))
-    return found
+        result.append(float((to - start) / 2 * (ws * basis).sum()))
+    return result

@@ -1,7 +1,7 @@
-"""For every rule of the language, a mutation of a legal plan that breaks it and nothing else.
+"""For every rule of the language, a mutation of a legal plan that breaks this rule only.
 
-A mutation takes hypothesis's `draw` and the plan's dict, and returns what the message must name. `nodes` says which
-nodes it needs; it appends, changes a setting or hangs a parent elsewhere.
+A mutation appends nodes to the plan's dict, with choices from Hypothesis's `draw`, and returns what the message must
+name.
 """
 
 from collections.abc import Callable
@@ -23,28 +23,28 @@ class Mutant:
     """The time of each node, as a number."""
 
     def add(self, op: str, **settings: Any) -> int:
-        """Appends a node and returns its index."""
+        """Append a node and return its index."""
         self.data["nodes"].append({"op": op, **settings})
         self.times.append(-99)
         return len(self.data["nodes"]) - 1
 
     def output(self, index: int) -> None:
-        """Puts the node in the place of one of the outputs."""
+        """Replace one of the outputs by the node."""
         outputs = self.data["outputs"]
         outputs[self.draw(st.integers(0, len(outputs) - 1))] = index
 
     def start(self, low: int = 1, high: int = STEPS) -> tuple[int, int]:
         """A latent of the plan at a time in the range, or a fresh one: its index and time."""
         kinds = ("latent", "leap", "connect", "discount", "detach", "advance", "renoise")
-        known = [i for i, t in enumerate(self.times) if low <= t <= high and self.data["nodes"][i]["op"] in kinds]
-        if known and self.draw(st.booleans()):
-            index = self.draw(st.sampled_from(known))
+        latents = [i for i, t in enumerate(self.times) if low <= t <= high and self.data["nodes"][i]["op"] in kinds]
+        if latents and self.draw(st.booleans()):
+            index = self.draw(st.sampled_from(latents))
             return index, self.times[index]
         t = self.draw(st.integers(low, high))
         return self.add("latent", time=t), t
 
     def leap(self, x: int, to: int = 0, **velocity: Any) -> int:
-        """A leap from a latent by its own velocity, or by one scaled."""
+        """A leap from a latent by its velocity, scaled if a factor is passed."""
         v = self.add("velocity", x=x)
         if velocity:
             v = self.add("scale", v=v, **velocity)
@@ -177,14 +177,14 @@ def quadrature(m: Mutant) -> str:
 
 def supports(m: Mutant) -> str:
     x, t = m.start(2, STEPS - 1)
-    own, below, above = (m.add("recorded", time=s) for s in (t, t - 1, t + 1))
+    same, below, above = (m.add("recorded", time=s) for s in (t, t - 1, t + 1))
     rule, velocities, received = m.any(
         ("lagrange", [], "no velocity"),
-        ("lagrange", [own, below, m.add("velocity", x=x)], "one time twice"),
+        ("lagrange", [same, below, m.add("velocity", x=x)], "one time twice"),
         ("adams-bashforth", [above], "none at the latent's"),
-        ("adams-bashforth", [own, below], "below the latent's"),
+        ("adams-bashforth", [same, below], "below the latent's"),
         ("euler", [below], "none at the latent's"),
-        ("euler", [own, above], "outside"),
+        ("euler", [same, above], "outside"),
     )
     m.output(m.add("advance", x=x, velocities=velocities, to=0, rule=rule))
     return received

@@ -1,4 +1,4 @@
-"""A field v = w x whose every number can be written down: x_{t-1} = x_t (1 + w (s_{t-1} - s_t))."""
+"""A linear field v = w x, for values by hand: x_{t-1} = x_t (1 + w (s_{t-1} - s_t))."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ X3 = torch.tensor([[2.0, -4.0]], dtype=torch.float64)
 
 
 class Counted:
-    """v = w x, with a count of the calls."""
+    """v = w x; records the sigma of each call and whether its velocity requires a gradient."""
 
     def __init__(self, w: float = W) -> None:
         self.w = torch.tensor(w, dtype=torch.float64, requires_grad=True)
@@ -37,7 +37,7 @@ def rolled(field: Any = None, **options: Any) -> Trajectory:
 
 
 X2, X1, X0 = 2 * 0.875, 2 * 0.875**2, 2 * 0.875**2 * 0.75
-"""The first component of the rollout."""
+"""The first components of the rollout."""
 
 
 def first(x: Any) -> float:

@@ -1,4 +1,4 @@
-"""Small problems: a field with its trajectory, and gradients of all ways to run a plan on it."""
+"""Small problems: a field with its trajectory, and outputs and gradients of every way to run a plan on it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ SIGMAS = (1.0, 0.9, 0.83, 0.7, 0.55, 0.41, 0.3, 0.12, 0.0)
 
 @dataclass(frozen=True)
 class Problem:
-    """A field and one rollout of it; the noise requires a gradient."""
+    """A field and a rollout of it; the noise requires a gradient."""
 
     field: Any
     noise: Tensor
@@ -23,7 +23,7 @@ class Problem:
 
     @property
     def params(self) -> list[Tensor]:
-        """What trains."""
+        """The field's parameters."""
         return list(self.field.parameters())
 
 
@@ -38,50 +38,50 @@ def problem(
     return Problem(field, noise, sigmas, rollout(field, noise, sigmas, interpolant))
 
 
-def outputs(found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def outputs(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """One output or several, as a tuple."""
-    return found if isinstance(found, tuple) else (found,)
+    return result if isinstance(result, tuple) else (result,)
 
 
-def cotangents(found: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
-    """A random one for each output."""
+def cotangents(values: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
+    """A random cotangent for each output."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in found]
+    return [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in values]
 
 
 def seeded(seed: int = 5) -> torch.Generator:
-    """A generator that always starts alike."""
+    """A generator with this seed."""
     return torch.Generator().manual_seed(seed)
 
 
-def grads(found: Sequence[Tensor], wrt: Sequence[Tensor], cs: Sequence[Tensor]) -> list[Tensor]:
-    """Reverse-mode gradients; zeros where nothing arrives."""
-    live = [(o, c) for o, c in zip(found, cs, strict=True) if o.requires_grad]
+def grads(values: Sequence[Tensor], wrt: Sequence[Tensor], cs: Sequence[Tensor]) -> list[Tensor]:
+    """Reverse-mode gradients; zeros where no output depends on the tensor."""
+    live = [(o, c) for o, c in zip(values, cs, strict=True) if o.requires_grad]
     got = torch.autograd.grad([o for o, _ in live], wrt, [c for _, c in live], allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(wrt, got, strict=True)]
 
 
-def distance(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+def distance(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """The distance of two gradients relative to the norm of the second; absolute where that is 0."""
-    found, wanted = [a.detach() for a in found], [b.detach() for b in wanted]
-    miss = torch.stack([(a.double() - b.double()).norm() for a, b in zip(found, wanted, strict=True)]).norm()
-    size = torch.stack([b.double().norm() for b in wanted]).norm()
+    actual, expected = [a.detach() for a in actual], [b.detach() for b in expected]
+    miss = torch.stack([(a.double() - b.double()).norm() for a, b in zip(actual, expected, strict=True)]).norm()
+    size = torch.stack([b.double().norm() for b in expected]).norm()
     return float(miss / size) if size > 0 else float(miss)
 
 
 def _staged(plan: Plan, p: Problem, wrt: list[Tensor], fields: Any) -> tuple[list[Tensor], list[Tensor]]:
     for leaf in wrt:
         leaf.grad = None
-    found = outputs(apply(plan, p.trajectory, fields, generator=seeded()))
-    backward(plan, p.trajectory, fields, cotangents(found), generator=seeded())
+    out = outputs(apply(plan, p.trajectory, fields, generator=seeded()))
+    backward(plan, p.trajectory, fields, cotangents(out), generator=seeded())
     got = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in wrt]
-    return list(found), got
+    return list(out), got
 
 
 def _applied(memory: str) -> Callable[..., tuple[list[Tensor], list[Tensor]]]:
     def run(plan: Plan, p: Problem, wrt: list[Tensor], fields: Any) -> tuple[list[Tensor], list[Tensor]]:
-        found = outputs(apply(plan, p.trajectory, fields, memory, generator=seeded()))
-        return list(found), grads(found, wrt, cotangents(found))
+        out = outputs(apply(plan, p.trajectory, fields, memory, generator=seeded()))
+        return list(out), grads(out, wrt, cotangents(out))
 
     return run
 
@@ -99,17 +99,17 @@ def _split(plan: Plan, p: Problem, wrt: list[Tensor], fields: Any) -> tuple[list
 
 
 def _sampled_split(plan: Plan, p: Problem, wrt: list[Tensor], fields: Any) -> tuple[list[Tensor], list[Tensor]]:
-    made, _ = sample(plan, fields, p.noise, p.sigmas, p.trajectory.interpolant, memory="split", generator=seeded())
-    return _by_backward(outputs(made), wrt)
+    out, _ = sample(plan, fields, p.noise, p.sigmas, p.trajectory.interpolant, memory="split", generator=seeded())
+    return _by_backward(outputs(out), wrt)
 
 
-def _by_backward(made: tuple[Tensor, ...], wrt: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The gradients that `backward()` leaves in `.grad`."""
+def _by_backward(out: tuple[Tensor, ...], wrt: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The outputs, and the gradients that `backward()` leaves in `.grad`."""
     for leaf in wrt:
         leaf.grad = None
-    live = [(o, c) for o, c in zip(made, cotangents(made), strict=True) if o.requires_grad]
+    live = [(o, c) for o, c in zip(out, cotangents(out), strict=True) if o.requires_grad]
     torch.autograd.backward([o for o, _ in live], [c for _, c in live])
-    return list(made), [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in wrt]
+    return list(out), [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in wrt]
 
 
 WAYS = {

@@ -19,13 +19,13 @@ from diffusers import (
 
 @dataclass(frozen=True)
 class Small:
-    """A pipeline and the arguments of a call of it, noise included."""
+    """A pipeline and the arguments of its call."""
 
     pipe: Any
     arguments: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def __call__(self, **changes: Any) -> Any:
-        """A call with the same noise every time."""
+        """Call the pipeline with the same noise every time."""
         generator = torch.Generator().manual_seed(7)
         return self.pipe(**self.arguments | {"generator": generator} | changes)
 
@@ -47,7 +47,7 @@ def _vae(channels: int) -> AutoencoderKL:
 
 
 def _lively(module: torch.nn.Module) -> torch.nn.Module:
-    """Weights large enough that the field is far from straight."""
+    """Enlarge the weights, so that the velocity field is far from linear."""
     with torch.no_grad():
         for p in module.parameters():
             p.mul_(2.0) if p.dim() > 1 else p.add_(0.1 * torch.randn_like(p))
@@ -121,4 +121,4 @@ def sd3(dtype: torch.dtype = torch.float32, batch: int = 2, steps: int = 6) -> S
 
 
 PIPELINES: dict[str, Callable[..., Small]] = {"flux": flux, "sd3": sd3}
-"""Each new pipeline enters every parametrised test by itself."""
+"""The pipelines of parametrised tests, by name."""

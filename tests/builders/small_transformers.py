@@ -90,7 +90,7 @@ class SD3Field(nn.Module):
 
 
 def lively(module: nn.Module) -> None:
-    """Weights large enough that the field is far from straight."""
+    """Enlarge the weights, so that the velocity field is far from linear."""
     with torch.no_grad():
         for p in module.parameters():
             p.mul_(2.0) if p.dim() > 1 else p.add_(0.2 * torch.randn_like(p))
@@ -98,13 +98,13 @@ def lively(module: nn.Module) -> None:
 
 @functools.cache
 def flux() -> FluxField:
-    """One for all tests."""
+    """The same instance for all tests."""
     return FluxField()
 
 
 @functools.cache
 def sd3() -> SD3Field:
-    """One for all tests."""
+    """The same instance for all tests."""
     return SD3Field()
 
 

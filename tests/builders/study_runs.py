@@ -1,4 +1,4 @@
-"""Runs of a study that were never run, for the tests of its tables."""
+"""Finished runs of a study with invented scores, for the tests of its tables."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ CATEGORIES = ("single object", "two objects", "counting", "colours", "position",
 
 
 def invented(task: Any, gain: float, rules: float, seed: int) -> None:
-    """A finished run that was never run: its rewards are the seed's, and higher by the gain."""
+    """Write a finished run: random rewards by seed, raised by `gain` over its stages; a share `rules` is correct."""
     g = torch.Generator().manual_seed(seed)
-    reward, luck, pictures = torch.rand(12, generator=g), torch.rand(12, generator=g), torch.rand(4, generator=g)
+    reward, uniform, pictures = torch.rand(12, generator=g), torch.rand(12, generator=g), torch.rand(4, generator=g)
     task.folder.mkdir(parents=True)
     for stage in task.stages:
         risen = reward + gain * stage / 225
-        held = HeldOutScores(
+        scores = HeldOutScores(
             tuple(f"prompt {i}" for i in range(12)),
             CATEGORIES * 2,
             risen,
-            luck < rules,
+            uniform < rules,
             torch.zeros(12),
             (pictures.view(4, 1, 1, 1).expand(4, 3, 4, 4) * 255).to(torch.uint8),
             {"tiny:scorer_b": risen / 2, "tiny:scorer_c": risen * 2},
             {"pixels": torch.ones(12)},
         )
-        torch.save(held.to_dict(), task.folder / f"scores_{stage}.pt")
+        torch.save(scores.to_dict(), task.folder / f"scores_{stage}.pt")
     log = Log(task.folder / METRICS)
     log.append(
         {"kind": "iteration", "reward": math.nan, "grad_norm": math.nan, "closed": 0.5, "weight": 1.0}

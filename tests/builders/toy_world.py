@@ -1,4 +1,4 @@
-"""A world without trained weights: a real FluxPipeline made small and random, a reward that likes red, five prompts."""
+"""A training setup without trained weights: a small random FluxPipeline, a reward for red, five prompts."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ TEXTS = ("a circle", "a red circle", "a blue square", "two squares", "a triangle
 
 
 class LikesRed:
-    """reward(images, prompts): how much redder than green; a prompt with "blue" in it is asked for blue."""
+    """reward(images, prompts): mean red minus mean green; mean blue minus green for a prompt with "blue" in it."""
 
     threshold = 0.9
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         assert len(images) == len(prompts)
-        wanted = torch.tensor([2 if "blue" in prompt else 0 for prompt in prompts])
-        return images[torch.arange(len(images)), wanted].mean((-1, -2)) - images[:, 1].mean((-1, -2))
+        channels = torch.tensor([2 if "blue" in prompt else 0 for prompt in prompts])
+        return images[torch.arange(len(images)), channels].mean((-1, -2)) - images[:, 1].mean((-1, -2))
 
 
 def rules(images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Right if red; junk is the share of dark pixels."""
+    """Correct if more red than green; junk is the share of dark pixels."""
     return images[:, 0].mean((-1, -2)) > images[:, 1].mean((-1, -2)), (images.mean(1) < 0.3).float().mean((-1, -2))
 
 
 def draw(count: int, generator: torch.Generator) -> list[str]:
-    """Any prompt."""
+    """Prompts drawn uniformly."""
     return [TEXTS[i] for i in torch.randint(len(TEXTS), (count,), generator=generator).tolist()]
 
 
@@ -85,7 +85,7 @@ def pipeline() -> Any:
 
 
 def recipe(output: Path, method: Method | None = None, **changes: Any) -> Recipe:
-    """A run of a second or two."""
+    """A recipe that runs for a second or two."""
     short = Recipe(
         method=method or LeapAlign(),
         rollout=Rollout(steps=5, batch=4, size=16),
@@ -102,6 +102,6 @@ def recipe(output: Path, method: Method | None = None, **changes: Any) -> Recipe
 
 
 def world(settings: Recipe) -> RunComponents:
-    """The world, anew."""
-    asked = tuple(Prompt(text, "colours" if "red" in text or "blue" in text else "shapes") for text in TEXTS)
-    return RunComponents(prepare_pipeline(pipeline(), settings), LikesRed(), TEXTS, draw, asked, rules)
+    """New components of a run."""
+    prompts = tuple(Prompt(text, "colours" if "red" in text or "blue" in text else "shapes") for text in TEXTS)
+    return RunComponents(prepare_pipeline(pipeline(), settings), LikesRed(), TEXTS, draw, prompts, rules)

@@ -37,7 +37,7 @@ def wan(scheduler: Any) -> Small:
 
 
 def auraflow() -> Small:
-    """One batched call for both sides of the guidance; the timestep runs the other way."""
+    """One batched call for both sides of the guidance; the model's timestep lies in [0, 1]."""
     torch.manual_seed(0)
     transformer = AuraFlowTransformer2DModel(
         sample_size=8, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=8, num_attention_heads=2,

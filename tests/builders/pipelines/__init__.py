@@ -1,1 +1,1 @@
-"""Small pipelines of diffusers' own classes, a file a family, and what every one of them has to do."""
+"""Small pipelines of diffusers classes, one file per family, and the checks that each of them has to pass."""

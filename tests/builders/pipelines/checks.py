@@ -1,4 +1,4 @@
-"""What `operate` promises of a pipeline, measured: the tests assert it, the benchmark prints it."""
+"""Measurements of `operate` on a pipeline: the tests assert them, the benchmark prints them."""
 
 from __future__ import annotations
 
@@ -17,52 +17,52 @@ ALPHA = 0.3
 
 
 @dataclass
-class Found:
-    """The measurements on one pipeline."""
+class Measurements:
+    """Measurements on one pipeline; differences of gradients are relative."""
 
     steps: int
     """T."""
     parameters: int
-    """The transformers' tensors that the images depend on."""
+    """The transformers' parameters that the images depend on."""
     exact: bool
-    """Images under every block, and every velocity entered again, equal the plain ones bit for bit."""
+    """Images under every block, and every replayed velocity, equal the plain ones bit for bit."""
     reached: bool
-    """The tensors with a gradient are those that plain backpropagation through the whole loop reaches."""
+    """The parameters with a gradient are those that plain backpropagation through the whole loop reaches."""
     restored: bool
-    """Nothing is left on the pipe."""
+    """The pipe's state after the blocks is that before them."""
     by_hand: float
-    """Relative difference of the retained gradient from Algorithm 1 written out."""
+    """Difference of the gradient under retain from Algorithm 1 written out."""
     recompute: float
-    """Of the recomputed from the retained one."""
+    """Difference of the gradient under recompute from that under retain."""
     split: float
-    """Of the split one, whose calls are the rollout's own."""
+    """Difference of the gradient under split from that under retain."""
     staged: float
-    """Of the staged one, after the block has closed."""
+    """Difference of the gradient by `backward`, after the block has closed, from that under retain."""
 
 
 def transformers(small: Small) -> list[nn.Parameter]:
-    """The tensors of every transformer of the pipe."""
+    """The parameters of every transformer of the pipe."""
     modules = [m for n, m in small.pipe.components.items() if n.startswith("transformer") and m is not None]
     return [p for module in modules for p in module.parameters()]
 
 
 def flat(grads: Any) -> Tensor:
-    """One vector."""
+    """All gradients as one float64 vector."""
     return torch.cat([g.flatten().double() for g in grads])
 
 
-def gap(found: Tensor, wanted: Tensor) -> float:
+def gap(actual: Tensor, expected: Tensor) -> float:
     """The relative difference of two gradients."""
-    return float((found - wanted).norm() / wanted.norm())
+    return float((actual - expected).norm() / expected.norm())
 
 
 def gradient(outputs: Any, cotangents: Any, params: list[nn.Parameter]) -> list[Tensor]:
-    """Zeros where nothing arrives."""
+    """Gradients of the outputs; zeros for parameters that they do not depend on."""
     return list(torch.autograd.grad(outputs, params, cotangents, allow_unused=True, materialize_grads=True))
 
 
 def state(pipe: Any) -> Any:
-    """What a block may not change."""
+    """The state of the pipe that a block must restore."""
     modules = [m for m in pipe.components.values() if isinstance(m, nn.Module)]
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules]
     owners = [pipe, pipe.scheduler, *modules]
@@ -81,18 +81,18 @@ def by_hand(surgery: Surgery, k: int, j: int, cotangent: Tensor, params: list[nn
     return gradient([x_j - (at[j] - at[0]) * v_j], [cotangent], params)
 
 
-def plainly(small: Small) -> list[Tensor]:
-    """Plain backpropagation through the pipeline's undecorated loop: no line of ours."""
+def plain_gradient(small: Small) -> list[Tensor]:
+    """Gradients of plain backpropagation through the pipeline's undecorated loop, without any code of this library."""
     call = inspect.unwrap(type(small.pipe).__call__)
-    # Kandinsky's loop writes the next latents into the last's: torch refuses to go back through that
+    # Kandinsky's loop writes the next latents into the last ones in place, which torch refuses to differentiate
     with torch.enable_grad(), torch.autograd.graph.allow_mutation_on_saved_tensors():
         latents = call(small.pipe, **small.again() | {"output_type": "latent", "return_dict": False})[0]
         torch.manual_seed(3)
         return gradient([latents], [torch.randn_like(latents)], transformers(small))
 
 
-def measured(small: Small) -> Found:
-    """Runs the pipe plainly, recorded, retained, recomputed and staged."""
+def measured(small: Small) -> Measurements:
+    """Measure the pipe without a block, recorded, and in each way of running."""
     params = transformers(small)
     plain = small()[0]
     before = state(small.pipe)
@@ -125,12 +125,12 @@ def measured(small: Small) -> Found:
             exact &= torch.equal(field(trajectory[t], trajectory.sigma(t)), trajectory.velocity(t))
         exact &= torch.equal(surgery.decode(trajectory[0]), plain)
     hand = by_hand(surgery, steps, 1, cotangent, params)
-    wanted = [bool(g.any()) for g in plainly(small)]
-    return Found(
+    depends = [bool(g.any()) for g in plain_gradient(small)]
+    return Measurements(
         steps=steps,
-        parameters=sum(wanted),
+        parameters=sum(depends),
         exact=exact,
-        reached=any(wanted) and [bool(g.any()) for g in grads["retain"]] == wanted,
+        reached=any(depends) and [bool(g.any()) for g in grads["retain"]] == depends,
         restored=state(small.pipe) == before and torch.equal(small()[0], plain),
         by_hand=gap(flat(grads["retain"]), flat(hand)),
         recompute=gap(flat(grads["recompute"]), flat(grads["retain"])),

@@ -1,4 +1,4 @@
-"""All small pipelines, by name: a new family enters every test and the benchmark by its line here."""
+"""All small pipelines by name: the tests of every pipeline and the benchmark use this table."""
 
 from __future__ import annotations
 

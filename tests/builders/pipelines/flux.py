@@ -1,4 +1,4 @@
-"""Flux and its kin: packed latents, rotary positions."""
+"""Flux and related pipelines: packed latents, rotary positions."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def flux2_klein() -> Small:
 
 
 def chroma() -> Small:
-    """Modulations come from a small network of their own; masked prompts."""
+    """Modulations come from a separate small network; masked prompts."""
     transformer = ChromaTransformer2DModel(
         in_channels=16,
         approximator_num_channels=8,

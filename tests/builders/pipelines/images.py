@@ -1,4 +1,4 @@
-"""Pipelines of images whose transformers are each of their own kind."""
+"""Image pipelines, each with another transformer class."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def sana() -> Small:
 
 
 def auraflow() -> Small:
-    """The timestep runs the other way."""
+    """The model's timestep lies in [0, 1]; one batched call for both sides of the guidance."""
     transformer = AuraFlowTransformer2DModel(
         sample_size=8,
         num_mmdit_layers=1,
@@ -124,7 +124,7 @@ def auraflow() -> Small:
 
 
 def lumina2() -> Small:
-    """Two calls a step, guidance whose norm is held; the model's output has the other sign."""
+    """Two calls a step, guidance with a limited norm; the timestep rises, the model's output has the opposite sign."""
     transformer = Lumina2Transformer2DModel(
         sample_size=8,
         in_channels=4,
@@ -145,7 +145,7 @@ def lumina2() -> Small:
 
 
 def z_image() -> Small:
-    """Lists of samples; the velocity's sign is turned; float32 by its own assertion."""
+    """Lists of samples; the velocity's sign is flipped; the pipeline asserts float32."""
     transformer = ZImageTransformer2DModel(
         in_channels=4,
         dim=16,
@@ -210,7 +210,7 @@ def hidream() -> Small:
 
 
 def prx() -> Small:
-    """`step` is asked for an object; both sides in one call."""
+    """The loop reads an output object of `step`; both sides of the guidance in one call."""
     transformer = PRXTransformer2DModel(
         in_channels=4, context_in_dim=16, hidden_size=16, mlp_ratio=2.0, num_heads=2, depth=1, axes_dim=[4, 4]
     )
@@ -241,7 +241,7 @@ _QWEN_MASKS = {f"{sign}prompt_embeds_mask": torch.ones(2, 5, dtype=torch.long) f
 
 
 def qwen_image() -> Small:
-    """`true_cfg_scale` whose norm is held to the conditional side's."""
+    """`true_cfg_scale`, rescaled to the norm of the conditional side."""
     return small(
         QwenImagePipeline(_dynamic(), qwen_vae(), None, None, _qwen_transformer()),
         true_cfg_scale=3.0,

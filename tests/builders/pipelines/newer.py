@@ -1,4 +1,4 @@
-"""Pipelines that nobody thought of while `operate` was written: from diffusers' list, with loops of other kinds."""
+"""Pipelines that were added after `operate` was written, to test loops that it was not designed for."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def lumina() -> Small:
 
 
 def ernie_image() -> Small:
-    """Latents are drawn in the call itself; unequal prompts in lists; `step` is asked for an object."""
+    """Latents are drawn in the call itself; unequal prompts in lists; the loop reads an output object of `step`."""
     transformer = ErnieImageTransformer2DModel(
         hidden_size=16,
         num_attention_heads=2,

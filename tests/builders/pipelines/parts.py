@@ -1,4 +1,4 @@
-"""What the builders share: a pipeline with the arguments of a call, small VAEs, weights that make the field bend."""
+"""Shared parts of the builders: a pipeline with the arguments of its call, small VAEs, random weights."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ STEPS = 4
 
 @dataclass(frozen=True)
 class Small:
-    """A pipeline and the arguments of a call of it, noise included."""
+    """A pipeline and the arguments of its call."""
 
     pipe: Any
     arguments: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def __call__(self, **changes: Any) -> Any:
-        """A call with the same noise every time."""
+        """Call the pipeline with the same noise every time."""
         return self.pipe(**self.again() | changes)
 
     def again(self) -> dict[str, Any]:
-        """The arguments, random generators at their beginning."""
-        torch.manual_seed(5)  # samplers that draw noise take it from torch's own generator
+        """The arguments, with newly seeded generators."""
+        torch.manual_seed(5)  # samplers that draw noise take it from torch's global generator
         return self.arguments | {"generator": torch.Generator().manual_seed(7)}
 
 
 def small(pipe: Any, dtype: torch.dtype = torch.float64, **arguments: Any) -> Small:
-    """The pipe in the dtype, without progress bars; a call makes STEPS steps and gives tensors."""
+    """The pipe in the dtype, without progress bars; a call makes STEPS steps and returns tensors."""
     pipe.set_progress_bar_config(disable=True)
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
             nn.Module.to(component, dtype)
-    given = {"height": 16, "width": 16, "num_inference_steps": STEPS, "output_type": "pt"} | arguments
-    return Small(pipe, {name: _cast(value, dtype) for name, value in given.items()})
+    options = {"height": 16, "width": 16, "num_inference_steps": STEPS, "output_type": "pt"} | arguments
+    return Small(pipe, {name: _cast(value, dtype) for name, value in options.items()})
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
@@ -47,7 +47,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def lively(module: nn.Module, seed: int = 0) -> Any:
-    """Random weights without the zeros of adaptive norms and last layers, so that every tensor counts."""
+    """Random weights without the zeros of adaptive norms and last layers, so that every parameter has an effect."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in module.parameters():
@@ -66,7 +66,7 @@ def prompts(shapes: Mapping[str, tuple[int, ...]], seed: int = 1) -> dict[str, T
 
 
 def image_vae(channels: int, blocks: int = 2, **changes: Any) -> AutoencoderKL:
-    """Images of 2 ** (blocks - 1) pixels a latent."""
+    """A VAE of images with 2 ** (blocks - 1) pixels a latent."""
     torch.manual_seed(0)
     settings: dict[str, Any] = {
         "block_out_channels": (4,) * blocks,
@@ -86,7 +86,7 @@ def image_vae(channels: int, blocks: int = 2, **changes: Any) -> AutoencoderKL:
 
 
 def wan_vae(channels: int = 4, **changes: Any) -> AutoencoderKLWan:
-    """Video: 8 pixels and 4 frames a latent."""
+    """A VAE of videos with 8 pixels and 4 frames a latent."""
     torch.manual_seed(0)
     settings: dict[str, Any] = {
         "base_dim": 3,
@@ -100,7 +100,7 @@ def wan_vae(channels: int = 4, **changes: Any) -> AutoencoderKLWan:
 
 
 def qwen_vae(channels: int = 4, halvings: int = 2) -> AutoencoderKLQwenImage:
-    """Images of 2 ** halvings pixels a latent."""
+    """A VAE of images with 2 ** halvings pixels a latent."""
     torch.manual_seed(0)
     return AutoencoderKLQwenImage(
         base_dim=4,

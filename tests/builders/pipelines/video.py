@@ -37,14 +37,14 @@ _PHOTO = torch.linspace(0, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)
 
 
 def wan_transformer(seed: int = 0, **changes: Any) -> Any:
-    """One block."""
+    """A Wan transformer of one block."""
     sizes: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 16, "ffn_dim": 16}
     shape = {"in_channels": 4, "out_channels": 4, "num_layers": 1, "rope_max_seq_len": 32, "freq_dim": 16}
     return lively(WanTransformer3DModel(**sizes | shape | changes), seed)
 
 
 def unipc() -> UniPCMultistepScheduler:
-    """Wan's own sampler: flow sigmas."""
+    """Wan's default sampler: UniPC with flow sigmas."""
     return UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
 
 
@@ -54,7 +54,7 @@ def wan() -> Small:
 
 
 def wan_22() -> Small:
-    """Two transformers take turns."""
+    """Two transformers: one above the boundary of sigma, one below."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     two = {"transformer_2": wan_transformer(1), "boundary_ratio": 0.7}
     pipe = WanPipeline(None, None, wan_vae(), scheduler, wan_transformer(), **two)
@@ -142,7 +142,7 @@ def mochi() -> Small:
 
 
 def hunyuan_video_vae(channels: int = 4) -> Any:
-    """8 pixels and 4 frames a latent."""
+    """A VAE of videos with 8 pixels and 4 frames a latent."""
     torch.manual_seed(0)
     return AutoencoderKLHunyuanVideo(
         latent_channels=channels,
@@ -197,7 +197,7 @@ def kandinsky5() -> Small:
 
 
 def sana_video() -> Small:
-    """DPM-Solver++ with flow sigmas, its own sampler."""
+    """DPM-Solver++ with flow sigmas, its default sampler."""
     transformer = SanaVideoTransformer3DModel(
         in_channels=4,
         out_channels=4,
