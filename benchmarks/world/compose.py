@@ -4,7 +4,10 @@ import torch
 from torch import Generator, Tensor
 
 from trajsurgery.tiny.prompt import Meanings
-from trajsurgery.tiny.scene import ANY, COLOURS, JITTER, RADIUS, SIDE, SLOTS, Scenes
+from trajsurgery.tiny.scene import ANY, COLOURS, SIDE, SLOTS, Scenes
+
+RADIUS = (4.6, 5.6)  # pixels
+JITTER = 1.5  # pixels, each way; with RADIUS it keeps 1.8 pixels between neighbours
 
 
 def _quadrants(relation: Tensor, generator: Generator) -> Tensor:

@@ -20,10 +20,10 @@ from benchmarks.world.fit_text import Encoders
 from benchmarks.world.flux_parts import image_ids, pack
 from benchmarks.world.hard_negatives import mistakes
 from benchmarks.world.layout import KINDS, contents
+from benchmarks.world.render import render
 from benchmarks.world.stage import Budget, Stage
 from trajsurgery.tiny.pipe import LATENT_CHANNELS, TEXT_LENGTH, TOKENS
 from trajsurgery.tiny.prompt import draw_prompts, meanings, split_prompts
-from trajsurgery.tiny.render import render
 
 # Pictures of two objects are the hard ones.
 WEIGHTS = {

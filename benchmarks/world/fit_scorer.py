@@ -22,14 +22,14 @@ from benchmarks.world.compose import compose
 from benchmarks.world.degradations import decoded, degrade, nonsense
 from benchmarks.world.fit_text import blurred_embeddings
 from benchmarks.world.layout import KINDS, contents, divergence, layouts
+from benchmarks.world.render import render
 from benchmarks.world.scorer_variants import REWARD, Variant
 from benchmarks.world.stage import Budget, Stage
 from benchmarks.world.tokenizers import clip_tokenizer
 from trajsurgery.tiny.pipe import TEXT_LENGTH
 from trajsurgery.tiny.prompt import draw_prompts, meanings, split_prompts
-from trajsurgery.tiny.render import render
+from trajsurgery.tiny.rules import is_true
 from trajsurgery.tiny.scorer import Reward, to_model_range
-from trajsurgery.tiny.truth import is_true
 
 WEIGHTS = {
     "single object": 0.08,

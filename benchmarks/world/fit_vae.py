@@ -7,9 +7,9 @@ from torch import Generator, Tensor, nn
 
 from benchmarks.world.compose import compose
 from benchmarks.world.flux_parts import vae
+from benchmarks.world.render import render
 from benchmarks.world.stage import Budget, Stage
 from trajsurgery.tiny.prompt import CATEGORIES, draw_prompts, meanings
-from trajsurgery.tiny.render import render
 from trajsurgery.tiny.rules import judge
 
 EVENLY: dict[str, float] = dict.fromkeys(CATEGORIES, 1.0)

@@ -9,8 +9,8 @@ from torch import Generator, Tensor
 from benchmarks.world.compose import compose
 from benchmarks.world.fit_vae import reconstructions
 from benchmarks.world.hard_negatives import hard_negatives
+from benchmarks.world.render import render
 from trajsurgery.tiny.prompt import CATEGORIES, Prompt, Split, meanings, split_prompts
-from trajsurgery.tiny.render import render
 from trajsurgery.tiny.rules import Verdict, judge
 
 Figures = dict[str, float]

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor
 
-from trajsurgery.tiny.render import render
-from trajsurgery.tiny.scene import ABSENT, COLOURS, JITTER, RADIUS, SHAPES, SIDE, Scenes
+from benchmarks.world.compose import JITTER, RADIUS
+from benchmarks.world.render import render
+from trajsurgery.tiny.scene import ABSENT, COLOURS, SHAPES, SIDE, Scenes
 from trajsurgery.tiny.video import FRAMES, UNITS, Motion
 
 TRAVEL = (10.0, 14.0)  # pixels from the first to the last frame

@@ -27,7 +27,7 @@ OWNERS: dict[str, str] = {
     "networkx": "plans",
     "sympy": "plans",
     "diffusers": "pipelines tiny training evaluation dry_run",
-    "matplotlib": "plans reports tiny",
+    "matplotlib": "plans reports",
 }
 """Third party: the packages that may import it."""
 

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from benchmarks.world.compose import compose
 from benchmarks.world.hard_negatives import hard_negatives, mistakes
+from benchmarks.world.render import render
 from trajsurgery import tiny
 from trajsurgery.tiny.prompt import (
     CATEGORIES,
@@ -22,10 +23,9 @@ from trajsurgery.tiny.prompt import (
     split_prompts,
     understand,
 )
-from trajsurgery.tiny.render import render
+from trajsurgery.tiny.rules import is_true
 from trajsurgery.tiny.scene import ABSENT, APART, SIDE, SLOTS, Scenes
 from trajsurgery.tiny.segment import components, segment
-from trajsurgery.tiny.truth import is_true
 
 torch.set_num_threads(1)
 

@@ -7,14 +7,13 @@
 
 pipe.py, sd3.py                       the shipped pipelines: Flux, Wan, SD3
 scorer.py                             the reward, a small open_clip CLIP
-scene.py, prompt.py, truth.py         scenes, prompts, and whether a prompt is true of a scene
-render.py, segment.py, rules.py       scenes to pixels, pixels to scenes, the rule-based judge
+scene.py, prompt.py, outlines.py      scenes, prompts, the shapes' outlines
+segment.py, rules.py                  pixels to scenes; whether a prompt is true of a scene, the rule-based judge
 video.py, video_rules.py, video_reward.py   the video world
-preview.py, preview_models.py         `python -m trajsurgery.tiny.preview`
 weights/                              trained weights, how they were made and what they reach
 
 It imports nothing of this library but `errors`; diffusers, transformers and open_clip are imported when used. What made
-the weights is in benchmarks/world.
+the weights and what previews them is in benchmarks/world.
 """
 
 from collections.abc import Mapping, Sequence

@@ -81,21 +81,11 @@ class Meanings:
 
 def meanings(prompts: Sequence[Prompt]) -> Meanings:
     """The prompts' meanings as tensors, in order."""
-
-    def row(prompt: Prompt) -> tuple[list[int], list[int], int]:
-        blank = SLOTS - len(prompt.things)
-        shape = [SHAPES.index(thing.shape) for thing in prompt.things] + [ABSENT] * blank
-        colour = [ANY if thing.colour is None else COLOURS.index(thing.colour) for thing in prompt.things] + [
-            ANY
-        ] * blank
-        return shape, colour, ANY if prompt.relation is None else RELATIONS.index(prompt.relation)
-
-    rows = [row(prompt) for prompt in prompts]
-    return Meanings(
-        torch.tensor([r[0] for r in rows]).view(-1, SLOTS),
-        torch.tensor([r[1] for r in rows]).view(-1, SLOTS),
-        torch.tensor([r[2] for r in rows], dtype=torch.long),
-    )
+    slots = [[*prompt.things, *[None] * (SLOTS - len(prompt.things))] for prompt in prompts]
+    shape = [[SHAPES.index(thing.shape) if thing else ABSENT for thing in row] for row in slots]
+    colour = [[COLOURS.index(thing.colour) if thing and thing.colour else ANY for thing in row] for row in slots]
+    relation = [RELATIONS.index(prompt.relation) if prompt.relation else ANY for prompt in prompts]
+    return Meanings(torch.tensor(shape).view(-1, SLOTS), torch.tensor(colour).view(-1, SLOTS), torch.tensor(relation))
 
 
 def _one() -> list[Prompt]:
@@ -160,14 +150,9 @@ def split_prompts(split: Split) -> tuple[Prompt, ...]:
     return tuple(chosen)
 
 
-@cache
-def _by_text() -> dict[str, Prompt]:
-    return {prompt.text: prompt for prompt in every_prompt()}
-
-
 def understand(prompts: Sequence[Prompt | str]) -> list[Prompt]:
     """Prompts, or their texts, as prompts. Raises ValueError on a text that the world can't say."""
-    by_text = _by_text()
+    by_text = {prompt.text: prompt for prompt in every_prompt()}
     for prompt in prompts:
         if isinstance(prompt, str) and prompt not in by_text:
             raise ValueError(

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 SHAPES = ("circle", "square", "triangle")
@@ -15,8 +14,6 @@ ABSENT = -1  # the shape of an empty slot
 ANY = -1  # the colour of an object whose prompt names none; the relation of a prompt without one
 UNKNOWN = len(SHAPES)  # the shape of a blob that is none of the three; no prompt asks for it
 
-RADIUS = (4.6, 5.6)  # pixels
-JITTER = 1.5  # pixels, each way; with RADIUS it keeps 1.8 pixels between neighbours
 APART = 8.0  # pixels between two centres for a relation to hold: jitter reaches 3, two quadrants leave at least 13
 
 GROUND = (0.5, 0.5, 0.5)
@@ -46,13 +43,3 @@ class Scenes:
 
     def __getitem__(self, index: Tensor | slice) -> "Scenes":
         return Scenes(self.shape[index], self.colour[index], self.centre[index], self.radius[index])
-
-
-def concatenate(parts: list[Scenes]) -> Scenes:
-    """The scenes of all parts, in order; the parts must have equally many slots."""
-    return Scenes(
-        torch.cat([part.shape for part in parts]),
-        torch.cat([part.colour for part in parts]),
-        torch.cat([part.centre for part in parts]),
-        torch.cat([part.radius for part in parts]),
-    )

@@ -57,12 +57,9 @@ class Reward(nn.Module):
 
     def forward(self, images: Tensor, prompts: Sequence[str | Prompt]) -> Tensor:
         """Float[batch], the cosines; see the class."""
-        self._check(images)
-        self._paired(images, prompts)
-        return (
-            self.clip.encode_image(to_model_range(images), normalize=True)
-            * self.embed([str(prompt) for prompt in prompts])
-        ).sum(-1)
+        features = self.features(images)
+        check_prompt_count(self.name, images, prompts)
+        return (features * self.embed([str(prompt) for prompt in prompts])).sum(-1)
 
     def features(self, images: Tensor) -> Tensor:
         """Return unit image embeddings, Float[batch 96], of images as in `forward`."""
@@ -86,11 +83,6 @@ class Reward(nn.Module):
         self._texts = {}  # embeddings of another dtype or device are of no use
         return super()._apply(*args, **kwargs)
 
-    def _paired(self, images: Tensor, prompts: Sequence[str | Prompt]) -> None:
-        if isinstance(prompts, str) or len(prompts) != len(images):
-            received = "one string" if isinstance(prompts, str) else f"{len(prompts)}"
-            raise RewardError(f"{self.name} takes one prompt an image: {len(images)} images, prompts: {received}")
-
     def _check(self, images: Tensor) -> None:
         weight: Tensor = self.clip.text_projection
         if images.dim() != 4 or images.shape[1:] != (3, SIDE, SIDE) or not len(images):
@@ -103,14 +95,26 @@ class Reward(nn.Module):
                 f"{self.name} is {weight.dtype} and received images of {images.dtype}: "
                 "convert the images with .to(), or the reward with .float() or .double()"
             )
-        low, high = torch.stack(torch.aminmax(images.detach())).tolist()  # the one wait for the device
-        if math.isnan(low):
-            raise RewardError(f"{self.name} received images with NaN: the sampler or the decoder has diverged")
-        if low < -1e-3 or high > 1 + 1e-3:
-            raise RewardError(
-                f"{self.name} takes images in [0, 1], received values from {low:.3g} to {high:.3g}: "
-                "ask the pipeline for output_type='pt', or map [-1, 1] by x / 2 + 0.5"
-            )
+        check_range(self.name, images)
+
+
+def check_prompt_count(name: str, images: Tensor, prompts: Sequence[object]) -> None:
+    """Raise RewardError unless there is one prompt for each image or video."""
+    if isinstance(prompts, str) or len(prompts) != len(images):
+        received = "one string" if isinstance(prompts, str) else f"{len(prompts)}"
+        raise RewardError(f"{name} takes one prompt an image: {len(images)} images, prompts: {received}")
+
+
+def check_range(name: str, images: Tensor) -> None:
+    """Raise RewardError for values outside [0, 1] or NaN."""
+    low, high = torch.stack(torch.aminmax(images.detach())).tolist()  # the one wait for the device
+    if math.isnan(low):
+        raise RewardError(f"{name} received images with NaN: the sampler or the decoder has diverged")
+    if low < -1e-3 or high > 1 + 1e-3:
+        raise RewardError(
+            f"{name} takes images in [0, 1], received values from {low:.3g} to {high:.3g}: "
+            "ask the pipeline for output_type='pt', or map [-1, 1] by x / 2 + 0.5"
+        )
 
 
 def _folder(weights: str | Path) -> Path:

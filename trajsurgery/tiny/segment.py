@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trajsurgery.tiny.render import AREAS, distances, offsets
-from trajsurgery.tiny.scene import ABSENT, COLOURS, GROUND, PALETTE, SHAPES, SIDE, SLOTS, UNKNOWN, Scenes
+from trajsurgery.tiny.outlines import AREAS, distances, offsets
+from trajsurgery.tiny.scene import ABSENT, COLOURS, GROUND, PALETTE, SIDE, SLOTS, UNKNOWN, Scenes
 
 FOUND = SLOTS + 1  # objects looked for: one more than a prompt can ask for, so that extra ones are seen
 LEAST_AREA = 20.0  # pixels: the smallest shape of the world covers 37
@@ -101,5 +101,4 @@ def segment(images: Tensor) -> tuple[Scenes, Tensor]:
     recognised = present & (fit >= LEAST_FIT)
     junk = foreign.flatten(1) | ((flat > 0) & ~(member & recognised[..., None]).any(1))
     shape = torch.where(recognised, shape, torch.where(present, UNKNOWN, ABSENT))
-    assert int(shape.max()) <= len(SHAPES)
     return Scenes(shape, colour, centre, radius), junk.float().mean(1)

@@ -66,14 +66,9 @@ def motions(split: Split) -> tuple[Motion, ...]:
     return tuple(m for m in every_motion() if (m.direction, m.shape, m.colour) in chosen)
 
 
-@cache
-def _by_text() -> dict[str, Motion]:
-    return {motion.text: motion for motion in every_motion()}
-
-
 def understand(prompts: Sequence[Motion | str]) -> list[Motion]:
     """Prompts, or their texts, as prompts. Raises ValueError on a text that the world can't say."""
-    by_text = _by_text()
+    by_text = {prompt.text: prompt for prompt in every_motion()}
     for prompt in prompts:
         if isinstance(prompt, str) and prompt not in by_text:
             raise ValueError(

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from trajsurgery.errors import RewardError
-from trajsurgery.tiny.render import AREAS, distances, offsets
+from trajsurgery.tiny.outlines import AREAS, distances, offsets
 from trajsurgery.tiny.scene import GROUND, PALETTE, SIDE
+from trajsurgery.tiny.scorer import check_prompt_count, check_range
 from trajsurgery.tiny.video import UNITS, Motion, understand
 
 PURE = 0.15  # colour distance from the line between ground and the asked colour at which a pixel counts for less
@@ -95,11 +96,5 @@ def _check(frames: Tensor, prompts: Sequence[Motion | str]) -> None:
             f"MotionReward takes videos, Float[batch, frames >= 2, 3, {SIDE}, {SIDE}] in [0, 1]; received {shape} of "
             f"{frames.dtype}. Call the pipe with height={SIDE}, width={SIDE}, num_frames=5, output_type='pt'."
         )
-    if isinstance(prompts, str) or len(prompts) != shape[0]:
-        received = "one string" if isinstance(prompts, str) else str(len(prompts))
-        raise RewardError(f"one prompt for each video: {shape[0]} videos, prompts: {received}.")
-    least, most = (float(edge) for edge in frames.detach().aminmax())
-    if not (least >= -1e-3 and most <= 1 + 1e-3):
-        raise RewardError(
-            f"frames are in [0, 1] and hold no NaN; received {least:.3g} to {most:.3g}. Use output_type='pt'."
-        )
+    check_prompt_count(MotionReward.name, frames, prompts)
+    check_range(MotionReward.name, frames)

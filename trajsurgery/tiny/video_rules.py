@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trajsurgery.tiny.rules import table_by_category
 from trajsurgery.tiny.scene import SIDE
 from trajsurgery.tiny.segment import segment
 from trajsurgery.tiny.video import DIRECTIONS, UNITS, Motion, prompts, understand
@@ -34,9 +35,7 @@ class MotionVerdict:
 
     def table(self) -> dict[str, tuple[float, int]]:
         """Per direction asked for, and "overall": the share judged correct, and of how many."""
-        groups = {d: torch.tensor([p.category == d for p in self.prompts], dtype=torch.bool) for d in DIRECTIONS}
-        groups["overall"] = torch.ones(len(self.prompts), dtype=torch.bool)
-        return {d: (float(self.correct[g].float().mean()), int(g.sum())) for d, g in groups.items() if bool(g.any())}
+        return table_by_category(self.correct, self.prompts, DIRECTIONS)
 
 
 def judge(frames: Tensor, prompts: Sequence[Motion | str]) -> MotionVerdict:

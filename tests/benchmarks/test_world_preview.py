@@ -9,9 +9,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from trajsurgery import tiny
-from trajsurgery.errors import RecipeError
-from trajsurgery.tiny.preview import (
+from benchmarks.world.preview import (
     GAP,
     Preview,
     draw_sheet,
@@ -21,8 +19,10 @@ from trajsurgery.tiny.preview import (
     main,
     run_settings,
 )
-from trajsurgery.tiny.preview_models import PreviewModel, preview_model
-from trajsurgery.tiny.preview_models import video_model as wan_of
+from benchmarks.world.preview_models import PreviewModel, preview_model
+from benchmarks.world.preview_models import video_model as wan_of
+from trajsurgery import tiny
+from trajsurgery.errors import RecipeError
 from trajsurgery.tiny.prompt import CATEGORIES
 from trajsurgery.tiny.video import DIRECTIONS
 

@@ -1,4 +1,4 @@
-"""`python -m trajsurgery.tiny.preview`: a sheet of pictures by an embedded model, untuned and, with --run, tuned.
+"""`python -m benchmarks.world.preview`: a sheet of pictures by an embedded model, untuned and, with --run, tuned.
 
 A row is a held-out prompt, a column a noise, the same for all prompts and both models; frames of a video stand side by
 side. Each picture carries the rules' verdict and its reward.
@@ -14,9 +14,9 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
+from benchmarks.world.preview_models import PreviewModel, preview_model
 from trajsurgery.errors import RecipeError
 from trajsurgery.tiny.pipe import PipelineName
-from trajsurgery.tiny.preview_models import PreviewModel, preview_model
 
 RIGHT, WRONG = "#2e7d32", "#b3442e"
 GAP = 1  # white pixels between the frames of a video
