@@ -27,7 +27,7 @@ def step(x, v, t):
 
 
 def loop(method, t_min=1, train=(), t_k=None, t_j=None, alpha=1.0):
-    """Algorithm 1, lines 9-40: the x_0 that the reward looks at, with its gradient."""
+    """Algorithm 1, lines 9-40: the x_0 that the reward scores, with its gradient."""
     x_t = P.noise.detach()
     x_jk = x_0j = None
     for t in range(STEPS, 0, -1):
@@ -57,12 +57,12 @@ def loop(method, t_min=1, train=(), t_k=None, t_j=None, alpha=1.0):
 
 def draft_lv_loop(n, generator):
     """Lines 42-47: the outputs whose reward gradients are summed."""
-    found = [loop("draft_lv")]
+    outputs = [loop("draft_lv")]
     for _ in range(n):
         eps = torch.randn(P.noise.shape, generator=generator, dtype=torch.float64)
-        x_1 = (1 - sigma(1)) * found[0].detach() + sigma(1) * eps
-        found.append(step(x_1, P.field(x_1, sigma(1)), 1))
-    return found
+        x_1 = (1 - sigma(1)) * outputs[0].detach() + sigma(1) * eps
+        outputs.append(step(x_1, P.field(x_1, sigma(1)), 1))
+    return outputs
 
 
 CASES = {
@@ -84,11 +84,11 @@ CASES = {
 def test_gradient_and_value(case, way):
     plan, reference = CASES[case]
     P.trajectory.noises.clear()
-    wanted = reference()
-    found, got = WAYS[way](plan, P, P.params, P.field)
-    for x, y in zip(found, wanted, strict=True):
+    expected = reference()
+    out, got = WAYS[way](plan, P, P.params, P.field)
+    for x, y in zip(out, expected, strict=True):
         torch.testing.assert_close(x.detach(), y.detach(), rtol=EXACT, atol=EXACT)
-    gradient = torch.autograd.grad(wanted, P.params, cotangents(wanted))
+    gradient = torch.autograd.grad(expected, P.params, cotangents(expected))
     assert distance(got, gradient) <= EXACT
 
 
@@ -105,7 +105,7 @@ def test_draws_of_leapalign_are_uniform_over_pairs():
     assert sum((n - expected) ** 2 / expected for n in counts.values()) < 27.9  # chi-square of 9 degrees, p = 0.001
 
 
-def test_draws_of_refl_and_drtune_stop_among_the_last():
+def test_draws_of_refl_stop_among_the_last_steps():
     generator = torch.Generator().manual_seed(0)
     stops = Counter(ReFL(3).draw(8, generator).nodes[0].t for _ in range(300))
     assert set(stops) == {1, 2, 3}
@@ -134,7 +134,7 @@ def test_draws_of_drtune():
 
 
 @pytest.mark.parametrize("train, last", [(1, 11), (1, 1), (9, 9), (3, 25)])
-def test_drtune_draws_again_and_ends(train, last):
+def test_drtune_redraws_until_a_time_trains(train, last):
     generator = torch.Generator().manual_seed(1)
     for _ in range(50):
         times, stop = drtune_times(DRTune(train, last).draw(9, generator))
@@ -160,7 +160,7 @@ def test_windows_and_distances_of_leapalign():
 
 
 @pytest.mark.parametrize("method", [LeapAlign(), ReFL(), DRTune(), DRaFTLV()])
-def test_draws_come_from_the_generator_alone(method):
+def test_draws_depend_on_the_generator_only(method):
     assert method.draw(25, seeded(3)) == method.draw(25, seeded(3))
     assert method.draw(25, seeded(3)).steps == 25
 

@@ -1,4 +1,4 @@
-"""The methods' draws: legal plans of the generator alone, spread as their papers say; settings that make none."""
+"""Draws of the methods: legal plans from the generator only, distributed as in the papers; bad settings are refused."""
 
 from collections import Counter
 
@@ -59,7 +59,7 @@ DRAWN = (
 
 
 @pytest.mark.parametrize("method", DRAWN, ids=str)
-def test_every_draw_is_a_legal_plan_of_the_generator_alone(method):
+def test_draws_are_legal_plans_and_depend_on_the_generator_only(method):
     assert method.draw(25, seeded(3)) == method.draw(25, seeded(3))
     generator = seeded(1)
     for steps in (5, 6, 7, 25):
@@ -67,7 +67,7 @@ def test_every_draw_is_a_legal_plan_of_the_generator_alone(method):
             assert method.draw(steps, generator).prepared(steps).steps == steps
 
 
-def test_alignprop_draws_every_length_alike():
+def test_alignprop_draws_lengths_uniformly():
     generator = seeded(0)
     counts = Counter(len(AlignProp(4).draw(9, generator).nodes) // 2 for _ in range(400))
     assert set(counts) == {1, 2, 3, 4}
@@ -87,7 +87,7 @@ def test_sparse_draws_late_times_more_often():
 
 
 def test_bridge_trains_both_parts_in_proportion():
-    generator, meets = seeded(0), Counter()
+    generator, counts = seeded(0), Counter()
     for _ in range(300):
         plan = FlowBPBridge(active=5).draw(10, generator)
         (j,) = {node.t for node in plan.nodes if node.op == "connect"} - {0}
@@ -96,9 +96,9 @@ def test_bridge_trains_both_parts_in_proportion():
         assert j in times
         assert len(times) == 5
         assert above == max(min(max(round(5 * (10 - j) / 10), 1), 4), 5 - j)
-        meets[j] += 1
+        counts[j] += 1
     odds = {j: 300 * (10 - j) / 45 for j in range(1, 10)}  # the smaller one of a uniform pair
-    assert sum((meets[j] - odds[j]) ** 2 / odds[j] for j in odds) < 26.1  # chi-square of 8 degrees, p = 0.001
+    assert sum((counts[j] - odds[j]) ** 2 / odds[j] for j in odds) < 26.1  # chi-square of 8 degrees, p = 0.001
 
 
 def pair_of(plan):
@@ -166,12 +166,12 @@ def test_settings_that_make_no_plan_are_refused(wrong):
 
 
 @pytest.mark.parametrize("method", [*DRAWN, LeapAlign(leaps=3), DRTune(connected=True), ReFL(), DRaFTLV()], ids=str)
-def test_the_public_proof_of_every_method(method):
+def test_check_gradient_proves_every_method(method):
     check_gradient(method, draws=1, steps=6)
 
 
 @pytest.mark.parametrize("steps", ["6", 6.0, None, True, 0])
 @pytest.mark.parametrize("method", [*DRAWN, LeapAlign(), DRTune(), ReFL(), DRaFTLV()], ids=str)
-def test_what_is_no_number_of_steps_is_told(method, steps):
+def test_what_is_no_number_of_steps_is_refused(method, steps):
     with pytest.raises(PlanError, match="draw received steps="):
         method.draw(steps)

@@ -1,4 +1,4 @@
-"""Every direct-gradient method that we know: its gradient is its closed form's, however it is run."""
+"""Published direct-gradient methods: their gradients equal their closed forms in every way of running."""
 
 import pytest
 import sympy
@@ -50,10 +50,10 @@ def test_the_whole_trajectory_is_plain_backpropagation():
     x = P.noise.detach()
     for now, after in zip(P.sigmas[:-1], P.sigmas[1:], strict=True):
         x = x + (after - now) * FIELD(x, now)
-    wanted = torch.autograd.grad(x, P.params, cotangents([x]))
+    expected = torch.autograd.grad(x, P.params, cotangents([x]))
     for way in WAYS:
-        _, found = WAYS[way](METHODS["whole trajectory"], P, P.params, FIELD)
-        assert distance(found, wanted) <= EXACT * 10, way
+        _, actual = WAYS[way](METHODS["whole trajectory"], P, P.params, FIELD)
+        assert distance(actual, expected) <= EXACT * 10, way
 
 
 def test_srpo_trains_the_guided_field():
@@ -62,13 +62,13 @@ def test_srpo_trains_the_guided_field():
     s4, s2 = sympy.symbols("sigma_4 sigma_2")
     assert sympy.simplify(term.coefficient - (s2 - s4) / (1 - s2)) == 0
     leaves = [*FIELD.parameters(), *GUIDED.parameters()]
-    _, found = WAYS["recompute"](plan, P, leaves, {None: FIELD, "guided": GUIDED})
+    _, actual = WAYS["recompute"](plan, P, leaves, {None: FIELD, "guided": GUIDED})
     eps = P.trajectory.noises[0, 4]
     x, sigma = P.trajectory, P.trajectory.sigma
     noisy = (1 - sigma(4)) * x[0] + sigma(4) * eps
     stepped = noisy + (sigma(2) - sigma(4)) * GUIDED(noisy, sigma(4))
     recovered = (stepped - sigma(2) * eps) / (1 - sigma(2))
-    assert distance(found, grads([recovered], leaves, cotangents([recovered]))) <= EXACT
+    assert distance(actual, grads([recovered], leaves, cotangents([recovered]))) <= EXACT
 
 
 def test_reno_trains_the_noise():
@@ -78,7 +78,7 @@ def test_reno_trains_the_noise():
 
 @pytest.mark.parametrize("plan", [reno(), reno(3)])
 def test_reno_on_a_frozen_field(plan):
-    """Nothing but x_T trains: recompute and the closed form asked for parameters."""
+    """Only x_T trains: recompute and the closed form required parameters."""
     frozen = MLP(4, seed=3).requires_grad_(False)
     start = P.noise.detach().clone().requires_grad_()
     trajectory = rollout(frozen, start, P.sigmas)
@@ -86,7 +86,7 @@ def test_reno_on_a_frozen_field(plan):
     expansion = plan.gradient().evaluate(trajectory, frozen, c)
     assert expansion.norms[0] > 0 or expansion.norms[-1] > 0
     for memory in ("retain", "recompute"):
-        (found,) = torch.autograd.grad(apply(plan, trajectory, frozen, memory), start, c)
-        assert distance([found], [expansion.start]) <= EXACT, memory
+        (gradient,) = torch.autograd.grad(apply(plan, trajectory, frozen, memory), start, c)
+        assert distance([gradient], [expansion.start]) <= EXACT, memory
     backward(plan, trajectory, frozen, c)
     assert distance([start.grad], [expansion.start]) <= EXACT

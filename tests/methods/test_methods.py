@@ -37,7 +37,7 @@ def discounted(x, alpha):
     return alpha * x + (1 - alpha) * x.detach()
 
 
-def real(prediction, t):
+def connected_to(prediction, t):
     return prediction + (X[t] - prediction).detach()
 
 
@@ -69,7 +69,7 @@ def bridge(j, active, alpha, rescale=1.0):
         for t in range(start, stop, -1):
             v = P.field(discounted(x, alpha), s(t)) if t == j else fresh(t)
             x = x + h(t) * (gained(v, gain) if t in live else v.detach())
-        x = real(x, stop)
+        x = connected_to(x, stop)
     return x
 
 
@@ -95,11 +95,11 @@ def lagrange(k, j, alpha, quarter, rescale=0.5):
         first = P.field(discounted(x, alpha) if start == j else x, s(start))
         vs = [gained(first, gain), *(gained(discounted(fresh(t), quarter), gain) for t in times[1:2])]
         vs += [V(t) for t in times[2:]]
-        x = real(x + sum(w * v for w, v in zip(ws, vs, strict=True)), stop)
+        x = connected_to(x + sum(w * v for w, v in zip(ws, vs, strict=True)), stop)
     return x
 
 
-def known_noise(k, j, eps=None):
+def srpo_loop(k, j, eps=None):
     eps = P.noise.detach() if eps is None else eps
     x_k = (1 - s(k)) * X[0] + s(k) * eps
     x_j = x_k + (s(j) - s(k)) * P.field(x_k, s(k))
@@ -115,7 +115,7 @@ def leaping(times, alpha, connected, straight):
     for t, to in zip(times, [*times[1:], 0], strict=True):
         v = P.field(x if first else discounted(x, alpha), s(t))
         x = (x if straight else x.detach()) + (s(to) - s(t)) * v
-        x = real(x, to) if connected or to else x
+        x = connected_to(x, to) if connected or to else x
         first = False
     return x
 
@@ -136,9 +136,9 @@ CASES = {
     "lagrange next": (flowbp_lagrange(3, 2, 0.4, 0.5, SIGMAS), lambda: lagrange(3, 2, 0.4, 0.5)),
     "lagrange at 1": (flowbp_lagrange(5, 1, 0.4, 0.2, SIGMAS, 1.0), lambda: lagrange(5, 1, 0.4, 0.2, 1.0)),
     "lagrange as it is": (flowbp_lagrange(6, 2, 0.4, rescale=0), lambda: lagrange(6, 2, 0.4, 0.25, 0.0)),
-    "srpo": (srpo(4, 2), lambda: known_noise(4, 2)),
-    "srpo, a noise of its own": (srpo(4, 2, draw=0), lambda: known_noise(4, 2, drawn())),
-    "srpo, inversion": (srpo(2, 5), lambda: known_noise(2, 5)),
+    "srpo": (srpo(4, 2), lambda: srpo_loop(4, 2)),
+    "srpo, a noise of its own": (srpo(4, 2, draw=0), lambda: srpo_loop(4, 2, drawn())),
+    "srpo, inversion": (srpo(2, 5), lambda: srpo_loop(2, 5)),
     "reward at the prediction": (leaps((5, 2), 0.3, "prediction"), lambda: leaping((5, 2), 0.3, False, True)),
     "one leap": (leaps((4,)), lambda: leaping((4,), 1.0, True, True)),
     "three leaps": (leaps((5, 3, 2), 0.3), lambda: leaping((5, 3, 2), 0.3, True, True)),
@@ -152,19 +152,19 @@ CASES = {
 def test_gradient_and_value(case, way):
     plan, reference = CASES[case]
     P.trajectory.noises.clear()
-    wanted = reference()
-    (found,), got = WAYS[way](plan, P, P.params, P.field)
-    torch.testing.assert_close(found.detach(), wanted.detach(), rtol=EXACT, atol=EXACT)
-    gradient = torch.autograd.grad(wanted, P.params, cotangents([wanted]))
+    expected = reference()
+    (out,), got = WAYS[way](plan, P, P.params, P.field)
+    torch.testing.assert_close(out.detach(), expected.detach(), rtol=EXACT, atol=EXACT)
+    gradient = torch.autograd.grad(expected, P.params, cotangents([expected]))
     assert distance(got, gradient) <= EXACT
 
 
-def test_reno_s_gradient_is_plain_backpropagation_s_if_it_leaps_step_by_step():
+def test_reno_with_single_steps_is_plain_backpropagation():
     start = P.noise.detach().clone().requires_grad_()
     x = start
     for t in range(STEPS, 0, -1):
         x = x + h(t) * P.field(x, s(t))
-    wanted = torch.autograd.grad(x, start, cotangents([x]))
+    expected = torch.autograd.grad(x, start, cotangents([x]))
     for way in WAYS:
         _, got = WAYS[way](reno(*range(STEPS - 1, 0, -1)), P, [P.noise], P.field)
-        assert distance(got, wanted) <= EXACT, way
+        assert distance(got, expected) <= EXACT, way

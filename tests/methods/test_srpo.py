@@ -1,4 +1,4 @@
-"""SRPO's relative reward, its discounts and words, and its guidance, by hand and in training."""
+"""SRPO's relative reward, its discounts and words, and its guidance, against formulas and in training."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ AUTHORS = SRPO(("Real", "Detail"), ("Flat", "Oil", "Anime"))
 
 
 def letters(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """A score that tells by its text how it was asked."""
+    """A score that depends on the length of the prompt."""
     return images * torch.tensor([float(len(prompt)) for prompt in prompts])
 
 
@@ -37,13 +37,13 @@ def seeded(seed: int) -> torch.Generator:
 
 def test_the_relative_reward_is_a_difference_of_two_prompts() -> None:
     images = torch.tensor([2.0, 3.0])
-    found = relative(letters, "Real", "Flat paint", 0.25)(images, ["abc", "de"])
-    wanted = [1.25 * 2 * len("Real. abc") - 2 * len("Flat paint. abc"), 1.25 * 3 * len("Real. de") - 3 * 14]
-    assert found.tolist() == wanted
+    scores = relative(letters, "Real", "Flat paint", 0.25)(images, ["abc", "de"])
+    expected = [1.25 * 2 * len("Real. abc") - 2 * len("Flat paint. abc"), 1.25 * 3 * len("Real. de") - 3 * 14]
+    assert scores.tolist() == expected
     assert relative(letters, "", "", 0.5)(images, ["abc", "de"]).tolist() == [0.5 * 6, 0.5 * 6]
 
 
-def test_a_draw_has_the_step_down_and_the_step_up_that_land_together() -> None:
+def test_a_draw_has_a_step_down_and_a_step_up_to_the_same_time() -> None:
     """The authors' window is 0.9 T to 0.5 T, and both branches train the same time (SRPO.py, `mid_timestep`)."""
     generator, seen = seeded(0), Counter[int]()
     for _ in range(200):
@@ -69,22 +69,22 @@ def test_discounts_are_linear_in_the_time_of_the_less_noisy_end(m: int, share: f
     assert abs(float(up(images, prompts)) - ((1 + 0.3 - 0.29 * lower) * flat - real)) < VALUE[torch.float32] * 10
 
 
-def test_the_inversion_asks_for_what_is_not_wanted_and_words_are_drawn() -> None:
-    asked: list[list[str]] = []
+def test_the_inversion_swaps_the_words_and_words_are_drawn() -> None:
+    words: list[list[str]] = []
 
-    def notes(images: Tensor, prompts: Sequence[str]) -> Tensor:
-        asked.append([prompt.partition(".")[0] for prompt in prompts])
+    def record(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        words.append([prompt.partition(".")[0] for prompt in prompts])
         return images
 
     generator, down, up = seeded(0), Counter[str](), Counter[str]()
     plan = AUTHORS.draw(25, generator)
     for _ in range(60):
-        asked.clear()
-        for grade in AUTHORS.graded(plan, notes, generator):
+        words.clear()
+        for grade in AUTHORS.graded(plan, record, generator):
             grade(torch.ones(1), ["a"])
-        (wanted,), (unwanted,), (first,), (second,) = asked
-        assert (first, second) == (unwanted, wanted)
-        down[wanted] += 1
+        (positive,), (negative,), (first,), (second,) = words
+        assert (first, second) == (negative, positive)
+        down[positive] += 1
         up[first] += 1
     assert set(down) == {"Real", "Detail"}
     assert set(up) == {"Flat", "Oil", "Anime"}
@@ -96,7 +96,7 @@ def test_without_words_the_reward_is_the_recipe_s() -> None:
 
 
 @pytest.mark.parametrize("wrong", [SRPO(step=0), SRPO(window=(0.96, 1.0)), SRPO(discount=(float("nan"), 0.0))])
-def test_what_makes_no_plan(wrong: SRPO) -> None:
+def test_invalid_settings_are_refused(wrong: SRPO) -> None:
     with pytest.raises(PlanError, match="SRPO"):
         wrong.draw(25)
 
@@ -109,8 +109,8 @@ def pipe() -> Any:
 CALL = {"prompt": ["a circle"], "height": 16, "width": 16, "num_inference_steps": 5, "output_type": "latent"}
 
 
-def test_the_guided_field_is_the_same_call_s_with_another_guidance(pipe: Any) -> None:
-    """At the noise it gives, and trains by, the velocity of a plain call with that guidance."""
+def test_the_guided_field_is_that_of_a_call_with_another_guidance(pipe: Any) -> None:
+    """On renoised latents its velocity and gradient are those of a plain call with that guidance."""
     recipe = replace(Recipe(), rollout=replace(Recipe().rollout, guidance=3.5))
     plan, weights = srpo(4, 3, GUIDED), list(pipe.transformer.parameters())
     with operate(pipe) as low:
@@ -127,13 +127,13 @@ def test_the_guided_field_is_the_same_call_s_with_another_guidance(pipe: Any) ->
     ]
     images.append(apply(plan, low.trajectory, both))
     grads = [torch.autograd.grad(image.square().sum(), weights, allow_unused=True) for image in images]
-    guided, plain, unguided, ours = (torch.cat([g.flatten() for g in found if g is not None]) for found in grads)
+    guided, plain, unguided, ours = (torch.cat([g.flatten() for g in gradient if g is not None]) for gradient in grads)
     assert torch.equal(guided, plain)
     assert (unguided - plain).norm() > 0.01 * plain.norm()
     assert (ours - plain).norm() <= STOCK * 10 * plain.norm()  # float32, in another order
 
 
-def test_a_plan_without_a_name_keeps_the_rollout_s_field(pipe: Any) -> None:
+def test_a_plan_without_a_named_field_uses_the_rollout_s_field(pipe: Any) -> None:
     with operate(pipe) as surgery:
         pipe(**CALL, generator=seeded(4))
     assert velocity_fields(Recipe(), srpo(4, 3), surgery) is surgery.field
@@ -148,37 +148,39 @@ def short(tmp_path: Path, memory: Any = "retain", **changes: Any) -> Recipe:
 
 
 @pytest.mark.parametrize("times", ["shared", "per-sample"])
-def test_training_pulls_the_relative_reward_s_gradient(tmp_path: Path, times: Any) -> None:
+def test_training_uses_the_relative_reward_s_gradient(tmp_path: Path, times: Any) -> None:
     """Against the same iteration written as a loop: rollout at guidance 1, noise, one step at 3.5, recovery, loss."""
     recipe = short(tmp_path, times=times)
     world = toy_world.world(recipe)
     weights = list(world.module.parameters())
     drawn = (plan_of_samples(draw_plans(recipe, seeded(number))[0], 0, 2) for number in range(1, 50))
     plan = next(p for p in drawn if not isinstance(p, PerSample) or len(set(p.plans)) == 2)  # times of their own
-    texts, given = ["a circle", "two squares"], PromptCache(world.pipe, toy_world.TEXTS)
+    texts, cache = ["a circle", "two squares"], PromptCache(world.pipe, toy_world.TEXTS)
     each = plan.plans if isinstance(plan, PerSample) else (plan, plan)
-    found = {}
+    by_memory = {}
     for memory in ("retain", "recompute", "staged"):
         for weight in weights:
             weight.grad = None
-        here = replace(recipe, rollout=replace(recipe.rollout, memory=memory))
-        said = add_gradient(here, world, plan, texts, {**given(texts), "generator": seeded(2)}, seeded(3), (0.7, 1.0))
-        assert bool(said.isfinite().all())
-        found[memory] = [p.grad for p in weights]
-    wanted = by_hand(recipe, world, each, texts, {**given(texts), "generator": seeded(2)}, times == "per-sample")
-    for memory, got in found.items():
-        for a, b in zip(got, wanted, strict=True):
+        variant = replace(recipe, rollout=replace(recipe.rollout, memory=memory))
+        scores = add_gradient(
+            variant, world, plan, texts, {**cache(texts), "generator": seeded(2)}, seeded(3), (0.7, 1.0)
+        )
+        assert bool(scores.isfinite().all())
+        by_memory[memory] = [p.grad for p in weights]
+    expected = by_hand(recipe, world, each, texts, {**cache(texts), "generator": seeded(2)}, times == "per-sample")
+    for memory, got in by_memory.items():
+        for a, b in zip(got, expected, strict=True):
             assert (a is None or not a.any()) if b is None else a is not None, memory
-        apart = [(a - b).norm() for a, b in zip(got, wanted, strict=True) if a is not None and b is not None]
-        size = torch.stack([b.norm() for b in wanted if b is not None]).norm()
+        apart = [(a - b).norm() for a, b in zip(got, expected, strict=True) if a is not None and b is not None]
+        size = torch.stack([b.norm() for b in expected if b is not None]).norm()
         assert size > 0
         assert torch.stack(apart).norm() <= VALUE[torch.float32] * 10 * size, memory
 
 
-def by_hand(recipe: Recipe, world: Any, plans: Any, texts: Any, given: Any, apart: bool) -> list[Tensor | None]:
-    """Image by image, where each has times of its own."""
+def by_hand(recipe: Recipe, world: Any, plans: Any, texts: Any, inputs: Any, apart: bool) -> list[Tensor | None]:
+    """The gradient written as a loop over images; `apart` draws words for each image."""
     steps = recipe.rollout.steps
-    call = {"num_inference_steps": steps, "height": recipe.rollout.size, "width": recipe.rollout.size, **given}
+    call = {"num_inference_steps": steps, "height": recipe.rollout.size, "width": recipe.rollout.size, **inputs}
     with operate(world.pipe) as low:
         world.pipe(**call, guidance_scale=1.0, output_type="latent")
     with operate(world.pipe) as high:
@@ -192,8 +194,8 @@ def by_hand(recipe: Recipe, world: Any, plans: Any, texts: Any, given: Any, apar
             noisy = (1 - s_k) * x + s_k * eps
             image = high.field.decode((noisy + (s_j - s_k) * high.field(noisy, s_k) - s_j * eps) / (1 - s_j))
             share = (min(k, j) - 1) / (steps - 1)
-            (a, b), (wanted, unwanted) = ((0.1, 0.25), words[i]) if j < k else ((0.3, 0.01), words[i][::-1])
-            prompts = [[f"{word}. {text}" for text in texts] for word in (wanted, unwanted)]
+            (a, b), (positive, negative) = ((0.1, 0.25), words[i]) if j < k else ((0.3, 0.01), words[i][::-1])
+            prompts = [[f"{word}. {text}" for text in texts] for word in (positive, negative)]
             score = (1 + a + (b - a) * share) * world.reward(image, prompts[0]) - world.reward(image, prompts[1])
             total = total + (0.7 - score).clamp(min=0)[i] / len(texts)
     return list(torch.autograd.grad(total, list(world.module.parameters()), allow_unused=True))

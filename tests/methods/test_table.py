@@ -1,4 +1,4 @@
-"""The table of closed forms in recipes/README.md is what `plan.gradient()` derives: it can't lie."""
+"""The closed forms in the table of recipes/README.md are those that `plan.gradient()` derives."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -60,8 +60,8 @@ def row(name: str) -> str:
 
 
 def test_every_closed_form_of_the_table_is_derived() -> None:
-    told = [line for line in TABLE.read_text().splitlines() if line.startswith("| ") and "dtheta" in line]
-    assert told == [row(name) for name in INSTANCES]
+    rows = [line for line in TABLE.read_text().splitlines() if line.startswith("| ") and "dtheta" in line]
+    assert rows == [row(name) for name in INSTANCES]
 
 
 def test_the_code_of_the_table_makes_the_plan() -> None:

@@ -1,4 +1,4 @@
-"""`check_gradient` proves plans, methods and functions of times; of a planted bug it names the term and the factor."""
+"""`check_gradient` proves plans, methods and functions of times; it names the term and the factor of a planted bug."""
 
 import pytest
 import torch
@@ -25,16 +25,16 @@ STOPPED = Plan(latent(5).leap(2).connect().leap(0, velocity=latent(5).leap(2).co
 
 
 @pytest.mark.parametrize(
-    "given",
+    "subject",
     [
         *(leapalign(5, 2), leapalign, leapalign("k", "j", 0.2), LeapAlign(leaps=3), DRTune(), STOPPED),
         Plan(noise().leap(3).connect().leap(0, discount=0.4)),
         Plan(latent(0).renoise(6).leap(3, velocity=latent(0).renoise(6).velocity("guided")).recover()),
     ],
-    ids=lambda given: getattr(given, "__name__", str(given)),
+    ids=lambda subject: getattr(subject, "__name__", str(subject)),
 )
-def test_what_is_right_is_proved(given):
-    proof = check_gradient(given, draws=2)
+def test_correct_plans_and_methods_are_proved(subject):
+    proof = check_gradient(subject, draws=2)
     assert isinstance(proof, Proof)
     assert set(proof.misses) == CHECKS
     assert max(proof.misses.values()) < 1e-9
@@ -46,13 +46,13 @@ def test_what_is_right_is_proved(given):
 def test_the_order_of_field_and_trajectory_does_not_matter():
     field = MLP(4)
     trajectory = rollout(field, torch.randn(2, 4, dtype=torch.float64), torch.linspace(1, 0, 9))
-    for given in ((trajectory, field), (field, trajectory), (field,)):
-        assert len(check_gradient(leapalign(5, 2), *given, draws=1).gradients) == 1
+    for arguments in ((trajectory, field), (field, trajectory), (field,)):
+        assert len(check_gradient(leapalign(5, 2), *arguments, draws=1).gradients) == 1
     check_gradient(leapalign(5, 2), field=field, trajectory=trajectory)
     assert all(p.grad is None for p in field.parameters())
 
 
-def test_a_field_in_float32_that_is_no_module():
+def test_a_float32_function_may_be_the_field():
     inner = MLP(4, dtype=torch.float32)
     trajectory = rollout(inner, torch.randn(2, 4), torch.linspace(1, 0, 9))
     proof = check_gradient(leapalign(5, 2), trajectory, lambda x, sigma: inner(x, sigma))
@@ -63,10 +63,10 @@ def test_skipped_checks_are_left_out():
     assert set(check_gradient(leapalign(5, 2), draws=1, skip=("jvp", "values")).misses) == CHECKS - {"jvp", "values"}
 
 
-@pytest.mark.parametrize("given", [drtune, rollout, lambda k: k])
-def test_what_is_no_plan(given):
+@pytest.mark.parametrize("subject", [drtune, rollout, lambda k: k])
+def test_what_is_no_plan_is_refused(subject):
     with pytest.raises(PlanError, match=r"an object with \.draw"):
-        check_gradient(given)
+        check_gradient(subject)
 
 
 def failure(plan, **settings) -> str:
@@ -75,96 +75,96 @@ def failure(plan, **settings) -> str:
     return str(caught.value)
 
 
-def test_alpha_applied_twice(monkeypatch):
-    """In the nested term, which carries alpha^2: the single-step terms are right."""
+def test_alpha_applied_twice_is_reported(monkeypatch):
+    """The nested term has alpha^2; the single-step terms are right."""
     scale = autograd_functions.scale
     monkeypatch.setattr(autograd_functions, "scale", lambda x, factor: scale(x, factor**2))
-    said = failure(leapalign)
-    assert "retain misses the closed form" in said
-    assert "the nested term alpha j (k - j) dv/dx_j dv(x_k)/dtheta" in said
-    assert "carries alpha^2 instead of alpha: a factor 0.3 = alpha" in said
-    assert "single-step" not in said
+    message = failure(leapalign)
+    assert "retain misses the closed form" in message
+    assert "the nested term alpha j (k - j) dv/dx_j dv(x_k)/dtheta" in message
+    assert "carries alpha^2 instead of alpha: a factor 0.3 = alpha" in message
+    assert "single-step" not in message
     three = failure(LeapAlign(alpha=0.1, leaps=3))
     assert three.count("carries alpha^2 instead of alpha") == 3
     assert three.count("carries alpha^4 instead of alpha^2") == 1
 
 
-def test_a_discount_that_is_dropped(monkeypatch):
+def test_a_missing_discount_is_reported(monkeypatch):
     monkeypatch.setattr(autograd_functions, "scale", lambda x, factor: x)
-    said = failure(leapalign(5, 2, 0.4))
-    assert "nested term alpha sigma_2 (sigma_5 - sigma_2) dv/dx_2 dv(x_5)/dtheta (at t = 5, through the input at t = 2)" in said  # fmt: skip  # noqa: E501
-    assert "carries no alpha instead of alpha" in said
+    message = failure(leapalign(5, 2, 0.4))
+    assert "nested term alpha sigma_2 (sigma_5 - sigma_2) dv/dx_2 dv(x_5)/dtheta (at t = 5, through the input at t = 2)" in message  # fmt: skip  # noqa: E501
+    assert "carries no alpha instead of alpha" in message
 
 
-@pytest.mark.parametrize("factor, told", [(0.0, "is missing"), (-1.0, "has the wrong sign"), (2.0, "is counted twice"),
+@pytest.mark.parametrize("factor, fault", [(0.0, "is missing"), (-1.0, "has the wrong sign"), (2.0, "is counted twice"),
                                           (0.7, "is off by a factor 0.7")])  # fmt: skip
-def test_a_connector_that_changes_the_gradient(monkeypatch, factor, told):
+def test_a_connector_that_changes_the_gradient_is_reported(monkeypatch, factor, fault):
     connect = autograd_functions.connect
     monkeypatch.setattr(autograd_functions, "connect", lambda x, real: connect(factor * x, real))
-    said = failure(Plan(latent(5).leap(2).connect().leap(0)))
-    assert said.count(told) == 2
-    assert "the single-step term - (sigma_5 - sigma_2) dv(x_5)/dtheta (at t = 5)" in said
-    assert "the nested term sigma_2 (sigma_5 - sigma_2) dv/dx_2 dv(x_5)/dtheta" in said
-    assert "dv(x_2)/dtheta" not in said
+    message = failure(Plan(latent(5).leap(2).connect().leap(0)))
+    assert message.count(fault) == 2
+    assert "the single-step term - (sigma_5 - sigma_2) dv(x_5)/dtheta (at t = 5)" in message
+    assert "the nested term sigma_2 (sigma_5 - sigma_2) dv/dx_2 dv(x_5)/dtheta" in message
+    assert "dv(x_2)/dtheta" not in message
 
 
-def test_a_leap_of_the_wrong_sign(monkeypatch):
+def test_a_leap_of_the_wrong_sign_is_reported(monkeypatch):
     predict = node_values.predict
     monkeypatch.setattr(node_values, "predict", lambda path, x, v, k, j: 2 * x - predict(path, x, v, k, j))
-    said = failure(leapalign("k", "j"))
-    assert said.count("has the wrong sign (factor -1)") == 2
-    assert "- (k - j) dv(x_k)/dtheta" in said
-    assert "nested" not in said  # two signs cancel
+    message = failure(leapalign("k", "j"))
+    assert message.count("has the wrong sign (factor -1)") == 2
+    assert "- (k - j) dv(x_k)/dtheta" in message
+    assert "nested" not in message  # two signs cancel
 
 
-def test_a_detach_that_is_dropped(monkeypatch):
+def test_a_missing_detach_is_reported(monkeypatch):
     def compute(self, node, faithful):
         self.tensors[node] = node_values.node_value(node, self.tensors, self.trajectory, faithful, self.generator)
         self.faithful |= {node} if faithful else set()
 
     monkeypatch.setattr(Execution, "_compute", compute)
     monkeypatch.setitem(node_values._VALUES, Detach, lambda node, of, *_: of[node.x])
-    said = failure(STOPPED)
-    assert "the nested term sigma_2 (sigma_5 - sigma_2) dv/dx_2 dv(x_5)/dtheta" in said
-    assert "is there, 1 times, though the plan stops it" in said
-    assert "single-step" not in said
+    message = failure(STOPPED)
+    assert "the nested term sigma_2 (sigma_5 - sigma_2) dv/dx_2 dv(x_5)/dtheta" in message
+    assert "is there, 1 times, though the plan stops it" in message
+    assert "single-step" not in message
 
 
-def test_a_tangent_that_is_not_scaled(monkeypatch):
-    """Only forward mode sees it."""
+def test_a_tangent_that_is_not_scaled_is_reported(monkeypatch):
+    """Only forward mode detects it."""
     monkeypatch.setattr(autograd_functions._Scale, "jvp", staticmethod(lambda ctx, tangent, _: tangent))
-    said = failure(leapalign)
-    assert said.startswith("jvp misses")
-    assert "carries no alpha instead of alpha" in said
+    message = failure(leapalign)
+    assert message.startswith("jvp misses")
+    assert "carries no alpha instead of alpha" in message
 
 
-def test_a_formula_that_the_library_has_wrong_twice(monkeypatch):
+def test_a_formula_that_is_wrong_in_execution_and_closed_form_is_reported(monkeypatch):
     """Execution and closed form share the coefficients of a leap; the differences do not."""
     monkeypatch.setattr(
         "trajsurgery.plans.interpolants.RectifiedFlow.leap", lambda self, k, j, xp=None: (1, 0.5 * (j - k))
     )
-    said = failure(Plan(latent(5).leap(2).connect()))
-    assert said.startswith("differences misses")
-    assert "is counted twice" in said
+    message = failure(Plan(latent(5).leap(2).connect()))
+    assert message.startswith("differences misses")
+    assert "is counted twice" in message
 
 
-def test_a_connector_that_rounds(monkeypatch):
-    """The textbook's straight-through is not the rollout's value."""
+def test_a_connector_that_rounds_is_reported(monkeypatch):
+    """The textbook's straight-through estimator does not have the rollout's value."""
     monkeypatch.setattr(autograd_functions, "connect", lambda x, real: x + (real - x).detach())
     with pytest.raises(AssertionError, match=r"is not the rollout's x_0|is not made on the rollout's x_\d"):
         check_gradient(leapalign)
 
 
-def test_a_trajectory_of_other_weights():
+def test_a_trajectory_of_other_weights_is_reported():
     field, other = MLP(4), MLP(4, seed=1)
     trajectory = rollout(other, torch.randn(2, 4, dtype=torch.float64), torch.linspace(1, 0, 9))
     assert "other weights made the rollout" in failure(leapalign(5, 2), field=field, trajectory=trajectory)
 
 
-def test_a_field_whose_calls_differ():
-    """No factors of the terms explain that, and the message says so."""
+def test_a_field_whose_calls_differ_is_reported():
+    """No factors of the terms explain its gradient, and the message says so."""
 
-    class Lying(MLP):
+    class WrongGradient(MLP):
         calls = 0
 
         def forward(self, x, sigma):
@@ -172,7 +172,7 @@ def test_a_field_whose_calls_differ():
             v = super().forward(x, sigma)
             return v if self.calls % 3 else v.detach() + 0.5 * (v - v.detach())
 
-    assert "no factors of the terms explain it" in failure(leapalign(5, 2), field=Lying(4))
+    assert "no factors of the terms explain it" in failure(leapalign(5, 2), field=WrongGradient(4))
 
 
 def test_the_parameters_are_as_before():

@@ -1,4 +1,4 @@
-"""The public strategies: they reach every primitive, stay legal, and shrink to what one would write by hand."""
+"""The public strategies: they reach every primitive, draw legal plans, and shrink to minimal ones."""
 
 from itertools import pairwise
 
@@ -31,7 +31,7 @@ def test_every_primitive_is_reached_and_shrinks(op):
     assert len(plan.outputs) == 1
 
 
-def test_the_simplest_plan():
+def test_plans_shrink_to_one_leap():
     plan = find(plans(STEPS), lambda _: True, settings=SEARCH)
     assert plan == Plan(latent(1).leap(0))
 
@@ -40,14 +40,14 @@ def test_a_planted_bug_in_the_connector_shrinks_to_one_leap_and_one_connector(mo
     connect, p = autograd_functions.connect, problem(MLP(4, seed=11), STEPS)
     monkeypatch.setattr(autograd_functions, "connect", lambda x, real: connect(0.5 * x, real))
 
-    def misses(plan):
+    def fails(plan):
         try:
             check_gradient(plan, p.trajectory, p.field, skip=CHECKS - {"retain"})
         except AssertionError:
-            return any(node.op == "connect" for node in plan.nodes)  # a leap that is a step connects by itself
+            return any(node.op == "connect" for node in plan.nodes)  # a sampler's step is connected without the node
         return False
 
-    plan = find(plans(STEPS), misses, settings=SEARCH)
+    plan = find(plans(STEPS), fails, settings=SEARCH)
     assert plan == Plan(latent(1).leap(0).connect())
 
 
@@ -92,13 +92,13 @@ def test_ops_narrow_what_is_drawn(plan):
 
 
 @given(st.integers(1, 12).flatmap(lambda steps: st.tuples(st.just(steps), methods(steps))))
-def test_drawn_methods_draw(drawn):
+def test_drawn_methods_draw_plans(drawn):
     steps, method = drawn
     assert method.draw(steps).steps == steps
 
 
 @given(st.data(), st.integers(1, 12))
-def test_drawn_sigmas_and_trajectories(data, steps):
+def test_drawn_sigmas_fall_and_trajectories_are_finite(data, steps):
     times = data.draw(sigmas(steps))
     assert (times[0], times[-1], len(times)) == (1.0, 0.0, steps + 1)
     assert min(a - b for a, b in pairwise(times)) > 0.1 / steps
@@ -108,8 +108,8 @@ def test_drawn_sigmas_and_trajectories(data, steps):
     assert trajectory[0].isfinite().all()
 
 
-def test_the_field_bends():
-    """A leap over the whole way misses by the order of the latents: rounding and nested terms can be seen."""
+def test_the_field_is_not_linear():
+    """A leap from T to 0 misses by the size of the latents, so that rounding and nested terms are visible."""
     p = problem(MLP(4, seed=11))
     x = p.trajectory
     assert (x[8] - x.velocity(8) - x[0]).abs().mean() > 0.3 * x[0].abs().mean()
