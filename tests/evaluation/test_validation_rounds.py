@@ -15,7 +15,7 @@ from matplotlib.image import imread
 from torch import Tensor
 
 from tests.builders import toy_world
-from tests.training.test_checkpoint import Killed, killed_at, same
+from tests.training.test_checkpoint import Killed, assert_same_run, killed_at
 from trajsurgery import RecipeError
 from trajsurgery.cli import train_command
 from trajsurgery.cli.train_command import main
@@ -170,7 +170,7 @@ def test_a_killed_run_with_guards_goes_on_bit_for_bit(tmp_path: Path, monkeypatc
             torn, number, lambda made, run: validation_rounds.validation_callback(torn, made, run, lambda _: None)
         )
     again = trained(torn)
-    same(whole.output, torn.output)
+    assert_same_run(whole.output, torn.output)
     files = [[(path.name, path.read_bytes()) for path in r.output.glob("best-*")] for r in (whole, torn)]
     assert files[0] == files[1] != []
     for recipe_, run_ in ((whole, training), (torn, again)):
@@ -207,7 +207,7 @@ def test_a_kill_between_two_files_loses_nothing(
         trained(torn, until, told)
     monkeypatch.undo()
     trained(torn, until)
-    same(whole.output, torn.output)
+    assert_same_run(whole.output, torn.output)
     assert [p.name for p in torn.output.glob("best-*")] == [p.name for p in whole.output.glob("best-*")] != []
 
 

@@ -18,8 +18,8 @@ from tests.builders.pipelines.every import BUILDERS
 from tests.builders.problems import cotangents, distance, outputs, problem, seeded
 from tests.builders.small_transformers import float64_throughout, flux, sd3
 from tests.tolerances import EXACT, GRADIENT, STOCK
-from tests.training.test_several_plans import Given
-from tests.training.test_training_loop import gradient, ran
+from tests.training.test_several_plans import FixedPlans
+from tests.training.test_training_loop import gradient, run_loop
 from trajsurgery import (
     DRTune,
     LeapAlign,
@@ -195,13 +195,13 @@ def test_invalid_plans_per_sample_are_refused() -> None:
 @pytest.mark.parametrize("memory", ["retain", "recompute", "staged"])
 def test_a_recipe_with_equal_plans_is_the_shared_one(memory: str, tmp_path: Path) -> None:
     recipe = toy_world.recipe(tmp_path)
-    one = Given((leapalign(4, 1, 0.3),), count())
+    one = FixedPlans((leapalign(4, 1, 0.3),), count())
     shared = gradient(recipe, one)
     assert distance(gradient(recipe, one, times="per-sample", memory=memory), shared) < 1e-5
-    mixed = Given((leapalign(4, 1, 0.3), leapalign(3, 2, 0.3)), count())
+    mixed = FixedPlans((leapalign(4, 1, 0.3), leapalign(3, 2, 0.3)), count())
     separate = gradient(recipe, mixed, times="per-sample", memory=memory)
     assert distance(separate, shared) > 1e-2
-    mixed = Given(mixed.plans, count())
+    mixed = FixedPlans(mixed.plans, count())
     assert distance(gradient(recipe, mixed, times="per-sample", memory=memory, at_once=2), separate) < 1e-5
 
 
@@ -209,6 +209,6 @@ def test_a_recipe_with_equal_plans_is_the_shared_one(memory: str, tmp_path: Path
 def test_methods_learn_with_times_per_sample(method: Any, tmp_path: Path) -> None:
     recipe = toy_world.recipe(tmp_path, method)
     rollout = replace(recipe.rollout, times="per-sample", memory="recompute")
-    _, seen = ran(replace(recipe, rollout=rollout))
+    _, seen = run_loop(replace(recipe, rollout=rollout))
     assert seen[-1].reward > seen[0].reward + 0.03
     assert all(record.grad_norm > 0 and not record.skipped for record in seen)

@@ -1,4 +1,4 @@
-"""An interrupted run loses nothing: killed and resumed it equals the one that was left alone, bit for bit."""
+"""A run that was killed and resumed equals an uninterrupted run bit for bit."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Killed(BaseException):
-    """What ends a run without warning, inside one process."""
+    """Stands in for SIGKILL inside one process."""
 
 
 def tensors(state: Any) -> list[Tensor]:
@@ -50,18 +50,18 @@ def tensors(state: Any) -> list[Tensor]:
     return [tensor for value in inner for tensor in tensors(value)]
 
 
-def alike(a: Tensor, b: Tensor) -> bool:
-    """Equal bit for bit; NaN stands for what an image has not, the others of its prompt."""
+def equal_with_nan(a: Tensor, b: Tensor) -> bool:
+    """Return whether tensors are equal bit for bit, NaN equal to NaN (diversity of the only image of a prompt)."""
     return torch.equal(a, b) if not a.is_floating_point() else torch.equal(a.nan_to_num(9e9), b.nan_to_num(9e9))
 
 
-def same(a: Path, b: Path) -> None:
-    """Asserts that two runs ended alike: weights, EMA, optimiser, iteration, and the log but for its clock."""
-    there, here = (torch.load(folder / CHECKPOINT, weights_only=True) for folder in (a, b))
+def assert_same_run(a: Path, b: Path) -> None:
+    """Assert that two runs ended alike: weights, EMA, optimiser, iteration, and the log except its times."""
+    first, second = (torch.load(folder / CHECKPOINT, weights_only=True) for folder in (a, b))
     for name in ("weights", "ema", "optimiser", "before"):
-        assert tensors(there[name])
-        assert all(map(alike, tensors(there[name]), tensors(here[name]))), name
-    assert [there[name] for name in ("iteration", "skipped")] == [here[name] for name in ("iteration", "skipped")]
+        assert tensors(first[name])
+        assert all(map(equal_with_nan, tensors(first[name]), tensors(second[name]))), name
+    assert [first[name] for name in ("iteration", "skipped")] == [second[name] for name in ("iteration", "skipped")]
     logs = [[{k: v for k, v in line.items() if k != "seconds"} for line in Log(f / METRICS).read()] for f in (a, b)]
     assert logs[0] == logs[1]
 
@@ -71,7 +71,7 @@ def killed_at(
     number: int,
     validating: Callable[[Any, TrainingState], Callable[[], bool]] = lambda *_: lambda: True,
 ) -> None:
-    """Runs a recipe up to an iteration and ends there without a word; the log's next line is torn."""
+    """Train up to an iteration, stop without saving, and leave a torn line at the end of the log."""
     world = toy_world.world(recipe)
     training = TrainingState.start(recipe, world.module)
 
@@ -91,13 +91,13 @@ def killed_at(
 @pytest.mark.parametrize(
     "method", [LeapAlign(), DRTune(last=3), ReFL(last=3), DRaFTLV()], ids=lambda m: type(m).__name__
 )
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, method: Method) -> None:
-    whole, torn = toy_world.recipe(tmp_path / "whole", method), toy_world.recipe(tmp_path / "torn", method)
+def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, method: Method) -> None:
+    whole, interrupted = toy_world.recipe(tmp_path / "whole", method), toy_world.recipe(tmp_path / "torn", method)
     main(whole, toy_world.world(whole))
-    killed_at(torn, 3)
-    killed_at(torn, 5)
-    main(torn, toy_world.world(torn))
-    same(whole.output, torn.output)
+    killed_at(interrupted, 3)
+    killed_at(interrupted, 5)
+    main(interrupted, toy_world.world(interrupted))
+    assert_same_run(whole.output, interrupted.output)
 
 
 SCRIPT = """
@@ -113,8 +113,8 @@ sys.exit(0 if main(recipe, toy_world.world(recipe)) else 130)
 """
 
 
-def spawned(output: Path, until: int | None, number: int = signal.SIGKILL) -> int:
-    """Runs SCRIPT; sends it a signal once its log has so many lines. Returns its exit code."""
+def run_script(output: Path, until: int | None, number: int = signal.SIGKILL) -> int:
+    """Run SCRIPT in a process and return its exit code; send it a signal once its log has `until` lines."""
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", SCRIPT, str(ROOT), str(output)], stdout=subprocess.DEVNULL
     )
@@ -133,33 +133,33 @@ def spawned(output: Path, until: int | None, number: int = signal.SIGKILL) -> in
 
 @pytest.mark.slow
 def test_sigkill_and_sigterm(tmp_path: Path) -> None:
-    whole, torn = tmp_path / "whole", tmp_path / "torn"
-    assert spawned(whole, None) == 0
-    assert spawned(torn, 3) == -signal.SIGKILL
-    assert spawned(torn, 8, signal.SIGTERM) == 130
-    done = torch.load(torn / CHECKPOINT, weights_only=True)["iteration"]
-    assert done == len(Log(torn / METRICS).read()), "an interrupted run saves what it has done"
-    assert spawned(torn, None) == 0
-    same(whole, torn)
+    whole, interrupted = tmp_path / "whole", tmp_path / "torn"
+    assert run_script(whole, None) == 0
+    assert run_script(interrupted, 3) == -signal.SIGKILL
+    assert run_script(interrupted, 8, signal.SIGTERM) == 130
+    done = torch.load(interrupted / CHECKPOINT, weights_only=True)["iteration"]
+    assert done == len(Log(interrupted / METRICS).read()), "an interrupted run saves its last iteration"
+    assert run_script(interrupted, None) == 0
+    assert_same_run(whole, interrupted)
     weights = "transformer/diffusion_pytorch_model.safetensors"
-    assert (whole / weights).read_bytes() == (torn / weights).read_bytes()
+    assert (whole / weights).read_bytes() == (interrupted / weights).read_bytes()
 
 
-def test_another_recipe_is_refused_and_named(tmp_path: Path) -> None:
+def test_another_recipe_is_refused_with_the_differences(tmp_path: Path) -> None:
     recipe = toy_world.recipe(tmp_path, iterations=2)
     main(recipe, toy_world.world(recipe))
     other = replace(recipe, method=DRTune(), optimiser=Optimiser(rate=0.5), seed=1)
-    with pytest.raises(RecipeError) as found:
+    with pytest.raises(RecipeError) as error:
         main(other, toy_world.world(other))
-    said = str(found.value)
+    message = str(error.value)
     for words in ("method.name: LeapAlign there, DRTune here", "optimiser.rate: 0.01 there, 0.5 here", "seed: 0 there"):
-        assert words in said
-    assert "--overwrite" in said
-    assert "--output" in said
+        assert words in message
+    assert "--overwrite" in message
+    assert "--output" in message
     assert main(replace(other, overwrite=True), toy_world.world(other)) is not None
 
 
-def test_a_finished_run_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_run_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = toy_world.recipe(tmp_path, iterations=2)
     first = main(recipe, toy_world.world(recipe))
     log = (tmp_path / METRICS).read_text()
@@ -171,51 +171,53 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(Log(tmp_path / METRICS).read()) == 3
 
 
-def test_a_finished_run_goes_on_when_asked_for_more(tmp_path: Path) -> None:
+def test_a_finished_run_continues_to_more_iterations(tmp_path: Path) -> None:
     whole = toy_world.recipe(tmp_path / "whole", iterations=5)
-    part = toy_world.recipe(tmp_path / "part", iterations=3)
+    extended = toy_world.recipe(tmp_path / "part", iterations=3)
     main(whole, toy_world.world(whole))
-    main(part, toy_world.world(part))
-    main(replace(part, iterations=5), toy_world.world(part))
-    same(whole.output, part.output)
+    main(extended, toy_world.world(extended))
+    main(replace(extended, iterations=5), toy_world.world(extended))
+    assert_same_run(whole.output, extended.output)
     with pytest.raises(RecipeError, match="holds 5 iterations of this recipe, more than the 3"):
-        main(part, toy_world.world(part))
+        main(extended, toy_world.world(extended))
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_atomically(path, lambda partial: partial.write_text("old"))
 
-    def half(partial: Path) -> None:
+    def write_half(partial: Path) -> None:
         partial.write_text("ne")
         raise Killed
 
     with pytest.raises(Killed):
-        write_atomically(path, half)
+        write_atomically(path, write_half)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
 
 
-def damaged(path: Path) -> None:
+def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
 
 
-def foreign(path: Path) -> None:
+def drop_a_weight(path: Path) -> None:
     state = torch.load(path, weights_only=True)
     torch.save({**state, "weights": state["weights"][1:]}, path)
 
 
-@pytest.mark.parametrize("spoil, words", [(damaged, "can't be read"), (foreign, "does not fit the model")])
-def test_a_checkpoint_that_is_of_no_use_is_named(tmp_path: Path, spoil: Callable[[Path], None], words: str) -> None:
+@pytest.mark.parametrize("corrupt, message", [(truncate, "can't be read"), (drop_a_weight, "does not fit the model")])
+def test_an_unusable_checkpoint_is_refused_with_the_reason(
+    tmp_path: Path, corrupt: Callable[[Path], None], message: str
+) -> None:
     recipe = toy_world.recipe(tmp_path, iterations=1)
     world = toy_world.world(recipe)
     save(recipe, TrainingState.start(recipe, world.module))
-    spoil(tmp_path / CHECKPOINT)
-    with pytest.raises(RecipeError, match=f"{words}.*--overwrite"):
+    corrupt(tmp_path / CHECKPOINT)
+    with pytest.raises(RecipeError, match=f"{message}.*--overwrite"):
         resume(recipe, TrainingState.start(recipe, world.module))
 
 
-def test_the_log_is_cut_back_and_its_numbers_are_json(tmp_path: Path) -> None:
+def test_the_log_is_cut_back_and_writes_nan_as_null(tmp_path: Path) -> None:
     log = Log(tmp_path / METRICS)
     for i in range(1, 5):
         log.append({"kind": "iteration", "iteration": i, "loss": float("nan") if i == 2 else 0.5})
@@ -226,7 +228,7 @@ def test_the_log_is_cut_back_and_its_numbers_are_json(tmp_path: Path) -> None:
     assert log.read() == [{"kind": "iteration", "iteration": i, "loss": None if i == 2 else 0.5} for i in (1, 2, 3)]
 
 
-def test_discarding_leaves_what_is_not_ours(tmp_path: Path) -> None:
+def test_discard_leaves_other_files(tmp_path: Path) -> None:
     for name in (CHECKPOINT, METRICS, f"{CHECKPOINT}.12.partial", "notes.txt"):
         (tmp_path / name).write_text("x")
     discard(tmp_path)

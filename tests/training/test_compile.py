@@ -1,4 +1,4 @@
-"""`--rollout.compile`: torch.compile of the transformer's forward, under `operate` and in what is saved."""
+"""`--rollout.compile`: torch.compile of the transformer's forward, under `operate` and in its state dict."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def images(pipe: Any) -> torch.Tensor:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-def test_values_are_the_compiled_plain_calls_and_the_gradient_is_the_eager_ones(tmp_path: Path) -> None:
+def test_images_are_those_of_the_compiled_call_and_gradients_those_of_the_eager_one(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     recipe = toy_world.recipe(tmp_path)
     eager, compiled = (
@@ -31,15 +31,15 @@ def test_values_are_the_compiled_plain_calls_and_the_gradient_is_the_eager_ones(
         for on in (False, True)
     )
     assert list(compiled.transformer.state_dict()) == list(eager.transformer.state_dict())
-    found: list[list[torch.Tensor]] = []
+    gradients: list[list[torch.Tensor]] = []
     for pipe in (eager, compiled):
         plain = images(pipe)
         with operate(pipe, leapalign(2, 1)):
             operated = images(pipe)
         assert torch.equal(operated, plain)
         operated.square().sum().backward()
-        found.append([p.grad for p in pipe.transformer.parameters() if p.grad is not None])
-    assert len(found[0]) == len(found[1])
-    for a, b in zip(*found, strict=True):
+        gradients.append([p.grad for p in pipe.transformer.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1])
+    for a, b in zip(*gradients, strict=True):
         assert float((a - b).norm()) <= 1e-3 * float(a.norm())
     assert torch._dynamo.utils.counters["frames"]["ok"]  # something was compiled

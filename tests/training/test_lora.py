@@ -1,4 +1,4 @@
-"""What trains is what the recipe says; adapters are read back by a plain pipeline of diffusers."""
+"""The recipe's trainable parameters; adapters and transformers load into a plain pipeline of diffusers."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from trajsurgery.training.settings import Trained
 TARGETS = ("to_q", "to_out.0")
 
 
-def trained(module: torch.nn.Module) -> set[str]:
+def trainable_names(module: torch.nn.Module) -> set[str]:
     return {name for name, p in module.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_adapters_are_read_back_by_a_plain_pipeline(name: str, tmp_path: Path) -> None:
+def test_adapters_load_into_a_plain_pipeline(name: str, tmp_path: Path) -> None:
     small, plain = PIPELINES[name](steps=2), PIPELINES[name](steps=2)
     before = small(output_type="latent")[0]
     lora.set_trainable(small.pipe.transformer, Trained(what="lora", rank=3, targets=TARGETS))
     assert torch.equal(small(output_type="latent")[0], before)
-    assert trained(small.pipe.transformer)
-    assert all("lora_" in n for n in trained(small.pipe.transformer))
+    assert trainable_names(small.pipe.transformer)
+    assert all("lora_" in n for n in trainable_names(small.pipe.transformer))
     with torch.no_grad():
         for p in (p for p in small.pipe.transformer.parameters() if p.requires_grad):
             p.add_(0.3 * torch.randn_like(p))
@@ -44,29 +44,29 @@ def test_adapters_are_read_back_by_a_plain_pipeline(name: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_whole_transformers_are_read_back(name: str, tmp_path: Path) -> None:
+def test_transformers_load_into_a_plain_pipeline(name: str, tmp_path: Path) -> None:
     small, plain = PIPELINES[name](steps=2), PIPELINES[name](steps=2)
     with torch.no_grad():
         for p in small.pipe.transformer.parameters():
             p.mul_(0.9)
     lora.save_trained(small.pipe, Trained(), tmp_path)
     plain.pipe.transformer = type(small.pipe.transformer).from_pretrained(tmp_path)
-    # weights that were just loaded lie unaligned: the last bit may differ
+    # freshly loaded weights are unaligned in memory: the last bit may differ
     torch.testing.assert_close(plain(output_type="latent")[0], small(output_type="latent")[0])
 
 
-def test_a_pattern_names_what_trains() -> None:
+def test_a_pattern_selects_what_trains() -> None:
     module = PIPELINES["flux"]().pipe.transformer
     lora.set_trainable(module, Trained(pattern=r"single_.*attn\.to_[qkv]\."))
-    assert trained(module) == {
+    assert trainable_names(module) == {
         f"single_transformer_blocks.0.attn.to_{n}.{p}" for n in "qkv" for p in ("weight", "bias")
     }
     lora.set_trainable(module, Trained())
-    assert trained(module) == {name for name, _ in module.named_parameters()}
+    assert trainable_names(module) == {name for name, _ in module.named_parameters()}
 
 
 @pytest.mark.parametrize("wrong", [Trained(pattern="no such"), Trained(what="lora", targets=("q",))])
-def test_names_of_nothing_are_refused(wrong: Trained) -> None:
+def test_a_pattern_or_target_without_a_match_is_refused(wrong: Trained) -> None:
     with pytest.raises(RecipeError, match=r"They are like|There are"):
         lora.set_trainable(PIPELINES["flux"]().pipe.transformer, wrong)
 
@@ -79,19 +79,19 @@ def test_a_rank_is_at_least_one(rank: int) -> None:
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 @pytest.mark.parametrize("memory", ["retain", "staged", "split"])
-def test_a_run_trains_adapters_alone_under_autocast(memory: Any, tmp_path: Path) -> None:
+def test_a_run_trains_only_adapters_under_autocast(memory: Any, tmp_path: Path) -> None:
     short = toy_world.recipe(tmp_path / "run", iterations=3)
     rollout = replace(short.rollout, precision="bfloat16", memory=memory)
     recipe = replace(short, rollout=rollout, train=Trained(what="lora", rank=2, targets=TARGETS))
-    scene = toy_world.world(recipe)
-    own = {n: p.detach().clone() for n, p in scene.module.named_parameters() if not p.requires_grad}
-    assert main(recipe, scene) is not None
-    assert all(torch.equal(p, own[n]) for n, p in scene.module.named_parameters() if n in own)
-    assert {p.dtype for p in scene.module.parameters()} == {torch.float32}
+    world = toy_world.world(recipe)
+    frozen = {n: p.detach().clone() for n, p in world.module.named_parameters() if not p.requires_grad}
+    assert main(recipe, world) is not None
+    assert all(torch.equal(p, frozen[n]) for n, p in world.module.named_parameters() if n in frozen)
+    assert {p.dtype for p in world.module.parameters()} == {torch.float32}
     lines = [json.loads(line) for line in (recipe.output / "metrics.jsonl").read_text().splitlines()]
     assert all(line["grad_norm"] > 0 for line in lines if line["kind"] == "iteration")
     plain = toy_world.pipeline()
     plain.load_lora_weights(recipe.output / "transformer")
-    there = {n: p for n, p in plain.transformer.named_parameters() if "lora_B" in n}
-    assert there
-    assert all(p.abs().sum() > 0 for p in there.values())
+    adapters = {n: p for n, p in plain.transformer.named_parameters() if "lora_B" in n}
+    assert adapters
+    assert all(p.abs().sum() > 0 for p in adapters.values())

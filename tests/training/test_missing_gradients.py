@@ -1,4 +1,4 @@
-"""The gradient alarm: what got no gradient is named, once; what was not reached is None in every way of running."""
+"""Parameters without a gradient: a run names them once, and unreached ones get None in every memory mode."""
 
 from dataclasses import replace
 
@@ -21,10 +21,10 @@ PLAN = leapalign(6, 3, 0.3)
 IDLE_IN_SD3 = {
     f"model.transformer_blocks.1.attn.{n}" for n in ("add_q_proj.weight", "add_q_proj.bias", "norm_added_q.weight")
 }
-"""Its last block discards its text."""
+"""The last block discards its text output, so its text queries get no gradient."""
 
 
-def test_none_and_zeros_are_idle_and_nan_is_not():
+def test_none_and_zero_are_no_gradient_and_nan_is_one():
     named = {name: torch.zeros(2, requires_grad=True) for name in ("none", "zeros", "nan", "one", "frozen")}
     assert missing_gradients.without_gradient(named.items()) == [*named]
     named["frozen"].requires_grad_(False)
@@ -46,7 +46,7 @@ def test_the_idle_parameters_of_sd3_are_named(memory):
     assert all(name in missing_gradients.warning(names, 99) for name in names)
 
 
-def test_lora_that_starts_at_zero():
+def test_lora_a_matrices_have_no_gradient_in_the_first_iteration():
     field = adapted(start=True)
     p = problem(field, shape=(2, *field.shape))
     apply(PLAN, p.trajectory, field, "recompute").sum().backward()
@@ -56,40 +56,42 @@ def test_lora_that_starts_at_zero():
     assert "7 A matrices of LoRA: right in the first iteration" in missing_gradients.warning(names, 14)
 
 
-def test_long_lists_are_cut_and_lora_is_told_apart():
-    said = missing_gradients.warning([*(f"block.{i}" for i in range(20)), "to_q.lora_A.default.weight"], 50)
-    assert said.startswith("21 of 50 parameters that train got no gradient")
-    assert "block.7 and 12 more" in said
-    assert "block.8" not in said
-    assert "Also 1 A matrices of LoRA" in said
+def test_long_lists_are_shortened_and_lora_is_listed_apart():
+    warning = missing_gradients.warning([*(f"block.{i}" for i in range(20)), "to_q.lora_A.default.weight"], 50)
+    assert warning.startswith("21 of 50 parameters that train got no gradient")
+    assert "block.7 and 12 more" in warning
+    assert "block.8" not in warning
+    assert "Also 1 A matrices of LoRA" in warning
 
 
-def asleep(world):
-    """A parameter that trains and that nothing depends on."""
+def with_unused_parameter(world):
+    """Add a trainable parameter that nothing depends on."""
     world.module.register_parameter("asleep", torch.nn.Parameter(torch.ones(3)))
     return world
 
 
 @pytest.mark.parametrize("memory", ["retain", "staged", "split"])
-def test_a_run_looks_once_and_logs_what_is_idle(tmp_path, monkeypatch, memory):
+def test_a_run_checks_once_and_logs_idle_parameters(tmp_path, monkeypatch, memory):
     recipe = toy_world.recipe(tmp_path, iterations=3)
     recipe = replace(recipe, rollout=replace(recipe.rollout, memory=memory))
-    world, seen, looks = asleep(toy_world.world(recipe)), [], []
-    found = missing_gradients.without_gradient
-    monkeypatch.setattr(missing_gradients, "without_gradient", lambda named: looks.append(1) or found(named))
+    world, records, checks = with_unused_parameter(toy_world.world(recipe)), [], []
+    without_gradient = missing_gradients.without_gradient
+    monkeypatch.setattr(
+        missing_gradients, "without_gradient", lambda named: checks.append(1) or without_gradient(named)
+    )
     training = TrainingState.start(recipe, world.module)
-    assert train(recipe, world, training, seen.append)
-    assert [record.idle for record in seen] == [("asleep",), None, None]
-    assert len(looks) == 1
-    assert torch.equal(world.module.asleep, torch.ones(3)), "weight decay moved what no gradient reaches"
+    assert train(recipe, world, training, records.append)
+    assert [record.idle for record in records] == [("asleep",), None, None]
+    assert len(checks) == 1
+    assert torch.equal(world.module.asleep, torch.ones(3)), "weight decay changed a parameter without a gradient"
     other = TrainingState.start(recipe, world.module)
     other.restore(training.state())
     assert other.looked
 
 
-def test_a_closed_hinge_says_nothing_and_the_next_iteration_is_looked_at(tmp_path):
+def test_a_closed_hinge_postpones_the_check_to_the_next_iteration(tmp_path):
     recipe = toy_world.recipe(tmp_path)
-    world = asleep(toy_world.world(recipe))
+    world = with_unused_parameter(toy_world.world(recipe))
     training, embeddings = TrainingState.start(recipe, world.module), PromptCache(world.pipe, world.texts)
     assert training_step(recipe, world, embeddings, training, -5.0).idle is None
     assert training_step(recipe, world, embeddings, training, 0.9).idle == ("asleep",)
@@ -105,8 +107,8 @@ def test_zeros_everywhere_are_an_error(tmp_path):
         training_step(recipe, world, PromptCache(world.pipe, world.texts), training, 0.9)
 
 
-class Early(torch.nn.Module):
-    """A field one of whose parameters counts at high noise only."""
+class UsesParameterEarly(torch.nn.Module):
+    """A field with a parameter that it uses at high noise only."""
 
     def __init__(self):
         super().__init__()
@@ -117,13 +119,13 @@ class Early(torch.nn.Module):
         return torch.tanh(x * self.always) + (self.early * x.sin() if sigma > 0.6 else 0)
 
 
-def stepped(staged, noned=True):
+def three_steps(staged, cleared=True):
     """Three steps of AdamW with decay along plans of which only the first calls the field at high noise."""
-    field = Early()
+    field = UsesParameterEarly()
     optimiser = torch.optim.AdamW(field.parameters(), lr=0.1, weight_decay=0.5)
     for plan in (leapalign(8, 3), leapalign(3, 1), leapalign(2, 1)):
         p = problem(field)
-        if staged and noned:
+        if staged and cleared:
             with missing_gradients.clear_untouched_gradients(list(field.parameters())):
                 backward(plan, p.trajectory, field, torch.ones_like(p.noise))
         elif staged:
@@ -135,20 +137,20 @@ def stepped(staged, noned=True):
     return list(field.parameters())
 
 
-def test_decay_touches_the_same_parameters_in_every_way():
-    wanted = stepped(staged=False)
-    assert distance(stepped(staged=True), wanted) <= 1e-12
-    assert distance(stepped(staged=True, noned=False), wanted) > 1e-3  # zeros are decayed
+def test_weight_decay_changes_the_same_parameters_in_every_way():
+    expected = three_steps(staged=False)
+    assert distance(three_steps(staged=True), expected) <= 1e-12
+    assert distance(three_steps(staged=True, cleared=False), expected) > 1e-3  # weight decay applies to zero gradients
 
 
 @pytest.mark.parametrize("memory", ["recompute", "staged"])
-def test_a_run_with_a_parameter_that_some_iterations_do_not_reach(tmp_path, memory):
-    found = {}
-    for way in ("retain", memory):
+def test_memory_modes_agree_where_some_iterations_do_not_reach_a_parameter(tmp_path, memory):
+    weights = {}
+    for mode in ("retain", memory):
         recipe = toy_world.recipe(
             tmp_path, ReFL(last=3), optimiser=Optimiser(rate=1e-3, weight_decay=10.0), iterations=4
         )
-        recipe = replace(recipe, rollout=replace(recipe.rollout, memory=way))
+        recipe = replace(recipe, rollout=replace(recipe.rollout, memory=mode))
         world, reached = toy_world.world(recipe), []
         world.module.register_parameter("early", torch.nn.Parameter(torch.full((16,), 0.3)))
 
@@ -162,14 +164,14 @@ def test_a_run_with_a_parameter_that_some_iterations_do_not_reach(tmp_path, memo
         training = TrainingState.start(recipe, world.module)
         assert train(recipe, world, training, lambda record: None)
         assert True in reached
-        found[way] = [p.detach().clone() for p in training.parameters]
+        weights[mode] = [p.detach().clone() for p in training.parameters]
         steps = training.optimiser.state[world.module.early]["step"]
-        assert steps < 4, "every iteration reached it: this test shows nothing"
-    assert distance(found[memory], found["retain"]) < 1e-5
+        assert steps < 4, "every iteration reached the parameter, so this test checks nothing"
+    assert distance(weights[memory], weights["retain"]) < 1e-5
 
 
 class Ops(TorchDispatchMode):
-    """Counts the operations on tensors."""
+    """Counts operations on tensors."""
 
     count = 0
 
@@ -178,7 +180,7 @@ class Ops(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_looking_for_what_was_not_touched_is_no_work_for_the_device():
+def test_clearing_untouched_gradients_runs_no_tensor_operations():
     parameters = [torch.ones(2, requires_grad=True) for _ in range(3)]
     for p in parameters[:2]:
         p.grad = torch.zeros(2)

@@ -1,4 +1,4 @@
-"""Models from disk: round trips of Flux and SD3.5 with their tokenizers, runs from their folders, what is missing."""
+"""Model folders: saving and loading Flux and SD3.5 with their tokenizers, runs from a folder, missing parts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def medium() -> torch.nn.Module:
 
 @pytest.fixture(scope="module", params=["flux", "sd3"])
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    """A pipeline with tokenizers, and the folder that it was saved in."""
+    """A pipeline with tokenizers, and the folder that holds it."""
     torch.manual_seed(0)
     flux = tiny.pipeline()
     pipe = flux if request.param == "flux" else sd3.assemble_pipeline(WEIGHTS, flux.vae, _lively(medium()))
@@ -41,20 +41,20 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return pipe, path
 
 
-def test_a_pipeline_comes_back_from_its_folder(saved: tuple[Any, Path]) -> None:
+def test_a_pipeline_loads_from_its_folder(saved: tuple[Any, Path]) -> None:
     pipe, path = saved
     assert model_folder.missing_parts(path) == []
-    again = DiffusionPipeline.from_pretrained(path, local_files_only=True)
-    again.set_progress_bar_config(disable=True)
-    assert type(again) is type(pipe)
-    if isinstance(again.transformer, SD3Transformer2DModel):
-        assert again.transformer.config["qk_norm"] == "rms_norm"
-        assert [block.use_dual_attention for block in again.transformer.transformer_blocks] == [True, True, False]
+    loaded = DiffusionPipeline.from_pretrained(path, local_files_only=True)
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded) is type(pipe)
+    if isinstance(loaded.transformer, SD3Transformer2DModel):
+        assert loaded.transformer.config["qk_norm"] == "rms_norm"
+        assert [block.use_dual_attention for block in loaded.transformer.transformer_blocks] == [True, True, False]
     for name in (n for n in pipe.components if "tokenizer" in n):
         texts = ["a red circle", "two blue squares left of a triangle"]
-        assert getattr(again, name)(texts)["input_ids"] == getattr(pipe, name)(texts)["input_ids"]
-    images = [p("a red circle", **LONG, generator=torch.Generator().manual_seed(1))[0] for p in (pipe, again)]
-    # weights that were just loaded lie unaligned: the last bit may differ
+        assert getattr(loaded, name)(texts)["input_ids"] == getattr(pipe, name)(texts)["input_ids"]
+    images = [p("a red circle", **LONG, generator=torch.Generator().manual_seed(1))[0] for p in (pipe, loaded)]
+    # freshly loaded weights are unaligned in memory: the last bit may differ
     torch.testing.assert_close(images[0], images[1], atol=1e-4, rtol=1e-4)
 
 
@@ -71,18 +71,18 @@ def test_a_recipe_runs_from_a_folder(saved: tuple[Any, Path], tmp_path: Path) ->
         rollout=replace(short.rollout, size=32, steps=3, batch=2),
         evaluation=replace(short.evaluation, images=2, steps=2, metrics=()),
     )
-    found = main(recipe)
-    assert found is not None
+    result = main(recipe)
+    assert result is not None
     assert (recipe.output / "transformer" / "config.json").is_file()
 
 
-def spoilt(path: Path, part: str) -> None:
-    """Removes a part, or a file of one."""
+def remove_part(path: Path, part: str) -> None:
+    """Remove a part of a pipeline, or one file of it."""
     shutil.rmtree(path / part) if (path / part).is_dir() else (path / part).unlink()
 
 
 @pytest.mark.parametrize(
-    "part, said",
+    "part, message",
     [
         ("tokenizer", r"tokenizer/ \(CLIPTokenizer\): no such folder"),
         ("tokenizer_2/tokenizer.json", r"tokenizer_2/ .*no vocabulary"),
@@ -93,26 +93,26 @@ def spoilt(path: Path, part: str) -> None:
         ("model_index.json", r"without model_index\.json"),
     ],
 )
-def test_what_a_folder_lacks_is_said_before_anything_is_loaded(part: str, said: str, tmp_path: Path) -> None:
+def test_a_missing_part_is_reported_before_loading(part: str, message: str, tmp_path: Path) -> None:
     shutil.copytree(WEIGHTS, tmp_path / "model")
-    spoilt(tmp_path / "model", part)
+    remove_part(tmp_path / "model", part)
     name = str(tmp_path / "model")
-    for ask in (
+    for check in (
         lambda: preflight.check_recipe(replace(toy_world.recipe(tmp_path), model=name)),
         lambda: components.load_pipeline(name),
     ):
-        with pytest.raises(RecipeError, match=said):
-            ask()
+        with pytest.raises(RecipeError, match=message):
+            check()
 
 
-def test_a_folder_that_is_not_there_is_no_hub_id(tmp_path: Path) -> None:
+def test_a_missing_folder_is_not_taken_for_a_hub_id(tmp_path: Path) -> None:
     for model in (str(tmp_path / "nowhere"), "./nowhere"):
-        said = model_folder.model_problem(model)
-        assert said is not None
-        assert f"there is no folder {model}" in said
-        assert "hf download" not in said
+        problem = model_folder.model_problem(model)
+        assert problem is not None
+        assert f"there is no folder {model}" in problem
+        assert "hf download" not in problem
 
 
-def test_a_hub_id_that_is_not_cached_says_how_to_fetch_it(tmp_path: Path) -> None:
+def test_an_uncached_hub_id_is_refused_with_the_download_command(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"nothing is fetched here.*hf download nobody/nothing"):
         components.load_pipeline("nobody/nothing")

@@ -1,4 +1,4 @@
-"""The loss: hinge, similarity weights, sums over outputs; the reward's graph is gone before the model's backward."""
+"""The loss: hinge, similarity weights, sums over outputs; the reward's graph is freed before the model's backward."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from trajsurgery.training.objective import (
 )
 
 
-def test_the_hinge_closes() -> None:
+def test_the_hinge_is_zero_above_the_threshold() -> None:
     scores = torch.tensor([0.2, 0.5, 0.9], requires_grad=True)
-    found = hinge(scores, 0.5)
-    torch.testing.assert_close(found, torch.tensor([0.3, 0.0, 0.0]))
-    (gradient,) = torch.autograd.grad(found.sum(), scores)
+    losses = hinge(scores, 0.5)
+    torch.testing.assert_close(losses, torch.tensor([0.3, 0.0, 0.0]))
+    (gradient,) = torch.autograd.grad(losses.sum(), scores)
     assert gradient[0] == -1
     assert gradient[2] == 0
 
 
 def test_outputs_are_summed_and_the_batch_averaged() -> None:
     w = torch.tensor([2.0, 4.0])
-    found = loss([torch.tensor([0.0, 0.5]), torch.tensor([1.0, 3.0])], w, threshold=2.0)
-    assert float(found) == pytest.approx((2 * 2.0 + 4 * 1.5) / 2 + (2 * 1.0 + 0) / 2)
+    value = loss([torch.tensor([0.0, 0.5]), torch.tensor([1.0, 3.0])], w, threshold=2.0)
+    assert float(value) == pytest.approx((2 * 2.0 + 4 * 1.5) / 2 + (2 * 1.0 + 0) / 2)
 
 
 def test_weights_are_constants() -> None:
@@ -48,34 +48,36 @@ def test_weights_are_constants() -> None:
     assert torch.autograd.grad(loss([scores], w, 1.0), [scores, w], allow_unused=True)[1] is None
 
 
-def weighed(p: Problem, plan: Plan, where: Any = "all", tau: float = 0.1) -> Weights:
+def similarity_weights(p: Problem, plan: Plan, where: Any = "all", tau: float = 0.1) -> Weights:
     return weights(plan, p.trajectory, distances(plan, p.trajectory, p.field), where, tau)
 
 
 @pytest.mark.parametrize("tau", [1e-6, 0.1, 10.0])
-def test_leapalign_is_weighed_as_eq_12_says(rolled: Problem, tau: float) -> None:
+def test_the_weights_of_leapalign_are_eq_12(rolled: Problem, tau: float) -> None:
     k, j, x, sigma = 6, 3, rolled.trajectory, rolled.trajectory.sigma
     d_j = (x[j] - (x[k] - (sigma(k) - sigma(j)) * x.velocity(k))).abs().mean(1)
     d_0 = (x[0] - (x[j] - sigma(j) * x.velocity(j))).abs().mean(1)
-    found = weighed(rolled, leapalign(k, j), tau=tau)
-    torch.testing.assert_close(found.w, 1 / (d_j.clamp(min=tau) + d_0.clamp(min=tau)))
-    assert float(found.clamped) == pytest.approx(float((torch.stack([d_j, d_0]) <= tau).double().mean()))
+    measured = similarity_weights(rolled, leapalign(k, j), tau=tau)
+    torch.testing.assert_close(measured.w, 1 / (d_j.clamp(min=tau) + d_0.clamp(min=tau)))
+    assert float(measured.clamped) == pytest.approx(float((torch.stack([d_j, d_0]) <= tau).double().mean()))
 
 
-def test_where_it_is_measured_can_be_chosen(rolled: Problem) -> None:
+def test_the_times_of_the_weights_can_be_chosen(rolled: Problem) -> None:
     plan, tau = leapalign(6, 3), 1e-6
     d = distances(plan, rolled.trajectory, rolled.field)
-    torch.testing.assert_close(weighed(rolled, plan, (0,), tau).w, 1 / d[0])
-    torch.testing.assert_close(weighed(rolled, plan, "j", tau).w, 1 / d[3])
-    torch.testing.assert_close(weighed(rolled, plan, (3, 0), tau).w, weighed(rolled, plan, "all", tau).w)
-    assert torch.equal(weighed(rolled, plan, "none", tau).w, torch.ones(3))
-    assert torch.equal(weighed(rolled, plan, (5,), tau).w, torch.ones(3))
+    torch.testing.assert_close(similarity_weights(rolled, plan, (0,), tau).w, 1 / d[0])
+    torch.testing.assert_close(similarity_weights(rolled, plan, "j", tau).w, 1 / d[3])
+    torch.testing.assert_close(
+        similarity_weights(rolled, plan, (3, 0), tau).w, similarity_weights(rolled, plan, "all", tau).w
+    )
+    assert torch.equal(similarity_weights(rolled, plan, "none", tau).w, torch.ones(3))
+    assert torch.equal(similarity_weights(rolled, plan, (5,), tau).w, torch.ones(3))
 
 
-def test_it_does_not_depend_on_what_the_reward_sees(rolled: Problem) -> None:
-    """Fig. 4c: the reward on x^_0|j with weights of d_j and d_0."""
+def test_weights_do_not_depend_on_the_reward_s_input(rolled: Problem) -> None:
+    """Fig. 4c: the reward is of x^_0|j, the weights are of d_j and d_0."""
     unconnected = Plan(latent(6).leap(3).connect().leap(0, discount=0.3))
-    assert torch.equal(weighed(rolled, unconnected).w, weighed(rolled, leapalign(6, 3)).w)
+    assert torch.equal(similarity_weights(rolled, unconnected).w, similarity_weights(rolled, leapalign(6, 3)).w)
 
 
 @pytest.mark.parametrize(
@@ -93,21 +95,21 @@ def test_it_does_not_depend_on_what_the_reward_sees(rolled: Problem) -> None:
         (draft_lv(1), (0,)),
     ],
 )
-def test_the_samplers_own_steps_do_not_count(rolled: Problem, plan: Plan, times: tuple[int, ...]) -> None:
+def test_steps_of_the_sampler_are_not_measured(rolled: Problem, plan: Plan, times: tuple[int, ...]) -> None:
     assert landings(plan, rolled.trajectory) == times
 
 
 def test_without_a_leap_to_measure_the_weight_is_one(rolled: Problem) -> None:
-    assert torch.equal(weighed(rolled, leapalign(2, 1)).w, torch.ones(3))
-    assert float(weighed(rolled, leapalign(2, 1)).clamped) == 0
+    assert torch.equal(similarity_weights(rolled, leapalign(2, 1)).w, torch.ones(3))
+    assert float(similarity_weights(rolled, leapalign(2, 1)).clamped) == 0
 
 
-def test_each_method_says_where() -> None:
-    said = {method.__name__: method.weights_at for method in (LeapAlign, DRTune, ReFL, DRaFTLV)}
-    assert said == {"LeapAlign": "all", "DRTune": "none", "ReFL": "none", "DRaFTLV": "none"}
+def test_each_method_has_default_times() -> None:
+    defaults = {method.__name__: method.weights_at for method in (LeapAlign, DRTune, ReFL, DRaFTLV)}
+    assert defaults == {"LeapAlign": "all", "DRTune": "none", "ReFL": "none", "DRaFTLV": "none"}
 
 
-def test_a_word_that_is_none_is_refused() -> None:
+def test_an_unknown_word_is_refused() -> None:
     with pytest.raises(RecipeError, match='"all", "none", "j"'):
         measured_landings("k", (3, 0))  # pyright: ignore[reportArgumentType]
 
@@ -121,7 +123,7 @@ def test_numbers_out_of_range_are_refused(wrong: dict[str, float]) -> None:
 
 
 def algorithm_1(p: Problem, k: int, j: int, alpha: float, tau: float, lambda_: float) -> list[Tensor]:
-    """LeapAlign's gradient, from Algorithm 1 and Eq. 11-13 as a plain loop."""
+    """LeapAlign's gradient as a plain loop, from Algorithm 1 and Eq. 11-13."""
     x, saved = p.noise.detach(), {}
     steps = len(p.sigmas) - 1
     prediction = start = torch.zeros(())
@@ -148,23 +150,23 @@ def algorithm_1(p: Problem, k: int, j: int, alpha: float, tau: float, lambda_: f
 @pytest.mark.parametrize("memory", ["retain", "recompute", "staged"])
 def test_the_whole_gradient_is_that_of_algorithm_1(mlp: MLP, memory: Any) -> None:
     p, plan = problem(mlp), leapalign(6, 3, 0.3)
-    wanted = algorithm_1(p, 6, 3, 0.3, tau=0.05, lambda_=2.0)
-    found = apply(plan, p.trajectory, p.field, "retain" if memory == "staged" else memory)
-    assert isinstance(found, Tensor)
+    expected = algorithm_1(p, 6, 3, 0.3, tau=0.05, lambda_=2.0)
+    output = apply(plan, p.trajectory, p.field, "retain" if memory == "staged" else memory)
+    assert isinstance(output, Tensor)
     if memory == "staged":
-        found = found.detach().requires_grad_()
-    value = loss([found.sin().sum(1)], weighed(p, plan, tau=0.05).w, 2.0)
-    pulled = cotangents(value, (found,))
+        output = output.detach().requires_grad_()
+    value = loss([output.sin().sum(1)], similarity_weights(p, plan, tau=0.05).w, 2.0)
+    cotangent = cotangents(value, (output,))
     if memory == "staged":
-        backward(plan, p.trajectory, p.field, pulled)
-        got = [parameter.grad for parameter in p.params]
+        backward(plan, p.trajectory, p.field, cotangent)
+        gradients = [parameter.grad for parameter in p.params]
     else:
-        got = list(torch.autograd.grad(found, p.params, pulled))
-    assert distance([g for g in got if g is not None], wanted) < EXACT
+        gradients = list(torch.autograd.grad(output, p.params, cotangent))
+    assert distance([g for g in gradients if g is not None], expected) < EXACT
 
 
-class Kept(torch.autograd.Function):
-    """The identity; keeps an activation, as a reward model does."""
+class SavesActivation(torch.autograd.Function):
+    """The identity; saves an activation for its backward pass, as a reward model does."""
 
     alive: weakref.ref[Tensor]
 
@@ -172,7 +174,7 @@ class Kept(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         activation = x.clone()
         ctx.save_for_backward(activation)
-        Kept.alive = weakref.ref(activation)
+        SavesActivation.alive = weakref.ref(activation)
         return x.clone()
 
     @staticmethod
@@ -180,27 +182,27 @@ class Kept(torch.autograd.Function):
         return grad + 0 * ctx.saved_tensors[0]
 
 
-def test_the_rewards_graph_is_gone_before_the_model_is_differentiated(rolled: Problem) -> None:
-    seen: list[bool] = []
+def test_the_reward_s_graph_is_freed_before_the_model_s_backward_pass(rolled: Problem) -> None:
+    activation_alive: list[bool] = []
     plan = leapalign(6, 3)
 
     def field(x: Tensor, sigma: Tensor) -> Tensor:
         v = rolled.field(x, sigma)
         if v.requires_grad:
-            v.register_hook(lambda grad: seen.append(Kept.alive() is not None))
+            v.register_hook(lambda grad: activation_alive.append(SavesActivation.alive() is not None))
         return v
 
-    found = apply(plan, rolled.trajectory, field, "recompute", params=rolled.params)
-    value = loss([Kept.apply(found).sum(1)], torch.ones(3), 100.0)
-    assert Kept.alive() is not None
-    pulled = cotangents(value, (found,))
-    torch.autograd.backward([found], list(pulled))
-    assert seen
-    assert not any(seen)
+    output = apply(plan, rolled.trajectory, field, "recompute", params=rolled.params)
+    value = loss([SavesActivation.apply(output).sum(1)], torch.ones(3), 100.0)
+    assert SavesActivation.alive() is not None
+    cotangent = cotangents(value, (output,))
+    torch.autograd.backward([output], list(cotangent))
+    assert activation_alive
+    assert not any(activation_alive)
 
 
-def test_a_reward_that_detaches_is_named(rolled: Problem) -> None:
-    found = apply(leapalign(6, 3), rolled.trajectory, rolled.field)
-    assert isinstance(found, Tensor)
+def test_a_reward_that_detaches_is_an_error(rolled: Problem) -> None:
+    output = apply(leapalign(6, 3), rolled.trajectory, rolled.field)
+    assert isinstance(output, Tensor)
     with pytest.raises(RecipeError, match="carry no gradient"):
-        cotangents(loss([found.detach().sum(1)], torch.ones(3), 1.0), (found,))
+        cotangents(loss([output.detach().sum(1)], torch.ones(3), 1.0), (output,))

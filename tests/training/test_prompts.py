@@ -1,10 +1,9 @@
-"""Prompt sets are read as they are written by whoever published them; what is none of them is named."""
+"""Prompt sets are read in the formats that they are published in; other content is refused with its place."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,8 @@ GENEVAL = [
 ]
 
 
-def written(path: Path, value: Any) -> Path:
-    """A JSON or JSONL file."""
+def write_json(path: Path, value: Any) -> Path:
+    """Write a JSON or JSONL file and return its path."""
     text = "\n".join(map(json.dumps, value)) + "\n" if path.suffix == ".jsonl" else json.dumps(value)
     path.write_text(text)
     return path
@@ -33,7 +32,7 @@ def pairs(path: Path) -> list[tuple[str, str]]:
     return [(prompt.text, prompt.category) for prompt in read_prompts(path)]
 
 
-def test_text_is_a_prompt_a_line_and_stays_what_it_was(tmp_path: Path) -> None:
+def test_text_files_hold_a_prompt_a_line(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("  a cat \n\n a dog\na cat\n")
     assert pairs(tmp_path / "p.txt") == [("a cat", "all"), ("a dog", "all"), ("a cat", "all")]
     (tmp_path / "prompts").write_text('{"prompt": "not read as JSON"}\n')
@@ -42,7 +41,7 @@ def test_text_is_a_prompt_a_line_and_stays_what_it_was(tmp_path: Path) -> None:
 
 def test_jsonl_of_strings_and_objects(tmp_path: Path) -> None:
     rows = ["a cat", {"text": " a dog "}, {"Caption": "a cow", "Category": "farm"}, {"prompt": "x\u2028y", "style": 3}]
-    assert pairs(written(tmp_path / "p.jsonl", rows)) == [
+    assert pairs(write_json(tmp_path / "p.jsonl", rows)) == [
         ("a cat", "all"),
         ("a dog", "all"),
         ("a cow", "farm"),
@@ -53,32 +52,32 @@ def test_jsonl_of_strings_and_objects(tmp_path: Path) -> None:
 
 
 def test_geneval_keeps_the_rows_that_its_evaluator_reads(tmp_path: Path) -> None:
-    found = read_prompts(written(tmp_path / "evaluation_metadata.jsonl", GENEVAL))
-    assert found == (Prompt("a photo of a bench", "single_object"), Prompt("a photo of two cows", "counting"))
-    assert [prompt.record for prompt in found] == GENEVAL
+    read = read_prompts(write_json(tmp_path / "evaluation_metadata.jsonl", GENEVAL))
+    assert read == (Prompt("a photo of a bench", "single_object"), Prompt("a photo of two cows", "counting"))
+    assert [prompt.record for prompt in read] == GENEVAL
 
 
 def test_hpdv2(tmp_path: Path) -> None:
-    """The benchmark's styles: files, their folder, what hpsv2.benchmark_prompts('all') gives. The pairs."""
+    """The benchmark's styles as files, as a folder, and as hpsv2.benchmark_prompts('all'); the training pairs."""
     styles = {"anime": ["a knight", "a fox"], "photo": ["a street"]}
     for style, rows in styles.items():
-        written(tmp_path / f"{style}.json", rows)
+        write_json(tmp_path / f"{style}.json", rows)
     (tmp_path / "benchmark_imgs").mkdir()
-    wanted = [("a knight", "anime"), ("a fox", "anime"), ("a street", "photo")]
-    assert pairs(tmp_path / "anime.json") == wanted[:2]
-    assert pairs(tmp_path) == wanted
-    assert pairs(written(tmp_path / "all.json", styles)) == wanted
+    expected = [("a knight", "anime"), ("a fox", "anime"), ("a street", "photo")]
+    assert pairs(tmp_path / "anime.json") == expected[:2]
+    assert pairs(tmp_path) == expected
+    assert pairs(write_json(tmp_path / "all.json", styles)) == expected
     train = [
         {"human_preference": [1, 0], "prompt": "a hat", "file_path": ["1.jpg", "2.jpg"]},
         {"human_preference": [0, 1], "prompt": "a hat", "file_path": ["1.jpg", "3.jpg"]},
         {"prompt": "a boat", "image_path": ["4.jpg"], "rank": [0], "raw_annotations": []},
     ]
-    assert pairs(written(tmp_path / "train.json", train)) == [("a hat", "train"), ("a boat", "train")]
+    assert pairs(write_json(tmp_path / "train.json", train)) == [("a hat", "train"), ("a boat", "train")]
 
 
 def test_mjhq(tmp_path: Path) -> None:
     rows = {"12ab": {"category": "plants", "prompt": "a garden "}, "9c": {"category": "food", "prompt": "a cake"}}
-    assert pairs(written(tmp_path / "meta_data.json", rows)) == [("a garden", "plants"), ("a cake", "food")]
+    assert pairs(write_json(tmp_path / "meta_data.json", rows)) == [("a garden", "plants"), ("a cake", "food")]
 
 
 def test_parquet(tmp_path: Path) -> None:
@@ -87,9 +86,9 @@ def test_parquet(tmp_path: Path) -> None:
 
     columns = {"Prompt": ["a cat", "a dog"], "Category": ["animals", None], "image": [b"\xff\xd8", b"\xff\xd8"]}
     parquet.write_table(pyarrow.table(columns), tmp_path / "p.parquet")
-    found = read_prompts(tmp_path / "p.parquet")
-    assert found == (Prompt("a cat", "animals"), Prompt("a dog", "all"))
-    assert found[0].record == {"Prompt": "a cat", "Category": "animals"}, "pictures are not read"
+    read = read_prompts(tmp_path / "p.parquet")
+    assert read == (Prompt("a cat", "animals"), Prompt("a dog", "all"))
+    assert read[0].record == {"Prompt": "a cat", "Category": "animals"}, "pictures are not read"
     parquet.write_table(pyarrow.table({"image": [b"x"], "label": [1]}), tmp_path / "q.parquet")
     with pytest.raises(RecipeError, match="no column prompt, text, caption; it has image, label"):
         read_prompts(tmp_path / "q.parquet")
@@ -98,16 +97,19 @@ def test_parquet(tmp_path: Path) -> None:
         read_prompts(tmp_path / "r.parquet")
 
 
-def test_without_pyarrow_the_repair_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pyarrow_the_error_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "p.parquet").write_bytes(b"PAR1")
-    found: Callable[[str], ModuleSpec | None] = lambda name: None if name == "pyarrow" else sys.modules[name].__spec__  # noqa: E731
-    monkeypatch.setattr(prompts, "find_spec", found)
+
+    def without_pyarrow(name: str) -> ModuleSpec | None:
+        return None if name == "pyarrow" else sys.modules[name].__spec__
+
+    monkeypatch.setattr(prompts, "find_spec", without_pyarrow)
     with pytest.raises(RecipeError, match=r"pip install 'trajsurgery\[parquet\]'"):
         read_prompts(tmp_path / "p.parquet")
 
 
 @pytest.mark.parametrize(
-    "name, text, said",
+    "name, text, message",
     [
         ("p.txt", "\n \n", "holds no prompt"),
         ("p.txt", b"\xff\xfe\x00", "no text in UTF-8"),
@@ -121,26 +123,28 @@ def test_without_pyarrow_the_repair_is_said(tmp_path: Path, monkeypatch: pytest.
         ("p.json", "[]", "holds no prompt"),
     ],
 )
-def test_what_is_no_prompt_is_named_with_its_place(tmp_path: Path, name: str, text: str | bytes, said: str) -> None:
+def test_a_row_without_a_prompt_is_refused_with_its_place(
+    tmp_path: Path, name: str, text: str | bytes, message: str
+) -> None:
     (tmp_path / name).write_bytes(text.encode() if isinstance(text, str) else text)
-    with pytest.raises(RecipeError, match=said) as found:
+    with pytest.raises(RecipeError, match=message) as error:
         read_prompts(tmp_path / name)
-    assert name in str(found.value)
+    assert name in str(error.value)
 
 
-def test_what_is_not_there_is_named(tmp_path: Path) -> None:
+def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"there is no file .*gone\.txt.*\.parquet"):
         read_prompts(tmp_path / "gone.txt")
     with pytest.raises(RecipeError, match="a folder without prompts"):
         read_prompts(tmp_path)
 
 
-def test_a_recipe_takes_them_all_and_says_what_is_wrong_at_once(tmp_path: Path) -> None:
-    rows = str(written(tmp_path / "evaluation_metadata.jsonl", GENEVAL))
+def test_all_wrong_prompt_sets_of_a_recipe_are_reported_at_once(tmp_path: Path) -> None:
+    rows = str(write_json(tmp_path / "evaluation_metadata.jsonl", GENEVAL))
     preflight.check_recipe(Recipe(method=LeapAlign(), prompts=rows, heldout=rows))
-    bad = str(written(tmp_path / "bad.json", [7]))
-    with pytest.raises(RecipeError) as found:
+    bad = str(write_json(tmp_path / "bad.json", [7]))
+    with pytest.raises(RecipeError) as error:
         preflight.check_recipe(Recipe(prompts=bad, heldout=str(tmp_path / "gone")))
-    assert "no training prompts" in str(found.value)
-    assert "row 0 is 7" in str(found.value)
-    assert "no held-out prompts" in str(found.value)
+    assert "no training prompts" in str(error.value)
+    assert "row 0 is 7" in str(error.value)
+    assert "no held-out prompts" in str(error.value)

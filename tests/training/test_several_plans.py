@@ -1,4 +1,4 @@
-"""Several plans on one rollout: the gradient is the mean of theirs, and the rollout is made once."""
+"""Several plans on one rollout: the gradient is their mean, and the rollout is computed once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from tests.builders import toy_world
 from tests.builders.problems import distance
-from tests.training.test_training_loop import gradient, ran
+from tests.training.test_training_loop import gradient, run_loop
 from trajsurgery import DRTune, FlowBPLagrange, LeapAlign, Plan, ReFL, leapalign
 from trajsurgery.training.preflight import check_recipe
 from trajsurgery.training.recipe import RecipeError
@@ -20,8 +20,8 @@ PLANS = (leapalign(4, 1, 0.3), leapalign(3, 2, 0.3), leapalign(5, 3, 0.3))
 
 
 @dataclass(frozen=True)
-class Given:
-    """Draws these plans in turn."""
+class FixedPlans:
+    """A method that returns these plans in turn."""
 
     plans: tuple[Plan, ...]
     turns: count
@@ -35,23 +35,23 @@ class Given:
 @pytest.mark.parametrize("memory", ["retain", "recompute", "staged", "split"])
 def test_the_gradient_is_the_mean_of_the_plans(memory: str, tmp_path: Path) -> None:
     recipe = toy_world.recipe(tmp_path)
-    alone = [gradient(recipe, Given((plan,), count())) for plan in PLANS]
-    wanted = [torch.stack(parts).mean(0) for parts in zip(*alone, strict=True)]
-    found = gradient(recipe, Given(PLANS, count()), plans=3, memory=memory)
-    assert distance(found, wanted) < 1e-5
-    assert min(distance(one, wanted) for one in alone) > 1e-2
-    assert distance(gradient(recipe, Given(PLANS, count()), plans=3, memory=memory, at_once=3), wanted) < 1e-5
+    single = [gradient(recipe, FixedPlans((plan,), count())) for plan in PLANS]
+    expected = [torch.stack(parts).mean(0) for parts in zip(*single, strict=True)]
+    combined = gradient(recipe, FixedPlans(PLANS, count()), plans=3, memory=memory)
+    assert distance(combined, expected) < 1e-5
+    assert min(distance(one, expected) for one in single) > 1e-2
+    assert distance(gradient(recipe, FixedPlans(PLANS, count()), plans=3, memory=memory, at_once=3), expected) < 1e-5
 
 
 @pytest.mark.parametrize("method", [LeapAlign(), FlowBPLagrange(), DRTune(last=3, connected=True)], ids=str)
-def test_methods_learn_by_several_plans(method: object, tmp_path: Path) -> None:
+def test_methods_learn_with_several_plans(method: object, tmp_path: Path) -> None:
     recipe = toy_world.recipe(tmp_path, method)
-    _, seen = ran(replace(recipe, rollout=replace(recipe.rollout, plans=2)))
-    assert seen[-1].reward > seen[0].reward + 0.03
-    assert all(record.weight > 0 and record.loss > 0 for record in seen)
+    _, records = run_loop(replace(recipe, rollout=replace(recipe.rollout, plans=2)))
+    assert records[-1].reward > records[0].reward + 0.03
+    assert all(record.weight > 0 and record.loss > 0 for record in records)
 
 
-def test_the_rollout_and_the_decode_are_made_once(tmp_path: Path) -> None:
+def test_the_rollout_and_the_decoding_run_once(tmp_path: Path) -> None:
     recipe = toy_world.recipe(tmp_path, iterations=1)
     recipe = replace(recipe, rollout=replace(recipe.rollout, plans=4))
     world = toy_world.world(recipe)
@@ -62,7 +62,7 @@ def test_the_rollout_and_the_decode_are_made_once(tmp_path: Path) -> None:
 
     world.pipe.transformer.register_forward_pre_hook(counting("transformer"))
     world.pipe.vae.decoder.register_forward_pre_hook(counting("decoder"))
-    ran(recipe, world)
+    run_loop(recipe, world)
     assert calls == {"transformer": 5 + 4 * 2, "decoder": 1}
 
 

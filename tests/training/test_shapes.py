@@ -1,4 +1,4 @@
-"""Images that are not square, batches, several images a prompt: under `operate` and in a run."""
+"""Non-square images, batches, several images a prompt: under `operate` and in a run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PLAN = leapalign(5, 2, 0.3)
 
 
 def embedded(name: str) -> Small:
-    """A pipeline of the embedded world in float64, prompts of unequal length, two images of each."""
+    """A tiny pipeline in float64 with prompts of different lengths, two images of each."""
     pipe = tiny.pipeline(name).to(torch.float64)
     pipe.set_progress_bar_config(disable=True)
     call = {"height": 32, "width": 32, "num_inference_steps": 6, "guidance_scale": 3.5, "output_type": "pt"}
@@ -36,7 +36,7 @@ SHAPES = {"flux": {"height": 16, "width": 24}, "sd3": {"height": 24, "width": 16
 
 
 @pytest.mark.parametrize("name", BUILT)
-def test_operate_in_every_way_of_running(name: str) -> None:
+def test_operate_agrees_in_every_way_of_running(name: str) -> None:
     torch.set_num_threads(1)
     small = BUILT[name](torch.float64)
     shape = SHAPES.get(name, {"num_images_per_prompt": 2})
@@ -50,37 +50,37 @@ def test_operate_in_every_way_of_running(name: str) -> None:
     (output,) = surgery.outputs
     cotangent = torch.randn(output.shape, dtype=output.dtype, generator=torch.Generator().manual_seed(1))
 
-    def whole(found: Sequence[Tensor | None]) -> list[Tensor]:
-        return [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]
+    def with_zeros(gradients: Sequence[Tensor | None]) -> list[Tensor]:
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(params, gradients, strict=True)]
 
-    wanted = whole(torch.autograd.grad(output, params, cotangent, retain_graph=True, allow_unused=True))
-    assert gap(PLAN.gradient().evaluate(surgery.trajectory, surgery.field, cotangent), wanted) < STOCK
-    again = apply(PLAN, surgery.trajectory, surgery.field, memory="recompute")
-    assert isinstance(again, Tensor)
-    assert gap(whole(torch.autograd.grad(again, params, cotangent, allow_unused=True)), wanted) < STOCK
+    expected = with_zeros(torch.autograd.grad(output, params, cotangent, retain_graph=True, allow_unused=True))
+    assert gap(PLAN.gradient().evaluate(surgery.trajectory, surgery.field, cotangent), expected) < STOCK
+    recomputed = apply(PLAN, surgery.trajectory, surgery.field, memory="recompute")
+    assert isinstance(recomputed, Tensor)
+    assert gap(with_zeros(torch.autograd.grad(recomputed, params, cotangent, allow_unused=True)), expected) < STOCK
     small.pipe.transformer.zero_grad(set_to_none=True)
     backward(PLAN, surgery.trajectory, surgery.field, cotangent)
-    assert gap(whole([p.grad for p in params]), wanted) < STOCK
+    assert gap(with_zeros([p.grad for p in params]), expected) < STOCK
 
 
 @pytest.mark.parametrize("memory", ["retain", "recompute", "staged", "split"])
-def test_a_run_of_wide_images_several_a_prompt(memory: Any, tmp_path: Path) -> None:
-    short: Recipe = toy_world.recipe(tmp_path, iterations=1)
-    short = replace(short, rollout=replace(short.rollout, width=24, per_prompt=2, memory=memory))
-    scene, seen = toy_world.world(short), list[tuple[tuple[int, ...], list[int]]]()
+def test_a_run_with_wide_images_and_several_a_prompt(memory: Any, tmp_path: Path) -> None:
+    recipe: Recipe = toy_world.recipe(tmp_path, iterations=1)
+    recipe = replace(recipe, rollout=replace(recipe.rollout, width=24, per_prompt=2, memory=memory))
+    world, batches = toy_world.world(recipe), list[tuple[tuple[int, ...], list[int]]]()
 
-    class Watching(toy_world.LikesRed):
+    class RecordingReward(toy_world.LikesRed):
         def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-            seen.append((tuple(images.shape[-2:]), sorted(Counter(prompts).values())))
+            batches.append((tuple(images.shape[-2:]), sorted(Counter(prompts).values())))
             return super().__call__(images, prompts)
 
-    assert train_command.main(short, replace(scene, reward=Watching())) is not None
-    assert {size for size, _ in seen} == {(16, 24)}
-    training = [counts for _, counts in seen if sum(counts) == 4 and all(count % 2 == 0 for count in counts)]
+    assert train_command.main(recipe, replace(world, reward=RecordingReward())) is not None
+    assert {size for size, _ in batches} == {(16, 24)}
+    training = [counts for _, counts in batches if sum(counts) == 4 and all(count % 2 == 0 for count in counts)]
     assert training
     assert (tmp_path / "samples.png").is_file()
 
 
-def test_images_a_prompt_divide_the_batch(tmp_path: Path) -> None:
+def test_images_per_prompt_must_divide_the_batch(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="per_prompt"):
         toy_world.recipe(tmp_path, rollout=replace(toy_world.recipe(tmp_path).rollout, per_prompt=3))

@@ -1,4 +1,4 @@
-"""The loop on a small real FluxPipeline: every method learns, all ways agree, what is not finite is skipped."""
+"""The training loop on a small FluxPipeline: methods learn, memory modes agree, non-finite steps are skipped."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ METHODS: dict[str, Method] = {
 }
 
 
-def ran(recipe: Recipe, world: RunComponents | None = None) -> tuple[TrainingState, list[StepRecord]]:
-    """A run of the loop alone."""
-    world, seen = world or toy_world.world(recipe), list[StepRecord]()
+def run_loop(recipe: Recipe, world: RunComponents | None = None) -> tuple[TrainingState, list[StepRecord]]:
+    """Run the training loop alone."""
+    world, records = world or toy_world.world(recipe), list[StepRecord]()
     training = TrainingState.start(recipe, world.module)
-    assert train(recipe, world, training, seen.append)
-    return training, seen
+    assert train(recipe, world, training, records.append)
+    return training, records
 
 
 def gradient(recipe: Recipe, method: Method, **rollout: Any) -> list[Tensor]:
-    """The gradient of the first iteration, unclipped, its step not taken."""
+    """Return the unclipped gradient of the first iteration; the optimizer does not step."""
     recipe = replace(
         recipe,
         method=method,
@@ -48,10 +48,10 @@ def gradient(recipe: Recipe, method: Method, **rollout: Any) -> list[Tensor]:
         optimiser=Optimiser(rate=1e-9, clip=1e9),
     )
     world = toy_world.world(recipe)
-    training, found = TrainingState.start(recipe, world.module), list[Tensor]()
-    training.optimiser.step = lambda: found.extend(p.grad.clone() for p in training.parameters)
+    training, gradients = TrainingState.start(recipe, world.module), list[Tensor]()
+    training.optimiser.step = lambda: gradients.extend(p.grad.clone() for p in training.parameters)
     training_step(recipe, world, PromptCache(world.pipe, world.texts), training, 0.9)
-    return found
+    return gradients
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -59,48 +59,48 @@ def test_every_method_learns(name: str, tmp_path: Path) -> None:
     recipe = toy_world.recipe(tmp_path, METHODS[name])
     world = toy_world.world(recipe)
     frozen = {n: p.clone() for part in (world.pipe.vae, world.pipe.text_encoder) for n, p in part.named_parameters()}
-    training, seen = ran(recipe, world)
-    assert seen[-1].reward > seen[0].reward + 0.03
-    assert [record.iteration for record in seen] == [1, 2, 3, 4, 5, 6]
-    assert all(record.grad_norm > 0 and not record.skipped for record in seen)
+    training, records = run_loop(recipe, world)
+    assert records[-1].reward > records[0].reward + 0.03
+    assert [record.iteration for record in records] == [1, 2, 3, 4, 5, 6]
+    assert all(record.grad_norm > 0 and not record.skipped for record in records)
     assert training.iteration == 6
     for part in (world.pipe.vae, world.pipe.text_encoder):
         assert all(torch.equal(p, frozen[n]) and p.grad is None for n, p in part.named_parameters())
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_all_ways_of_running_give_one_gradient(name: str, tmp_path: Path) -> None:
+def test_all_memory_modes_give_one_gradient(name: str, tmp_path: Path) -> None:
     recipe, method = toy_world.recipe(tmp_path), METHODS[name]
-    wanted = gradient(recipe, method)
-    assert distance(gradient(recipe, method, memory="recompute"), wanted) < 1e-5
-    assert distance(gradient(recipe, method, memory="staged"), wanted) < 1e-5
-    assert distance(gradient(recipe, method, memory="split"), wanted) < 1e-5
-    assert distance(gradient(recipe, method, checkpointing=True), wanted) < 1e-5
+    expected = gradient(recipe, method)
+    assert distance(gradient(recipe, method, memory="recompute"), expected) < 1e-5
+    assert distance(gradient(recipe, method, memory="staged"), expected) < 1e-5
+    assert distance(gradient(recipe, method, memory="split"), expected) < 1e-5
+    assert distance(gradient(recipe, method, checkpointing=True), expected) < 1e-5
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")  # RMSNorm under autocast is not fused on a CPU
 @pytest.mark.parametrize("name", METHODS)
-def test_bfloat16_is_near_and_alike_in_all_ways(name: str, tmp_path: Path) -> None:
+def test_bfloat16_is_close_to_float32_and_alike_in_all_memory_modes(name: str, tmp_path: Path) -> None:
     recipe, method = toy_world.recipe(tmp_path), METHODS[name]
-    found = gradient(recipe, method, precision="bfloat16")
-    assert all(g.dtype == torch.float32 for g in found)
-    assert 1e-4 < distance(found, gradient(recipe, method)) < 0.2  # bfloat16 has less than three digits
+    retained = gradient(recipe, method, precision="bfloat16")
+    assert all(g.dtype == torch.float32 for g in retained)
+    assert 1e-4 < distance(retained, gradient(recipe, method)) < 0.2  # bfloat16 has less than three digits
     for memory in ("recompute", "staged", "split"):
-        assert distance(gradient(recipe, method, precision="bfloat16", memory=memory), found) < 1e-5
+        assert distance(gradient(recipe, method, precision="bfloat16", memory=memory), retained) < 1e-5
 
 
 def test_a_batch_from_several_rollouts_is_the_same_batch(tmp_path: Path) -> None:
     recipe = toy_world.recipe(tmp_path)
-    wanted = gradient(recipe, LeapAlign())
+    expected = gradient(recipe, LeapAlign())
     for at_once in (1, 2, 3):
-        assert distance(gradient(recipe, LeapAlign(), at_once=at_once), wanted) < 1e-5
+        assert distance(gradient(recipe, LeapAlign(), at_once=at_once), expected) < 1e-5
 
 
 def test_the_log_has_a_line_an_iteration(tmp_path: Path) -> None:
     recipe = toy_world.recipe(tmp_path)
-    _, seen = ran(recipe)
+    _, records = run_loop(recipe)
     lines = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
-    assert [line["iteration"] for line in lines] == [record.iteration for record in seen]
+    assert [line["iteration"] for line in lines] == [record.iteration for record in records]
     names = ("kind", "iteration", "reward", "loss", "grad_norm", "clamped", "weight", "closed", "skipped", "times")
     assert lines[0].keys() == {*names, "seconds", "idle", "anchor"}
     plan = recipe.method.draw(recipe.rollout.steps, iteration_generator(recipe.seed, 1, "plan"))
@@ -110,8 +110,8 @@ def test_the_log_has_a_line_an_iteration(tmp_path: Path) -> None:
 
 
 def test_the_reward_logged_is_that_of_the_generated_images(tmp_path: Path) -> None:
-    """The same draws give the same x_0, whatever the plan's output is."""
-    first = {name: ran(toy_world.recipe(tmp_path / name, m, iterations=1))[1][0] for name, m in METHODS.items()}
+    """The same draws give the same x_0 whatever the plan's output."""
+    first = {name: run_loop(toy_world.recipe(tmp_path / name, m, iterations=1))[1][0] for name, m in METHODS.items()}
     for record in first.values():
         assert record.reward == pytest.approx(first["leapalign"].reward, abs=1e-6)
 
@@ -128,30 +128,30 @@ def test_no_text_encoder_runs_in_the_loop(tmp_path: Path) -> None:
     training_step(recipe, world, embeddings, training, 0.9)
 
 
-def test_a_closed_hinge_teaches_nothing(tmp_path: Path) -> None:
+def test_a_closed_hinge_gives_no_gradient(tmp_path: Path) -> None:
     recipe = toy_world.recipe(tmp_path, objective=replace(toy_world.recipe(tmp_path).objective, threshold=-5.0))
-    _, seen = ran(recipe)
-    assert all(record.loss == 0 and record.grad_norm == 0 and record.closed == 1 for record in seen)
+    _, records = run_loop(recipe)
+    assert all(record.loss == 0 and record.grad_norm == 0 and record.closed == 1 for record in records)
 
 
 def test_ema_is_the_moving_average(tmp_path: Path) -> None:
     recipe = toy_world.recipe(tmp_path, iterations=4, ema=0.3)
     world = toy_world.world(recipe)
     training = TrainingState.start(recipe, world.module)
-    wanted = [p.detach().clone() for p in training.parameters]
+    averages = [p.detach().clone() for p in training.parameters]
 
     def watch(record: StepRecord) -> None:
         step = record.iteration - 1
         decay = min((1 + step) / (10 + step), 0.3) if step else 0.0
-        for average, p in zip(wanted, training.parameters, strict=True):
+        for average, p in zip(averages, training.parameters, strict=True):
             average.mul_(decay).add_((1 - decay) * p.detach())
 
     train(recipe, world, training, watch)
-    assert distance(training.ema.shadow_params, wanted) < 1e-6
+    assert distance(training.ema.shadow_params, averages) < 1e-6
 
 
 class Failing(toy_world.LikesRed):
-    """A reward whose scores, or whose gradient, are NaN at some calls."""
+    """A reward with NaN scores, or NaN gradients, at some calls."""
 
     def __init__(self, calls: Sequence[int], gradient: bool = False) -> None:
         self.calls, self.gradient, self.count = calls, gradient, 0
@@ -165,7 +165,7 @@ class Failing(toy_world.LikesRed):
 
 
 @pytest.mark.parametrize("gradient", [False, True])
-def test_what_is_not_finite_is_skipped_and_counted(tmp_path: Path, gradient: bool) -> None:
+def test_non_finite_steps_are_skipped_and_counted(tmp_path: Path, gradient: bool) -> None:
     recipe = toy_world.recipe(tmp_path)
     world = replace(toy_world.world(recipe), reward=Failing((2, 4), gradient))
     training, weights = TrainingState.start(recipe, world.module), dict[int, list[Tensor]]()
@@ -184,7 +184,7 @@ def test_what_is_not_finite_is_skipped_and_counted(tmp_path: Path, gradient: boo
     assert (lines[1]["loss"] is None) != gradient
 
 
-def test_three_in_a_row_stop_the_run_and_keep_the_last_good_weights(tmp_path: Path) -> None:
+def test_three_non_finite_steps_stop_the_run_and_save_the_last_good_weights(tmp_path: Path) -> None:
     recipe = toy_world.recipe(tmp_path, save_every=100)
     world = replace(toy_world.world(recipe), reward=Failing(range(3, 99)))
     training, weights = TrainingState.start(recipe, world.module), dict[int, list[Tensor]]()
@@ -194,13 +194,13 @@ def test_three_in_a_row_stop_the_run_and_keep_the_last_good_weights(tmp_path: Pa
 
     with pytest.raises(RecipeError, match=r"3 in a row had a loss or gradient that is not finite.*weights are good"):
         train(recipe, world, training, watch)
-    kept = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    checkpoint = torch.load(tmp_path / CHECKPOINT, weights_only=True)
     assert training.iteration == 2 + PATIENCE
-    assert all(map(torch.equal, kept["weights"], weights[2]))
+    assert all(map(torch.equal, checkpoint["weights"], weights[2]))
 
 
-def test_spoilt_weights_are_never_saved(tmp_path: Path) -> None:
-    """A step so large that the weights overflow: the checkpoint is that of the last good ones."""
+def test_non_finite_weights_are_never_saved(tmp_path: Path) -> None:
+    """A step makes the weights overflow: the checkpoint has the last finite ones."""
     recipe = toy_world.recipe(tmp_path, save_every=1, iterations=8)
     world = toy_world.world(recipe)
     training = TrainingState.start(recipe, world.module)
@@ -211,9 +211,9 @@ def test_spoilt_weights_are_never_saved(tmp_path: Path) -> None:
 
     with pytest.raises(RecipeError, match="weights are spoilt; the last good ones are saved"):
         train(recipe, world, training, watch)
-    kept = torch.load(tmp_path / CHECKPOINT, weights_only=True)
-    assert kept["iteration"] == 3
-    assert all(bool(value.isfinite().all()) for value in [*kept["weights"], *kept["ema"]["shadow_params"]])
+    checkpoint = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    assert checkpoint["iteration"] == 3
+    assert all(bool(value.isfinite().all()) for value in [*checkpoint["weights"], *checkpoint["ema"]["shadow_params"]])
 
 
 def test_nan_images_do_not_reach_the_reward(tmp_path: Path) -> None:
@@ -227,26 +227,26 @@ def test_nan_images_do_not_reach_the_reward(tmp_path: Path) -> None:
 
     with torch.no_grad():
         world.pipe.vae.decoder.conv_out.bias.fill_(torch.nan)
-    _, seen = ran(recipe, replace(world, reward=Strict()))
-    assert all(record.skipped for record in seen)
+    _, records = run_loop(recipe, replace(world, reward=Strict()))
+    assert all(record.skipped for record in records)
 
 
-def test_a_reward_that_detaches_is_named(tmp_path: Path) -> None:
+def test_a_reward_that_detaches_is_an_error(tmp_path: Path) -> None:
     recipe = toy_world.recipe(tmp_path)
     world = replace(toy_world.world(recipe), reward=lambda images, prompts: images.detach().mean((1, 2, 3)))
     with pytest.raises(RecipeError, match="carry no gradient"):
-        ran(replace(recipe, objective=replace(recipe.objective, threshold=1.0)), world)
+        run_loop(replace(recipe, objective=replace(recipe.objective, threshold=1.0)), world)
 
 
-def test_a_reward_without_a_threshold_is_named(tmp_path: Path) -> None:
+def test_a_reward_without_a_threshold_is_an_error(tmp_path: Path) -> None:
     recipe = toy_world.recipe(tmp_path)
     world = replace(toy_world.world(recipe), reward=lambda images, prompts: images.mean((1, 2, 3)))
     with pytest.raises(RecipeError, match=r"--objective\.threshold"):
-        ran(recipe, world)
+        run_loop(recipe, world)
 
 
-class Stubborn(toy_world.LikesRed):
-    """Has parameters of its own, so that its scores carry a gradient; the images get none of it."""
+class DetachesImages(toy_world.LikesRed):
+    """A reward that detaches the images; only a parameter of the reward gets a gradient."""
 
     weight = torch.ones((), requires_grad=True)
 
@@ -255,25 +255,27 @@ class Stubborn(toy_world.LikesRed):
 
 
 @pytest.mark.parametrize(
-    "reward, said",
+    "reward, message",
     [
         (lambda images, prompts: images.mean((1, 2, 3)), r"--objective\.threshold"),
-        (Stubborn(), "carry no gradient"),
+        (DetachesImages(), "carry no gradient"),
     ],
 )
-def test_what_a_reward_lacks_is_told_before_images_are_sampled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reward: Any, said: str
+def test_an_unusable_reward_is_refused_before_images_are_sampled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reward: Any, message: str
 ) -> None:
     recipe = toy_world.recipe(tmp_path)
     monkeypatch.setattr(train_command, "evaluate", lambda *_: pytest.fail("images were sampled"))
-    with pytest.raises(RecipeError, match=said):
+    with pytest.raises(RecipeError, match=message):
         train_command.main(recipe, replace(toy_world.world(recipe), reward=reward))
 
 
-@pytest.mark.parametrize("scores, said", [(torch.zeros(()), r"shape \(\)"), ([0.5], "list"), (torch.zeros(1), "carry")])
-def test_a_reward_gives_a_score_an_image(tmp_path: Path, scores: Any, said: str) -> None:
+@pytest.mark.parametrize(
+    "scores, message", [(torch.zeros(()), r"shape \(\)"), ([0.5], "list"), (torch.zeros(1), "carry")]
+)
+def test_a_reward_must_return_one_score_an_image(tmp_path: Path, scores: Any, message: str) -> None:
     recipe = toy_world.recipe(tmp_path, objective=Objective(threshold=1.0))
-    with pytest.raises(RecipeError, match=said):
+    with pytest.raises(RecipeError, match=message):
         check_reward(recipe, replace(toy_world.world(recipe), reward=lambda images, prompts: scores))
 
 
