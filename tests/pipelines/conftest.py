@@ -1,10 +1,10 @@
-"""Warnings of diffusers' own that its pipelines raise under the newest torch and numpy."""
+"""Ignore the warnings that diffusers' pipelines raise under the newest torch and numpy."""
 
 from pathlib import Path
 
 import pytest
 
-_OWN = (
+_DIFFUSERS_WARNINGS = (
     "ignore:.*is deprecated:FutureWarning",  # names that its modules are to drop
     "ignore:In CPU autocast:UserWarning",  # Mochi asks for autocast to float32
     "ignore:Mismatch dtype between input and weight:UserWarning",  # Krea 2 norms in float32, its weights are float64
@@ -13,8 +13,8 @@ _OWN = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Lets them pass in this folder."""
+    """Ignore these warnings in the tests of this folder."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
-            for warning in _OWN:
+            for warning in _DIFFUSERS_WARNINGS:
                 item.add_marker(pytest.mark.filterwarnings(warning))

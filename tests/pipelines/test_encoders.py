@@ -1,4 +1,4 @@
-"""Prompts are encoded once: text encoders and tokenizers of transformers, built here; images too."""
+"""Prompts and images are encoded once: text encoders and tokenizers of transformers, built in the test."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trajsurgery import backward, leapalign, operate, refl, tiny
 
 
 def with_text() -> Small:
-    """Sana with a Gemma of one layer and a tokenizer of a few words."""
+    """Sana with a Gemma of one layer and a tokenizer of eight words."""
     plain = BUILDERS["Sana"]()
     words = {word: i for i, word in enumerate(["<pad>", "<eos>", "<bos>", "a", "red", "cat", "dog", "bad"])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
@@ -53,7 +53,7 @@ def with_text() -> Small:
 
 
 def counted(module: Any, name: str) -> list[int]:
-    """How often a method is called from now on."""
+    """Replace the method by one that counts its calls; returns the count."""
     count, function = [0], getattr(module, name)
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -84,17 +84,17 @@ def test_a_prompt_is_encoded_once(memory: Any) -> None:
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_several_encoders_run_once_also_where_the_schedule_is_cut_short(whole: bool) -> None:
-    """The embedded Flux: CLIP and T5 with their tokenizers; recompute's backward pass and the sweep after the block."""
+def test_several_encoders_run_once_also_when_the_rollout_ends_early(whole: bool) -> None:
+    """Flux's CLIP and T5 are not called by recompute's backward pass, nor by `backward` after the block."""
     torch.set_num_threads(1)
     pipe = tiny.pipeline()
     pipe.set_progress_bar_config(disable=True)
     encoders = [counted(encoder, "forward") for encoder in (pipe.text_encoder, pipe.text_encoder_2)]
     calls = counted(pipe.transformer, "forward")
     params = [p for p in pipe.transformer.parameters() if p.requires_grad]
-    plan, given = refl(3), {"num_inference_steps": 4, "height": 32, "width": 32, "output_type": "latent"}
+    plan, arguments = refl(3), {"num_inference_steps": 4, "height": 32, "width": 32, "output_type": "latent"}
     with operate(pipe, plan, "recompute", whole=whole) as surgery:
-        pipe(["a red circle", "a blue square"], **given)
+        pipe(["a red circle", "a blue square"], **arguments)
     assert calls == [4 if whole else 2]
     cotangent = torch.ones_like(surgery.outputs[0])
     grads = flat(gradient(surgery.outputs, [cotangent], params))

@@ -1,4 +1,4 @@
-"""`whole=False`: the rollout ends where no output needs the rest."""
+"""`whole=False`: the rollout ends after the last model call that an output needs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ENDS: dict[str, tuple[Plan, int]] = {
     "draft_lv": (draft_lv(1), 1),
     "last step": (refl(1), 1),
 }
-"""{plan: (the plan, the time of the last model call that it needs)}"""
+"""{name: (plan, time of the last model call that it needs)}"""
 
 
 @pytest.mark.parametrize("memory", ["retain", "recompute"])
@@ -32,7 +32,7 @@ def test_no_model_call_after_the_last_that_is_needed(name: str, plan: Plan, last
     changes = {"strength": 1.0} if "strength" in small.arguments else {}
     params, count = transformers(small), [0]
     small.pipe.transformer.register_forward_hook(lambda *_: count.__setitem__(0, count[0] + 1))
-    found: list[Any] = []
+    results: list[Any] = []
     for whole in (True, False):
         generator = torch.Generator().manual_seed(0)
         with operate(small.pipe, plan, memory, generator, whole=whole) as surgery:
@@ -42,8 +42,8 @@ def test_no_model_call_after_the_last_that_is_needed(name: str, plan: Plan, last
         torch.manual_seed(1)
         cotangents = [torch.randn_like(output) for output in surgery.outputs]
         grads = flat(gradient(surgery.outputs, cotangents, params))
-        found.append((images.detach(), [o.detach() for o in surgery.outputs], grads, calls))
-    (images, outputs, grads, calls), (cut_images, cut_outputs, cut_grads, cut_calls) = found
+        results.append((images.detach(), [o.detach() for o in surgery.outputs], grads, calls))
+    (images, outputs, grads, calls), (cut_images, cut_outputs, cut_grads, cut_calls) = results
     assert torch.equal(cut_images, images)
     assert all(torch.equal(a, b) for a, b in zip(cut_outputs, outputs, strict=True))
     assert torch.equal(cut_grads, grads)

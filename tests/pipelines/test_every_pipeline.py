@@ -13,29 +13,27 @@ from trajsurgery.plans.plan import Plan
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_operate_keeps_its_promises(name: str) -> None:
+def test_operate_is_exact_and_gives_the_whole_gradient(name: str) -> None:
     small = BUILDERS[name]()
-    found = measured(small)
-    assert found.exact
-    assert found.reached, "the gradient reaches other tensors than plain backpropagation does"
-    assert found.restored
+    measurements = measured(small)
+    assert measurements.exact
+    assert measurements.reached, "the gradient reaches other tensors than plain backpropagation does"
+    assert measurements.restored
     # transformers cast to float32 inside, and some pipelines run in float32 throughout
     tolerance = STOCK if small.pipe.transformer.dtype == torch.float64 else VALUE[torch.float32]
-    assert found.by_hand < tolerance
-    assert found.recompute < tolerance
-    assert found.split < tolerance
-    assert found.staged < tolerance
+    assert measurements.by_hand < tolerance
+    assert measurements.recompute < tolerance
+    assert measurements.split < tolerance
+    assert measurements.staged < tolerance
 
 
 TURNS = {leapalign(4, 1): (True, True), leapalign(4, 3): (True, False), leapalign(2, 1): (False, True)}
-"""{plan: (whether the first transformer trains, the second)}"""
+"""{plan: (whether the first transformer trains, whether the second does)}"""
 
 
 @pytest.mark.parametrize("plan, trained", TURNS.items(), ids=str)
-def test_of_two_transformers_that_take_turns_those_train_that_the_plan_calls(
-    plan: Plan, trained: tuple[bool, bool]
-) -> None:
-    """Wan 2.2: one above the boundary, one below it; no gradient is left where the plan makes no call."""
+def test_of_two_transformers_only_those_train_that_the_plan_calls(plan: Plan, trained: tuple[bool, bool]) -> None:
+    """Wan 2.2 has one above the boundary and one below it; one that the plan does not call gets no gradient."""
     pipe = (small := BUILDERS["Wan 2.2"]()).pipe
     both, count = (pipe.transformer, pipe.transformer_2), {"transformer": 0, "transformer_2": 0}
     for name in count:
@@ -54,5 +52,5 @@ def test_of_two_transformers_that_take_turns_those_train_that_the_plan_calls(
         for module in both:
             module.zero_grad()
         run()
-        found = tuple(any(p.grad is not None for p in module.parameters()) for module in both)
-        assert found == trained, way
+        has_gradient = tuple(any(p.grad is not None for p in module.parameters()) for module in both)
+        assert has_gradient == trained, way

@@ -1,4 +1,4 @@
-"""Guidance: both sides in the graph, or the conditional one alone, whatever the order and batching of the calls."""
+"""Guidance: both sides in the graph, or only the conditional one, whatever the order and batching of the calls."""
 
 from __future__ import annotations
 
@@ -25,44 +25,44 @@ GUIDED: dict[str, tuple[float, dict[str, float]]] = {
     "Wan": (5.0, {"guidance_scale": 1.0}),
     "LTX": (3.0, {"guidance_scale": 1.0}),
 }
-"""{pipeline: (the conditional side's share at the scale of the small one's call, how guidance is switched off)}"""
+"""{pipeline: (factor of the conditional side in the builder's call, arguments that switch guidance off)}"""
 
 
 @pytest.mark.parametrize("name", GUIDED)
-def test_the_conditional_side_alone(name: str) -> None:
+def test_the_conditional_side_has_s_times_the_gradient_without_guidance(name: str) -> None:
     """v = u + s (c - u): "conditional" is s times the gradient of a call without guidance, "both" has u's as well."""
     small, (scale, off) = BUILDERS[name](), GUIDED[name]
     params = transformers(small)
     tolerance = STOCK if small.pipe.transformer.dtype == torch.float64 else VALUE[torch.float32]
     plan = Plan(latent(2).leap(0))  # one call of the model on a recorded latent
-    found: dict[Any, torch.Tensor] = {}
+    gradients: dict[Any, torch.Tensor] = {}
     for guidance in ("both", "conditional"):
         for memory in ("retain", "recompute"):
             with operate(small.pipe, plan, memory, guidance_gradient=guidance) as surgery:
                 small()
             torch.manual_seed(1)
             cotangent = torch.randn_like(surgery.outputs[0])
-            found[guidance, memory] = flat(gradient(surgery.outputs, [cotangent], params))
+            gradients[guidance, memory] = flat(gradient(surgery.outputs, [cotangent], params))
         with operate(small.pipe, plan, "split", guidance_gradient=guidance) as surgery:
             small()
         surgery.outputs[0].backward(cotangent)
         split = flat([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
         for p in params:
             p.grad = None
-        assert gap(split, found[guidance, "retain"]) < tolerance
+        assert gap(split, gradients[guidance, "retain"]) < tolerance
         backward(plan, surgery.trajectory, surgery.field, cotangent)
         staged = flat([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
         for p in params:
             p.grad = None
-        assert gap(staged, found[guidance, "retain"]) < tolerance
-        assert gap(found[guidance, "recompute"], found[guidance, "retain"]) < tolerance
-    assert gap(found["conditional", "retain"], found["both", "retain"]) > 0.01
-    wanted = scale * flat(gradient(unguided(small, surgery, off), [cotangent], params))
-    assert gap(found["conditional", "retain"], wanted) < tolerance
+        assert gap(staged, gradients[guidance, "retain"]) < tolerance
+        assert gap(gradients[guidance, "recompute"], gradients[guidance, "retain"]) < tolerance
+    assert gap(gradients["conditional", "retain"], gradients["both", "retain"]) > 0.01
+    expected = scale * flat(gradient(unguided(small, surgery, off), [cotangent], params))
+    assert gap(gradients["conditional", "retain"], expected) < tolerance
 
 
 def unguided(small: Any, surgery: Any, off: dict[str, float]) -> list[torch.Tensor]:
-    """The leap with the conditional velocity alone: the same pipeline called without guidance, entered at x_2."""
+    """The leap with the conditional velocity: a replay at x_2 of the same pipeline called without guidance."""
     with operate(small.pipe) as plain:
         small(**off)
     trajectory = surgery.trajectory
@@ -70,8 +70,8 @@ def unguided(small: Any, surgery: Any, off: dict[str, float]) -> list[torch.Tens
     return [trajectory[2] - (sigma - trajectory.sigma(0)) * plain.field(trajectory[2], trajectory.sigma(2))]
 
 
-def test_a_distilled_scale_is_an_input() -> None:
-    """There is no second side: nothing is cut."""
+def test_a_distilled_guidance_scale_changes_no_gradient() -> None:
+    """There is no second side to cut."""
     small = BUILDERS["Flux"]()
     params = transformers(small)
     grads: list[torch.Tensor] = []
@@ -82,7 +82,7 @@ def test_a_distilled_scale_is_an_input() -> None:
     assert torch.equal(*grads)
 
 
-def test_the_images_do_not_depend_on_it() -> None:
+def test_images_do_not_depend_on_guidance_gradient() -> None:
     small = BUILDERS["SD3"]()
     plain = small()[0]
     with operate(small.pipe, leapalign(4, 1), guidance_gradient="conditional"):
@@ -90,13 +90,13 @@ def test_the_images_do_not_depend_on_it() -> None:
     assert not any(m._forward_hooks for m in (small.pipe.transformer, small.pipe.vae))
 
 
-def test_another_way_is_refused() -> None:
+def test_an_unknown_guidance_gradient_is_refused() -> None:
     with pytest.raises(SurgeryError, match='"both" or "conditional"'):
         operate(BUILDERS["Flux"]().pipe, guidance_gradient="unconditional")  # pyright: ignore[reportArgumentType]
 
 
 class Doubled(torch.nn.Module):
-    """A model of one weight, whose sides are the rows of its output."""
+    """A model of one weight; the sides of the guidance are the rows of its output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,16 +107,16 @@ class Doubled(torch.nn.Module):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_the_sides_of_a_large_output_are_told_apart_in_any_dtype(dtype):
-    """The sum over so many elements is above float16's largest number."""
+def test_the_sides_of_a_large_output_are_distinguished_in_any_dtype(dtype):
+    """The sum over that many elements exceeds float16's largest number."""
     model = Doubled()
-    told = GuidancePasses([model])
+    passes = GuidancePasses([model])
     x = torch.ones(2, 2**18, dtype=dtype, requires_grad=True)
     without, conditional = model(x).chunk(2)
     v = without + 3.5 * (conditional - without)
-    told.tell(v)
-    (found,) = torch.autograd.grad(v, x, torch.ones_like(v))
-    assert found.float().mean(1).tolist() == [0, 7]
+    passes.tell(v)
+    (gradient,) = torch.autograd.grad(v, x, torch.ones_like(v))
+    assert gradient.float().mean(1).tolist() == [0, 7]
 
 
 class Twice(Doubled):
@@ -125,15 +125,15 @@ class Twice(Doubled):
 
 def test_two_models_in_one_step_are_refused():
     first, second = Doubled(), Twice()
-    told = GuidancePasses([first, second])
+    passes = GuidancePasses([first, second])
     v = second(first(torch.ones(2, 3)))
     with pytest.raises(SurgeryError, match="Doubled, Twice"):
-        told.tell(v[:1] - v[1:])
+        passes.tell(v[:1] - v[1:])
 
 
-def test_what_a_given_up_call_left_is_dropped():
+def test_records_of_an_interrupted_call_are_dropped():
     model = Doubled()
-    told = GuidancePasses([model])
+    passes = GuidancePasses([model])
     model(torch.ones(2, 3))
-    told.tell(torch.ones(1, 3))
-    assert not told._noted
+    passes.tell(torch.ones(1, 3))
+    assert not passes._noted

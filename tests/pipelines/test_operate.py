@@ -1,4 +1,4 @@
-"""`operate` on unmodified pipelines: bit for bit the plain call, the gradient that the plan says."""
+"""`operate` on unmodified pipelines: outputs equal the plain call's bit for bit, gradients are the plan's."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def small(request: pytest.FixtureRequest) -> Small:
 
 
 def gradients(outputs: Any, small: Small, seed: int = 1) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Random cotangents, and what they give the transformer's parameters."""
+    """Random cotangents, and the gradients of the transformer's parameters for them."""
     torch.manual_seed(seed)
     cotangents = [torch.randn_like(output) for output in outputs]
     params = list(small.pipe.transformer.parameters())
@@ -50,36 +50,36 @@ def gradients(outputs: Any, small: Small, seed: int = 1) -> tuple[list[torch.Ten
 
 
 def reached(grads: list[torch.Tensor]) -> list[bool]:
-    """Which parameters get a gradient at all (SD3's last block leaves some without)."""
+    """Which parameters have a gradient other than zero (in SD3's last block some have none)."""
     return [bool(g.any()) for g in grads]
 
 
 def plain_backpropagation(small: Small, surgery: Surgery) -> list[torch.Tensor]:
-    """What plain backpropagation through the last step gives the transformer's parameters."""
+    """The transformer's gradients by plain backpropagation through the last step."""
     v = velocity(small, surgery.trajectory[1], surgery.trajectory.sigma(1))
     return gradients([v], small)[1]
 
 
-def gap(found: Any, wanted: Any) -> float:
+def gap(actual: Any, expected: Any) -> float:
     """The largest relative difference of two gradients, parameter by parameter."""
-    return max(float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in zip(found, wanted, strict=True))
+    return max(float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", PIPELINES)
 @pytest.mark.parametrize("memory", ["retain", "recompute", "split"])
-def test_every_latent_and_image_is_the_plain_calls(name: str, dtype: torch.dtype, memory: Any) -> None:
+def test_every_latent_and_image_equals_the_plain_call_s(name: str, dtype: torch.dtype, memory: Any) -> None:
     small = PIPELINES[name](dtype)
     latents: list[torch.Tensor] = []
 
-    def keep(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def record(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         latents.append(tensors["latents"].detach().clone())
         return {}
 
-    plain = small(callback_on_step_end=keep).images
+    plain = small(callback_on_step_end=record).images
     rollout, latents = latents, []
     with operate(small.pipe, leapalign(5, 2), memory) as surgery:
-        images = small(callback_on_step_end=keep).images
+        images = small(callback_on_step_end=record).images
     assert torch.equal(images, plain)
     assert all(torch.equal(a, b) for a, b in zip(latents, rollout, strict=True))
     assert all(torch.equal(surgery.trajectory[t], rollout[STEPS - 1 - t]) for t in range(STEPS))
@@ -89,51 +89,51 @@ def test_every_latent_and_image_is_the_plain_calls(name: str, dtype: torch.dtype
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_all_ways_give_the_same_gradient(small: Small, plan: Plan) -> None:
-    found: dict[str, list[torch.Tensor]] = {}
+    by_memory: dict[str, list[torch.Tensor]] = {}
     cotangents: list[torch.Tensor] = []
     for memory in ("retain", "recompute"):
         with operate(small.pipe, plan, memory, generator=torch.Generator().manual_seed(3)) as surgery:
             small()
-        cotangents, found[memory] = gradients(surgery.outputs, small)
+        cotangents, by_memory[memory] = gradients(surgery.outputs, small)
     small.pipe.transformer.zero_grad()
     with operate(small.pipe, plan, "split", generator=torch.Generator().manual_seed(3)) as surgery:
         small()
     torch.autograd.backward(surgery.outputs, cotangents)
     split = [p.grad for p in small.pipe.transformer.parameters()]
-    assert gap(split, found["retain"]) < 1e-10
+    assert gap(split, by_memory["retain"]) < 1e-10
     small.pipe.transformer.zero_grad()
     backward(plan, surgery.trajectory, surgery.field, cotangents)
     staged = [p.grad for p in small.pipe.transformer.parameters()]
-    assert reached(found["retain"]) == reached(plain_backpropagation(small, surgery)), (
+    assert reached(by_memory["retain"]) == reached(plain_backpropagation(small, surgery)), (
         "another set of parameters trains"
     )
-    assert gap(found["recompute"], found["retain"]) < 1e-10
-    assert gap(staged, found["retain"]) < 1e-10
+    assert gap(by_memory["recompute"], by_memory["retain"]) < 1e-10
+    assert gap(staged, by_memory["retain"]) < 1e-10
 
 
 @pytest.mark.parametrize(
     "plan", [p for n, p in PLANS.items() if n != "draft_lv"], ids=[n for n in PLANS if n != "draft_lv"]
 )
 def test_the_gradient_is_the_closed_form(small: Small, plan: Plan) -> None:
-    # Stock transformers cast to float32 inside (facts: 1.2e-7 is their own rounding).
+    # Stock transformers cast to float32 inside (measured rounding: 1.2e-7).
     with operate(small.pipe, plan) as surgery:
         small()
-    cotangents, found = gradients(surgery.outputs, small)
+    cotangents, actual = gradients(surgery.outputs, small)
     params = list(small.pipe.transformer.parameters())
-    assert gap(found, plan.gradient().evaluate(surgery.trajectory, surgery.field, cotangents, params)) < 1e-6
+    assert gap(actual, plan.gradient().evaluate(surgery.trajectory, surgery.field, cotangents, params)) < 1e-6
 
 
 def velocity(small: Small, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """The velocity after guidance, written anew from the model's documentation: one call for Flux, two for SD3."""
-    given, transformer = small.arguments, small.pipe.transformer
-    if "negative_prompt_embeds" not in given:
+    """The velocity after guidance, written from the model's documentation: one call for Flux, two for SD3."""
+    arguments, transformer = small.arguments, small.pipe.transformer
+    if "negative_prompt_embeds" not in arguments:
         ids = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij"), -1).reshape(16, 2)
         return transformer(
             hidden_states=x,
             timestep=(sigma * 1000).to(x.dtype).expand(len(x)) / 1000,
-            guidance=torch.full([len(x)], given["guidance_scale"]),
-            pooled_projections=given["pooled_prompt_embeds"],
-            encoder_hidden_states=given["prompt_embeds"],
+            guidance=torch.full([len(x)], arguments["guidance_scale"]),
+            pooled_projections=arguments["pooled_prompt_embeds"],
+            encoder_hidden_states=arguments["prompt_embeds"],
             txt_ids=torch.zeros(5, 3, dtype=x.dtype),
             img_ids=torch.nn.functional.pad(ids, (1, 0)).to(x.dtype),
             return_dict=False,
@@ -142,20 +142,20 @@ def velocity(small: Small, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor
         transformer(
             hidden_states=x,
             timestep=(sigma * 1000).expand(len(x)),
-            encoder_hidden_states=given[prefix + "prompt_embeds"],
-            pooled_projections=given[prefix.replace("prompt", "") + "pooled_prompt_embeds"],
+            encoder_hidden_states=arguments[prefix + "prompt_embeds"],
+            pooled_projections=arguments[prefix.replace("prompt", "") + "pooled_prompt_embeds"],
             return_dict=False,
         )[0]
         for prefix in ("negative_", "")
     ]
-    return sides[0] + given["guidance_scale"] * (sides[1] - sides[0])
+    return sides[0] + arguments["guidance_scale"] * (sides[1] - sides[0])
 
 
 @pytest.mark.parametrize("k, j", [(5, 2), (6, 1), (4, 3)])
 def test_leapalign_is_algorithm_1_on_the_bare_transformer(small: Small, k: int, j: int) -> None:
     with operate(small.pipe, leapalign(k, j, 0.3)) as surgery:
         small()
-    cotangents, found = gradients(surgery.outputs, small)
+    cotangents, actual = gradients(surgery.outputs, small)
     # Algorithm 1, lines 16-34, with the connector and the discount as the paper prints them
     sigmas, x = surgery.trajectory.sigmas, surgery.trajectory[STEPS]
     at = {t: sigmas[STEPS - t] for t in range(STEPS + 1)}
@@ -173,24 +173,24 @@ def test_leapalign_is_algorithm_1_on_the_bare_transformer(small: Small, k: int, 
         x = (x.float() + (at[t - 1] - at[t]) * v.detach()).to(x.dtype)
     x_0 = leap_0 + (x - leap_0).detach()
     params = list(small.pipe.transformer.parameters())
-    wanted = torch.autograd.grad(x_0, params, cotangents[0])
+    expected = torch.autograd.grad(x_0, params, cotangents[0])
     assert float((x - surgery.trajectory[0]).abs().max()) < 1e-5
-    assert gap(found, wanted) < 1e-5
+    assert gap(actual, expected) < 1e-5
 
 
 def test_images_carry_the_gradient_of_the_first_output(small: Small) -> None:
     with operate(small.pipe, leapalign(5, 2)) as surgery:
         images = small().images
     params = list(small.pipe.transformer.parameters())
-    found = torch.autograd.grad(images.square().sum(), params)
+    image_gradient = torch.autograd.grad(images.square().sum(), params)
     with operate(small.pipe, leapalign(5, 2)) as surgery:
         small()
     decoded = surgery.decode(surgery.outputs[0])
     assert torch.equal(decoded, images)
-    assert gap(torch.autograd.grad(decoded.square().sum(), params), found) < 1e-10
+    assert gap(torch.autograd.grad(decoded.square().sum(), params), image_gradient) < 1e-10
 
 
-def test_no_model_call_beyond_the_rollouts_own(small: Small) -> None:
+def test_operate_makes_no_extra_model_call(small: Small) -> None:
     count = [0]
     small.pipe.transformer.register_forward_hook(lambda *_: count.__setitem__(0, count[0] + 1))
     small()
@@ -218,8 +218,8 @@ def test_the_field_gives_the_recorded_velocities(small: Small) -> None:
     assert (small.pipe.scheduler.__dict__, small.pipe.__dict__) == before
 
 
-def test_re_entry_on_a_machine_of_many_devices(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch warns of a generator forked on all of them; warnings are errors here."""
+def test_a_replay_does_not_fork_generators_of_other_devices(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch warns when the generators of many devices are forked, and warnings are errors in the tests."""
     with operate(small.pipe) as surgery:
         small()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
@@ -228,7 +228,7 @@ def test_re_entry_on_a_machine_of_many_devices(small: Small, monkeypatch: pytest
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_one_rollout_many_plans(small: Small) -> None:
+def test_gradients_of_plans_on_one_rollout_add_up(small: Small) -> None:
     with operate(small.pipe) as surgery:
         small()
     cotangent = torch.ones_like(surgery.trajectory[0])

@@ -1,4 +1,4 @@
-"""Pipelines that `operate` was not written for: no code names them."""
+"""Pipelines that no code of the library names."""
 
 from __future__ import annotations
 
@@ -32,8 +32,12 @@ def wan(scheduler: Any) -> Small:
     )
     vae = AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
     pipe = WanPipeline(None, None, vae, scheduler, transformer)
-    given = {"prompt_embeds": torch.randn(1, 4, 16), "negative_prompt_embeds": torch.randn(1, 4, 16), "num_frames": 5}
-    return Small(pipe, given | {"height": 16, "width": 16, "output_type": "pt", "num_inference_steps": STEPS})
+    arguments = {
+        "prompt_embeds": torch.randn(1, 4, 16),
+        "negative_prompt_embeds": torch.randn(1, 4, 16),
+        "num_frames": 5,
+    }
+    return Small(pipe, arguments | {"height": 16, "width": 16, "output_type": "pt", "num_inference_steps": STEPS})
 
 
 def auraflow() -> Small:
@@ -45,9 +49,11 @@ def auraflow() -> Small:
     )  # fmt: skip
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=32)
     pipe = AuraFlowPipeline(None, None, vae, transformer, FlowMatchEulerDiscreteScheduler())
-    given = {f"{sign}prompt_embeds": torch.randn(1, 4, 16) for sign in ("", "negative_")}
+    embeddings = {f"{sign}prompt_embeds": torch.randn(1, 4, 16) for sign in ("", "negative_")}
     masks = {f"{sign}prompt_attention_mask": torch.ones(1, 4) for sign in ("", "negative_")}
-    return Small(pipe, given | masks | {"height": 16, "width": 16, "output_type": "pt", "num_inference_steps": STEPS})
+    return Small(
+        pipe, embeddings | masks | {"height": 16, "width": 16, "output_type": "pt", "num_inference_steps": STEPS}
+    )
 
 
 OTHERS = {
@@ -61,12 +67,12 @@ OTHERS = {
     "plan", [leapalign(4, 2), drtune(STEPS, 2, {STEPS, 3}), draft_lv(1)], ids=["leapalign", "drtune", "draft_lv"]
 )
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_pipeline_nobody_thought_of(name: str, plan: Plan) -> None:
+def test_an_unknown_pipeline_is_exact_and_replayed(name: str, plan: Plan) -> None:
     torch.set_num_threads(1)
     small = OTHERS[name]()
     small.pipe.set_progress_bar_config(disable=True)
     plain = small()[0]
-    found: dict[str, Any] = {}
+    by_memory: dict[str, Any] = {}
     for memory in ("retain", "recompute"):
         with operate(small.pipe, plan, memory, generator=torch.Generator().manual_seed(0)) as surgery:
             images = small()[0]
@@ -74,8 +80,8 @@ def test_a_pipeline_nobody_thought_of(name: str, plan: Plan) -> None:
         torch.manual_seed(1)
         cotangents = [torch.randn_like(output) for output in surgery.outputs]
         params = list(small.pipe.transformer.parameters())
-        found[memory] = torch.autograd.grad(surgery.outputs, params, cotangents)
-    for retained, recomputed in zip(found["retain"], found["recompute"], strict=True):
+        by_memory[memory] = torch.autograd.grad(surgery.outputs, params, cotangents)
+    for retained, recomputed in zip(by_memory["retain"], by_memory["recompute"], strict=True):
         assert bool(retained.any())
         torch.testing.assert_close(recomputed, retained, rtol=1e-4, atol=1e-6)
     trajectory = surgery.trajectory
@@ -86,8 +92,10 @@ def test_a_pipeline_nobody_thought_of(name: str, plan: Plan) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("steps", [STEPS, 25])
 @pytest.mark.parametrize("name, euler", [("wan-unipc", False), ("wan", True)])
-def test_a_sampler_that_is_not_euler_is_told_from_one(name: str, euler: bool, dtype: torch.dtype, steps: int) -> None:
-    """In bfloat16 a multistep sampler's corrections were taken for rounding."""
+def test_euler_steps_are_distinguished_from_other_samplers(
+    name: str, euler: bool, dtype: torch.dtype, steps: int
+) -> None:
+    """In bfloat16 the corrections of a multistep sampler were mistaken for rounding."""
     torch.set_num_threads(1)
     small = OTHERS[name]()
     small.pipe.set_progress_bar_config(disable=True)
@@ -95,5 +103,5 @@ def test_a_sampler_that_is_not_euler_is_told_from_one(name: str, euler: bool, dt
     embeds = {n: v.to(dtype) for n, v in small.arguments.items() if n.endswith("embeds")}
     with operate(small.pipe) as surgery:
         small(**embeds, num_inference_steps=steps)
-    own = [surgery.trajectory.is_step(t) for t in range(1, steps + 1)]
-    assert own == ([True] * steps if euler else [t in (1, steps) for t in range(1, steps + 1)])
+    is_step = [surgery.trajectory.is_step(t) for t in range(1, steps + 1)]
+    assert is_step == ([True] * steps if euler else [t in (1, steps) for t in range(1, steps + 1)])

@@ -1,4 +1,4 @@
-"""What `operate` can't follow fails with an error that names the reason."""
+"""`operate` refuses loops that it can't follow, and the message names the reason."""
 
 from __future__ import annotations
 
@@ -44,18 +44,18 @@ from trajsurgery.plans.plan import Plan
         lambda: DPMSolverMultistepScheduler(prediction_type="flow_prediction"),
     ],
 )
-def test_a_scheduler_that_is_no_flow_matching_sampler(scheduler: Any) -> None:
+def test_a_scheduler_that_is_no_flow_matching_sampler_is_refused(scheduler: Any) -> None:
     try:
-        found = scheduler()
+        instance = scheduler()
     except ImportError as error:
         pytest.skip(str(error))
     small = BUILDERS["SD3"]()
-    small.pipe.scheduler = found
+    small.pipe.scheduler = instance
     with pytest.raises(SamplerError, match="no flow-matching scheduler"), operate(small.pipe):
         pass
 
 
-def test_sigmas_beyond_one() -> None:
+def test_sigmas_beyond_one_are_refused() -> None:
     """Cosmos runs an EDM schedule on the flow-matching Euler class."""
     small = BUILDERS["Flux"]()
     with pytest.raises(SamplerError, match="times lie in \\[0, 1\\]"), operate(small.pipe):
@@ -94,7 +94,7 @@ class Interrupted(FluxPipeline):
 
 
 @pytest.mark.parametrize(
-    "kind, said",
+    "kind, message",
     [
         (Sections, "runs a schedule again within one call"),
         (OwnSteps, "steps copies of the scheduler"),
@@ -102,12 +102,12 @@ class Interrupted(FluxPipeline):
     ],
 )
 @pytest.mark.parametrize("plan", [None, leapalign(4, 1)])
-def test_a_loop_of_another_kind(kind: Any, said: str, plan: Any) -> None:
+def test_a_loop_that_cannot_be_followed_is_refused(kind: Any, message: str, plan: Any) -> None:
     flux = BUILDERS["Flux"]()
     parts = {n: c for n, c in flux.pipe.components.items() if n != "image_encoder" and "feature" not in n}
     small = Small(kind(**parts), flux.arguments)
     small.pipe.set_progress_bar_config(disable=True)
-    with pytest.raises(SamplerError, match=said), operate(small.pipe, plan):
+    with pytest.raises(SamplerError, match=message), operate(small.pipe, plan):
         small()
     assert torch.is_grad_enabled()
 
@@ -154,7 +154,7 @@ def with_sound() -> Small:
 @pytest.mark.parametrize("announced", [4, 2])
 @pytest.mark.parametrize("plan", [leapalign(4, 3), leapalign(2, 1)])
 def test_a_second_stream_is_a_constant(plan: Plan, announced: int) -> None:
-    """Sound beside the images: it steps as it does, and no gradient that the plan does not hold passes through it.
+    """Sound beside the images: its steps are unchanged, and no gradient passes through it.
 
     A progress bar of another length than the loop's is a wrong guess at T, which costs a call at most.
     """
@@ -172,8 +172,8 @@ def test_a_second_stream_is_a_constant(plan: Plan, announced: int) -> None:
             torch.testing.assert_close(recomputed, retained)
 
 
-def test_a_loop_that_writes_into_a_models_output_is_replayed_as_it_was() -> None:
-    """What the transformer returned was kept as it had been changed, and a replayed loop changed it once more."""
+def test_a_loop_that_writes_into_a_model_s_output_is_replayed() -> None:
+    """The recorded output held the loop's in-place change, and a replay applied the change again."""
     small = with_sound()
     small.pipe.gain = 1.5
     with operate(small.pipe) as surgery:
@@ -183,21 +183,21 @@ def test_a_loop_that_writes_into_a_models_output_is_replayed_as_it_was() -> None
         assert torch.equal(field(trajectory[t], trajectory.sigma(t)), trajectory.velocity(t)), f"at t = {t}"
 
 
-def forgetful(self: CallRecord, size: int) -> None:
-    """Keeps the shape of every output, as of those that are too large."""
+def trim_everything(self: CallRecord, size: int) -> None:
+    """Trim every output to its shape, as if it were too large to record."""
     FULL_TRIM(self, 0)
 
 
 FULL_TRIM = CallRecord.trim
 
 
-def test_outputs_too_large_to_keep_are_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loop that carries the latents alone is entered all the same; another one is told from it."""
-    monkeypatch.setattr(CallRecord, "trim", forgetful)
+def test_outputs_too_large_to_record_are_replayed_as_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop whose only state is the latents is replayed all the same; any other is refused."""
+    monkeypatch.setattr(CallRecord, "trim", trim_everything)
     for small, carries in ((BUILDERS["Flux"](), False), (BUILDERS["SD3"](), False), (with_sound(), True)):
         with operate(small.pipe) as surgery:
             small()
-        assert all(not leaf.numel() or leaf.is_meta for leaf in noted(surgery.field.record))
+        assert all(not leaf.numel() or leaf.is_meta for leaf in recorded_tensors(surgery.field.record))
         trajectory = surgery.trajectory
         if carries:
             with pytest.raises(SamplerError, match="gives another velocity than in its rollout"):
@@ -206,16 +206,16 @@ def test_outputs_too_large_to_keep_are_zeros(monkeypatch: pytest.MonkeyPatch) ->
             assert torch.equal(surgery.field(trajectory[2], trajectory.sigma(2)), trajectory.velocity(2))
 
 
-def noted(record: CallRecord) -> list[torch.Tensor]:
+def recorded_tensors(record: CallRecord) -> list[torch.Tensor]:
     leaves = tree_flatten(list(record.templates.values()))[0]
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
-def test_a_callback_that_changes_the_guidance_is_told() -> None:
-    """Callbacks are not called again: what they change but the latents can't be replayed."""
+def test_a_callback_that_changes_the_guidance_is_refused() -> None:
+    """A replay does not call callbacks: of their changes it knows only those to the latents."""
     small = BUILDERS["SD3"]()
 
-    def stronger(pipe: Any, step: int, t: Any, given: dict[str, Any]) -> dict[str, Any]:
+    def stronger(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         pipe._guidance_scale = 20.0
         return {}
 
@@ -229,7 +229,7 @@ def test_a_callback_that_changes_the_guidance_is_told() -> None:
 
 
 def test_other_weights_give_other_velocities() -> None:
-    """After an optimiser's step the recorded velocities are the old weights': that is no error."""
+    """After an optimiser's step the recorded velocities are those of the old weights, which is no error."""
     small = BUILDERS["Flux"]()
     with operate(small.pipe) as surgery:
         small()
@@ -240,8 +240,8 @@ def test_other_weights_give_other_velocities() -> None:
     assert not torch.allclose(v, surgery.trajectory.velocity(2))
 
 
-def test_a_scheduler_whose_class_pipelines_look_at() -> None:
-    """Bria asks whether the scheduler's type is exactly Euler's: a one-off subclass made it take another branch."""
+def test_a_pipeline_may_compare_the_scheduler_s_type() -> None:
+    """Bria compares the scheduler's type with Euler's: a subclass for the block made it take another branch."""
     small = BUILDERS["Bria"]()
     assert type(small.pipe.scheduler) is FlowMatchEulerDiscreteScheduler
     with operate(small.pipe):

@@ -1,4 +1,4 @@
-"""Pipelines of diffusers that `operate` can't follow: each says why, at once, and images without a plan are its own."""
+"""Pipelines of diffusers that `operate` can't follow are refused early; images without a plan are unchanged."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ from trajsurgery import SamplerError, leapalign, operate
 
 
 def klein_kv() -> Small:
-    """The first call's keys and values of the photograph are what the later calls look at."""
+    """Later calls attend to the photograph's keys and values of the first call."""
     photo = Image.new("RGB", (64, 64), (200, 30, 40))
     return small(Flux2KleinKVPipeline(*flux2_parts(False)), image=photo, **prompts({"prompt_embeds": (1, 5, 12)}))
 
 
 def cached_flux() -> Small:
-    """Blocks are skipped where the first one's output is near the last step's."""
+    """Blocks are skipped where the first block's output is near the last step's."""
     flux = BUILDERS["Flux"]()
     flux.pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e9))
     return flux
 
 
 def diffusion_forcing() -> Small:
-    """Each frame has a scheduler and a time of its own."""
+    """Each frame has its scheduler and its time."""
     transformer = lively(SkyReelsV2Transformer3DModel(num_layers=1, **WAN))
     pipe = SkyReelsV2DiffusionForcingPipeline(None, None, transformer, wan_vae(), unipc())
     return small(pipe, prompt=None, num_frames=5, ar_step=1, causal_block_size=1, **prompts(ONE))
 
 
 class Unguarded:
-    """Stands in for a checker that is not installed."""
+    """A stand-in for the safety checker, which is not installed."""
 
     def to(self, *_: Any) -> Unguarded:
         return self
@@ -76,7 +76,7 @@ def cosmos2() -> Small:
 
 
 @pytest.mark.parametrize(
-    "build, said",
+    "build, message",
     [
         (klein_kv, r"share a Flux2KVCache: .* Switch it off"),
         (cached_flux, r"the cache of FluxTransformer2DModel\.enable_cache\(\)"),
@@ -85,18 +85,18 @@ def cosmos2() -> Small:
     ],
 )
 @pytest.mark.parametrize("memory", ["retain", "recompute"])
-def test_the_reason_is_told_by_the_second_step(build: Any, said: str, memory: Any) -> None:
+def test_the_pipeline_is_refused_by_the_second_step(build: Any, message: str, memory: Any) -> None:
     refused, count = build(), [0]
     refused.pipe.transformer.register_forward_hook(lambda *_: count.__setitem__(0, count[0] + 1))
-    with pytest.raises(SamplerError, match=said), operate(refused.pipe, leapalign(4, 1), memory):
+    with pytest.raises(SamplerError, match=message), operate(refused.pipe, leapalign(4, 1), memory):
         refused()
     assert count[0] <= 4  # two steps of two calls
     assert torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize("build", [klein_kv, cached_flux])
-def test_a_rollout_alone_is_recorded(build: Any) -> None:
-    """Its latents are right; it is the velocity field that it can't give."""
+def test_a_rollout_without_a_plan_is_recorded(build: Any) -> None:
+    """Its latents are right; only the velocity field is refused."""
     cached = build()
     plain = cached()[0]
     with operate(cached.pipe) as surgery:

@@ -1,4 +1,4 @@
-"""Every flow sampler of diffusers: sigmas are the scheduler's, connectors exact, its own steps told from others."""
+"""Every flow-matching sampler of diffusers: the scheduler's sigmas, exact connectors, and which steps are Euler's."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_a_leap_is_the_samplers_step_where_that_is_eulers(small: Small, name: st
 
 
 def test_an_inverted_schedule_renoises_towards_the_noise(small: Small) -> None:
-    """Sigma 0 is noise there: the shares of noise and image are the other way round."""
+    """Sigma 0 is noise in it: the shares of noise and image are swapped."""
     with_sampler(small, "inverted")
     with operate(small.pipe) as surgery:
         small()

@@ -1,4 +1,4 @@
-"""`operate` leaves the pipe as it was, whatever happens in the block, and refuses what it can't follow."""
+"""`operate` restores the pipe whatever happens in the block, and refuses what it can't follow."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_the_pipe_is_left_as_it_was_after_an_exception(small: Small) -> None:
 
 @pytest.mark.parametrize("memory", ["retain", "recompute"])
 def test_a_closed_block_is_freed_with_its_surgery(small: Small, memory: Any) -> None:
-    """The pipe's class for the block held the tensors until the garbage collector ran, which no GPU waits for."""
+    """The pipe's class for the block kept the tensors alive until the garbage collector ran."""
     gc.collect()
     gc.disable()
     try:
@@ -92,7 +92,7 @@ def test_a_closed_block_is_freed_with_its_surgery(small: Small, memory: Any) -> 
         gc.enable()
 
 
-def test_images_without_gradient_come_out_too(small: Small) -> None:
+def test_numpy_images_are_returned_too(small: Small) -> None:
     plain = small(output_type="np").images
     with operate(small.pipe, leapalign(5, 2)) as surgery:
         images = small(output_type="np").images
@@ -106,8 +106,8 @@ def test_nested_blocks_are_refused(small: Small) -> None:
 
 
 def test_another_number_of_steps_is_refused(small: Small) -> None:
-    for plan, said in ((drtune(5, 2, {5}), "a plan for 5 steps"), (leapalign(7, 2), "time 7")):
-        with operate(small.pipe, plan), pytest.raises(PlanError, match=said):
+    for plan, message in ((drtune(5, 2, {5}), "a plan for 5 steps"), (leapalign(7, 2), "time 7")):
+        with operate(small.pipe, plan), pytest.raises(PlanError, match=message):
             small()
 
 
@@ -128,12 +128,12 @@ def test_what_is_not_a_pipeline_is_refused() -> None:
         pass
 
 
-def test_results_are_asked_for_after_the_call(small: Small) -> None:
+def test_results_before_the_call_are_refused(small: Small) -> None:
     with operate(small.pipe) as surgery, pytest.raises(SurgeryError, match="once the pipe has been called"):
         _ = surgery.trajectory
 
 
-def test_the_field_is_called_at_the_samplers_times(small: Small) -> None:
+def test_the_field_refuses_times_that_are_not_the_sampler_s(small: Small) -> None:
     with operate(small.pipe) as surgery:
         small()
     with pytest.raises(SamplerError, match="no time of its sampler"):

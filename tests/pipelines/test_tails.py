@@ -1,4 +1,4 @@
-"""Pipelines that run the tail of their schedule: T is the number of steps that the loop really runs."""
+"""Pipelines that run the tail of their schedule: T is the number of steps that the loop runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TAILS = {"Flux img2img": 2, "Flux inpaint": 3, "SD3 inpaint": 3, "Qwen-Image img
 
 
 @pytest.mark.parametrize("name", TAILS)
-def test_t_is_what_the_loop_runs(name: str) -> None:
+def test_t_is_the_number_of_steps_that_the_loop_runs(name: str) -> None:
     small, steps = BUILDERS[name](), TAILS[name]
     with operate(small.pipe) as surgery:
         small()
@@ -22,16 +22,16 @@ def test_t_is_what_the_loop_runs(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TAILS)
-def test_a_plan_for_the_whole_schedule_is_told(name: str) -> None:
+def test_a_plan_for_the_whole_schedule_is_refused(name: str) -> None:
     small, steps = BUILDERS[name](), TAILS[name]
     for plan in (drtune(STEPS, 1, {STEPS}), leapalign(STEPS, 1)):
-        said = rf"runs the last {steps} of its schedule's {STEPS} steps.*write the plan for T = {steps}"
-        with operate(small.pipe, plan), pytest.raises(PlanError, match=said):
+        message = rf"runs the last {steps} of its schedule's {STEPS} steps.*write the plan for T = {steps}"
+        with operate(small.pipe, plan), pytest.raises(PlanError, match=message):
             small()
 
 
-def test_uneven_strengths() -> None:
-    """The timetable's length must not change what the pipeline takes of it: 0.7 of 6 steps is 4 of them."""
+def test_strengths_that_do_not_divide_the_schedule_are_replayed() -> None:
+    """The longer schedule of a replay must not change which steps the pipeline runs."""
     small = BUILDERS["Flux img2img"]()
     for strength, steps, ran in ((0.7, 6, 5), (0.9, 5, 5), (0.3, 7, 3)):
         with operate(small.pipe) as surgery:
@@ -42,8 +42,8 @@ def test_uneven_strengths() -> None:
             assert bool((field(trajectory[t], trajectory.sigma(t)) == trajectory.velocity(t)).all()), (strength, t)
 
 
-def test_a_loop_that_came_elsewhere_is_told() -> None:
-    """A longer timetable makes Flux take another tail of it: never a velocity of another time."""
+def test_a_replay_that_reaches_another_time_is_refused() -> None:
+    """With a longer schedule Flux runs another tail of it: the velocity would be of another time."""
     small = BUILDERS["Flux img2img"]()
     with operate(small.pipe) as surgery:
         small(strength=0.7, num_inference_steps=6)
@@ -55,7 +55,7 @@ def test_a_loop_that_came_elsewhere_is_told() -> None:
 
 @pytest.mark.parametrize("name", ["Flux img2img", "Wan video-to-video"])
 def test_a_plan_from_the_first_step_costs_no_call(name: str) -> None:
-    """Wan announces no first step; its progress bar tells how many there are."""
+    """Wan announces no first step; its progress bar has the number of steps."""
     small, count = BUILDERS[name](), [0]
     small.pipe.transformer.register_forward_hook(lambda *_: count.__setitem__(0, count[0] + 1))
     small()

@@ -1,4 +1,4 @@
-"""The host does not wait for the device: no number is read off a tensor where a model call is made again."""
+"""The host does not wait for the device: a replayed model call reads no number from a tensor."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ READS = ("item", "tolist", "__bool__", "__float__", "__int__", "__index__")
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The places in the library that read a tensor's numbers, as they do."""
-    found: list[str] = []
+    """Lines of the library that read numbers from a tensor, recorded as they run."""
+    lines: list[str] = []
 
-    def noted(own: Any) -> Any:
+    def recording(method: Any) -> Any:
         def read(*args: Any, **kwargs: Any) -> Any:
             frame = sys._getframe(1)
             if "/trajsurgery/" in frame.f_code.co_filename:
-                found.append(f"{frame.f_code.co_name}:{frame.f_lineno}")
-            return own(*args, **kwargs)
+                lines.append(f"{frame.f_code.co_name}:{frame.f_lineno}")
+            return method(*args, **kwargs)
 
         return read
 
     for name in READS:
-        monkeypatch.setattr(torch.Tensor, name, noted(getattr(torch.Tensor, name)))
-    monkeypatch.setattr(torch, "equal", noted(torch.equal))
-    return found
+        monkeypatch.setattr(torch.Tensor, name, recording(getattr(torch.Tensor, name)))
+    monkeypatch.setattr(torch, "equal", recording(torch.equal))
+    return lines
 
 
-def test_a_pipeline_entered_again(waits: list[str]) -> None:
-    """Each time of a rollout is compared with what was recorded once; the first step's latents each time."""
+def test_a_replayed_call_reads_no_number(waits: list[str]) -> None:
+    """The first replay at a time compares it with the record, later ones read nothing."""
     small = BUILDERS["Flux"]()
     with operate(small.pipe) as surgery:
         small()
@@ -50,8 +50,8 @@ def test_a_pipeline_entered_again(waits: list[str]) -> None:
     assert waits
 
 
-def test_the_linear_part_of_a_plan(waits: list[str]) -> None:
-    """Recover asked whether the image's share is 0, which it can be at T alone."""
+def test_backward_reads_no_number(waits: list[str]) -> None:
+    """Recover read whether alpha_t is 0, which is possible at T only."""
     w = torch.nn.Parameter(torch.tensor(0.5))
     plans = (leapalign(3, 1), Plan(latent(0).renoise(2).leap(1).recover()), Plan(latent(3).leap(1).recover("rollout")))
     trajectory = rollout(field := lambda x, sigma: w * x, torch.ones(2, 3), [1.0, 0.7, 0.4, 0.0])
