@@ -1,4 +1,4 @@
-"""The contact sheet: same noise in all rows and for both models, judged and scored; what it can't draw is said."""
+"""The contact sheet: one noise for each column, images judged and scored; what can't be drawn is refused."""
 
 from __future__ import annotations
 
@@ -37,27 +37,27 @@ def flux() -> PreviewModel:
 
 def test_a_sheet_is_judged_and_scored_and_has_the_same_noise_in_every_row(flux: PreviewModel):
     prompts, done = find_prompts(SHORT, flux), []
-    found = draw_sheet("base", flux, prompts, SHORT, lambda: done.append(1))
+    sheet = draw_sheet("base", flux, prompts, SHORT, lambda: done.append(1))
     assert len(done) == 2
-    assert found.images.shape == (2, 3, 3, 32, 32)
+    assert sheet.images.shape == (2, 3, 3, 32, 32)
     for row, prompt in enumerate(prompts):
-        assert torch.equal(found.correct[row], tiny.judge(found.images[row], [prompt] * 3).correct)
-        assert torch.allclose(found.reward[row], flux.reward(found.images[row], [prompt] * 3), atol=1e-5)
+        assert torch.equal(sheet.correct[row], tiny.judge(sheet.images[row], [prompt] * 3).correct)
+        assert torch.allclose(sheet.reward[row], flux.reward(sheet.images[row], [prompt] * 3), atol=1e-5)
     alike = draw_sheet("base", flux, [prompts[1], prompts[1]], SHORT, lambda: None).images
     assert torch.equal(alike[0], alike[1])
-    assert torch.equal(alike[0], found.images[1])
+    assert torch.equal(alike[0], sheet.images[1])
     assert not torch.allclose(alike[0, 0], alike[0, 1], atol=0.05), "columns are different noises"
 
 
-def test_tuned_weights_are_drawn_beside_the_untuned(
+def test_tuned_and_untuned_weights_are_drawn_side_by_side(
     flux: PreviewModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     flux.pipe.transformer.save_pretrained(tmp_path / "transformer")
     (tmp_path / "recipe.json").write_text(json.dumps({"model": "tiny"}))
     both = main(Preview(**{**vars(SHORT), "run": tmp_path}))
     lines = capsys.readouterr().out.splitlines()
-    told = {line.split(":")[0]: line.split(":")[1] for line in lines if "right" in line}
-    assert told["untuned"] == told["tuned"], "the same weights draw the same pictures"
+    shares = {line.split(":")[0]: line.split(":")[1] for line in lines if "right" in line}
+    assert shares["untuned"] == shares["tuned"], "the same weights draw the same pictures"
     assert both == tmp_path / "preview.png"
     base = main(Preview(**{**vars(SHORT), "output": tmp_path / "base.png"}))
     assert imread(both).shape[1] > imread(base).shape[1] > 300
@@ -65,7 +65,7 @@ def test_tuned_weights_are_drawn_beside_the_untuned(
 
 
 @pytest.mark.parametrize("name", ["sd3", "wan"])
-def test_the_other_models_are_drawn_as_their_run_calls_them(name: str, tmp_path: Path):
+def test_other_models_are_drawn_with_the_settings_of_their_run(name: str, tmp_path: Path):
     run = tmp_path / name
     tiny.pipeline(name).transformer.save_pretrained(run / "transformer")  # pyright: ignore[reportArgumentType]
     (run / "recipe.json").write_text(json.dumps({"model": f"tiny:{name}", "rollout": {"guidance": 2.25}}))
@@ -75,7 +75,7 @@ def test_the_other_models_are_drawn_as_their_run_calls_them(name: str, tmp_path:
     assert imread(path).std() > 0.05
 
 
-def test_frames_stand_side_by_side():
+def test_frames_are_drawn_side_by_side():
     frames = torch.rand(5, 3, 32, 32)
     strip = frames_side_by_side(frames)
     assert strip.shape == (3, 32, 5 * 32 + 4 * GAP)
@@ -85,7 +85,7 @@ def test_frames_stand_side_by_side():
     assert torch.equal(frames_side_by_side(frames[0]), frames[0])
 
 
-def test_what_it_cannot_draw_is_said(flux: PreviewModel, tmp_path: Path):
+def test_what_cannot_be_drawn_is_refused(flux: PreviewModel, tmp_path: Path):
     with pytest.raises(RecipeError, match="holds no tuned weights: let the run end"):
         run_settings(tmp_path)
     (tmp_path / "transformer").mkdir()

@@ -1,4 +1,4 @@
-"""The shipped tiny Flux: stock diffusers classes, a one-line call, and figures that repeat."""
+"""The shipped tiny Flux: stock diffusers classes, a one-line call, and figures that are measured again."""
 
 import json
 import os
@@ -104,19 +104,19 @@ def test_the_weights_of_a_world_fit_in_twelve_megabytes():
     assert size(videos) <= 12
 
 
-def test_weights_say_where_they_come_from(measured):
+def test_the_weights_have_a_record_of_their_origin(measured):
     made = json.loads((WEIGHTS / "made.json").read_text())
     assert len(made["commit"]) == 40
     assert made["command"].startswith("python -m trajsurgery.tiny.train")
-    told = (WEIGHTS / "README.md").read_text()
-    assert made["commit"] in told
-    assert f"{measured['base_heldout']['overall']:.4g}" in told
+    readme = (WEIGHTS / "README.md").read_text()
+    assert made["commit"] in readme
+    assert f"{measured['base_heldout']['overall']:.4g}" in readme
 
 
 def test_reconstructions_are_judged_right(pipe):
-    found = metrics.autoencoder(pipe.vae, EACH)
-    assert found["right"] >= 0.97
-    assert found["junk"] < 0.01
+    figures = metrics.autoencoder(pipe.vae, EACH)
+    assert figures["right"] >= 0.97
+    assert figures["junk"] < 0.01
 
 
 def test_base_samples_are_as_good_as_measured(samples, measured):
@@ -147,7 +147,7 @@ def test_area_under_the_curve_counts_ties_as_half():
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_the_base_holds_the_targets(split, measured):
     base = measured[f"base_{split}"]
-    assert base["n"] >= 2400, "400 pictures a category: a share is known to 0.025"
+    assert base["n"] >= 2400, "400 pictures a category: a share has a standard error of 0.025"
     assert min(base["single object"], base["colours"]) >= 0.85
     assert min(base["position"], base["attribute binding"]) >= 0.15
     assert max(base["position"], base["attribute binding"]) <= 0.6

@@ -1,4 +1,4 @@
-"""The reward of the embedded world: right, differentiable, frozen, and clear about what it can't take."""
+"""The reward of the embedded world: correct, differentiable, frozen; invalid input is refused."""
 
 import os
 
@@ -44,8 +44,8 @@ def test_prompts_and_their_texts_are_the_same_in_any_order_and_batch(reward, sho
     assert torch.allclose(reward(images[:1], prompts[:1]), scores[:1], atol=1e-5)
 
 
-def test_scores_do_not_depend_on_what_was_asked_before(shown):
-    """Bit for bit: a run that goes on asks a fresh reward, and has to get the scores of the run that was left alone."""
+def test_scores_do_not_depend_on_earlier_calls(shown):
+    """Bit for bit: a resumed run has a new reward, and must get the scores of the uninterrupted run."""
     images, prompts = shown
     whole = tiny.Reward()(images, prompts)
     for parts in ((1, 5), (7, 3), (2,)):
@@ -89,7 +89,7 @@ def test_double_and_back_leaves_no_stale_embedding(shown):
     assert torch.equal(reward.float()(*shown), before)
 
 
-def test_errors_say_what_came_and_how_to_mend_it(reward, shown):
+def test_errors_name_the_input_and_the_repair(reward, shown):
     images, prompts = shown
     with pytest.raises(RewardError, match=r"\[0, 1\].*output_type='pt'"):
         reward(2 * images - 1, prompts)
@@ -113,9 +113,9 @@ def test_errors_say_what_came_and_how_to_mend_it(reward, shown):
 
 @torch.no_grad()
 def test_correct_renders_beat_three_hard_negatives(reward):
-    found = metrics.against_negatives(reward, 40)
-    assert found["overall"] >= 0.85
-    assert found["render_q05"] < reward.threshold < found["render_q80"], "a hinge at the threshold can close"
+    figures = metrics.against_negatives(reward, 40)
+    assert figures["overall"] >= 0.85
+    assert figures["render_q05"] < reward.threshold < figures["render_q80"], "a hinge at the threshold can close"
 
 
 @torch.no_grad()
@@ -127,12 +127,12 @@ def test_pictures_of_nothing_score_below_the_threshold(reward):
     assert (reward(noise, prompts) < reward.threshold).float().mean() > 0.98
 
 
-def test_its_embeddings_are_kept_without_holding_a_graph(reward, shown):
+def test_cached_embeddings_hold_no_graph(reward, shown):
     reward(*shown)
     assert all(not e.requires_grad for e in reward._texts.values())
 
 
-def test_a_scorer_that_is_not_there_is_named(tmp_path):
+def test_an_unknown_scorer_is_refused(tmp_path):
     with pytest.raises(RewardError, match="no scorer 'scorer_d': it is one of scorer, scorer_b, scorer_c"):
         tiny.Reward("scorer_d")
     with pytest.raises(RewardError, match=r"no weights in .*--stage ship"):
@@ -140,9 +140,9 @@ def test_a_scorer_that_is_not_there_is_named(tmp_path):
 
 
 def test_features_are_unit_embeddings_of_the_images(reward, shown):
-    found = reward.features(shown[0])
-    assert torch.allclose(found.norm(dim=-1), torch.ones(len(found)), atol=1e-5)
-    assert torch.allclose((found * reward.embed([p.text for p in shown[1]])).sum(-1), reward(*shown), atol=1e-6)
+    features = reward.features(shown[0])
+    assert torch.allclose(features.norm(dim=-1), torch.ones(len(features)), atol=1e-5)
+    assert torch.allclose((features * reward.embed([p.text for p in shown[1]])).sum(-1), reward(*shown), atol=1e-6)
 
 
 def test_its_scale_is_stated(reward):

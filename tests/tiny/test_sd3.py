@@ -1,4 +1,4 @@
-"""The tiny Stable Diffusion 3: a real pipeline on the tiny Flux's encoders, with guidance in two calls."""
+"""The tiny Stable Diffusion 3: a real pipeline with the tiny Flux's encoders, and guidance in one batched call."""
 
 import json
 import os
@@ -30,11 +30,11 @@ PROMPT = "a red circle left of a blue square"
 @pytest.fixture(scope="module")
 def pipe():
     torch.manual_seed(0)
-    found = sd3.assemble_pipeline(WEIGHTS, tiny.pipeline().vae, sd3_parts.transformer())
-    nn.init.normal_(found.transformer.proj_out.weight, std=0.1)
-    for block in found.transformer.transformer_blocks:
+    assembled = sd3.assemble_pipeline(WEIGHTS, tiny.pipeline().vae, sd3_parts.transformer())
+    nn.init.normal_(assembled.transformer.proj_out.weight, std=0.1)
+    for block in assembled.transformer.transformer_blocks:
         nn.init.normal_(block.norm1.linear.weight, std=0.1)
-    return found
+    return assembled
 
 
 def test_its_classes_are_the_stock_ones(pipe):
@@ -49,17 +49,17 @@ def test_its_classes_are_the_stock_ones(pipe):
 
 
 @torch.no_grad()
-def test_it_reads_what_flux_reads(pipe):
+def test_its_text_embeddings_are_those_of_flux(pipe):
     states, pooled = encoded(pipe, [PROMPT, ""])
     theirs, their_pooled, _ = tiny.pipeline().encode_prompt(PROMPT, None)
     assert torch.allclose(states[:1, -theirs.shape[1] :], theirs, atol=1e-5)
     assert torch.allclose(pooled[:1], torch.cat([their_pooled, their_pooled], -1), atol=1e-5)
-    own = pipe.encode_prompt([PROMPT], None, None)
-    assert torch.allclose(own[1], states[1:], atol=1e-5), "the empty prompt is what guidance leads away from"
-    assert torch.allclose(own[3], pooled[1:], atol=1e-5)
+    embeddings = pipe.encode_prompt([PROMPT], None, None)
+    assert torch.allclose(embeddings[1], states[1:], atol=1e-5), "the empty prompt is what guidance leads away from"
+    assert torch.allclose(embeddings[3], pooled[1:], atol=1e-5)
 
 
-def test_guidance_is_two_calls_and_changes_the_image(pipe):
+def test_guidance_is_a_batch_of_two_sides_and_changes_the_image(pipe):
     def draw(guidance: float) -> torch.Tensor:
         seen.clear()
         generator = Generator().manual_seed(0)
@@ -132,9 +132,9 @@ def test_it_trains_saves_loads_and_the_recipe_runs_on_it(tmp_path: Path, monkeyp
     rollout = replace(chosen.rollout, steps=3, batch=2, guidance=2.0)
     evaluation = replace(chosen.evaluation, images=6, steps=2, batch=6)
     recipe = replace(chosen, rollout=rollout, evaluation=evaluation, iterations=2, output=tmp_path / "run")
-    found = main(recipe, components.load(recipe))
-    assert found is not None
-    assert "rule_before" in found
+    result = main(recipe, components.load(recipe))
+    assert result is not None
+    assert "rule_before" in result
 
 
 def test_other_encoders_are_refused(tmp_path: Path):
@@ -143,12 +143,12 @@ def test_other_encoders_are_refused(tmp_path: Path):
         sd3.pipeline(tmp_path)
 
 
-def test_there_is_a_stage_and_a_preset_of_the_papers_size():
+def test_a_stage_and_a_preset_of_the_paper_s_size_exist():
     assert "sd3" in train.STAGES
     large = recipes(LeapAlign(), "x")["paper"]
     assert (large.rollout.size, large.iterations, large.rollout.batch, large.rollout.guidance) == (512, 200, 64, 3.5)
 
 
-def test_no_pipeline_of_another_name():
+def test_an_unknown_pipeline_is_refused():
     with pytest.raises(ValueError, match="flux, sd3, wan"):
         tiny.pipeline("sdxl")  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""The video world: true videos are judged right, false ones wrong, and the reward's gradient is a gradient."""
+"""The video world: true videos are judged right, false ones wrong, and the reward's gradient is correct."""
 
 import json
 import os
@@ -63,7 +63,7 @@ def test_true_videos_are_judged_right(true: Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", FALSE)
-def test_false_ones_are_judged_wrong(name: str, true: Tensor) -> None:
+def test_false_videos_are_judged_wrong(name: str, true: Tensor) -> None:
     assert not bool(judge(true, [FALSE[name](p) for p in ALL]).correct.any())
 
 
@@ -80,9 +80,9 @@ def test_a_video_that_stands_still_or_loses_its_shape_is_wrong(true: Tensor) -> 
 
 def test_the_reward_is_high_for_true_videos_and_low_for_false_ones(true: Tensor) -> None:
     reward = MotionReward()
-    own = reward(true, ALL)
-    assert float((own > reward.threshold).float().mean()) > 0.6, "a hinge at the threshold can close"
-    assert float(own.min()) > 0.75
+    true_scores = reward(true, ALL)
+    assert float((true_scores > reward.threshold).float().mean()) > 0.6, "a hinge at the threshold can close"
+    assert float(true_scores.min()) > 0.75
     for name, change in FALSE.items():
         scores = reward(true, [change(p) for p in ALL])
         assert name == "another shape" or float(scores.max()) < 0.2, name
@@ -112,35 +112,35 @@ def blob(x: float, fade: float = 1.0) -> Tensor:
     return (0.5 + inside * (torch.tensor(PALETTE[0]).view(3, 1, 1) - 0.5))[None, None]
 
 
-def test_no_frame_can_be_given_up() -> None:
-    """A blob that fades out here and in there does not move, for the reward as for the rules."""
+def test_every_frame_must_show_the_motion() -> None:
+    """A blob that fades out in one place and in at another is no motion, for the reward and for the rules."""
     gliding = torch.cat([blob(8 + 3 * i) for i in range(5)], 1)
     fading = torch.cat([blob(8, 1 - i / 4) + blob(20, i / 4) - 0.5 for i in range(5)], 1)
-    spoilt = gliding.clone()
-    spoilt[:, 2] = 0.5
-    reward, asked = MotionReward(), ["a red circle moves right"]
-    whole = float(reward(gliding, asked))
-    assert bool(judge(gliding, asked).correct)
-    for worse in (fading, spoilt):
-        assert float(reward(worse, asked)) < 0.6 * whole
-        assert not bool(judge(worse, asked).correct)
+    interrupted = gliding.clone()
+    interrupted[:, 2] = 0.5
+    reward, texts = MotionReward(), ["a red circle moves right"]
+    whole = float(reward(gliding, texts))
+    assert bool(judge(gliding, texts).correct)
+    for worse in (fading, interrupted):
+        assert float(reward(worse, texts)) < 0.6 * whole
+        assert not bool(judge(worse, texts).correct)
 
 
-def test_what_can_be_hacked_is_as_stated(true: Tensor) -> None:
-    """A circle for a square keeps most of the reward, and is wrong for the rules; so for a triangle it does not."""
+def test_the_reward_can_be_hacked_by_shape_as_stated(true: Tensor) -> None:
+    """A circle for a square keeps most of the reward and is wrong by the rules; for a triangle it keeps less."""
     reward = MotionReward()
     round_ones = [p.shape == 0 for p in ALL]
-    asked = {
+    by_shape = {
         name: [replace(p, shape=s) for p in ALL if p.shape == 0]
         for s, name in ((0, "own"), (1, "square"), (2, "triangle"))
     }
-    own, square, triangle = (float(reward(true[round_ones], prompts).mean()) for prompts in asked.values())
-    assert 0.8 < square / own < 0.95
-    assert triangle / own < 0.75
-    assert not bool(judge(true[round_ones], asked["square"]).correct.any())
+    circle, square, triangle = (float(reward(true[round_ones], prompts).mean()) for prompts in by_shape.values())
+    assert 0.8 < square / circle < 0.95
+    assert triangle / circle < 0.75
+    assert not bool(judge(true[round_ones], by_shape["square"]).correct.any())
 
 
-def test_errors_say_what_came(true: Tensor) -> None:
+def test_errors_name_the_input(true: Tensor) -> None:
     reward = MotionReward()
     with pytest.raises(RewardError, match="num_frames"):
         reward(true[:, 0], ALL)
@@ -156,19 +156,19 @@ def shipped():
 
 
 def test_shipped_videos_are_as_good_as_measured(shipped) -> None:
-    known = motions("heldout")
-    asked = [known[i % len(known)] for i in range(48)]
-    verdict = judge(fit_wan.shoot(shipped, asked, 101, fit_wan.GUIDANCE), asked)
+    heldout = motions("heldout")
+    chosen = [heldout[i % len(heldout)] for i in range(48)]
+    verdict = judge(fit_wan.shoot(shipped, chosen, 101, fit_wan.GUIDANCE), chosen)
     measured = json.loads((FOLDERS["wan"] / "measured.json").read_text())["base_heldout"]
     for name in ("correct", "there", "moves"):
         share = float(getattr(verdict, name).float().mean())
         expected = measured["overall" if name == "correct" else name]
         assert share > 0, name
-        assert abs(share - expected) < 3.5 * (expected * (1 - expected) / len(asked)) ** 0.5, name
+        assert abs(share - expected) < 3.5 * (expected * (1 - expected) / len(chosen)) ** 0.5, name
     assert float(verdict.junk.mean()) < 0.01
     with torch.no_grad():
-        again = fit_wan.reconstructions(shipped.vae, film(asked, Generator().manual_seed(5)))
-    assert float(judge(again, asked).correct.float().mean()) >= 0.9
+        again = fit_wan.reconstructions(shipped.vae, film(chosen, Generator().manual_seed(5)))
+    assert float(judge(again, chosen).correct.float().mean()) >= 0.9
 
 
 def test_shipped_figures_hold_the_targets() -> None:
@@ -186,7 +186,7 @@ def test_shipped_figures_hold_the_targets() -> None:
     assert made["command"].startswith("python -m trajsurgery.tiny.train --stage wan")
 
 
-def test_a_crowd_is_as_many_frames_as_asked_and_moves() -> None:
+def test_a_crowd_has_the_requested_number_of_frames_and_moves() -> None:
     frames = crowd(6, Generator().manual_seed(0))
     assert frames.shape == (6, FRAMES, 3, 32, 32)
     assert torch.equal(crowd(6, Generator().manual_seed(0), 1), frames[:, :1])
@@ -230,25 +230,25 @@ def test_it_trains_loads_and_the_recipe_runs_on_it(tmp_path: Path, monkeypatch: 
         "UniPCMultistepScheduler",
     ]
     with torch.no_grad():
-        own = fit_wan.encode(pipe, ["a red circle moves right", ""])
-    assert torch.allclose(pipe.encode_prompt(["a red circle moves right"])[0][0], own[0], atol=1e-5)
-    assert torch.allclose(pipe.encode_prompt(["a"])[1][0], own[1], atol=1e-5), "the empty prompt, for guidance"
+        embeddings = fit_wan.encode(pipe, ["a red circle moves right", ""])
+    assert torch.allclose(pipe.encode_prompt(["a red circle moves right"])[0][0], embeddings[0], atol=1e-5)
+    assert torch.allclose(pipe.encode_prompt(["a"])[1][0], embeddings[1], atol=1e-5), "the empty prompt, for guidance"
     monkeypatch.setattr("trajsurgery.tiny.pipeline", lambda name: pipe)
     chosen = wan(LeapAlign(), "x")["tiny"]
     assert chosen.rollout.frames == FRAMES
     few = replace(chosen.rollout, steps=3, batch=2)
     evaluation = replace(chosen.evaluation, images=4, steps=2, batch=2)
     recipe = replace(chosen, rollout=few, evaluation=evaluation, iterations=2, output=tmp_path / "run")
-    found = main(recipe, components.load(recipe))
-    assert found is not None
-    assert found["categories"].keys() == set(DIRECTIONS)
-    assert "rule_before" in found
+    result = main(recipe, components.load(recipe))
+    assert result is not None
+    assert result["categories"].keys() == set(DIRECTIONS)
+    assert "rule_before" in result
     assert (tmp_path / "run/samples.png").is_file()
 
 
-def test_captions_are_mistaken_in_the_direction_alone() -> None:
-    known: tuple[Motion, ...] = motions("train")
-    for prompt in known:
+def test_wrong_captions_differ_in_the_direction_only() -> None:
+    training: tuple[Motion, ...] = motions("train")
+    for prompt in training:
         for i in fit_wan.mistakes(prompt):
-            assert (known[i].shape, known[i].colour) == (prompt.shape, prompt.colour)
-            assert known[i].direction != prompt.direction
+            assert (training[i].shape, training[i].colour) == (prompt.shape, prompt.colour)
+            assert training[i].direction != prompt.direction

@@ -1,4 +1,4 @@
-"""The embedded world's scenes, prompts and rules: what is drawn is what the prompt says, and the rules can see it."""
+"""The embedded world's scenes, prompts and rules: pictures show what the prompt says, and the rules recognise it."""
 
 import subprocess
 import sys
@@ -68,21 +68,21 @@ def test_training_prompts_come_in_the_papers_ratio():
     assert {p.text for p in prompts} <= {p.text for p in split_prompts("train")}
 
 
-def test_training_prompts_come_in_a_ratio_of_ones_own():
+def test_training_prompts_come_in_a_custom_ratio():
     prompts = tiny.prompts("train", Generator().manual_seed(1), 1500, ratio=tiny.EVEN_RATIO)
     counts = {c: sum(p.category == c for p in prompts) for c in CATEGORIES}
     for category, share in tiny.EVEN_RATIO.items():
         assert abs(counts[category] - 100 * share) <= 4 * (100 * share) ** 0.5
 
 
-def test_prompts_are_drawn_by_their_generator_alone():
+def test_prompts_depend_on_their_generator_only():
     first, again = (draw_prompts("train", 50, {"position": 1}, Generator().manual_seed(2)) for _ in range(2))
     assert first == again
     assert first != draw_prompts("train", 50, {"position": 1}, Generator().manual_seed(3))
 
 
 @pytest.mark.parametrize("wrong", [{"count": 3}, {"generator": Generator()}])
-def test_half_a_draw_is_an_error(wrong: dict):
+def test_count_without_generator_is_an_error(wrong: dict):
     with pytest.raises(ValueError, match="give both"):
         tiny.prompts("train", **wrong)
 
@@ -106,10 +106,10 @@ def test_every_scene_makes_its_prompt_true_and_its_hard_negatives_false(drawn):
 
 def test_pairwise_and_every_pair_agree(drawn):
     prompts, scenes, _ = drawn
-    asked = meanings(prompts)
-    table = is_true(scenes[slice(0, 40)], asked, every_pair=True)
+    parsed = meanings(prompts)
+    table = is_true(scenes[slice(0, 40)], parsed, every_pair=True)
     for i in range(40):
-        assert torch.equal(table[i], is_true(scenes[torch.full((len(prompts),), i)], asked))
+        assert torch.equal(table[i], is_true(scenes[torch.full((len(prompts),), i)], parsed))
 
 
 @pytest.mark.parametrize(
@@ -131,10 +131,10 @@ def test_pairwise_and_every_pair_agree(drawn):
         ("a blue triangle", [(2, 2, 24, 24), (2, 2, 8, 8)], False),
     ],
 )
-def test_scenes_and_their_pictures_are_judged_as_a_person_would(text, objects, true):
-    made = scene(*objects)
-    assert bool(is_true(made, meanings(understand([text])))) is true
-    assert bool(tiny.judge(render(made), [text]).correct) is true
+def test_scenes_and_their_pictures_are_judged_correctly(text, objects, true):
+    composed = scene(*objects)
+    assert bool(is_true(composed, meanings(understand([text])))) is true
+    assert bool(tiny.judge(render(composed), [text]).correct) is true
 
 
 def test_rules_are_right_on_renders_and_reject_hard_negatives(drawn):
@@ -146,34 +146,34 @@ def test_rules_are_right_on_renders_and_reject_hard_negatives(drawn):
     assert tiny.judge(images, near).correct.float().mean() <= 0.01
 
 
-def test_rules_bear_blur_and_a_little_noise(drawn):
+def test_rules_tolerate_blur_and_a_little_noise(drawn):
     prompts, _, images = drawn
-    part, asked = images[::3], prompts[::3]
+    part, part_prompts = images[::3], prompts[::3]
     blurred = functional.avg_pool2d(functional.pad(part, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    assert tiny.judge(blurred, asked).correct.float().mean() >= 0.97
+    assert tiny.judge(blurred, part_prompts).correct.float().mean() >= 0.97
     noisy = (part + 0.04 * torch.randn(part.shape, generator=Generator().manual_seed(5))).clamp(0, 1)
-    assert tiny.judge(noisy, asked).correct.float().mean() >= 0.97
+    assert tiny.judge(noisy, part_prompts).correct.float().mean() >= 0.97
 
 
 def test_segmentation_measures_what_was_drawn(drawn):
     _, scenes, images = drawn
-    found, junk = segment(images[:100])
+    segmented, junk = segment(images[:100])
     assert junk.max() == 0
-    assert torch.equal(found.count, scenes[slice(0, 100)].count)
+    assert torch.equal(segmented.count, scenes[slice(0, 100)].count)
     for i in range(100):
-        mine = sorted((int(s), int(c), x) for s, c, x in _objects(scenes, i))
-        seen = sorted((int(s), int(c), x) for s, c, x in _objects(found, i))
-        assert [m[:2] for m in mine] == [s[:2] for s in seen]
-        assert all(abs(m[2] - s[2]) < 0.6 for m, s in zip(mine, seen))
+        expected = sorted((int(s), int(c), x) for s, c, x in _objects(scenes, i))
+        seen = sorted((int(s), int(c), x) for s, c, x in _objects(segmented, i))
+        assert [m[:2] for m in expected] == [s[:2] for s in seen]
+        assert all(abs(m[2] - s[2]) < 0.6 for m, s in zip(expected, seen))
 
 
 def _objects(scenes: Scenes, i: int) -> list[tuple[int, int, float]]:
-    kept = scenes.shape[i] != ABSENT
-    rows = zip(scenes.shape[i][kept], scenes.colour[i][kept], scenes.centre[i, kept, 0])
+    present = scenes.shape[i] != ABSENT
+    rows = zip(scenes.shape[i][present], scenes.colour[i][present], scenes.centre[i, present, 0])
     return [(int(s), int(c), round(float(x), 1)) for s, c, x in rows]
 
 
-def test_junk_is_seen_and_unknown_shapes_are_no_objects():
+def test_junk_is_measured_and_unknown_shapes_are_no_objects():
     purple = torch.full((1, 3, SIDE, SIDE), 0.5)
     purple[:, 0, :8, :8], purple[:, 1, :8, :8], purple[:, 2, :8, :8] = 0.9, 0.1, 0.9
     assert float(tiny.judge(purple, ["a circle"]).junk) == pytest.approx(64 / SIDE**2)
