@@ -24,6 +24,7 @@ from trajsurgery.training.recipe import Method, Recipe
 from trajsurgery.training.settings import Evaluation, Optimiser, Rollout
 
 TEXTS = ("a circle", "a red circle", "a blue square", "two squares", "a triangle near a circle")
+PROMPTS = tuple(Prompt(text, "colours" if "red" in text or "blue" in text else "shapes") for text in TEXTS)
 
 
 class LikesRed:
@@ -97,11 +98,16 @@ def recipe(output: Path, method: Method | None = None, **changes: Any) -> Recipe
         threads=1,
         save_every=2,
         output=output,
+        device="cpu",
     )
     return replace(short, **changes)
 
 
 def world(settings: Recipe) -> RunComponents:
     """New components of a run."""
-    prompts = tuple(Prompt(text, "colours" if "red" in text or "blue" in text else "shapes") for text in TEXTS)
-    return RunComponents(prepare_pipeline(pipeline(), settings), LikesRed(), TEXTS, draw, prompts, rules)
+    return components(prepare_pipeline(pipeline(), settings))
+
+
+def components(pipe: Any) -> RunComponents:
+    """Components of a run with this pipeline."""
+    return RunComponents(pipe, LikesRed(), TEXTS, draw, PROMPTS, rules)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, vjp
 
 from tests.builders import toy_world
@@ -39,7 +39,7 @@ def case() -> tuple[MLP, dict[str, Tensor], Anchor, Trajectory]:
     """A field with changed weights, its weights before, an anchor with c = 0.7, and a rollout of the changed field."""
     field = MLP(4, seed=3)
     before = {name: p.detach().clone() for name, p in field.named_parameters()}
-    anchor = Anchor(list(field.parameters()), 0.7, seed=5)
+    anchor = Anchor(field, 0.7, seed=5)
     add_noise(field.parameters(), 0.1)
     noise = torch.randn(3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return field, before, anchor, rollout(field, noise, torch.linspace(1, 0, 9, dtype=torch.float64))
@@ -103,20 +103,20 @@ def test_weights_and_base_weights_are_restored_even_after_an_error(case: Any) ->
     anchor.add_gradient(field, trajectory, 1)
     assert all(map(torch.equal, field.parameters(), current))
     assert all(map(torch.equal, anchor.base, before.values()))
-    with swapped(current, anchor.base):
-        assert all(map(torch.equal, current, before.values()))
+    with swapped(field, anchor.base):
+        assert all(map(torch.equal, field.parameters(), before.values()))
 
 
 def test_times_are_uniform_and_follow_from_seed_and_iteration() -> None:
-    anchor = Anchor([], 1.0, seed=2)
+    anchor = Anchor(nn.Module(), 1.0, seed=2)
     torch.manual_seed(0)
     state = torch.get_rng_state()
     counts = Counter(anchor.time(i, 5) for i in range(2000))
     assert set(counts) == {1, 2, 3, 4, 5}
     assert max(counts.values()) < 500 > 330 < min(counts.values())
     assert torch.equal(torch.get_rng_state(), state)
-    assert [anchor.time(i, 25) for i in range(9)] == [Anchor([], 3.0, seed=2).time(i, 25) for i in range(9)]
-    assert [anchor.time(i, 25) for i in range(9)] != [Anchor([], 1.0, seed=3).time(i, 25) for i in range(9)]
+    assert [anchor.time(i, 25) for i in range(9)] == [Anchor(nn.Module(), 3.0, seed=2).time(i, 25) for i in range(9)]
+    assert [anchor.time(i, 25) for i in range(9)] != [Anchor(nn.Module(), 1.0, seed=3).time(i, 25) for i in range(9)]
 
 
 def recipe(tmp_path: Path, anchor: float, method: Any = None, train: Trained | None = None, **rollout: Any) -> Recipe:

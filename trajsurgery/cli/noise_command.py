@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from trajsurgery.errors import RecipeError, SurgeryError
 from trajsurgery.reports.filmstrip import draw_filmstrip
 from trajsurgery.rewards.loading import Reward, load_reward, score_one
-from trajsurgery.training import components, preflight
+from trajsurgery.training import components, preflight, ranks
 from trajsurgery.training.checkpoint import write_atomically
 from trajsurgery.training.noise_search.ascent import Ascent, Frame, RewardPath
 from trajsurgery.training.noise_search.noise_recipe import NoiseRecipe
@@ -116,7 +116,8 @@ def check_noise_recipe(recipe: NoiseRecipe) -> None:
 
 def _load_components(recipe: NoiseRecipe) -> tuple[Any, Reward]:
     with components.quiet():
-        pipe = components.load_pipeline(recipe.model)
+        device = ranks.choose_device("auto")
+        pipe = components.load_pipeline(recipe.model, device).to(device)
         return pipe, load_reward(recipe.reward, pipe.transformer.device)
 
 

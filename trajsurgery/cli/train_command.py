@@ -23,7 +23,7 @@ from trajsurgery.evaluation import validation_rounds
 from trajsurgery.evaluation.held_out import HeldOutScores, evaluate, needed_prompts
 from trajsurgery.evaluation.paired_statistics import compare
 from trajsurgery.reports import run_report, validation_report
-from trajsurgery.training import components, lora, missing_gradients, preflight, srpo_support
+from trajsurgery.training import components, lora, missing_gradients, preflight, ranks, sharding, srpo_support
 from trajsurgery.training.checkpoint import METRICS, Log, TrainingState, resume, save, write_atomically
 from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.training_loop import StepRecord, iteration_generator, train
@@ -45,11 +45,16 @@ def cli(presets: Mapping[str, Recipe], description: str, args: Sequence[str] | N
             recipe = tyro.cli(Recipe, default=preset, args=words, description=description, console_outputs=True)
         if recipe.dry_run:
             return dry_run(recipe, console)
-        return INTERRUPTED if main(recipe, console=console) is None else 0
+        ranks.join(ranks.choose_device(recipe.device))
+        result = main(recipe, console=console if ranks.is_main() else None)
+        ranks.leave()
+        return INTERRUPTED if result is None else 0
     except KeyboardInterrupt:
         console.print("interrupted before the first iteration, or while pictures were made: the same command goes on")
         return INTERRUPTED
     except SurgeryError as error:
+        if not ranks.is_main():
+            console.print(f"rank {ranks.rank()}: ", end="")
         console.print(f"[bold red]{type(error).__name__}[/]: ", end="")
         console.print(str(error), markup=False, highlight=False, soft_wrap=True)
         return 1
@@ -80,9 +85,10 @@ def main(
     Raises:
         RecipeError: the run can't start here, the output folder holds another recipe's run, or it diverged.
     """
-    console, began = console or Console(), time.monotonic()
+    console, began = console or Console(quiet=not ranks.is_main()), time.monotonic()
     if scene is None:
         preflight.check_recipe(recipe)
+    ranks.rows(recipe.rollout.batch)  # raises if they can't be divided
     torch.set_num_threads(recipe.threads)
     parts = scene or components.load(recipe)
     components.check_reward(recipe, parts)
@@ -120,8 +126,9 @@ def main(
     evaluation = _save_results(recipe, parts, training, console)
     evaluation["seconds"] = round(spent + time.monotonic() - began, 1)
     log.append(evaluation)
-    run_report.draw_curve(recipe.output / "reward.png", _run_title(recipe, training), log.read())
-    run_report.draw_held_out(recipe.output / "heldout.png", _run_title(recipe, training), evaluation)
+    if ranks.is_main():
+        run_report.draw_curve(recipe.output / "reward.png", _run_title(recipe, training), log.read())
+        run_report.draw_held_out(recipe.output / "heldout.png", _run_title(recipe, training), evaluation)
     return _print_summary(recipe, console, evaluation, "")
 
 
@@ -140,7 +147,8 @@ def _save_results(
 ) -> dict[str, Any]:
     """Put the averaged weights into the pipeline, save and evaluate them, and draw the pictures."""
     validation_rounds.restore_best(recipe, training)
-    training.ema.copy_to(training.parameters)
+    sharding.release(parts.module)
+    training.ema.copy_to(training.local)
     lora.save_trained(parts.pipe, recipe.train, recipe.output / "transformer")
     write_atomically(
         recipe.output / "recipe.json", lambda path: path.write_text(json.dumps(recipe.to_dict(), indent=1) + "\n")
@@ -149,9 +157,10 @@ def _save_results(
         after = evaluate(recipe, parts)
     assert training.before is not None, "the untuned model is evaluated before the first iteration"
     before = HeldOutScores.from_dict(training.before)
-    run_report.draw_samples(recipe.output / "samples.png", _run_title(recipe, training), before, after)
-    plan = recipe.method.draw(recipe.rollout.steps, iteration_generator(recipe.seed, 1, "plan"))
-    plan.draw(recipe.output / "plan.svg")
+    if ranks.is_main():
+        run_report.draw_samples(recipe.output / "samples.png", _run_title(recipe, training), before, after)
+        plan = recipe.method.draw(recipe.rollout.steps, iteration_generator(recipe.seed, 1, "plan"))
+        plan.draw(recipe.output / "plan.svg")
     counts = {"iterations": training.iteration, "skipped": training.skipped}
     return {**compare(before, after), **counts, **validation_rounds.guards_summary(recipe, parts, training)}
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from trajsurgery.evaluation import diversity
 from trajsurgery.rewards.loading import mixture_parts
+from trajsurgery.training import ranks
 from trajsurgery.training.components import PromptCache, RunComponents, pipeline_arguments
 from trajsurgery.training.prompts import Prompt
 from trajsurgery.training.recipe import Recipe
@@ -68,48 +70,48 @@ def needed_prompts(prompts: Sequence[Prompt], count: int) -> list[str]:
 
 
 def evaluate(recipe: Recipe, world: RunComponents, embeddings: PromptCache | None = None) -> HeldOutScores:
-    """Make images of the held-out prompts with the current weights, and score them.
+    """Make images of the held-out prompts with the current weights, and score them; each rank makes its share.
 
     Args:
         embeddings: the encodings of these prompts, if they exist.
     """
     prompts = spread_over_categories(world.heldout, recipe.evaluation.images)
-    verdicts: list[tuple[Tensor, Tensor]] = []
-    pictures: list[Tensor] = []
-    scorers, features = {"": world.reward, **mixture_parts(world.reward), **world.metrics}, _image_features(world)
-    score_batches, feature_batches = _empty_lists(scorers), _empty_lists(features)
-    prompt_texts = [prompt.text for prompt in prompts]
-    for texts, images in _sample_images(
-        recipe, world, prompt_texts, embeddings or PromptCache(world.pipe, prompt_texts, pipeline_arguments(recipe))
-    ):
-        with torch.no_grad():
-            for name, scorer in scorers.items():
-                score_batches[name].append(scorer(images, texts).float().cpu())
-            for name, (extract, _) in features.items():
-                feature_batches[name].append(extract(images).float().cpu())
-        if world.judge is not None:
-            verdicts.append(world.judge(images, texts))
-        missing = recipe.evaluation.pictures - sum(map(len, pictures))
-        pictures.append((images[: max(0, missing)].float().cpu() * 255).round().to(torch.uint8))
-    texts = tuple(prompt.text for prompt in prompts)
-    scores_by_name = {name: torch.cat(batches) for name, batches in score_batches.items()}
+    texts, features = tuple(prompt.text for prompt in prompts), _image_features(world)
+    cache = embeddings or PromptCache(world.pipe, texts, pipeline_arguments(recipe))
+    share = [_score_batch(recipe, world, *batch) for batch in _sample_images(recipe, world, texts, cache)]
+    in_order = [batch for each in zip(*ranks.gathered(share), strict=True) for batch in each]
+    batches = in_order[: math.ceil(len(texts) / recipe.evaluation.batch)]
+    columns = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
     return HeldOutScores(
         texts,
         tuple(prompt.category for prompt in prompts),
-        scores_by_name.pop(""),
-        torch.cat([correct for correct, _ in verdicts]).cpu() if verdicts else None,
-        torch.cat([junk for _, junk in verdicts]).cpu() if verdicts else None,
-        torch.cat(pictures),
-        scores_by_name,
+        columns["reward", ""],
+        columns.get(("rules", "correct")),
+        columns.get(("rules", "junk")),
+        columns["pictures", ""],
+        {name: column for (kind, name), column in columns.items() if kind == "metric"},
         {
-            name: diversity.distance_to_others(torch.cat(feature_batches[name]), texts, distance)
+            name: diversity.distance_to_others(columns["feature", name], texts, distance)
             for name, (_, distance) in features.items()
         },
     )
 
 
-def _empty_lists(names: Iterable[str]) -> dict[str, list[Tensor]]:
-    return {name: [] for name in names}
+@torch.no_grad()
+def _score_batch(
+    recipe: Recipe, world: RunComponents, start: int, texts: list[str], images: Tensor
+) -> dict[tuple[str, str], Tensor]:
+    """Return what is kept of a batch of images, on the CPU, by (kind, name)."""
+    columns = {("reward", ""): world.reward(images, texts).float()}
+    for name, scorer in {**mixture_parts(world.reward), **world.metrics}.items():
+        columns["metric", name] = scorer(images, texts).float()
+    for name, (extract, _) in _image_features(world).items():
+        columns["feature", name] = extract(images).float()
+    if world.judge is not None:
+        columns["rules", "correct"], columns["rules", "junk"] = world.judge(images, texts)
+    shown = images[: max(0, recipe.evaluation.pictures - start)]
+    columns["pictures", ""] = (shown.float() * 255).round().to(torch.uint8)
+    return {key: column.cpu() for key, column in columns.items()}
 
 
 def _image_features(world: RunComponents) -> dict[str, tuple[Callable[[Tensor], Tensor], diversity.Distance]]:
@@ -120,11 +122,17 @@ def _image_features(world: RunComponents) -> dict[str, tuple[Callable[[Tensor], 
 
 
 def _sample_images(
-    recipe: Recipe, world: RunComponents, texts: list[str], embeddings: PromptCache
-) -> Iterator[tuple[list[str], Tensor]]:
-    """Yield (prompts, images [batch 3 h w]); the noise follows from seed, position and `evaluation.batch`."""
-    for start in range(0, len(texts), recipe.evaluation.batch):
-        part = texts[start : start + recipe.evaluation.batch]
+    recipe: Recipe, world: RunComponents, texts: Sequence[str], embeddings: PromptCache
+) -> Iterator[tuple[int, list[str], Tensor]]:
+    """Yield (position, prompts, images [batch 3 h w]) of every Nth batch, N the number of ranks.
+
+    The noise follows from seed, position and `evaluation.batch`. All ranks yield as many batches, since sharded weights
+    are gathered by all of them together: beyond the last batch the first ones are made again.
+    """
+    starts = range(0, len(texts), recipe.evaluation.batch)
+    for number in range(ranks.rank(), math.ceil(len(starts) / ranks.count()) * ranks.count(), ranks.count()):
+        start = starts[number % len(starts)]
+        part = list(texts[start : start + recipe.evaluation.batch])
         images = world.pipe(
             **embeddings(part),
             num_inference_steps=recipe.evaluation.steps,
@@ -132,4 +140,4 @@ def _sample_images(
             generator=torch.Generator().manual_seed(2**40 + recipe.seed * 1_000_003 + start),
             output_type="pt",
         )[0]
-        yield part, images
+        yield start, part, images

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from trajsurgery.errors import RecipeError
 from trajsurgery.evaluation.options import Evaluate
 from trajsurgery.rewards.weight_files import cached_file
-from trajsurgery.training import components
+from trajsurgery.training import components, ranks
 from trajsurgery.training.preflight import model_problem
 from trajsurgery.training.recipe import EMBEDDED, Recipe
 from trajsurgery.training.settings import Rollout
@@ -37,8 +37,9 @@ class ModelVariant:
 
     def load(self, base: str, precision: Literal["float32", "bfloat16"]) -> Any:
         """Load its pipeline, in eval mode and without progress bars."""
+        device = ranks.choose_device("auto")
         with components.quiet():
-            pipe = components.load_pipeline(self.where if self.kind == "model" else base)
+            pipe = components.load_pipeline(self.where if self.kind == "model" else base, device)
             if self.kind == "transformer":
                 transformer = type(pipe.transformer).from_pretrained(self.where, torch_dtype=pipe.transformer.dtype)
                 pipe.register_modules(transformer=transformer.to(pipe.transformer.device))

@@ -17,6 +17,7 @@ import torch
 from trajsurgery.errors import RecipeError
 from trajsurgery.evaluation.held_out import HeldOutScores, evaluate, spread_over_categories
 from trajsurgery.rewards.loading import mixture_weights
+from trajsurgery.training import ranks
 from trajsurgery.training.anchor import swapped
 from trajsurgery.training.checkpoint import METRICS, Log, TrainingState, save, write_atomically
 from trajsurgery.training.components import PromptCache, RunComponents
@@ -95,7 +96,7 @@ def validation_callback(
     def validate() -> bool:
         if training.iteration % every == 0 and training.early_stopping.last != training.iteration and training.finite:
             began = time.monotonic()
-            with swapped(training.parameters, training.ema.shadow_params):
+            with swapped(training.module, training.ema.shadow_params):
                 scores = evaluate(round_recipe, validation_world, embeddings)
             best = training.early_stopping.update(training.iteration, float(scores.metrics[scorer_name].mean()))
             training.seconds += time.monotonic() - began
@@ -128,9 +129,10 @@ def _best_weights_path(output: Path, iteration: int) -> Path:
 def _save_best(recipe: Recipe, training: TrainingState) -> None:
     """Write the averaged weights of the best round, then the checkpoint that names them, then delete earlier ones."""
     file = _best_weights_path(recipe.output, training.iteration)
-    write_atomically(file, lambda path: torch.save([p.detach() for p in training.ema.shadow_params], path))
+    averages = training.averages
+    write_atomically(file, lambda path: torch.save(averages, path))
     save(recipe, training)
-    for other in recipe.output.glob("best-*.pt"):
+    for other in recipe.output.glob("best-*.pt") if ranks.is_main() else ():
         if other != file:
             other.unlink()
 
@@ -146,9 +148,7 @@ def restore_best(recipe: Recipe, training: TrainingState) -> None:
         raise RecipeError(
             f"{file}, the weights of the best look, can't be read ({error}). Start the run anew with --overwrite."
         ) from error
-    with torch.no_grad():
-        for average, value in zip(training.ema.shadow_params, best_weights, strict=True):
-            average.copy_(value)
+    training.set_averages(best_weights)
 
 
 def guards_summary(recipe: Recipe, world: RunComponents, training: TrainingState) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from trajsurgery.plans.nodes import (
 )
 from trajsurgery.plans.plan import Plan
 from trajsurgery.surgery.execution import Execution, bind_to_steps, first_call
-from trajsurgery.surgery.trajectory import Trajectory
+from trajsurgery.surgery.trajectory import Generators, Trajectory
 from trajsurgery.surgery.velocity_calls import IN_ROLLOUT, Memory, cut, run_outputs, split_call
 
 
@@ -41,7 +41,7 @@ class OperateOptions:
 
     plan: Plan | None
     memory: Memory
-    generator: torch.Generator | None
+    generator: Generators
     guidance: GuidanceGradient
     whole: bool
 

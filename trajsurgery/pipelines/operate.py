@@ -11,7 +11,6 @@ import functools
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from trajsurgery.errors import SamplerError, SurgeryError
@@ -23,7 +22,7 @@ from trajsurgery.pipelines.scheduler import check_flow_matching
 from trajsurgery.plans import legality
 from trajsurgery.plans.plan import Plan
 from trajsurgery.surgery.execution import check_plan
-from trajsurgery.surgery.trajectory import Trajectory
+from trajsurgery.surgery.trajectory import Generators, Trajectory
 from trajsurgery.surgery.velocity_calls import Memory, check_memory
 
 _ONE_OFF = "_operated_by_trajsurgery"
@@ -33,7 +32,7 @@ def operate(
     pipe: Any,
     plan: Plan | None = None,
     memory: Memory = "retain",
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     *,
     guidance_gradient: GuidanceGradient = "both",
     whole: bool = True,
@@ -56,7 +55,8 @@ def operate(
         memory: "retain" keeps the activations of the plan's calls, which are the rollout's own; "recompute" keeps none
             and makes the calls again in the backward pass, through the pipeline itself. "split" is retain with a graph
             for each call: parameter gradients go into `.grad` call by call, and no second one is ever held.
-        generator: draws the noises of renoised samples (by default torch's global one).
+        generator: draws the noises of renoised samples (one generator, or one for each
+            sample; by default torch's global one).
         guidance_gradient: for classifier-free guidance, v = u + s (c - u). "both": both passes are in the graph.
             "conditional": the conditional one alone, s dc/dtheta; u is a constant. The values are the same.
         whole: False ends the rollout at the last time that an output needs (ReFL, DRTune): no later model call is made,

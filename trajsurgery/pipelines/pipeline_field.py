@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from trajsurgery.errors import SamplerError
 from trajsurgery.pipelines.call_record import CallRecord
@@ -59,7 +60,7 @@ class PipelineField:
         velocity = Replay(self.record, max(calls), max(calls), x, torch.is_grad_enabled(), calls).velocity()
         assert velocity is not None
         times = [schedule.steps - step for step in steps]
-        if not self._checked_apart.issuperset(times) and self._changes() == self._versions:
+        if not self._checked_apart.issuperset(times) and self._unchanged():
             self._check_apart(times, x.detach(), velocity.detach())
         return velocity
 
@@ -92,7 +93,7 @@ class PipelineField:
 
         Waits for the device, once for each time of a rollout.
         """
-        if self._changes() != self._versions or not torch.equal(x, self._trajectory[t]):
+        if not self._unchanged() or not torch.equal(x, self._trajectory[t]):
             return
         self._checked.add(t)
         expected = self._trajectory.velocity(t).double()
@@ -120,9 +121,15 @@ class PipelineField:
                 "there than the vectors that its model is handed. Take one plan for the batch (--rollout.times shared)."
             )
 
-    def _changes(self) -> int:
-        """Return how often the weights have been changed in place."""
-        modules = (m for m in self.record.pipe.components.values() if isinstance(m, nn.Module))
+    def _unchanged(self) -> bool:
+        """Whether the weights are known to be those of the rollout."""
+        return self._versions is not None and self._changes() == self._versions
+
+    def _changes(self) -> int | None:
+        """Return how often the weights have been changed in place; None if FSDP holds them, which does not count."""
+        modules = [m for m in self.record.pipe.components.values() if isinstance(m, nn.Module)]
+        if any(isinstance(module, FSDPModule) for module in modules):
+            return None
         return sum(p._version for module in modules for p in module.parameters())
 
     def decode(self, x: Tensor) -> Any:

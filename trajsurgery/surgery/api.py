@@ -16,7 +16,7 @@ from trajsurgery.plans.plan import Plan
 from trajsurgery.surgery.execution import Execution, bind_to_steps, check_plan
 from trajsurgery.surgery.parameters import Fields, Params, field_named, has_trainable_parameters, trainable_only
 from trajsurgery.surgery.per_sample_execution import start_run
-from trajsurgery.surgery.trajectory import Trajectory, as_sigmas
+from trajsurgery.surgery.trajectory import Generators, Trajectory, as_sigmas
 from trajsurgery.surgery.validation import call_field, change_count, check_finite, match_cotangents
 from trajsurgery.surgery.velocity_calls import (
     IN_ROLLOUT,
@@ -68,7 +68,7 @@ def sample(
     interpolant: Interpolant | None = None,
     *,
     memory: Memory = "retain",
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     params: Params = None,
     check: bool = True,
 ) -> tuple[Outputs, Trajectory]:
@@ -105,7 +105,7 @@ def apply(
     field: Fields,
     memory: Memory = "retain",
     *,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     params: Params = None,
 ) -> Outputs:
     """Return the plan's outputs on a recorded trajectory, with the plan's gradient.
@@ -121,8 +121,8 @@ def apply(
             adds into `.grad`: no second parameter gradient is held, and `torch.autograd.grad` for parameters is not
             possible. Both are first-order reverse mode only, and fall back to retain under a torch.func transform or
             forward-mode AD.
-        generator: draws the noises of renoised samples that the trajectory does not hold yet (by default torch's global
-            one).
+        generator: draws the noises of renoised samples that the trajectory does not hold yet: one generator, or one for
+            each sample (by default torch's global one).
         params: what trains; by default `field.parameters()`, or the leaves of the autograd graph of one call.
 
     Returns:
@@ -141,7 +141,7 @@ def values(
     trajectory: Trajectory,
     field: Fields,
     *,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     params: Params = None,
 ) -> Outputs:
     """Return the plan's outputs without gradient, [batch, *latent] or a tuple. Only unfaithful calls run the model.
@@ -156,7 +156,7 @@ def distances(
     trajectory: Trajectory,
     field: Fields,
     *,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     params: Params = None,
 ) -> dict[int, Tensor]:
     """Return {t: [batch]}: the mean |x_t - prediction| of the leaps and advances that land on t (LeapAlign, section
@@ -176,7 +176,7 @@ def backward(
     field: Fields,
     cotangent: Tensor | Sequence[Tensor],
     *,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     params: Params = None,
     check: bool = True,
 ) -> None:
@@ -244,7 +244,7 @@ def _run_sampler(
     sigmas: Tensor | Sequence[float],
     interpolant: Interpolant | None,
     plan: Plan | None,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     split: bool = False,
     params: tuple[Tensor, ...] | None = None,
 ) -> tuple[Execution | None, Trajectory]:

@@ -12,7 +12,7 @@ from trajsurgery.plans.per_sample import PerSample
 from trajsurgery.plans.plan import Plan
 from trajsurgery.surgery.node_values import node_value
 from trajsurgery.surgery.parameters import Fields
-from trajsurgery.surgery.trajectory import Trajectory
+from trajsurgery.surgery.trajectory import Generators, Trajectory
 from trajsurgery.surgery.validation import check_generator
 from trajsurgery.surgery.velocity_calls import Call, velocity_at
 
@@ -24,9 +24,7 @@ class Execution:
     of the rollout's own calls; `finish` makes the remaining calls.
     """
 
-    def __init__(
-        self, plan: Plan, trajectory: Trajectory, generator: torch.Generator | None = None, gradient: bool = True
-    ) -> None:
+    def __init__(self, plan: Plan, trajectory: Trajectory, generator: Generators = None, gradient: bool = True) -> None:
         check_plan(plan)
         check_trajectory(trajectory)
         check_generator(generator)

@@ -28,12 +28,12 @@ from trajsurgery.plans.nodes import (
     walk,
 )
 from trajsurgery.surgery import autograd_functions
-from trajsurgery.surgery.trajectory import Trajectory
+from trajsurgery.surgery.trajectory import Generators, Trajectory
 
 Of = Mapping[Node, Tensor]
 
 
-def node_value(node: Node, of: Of, trajectory: Trajectory, faithful: bool, generator: torch.Generator | None) -> Tensor:
+def node_value(node: Node, of: Of, trajectory: Trajectory, faithful: bool, generator: Generators) -> Tensor:
     """Return the node's value, [batch, *latent], from its parents' values in `of`.
 
     Args:
@@ -66,14 +66,14 @@ def _advance(node: Advance, of: Of, trajectory: Trajectory, *_: Any) -> Tensor:
     return total
 
 
-def _renoise(node: Renoise, of: Of, trajectory: Trajectory, _: bool, generator: torch.Generator | None) -> Tensor:
+def _renoise(node: Renoise, of: Of, trajectory: Trajectory, _: bool, generator: Generators) -> Tensor:
     to = _sigma(trajectory, node.to)
     eps = trajectory.noise(node.draw, _int(node.to), generator)
     alpha, beta = trajectory.interpolant.alpha(to, torch), trajectory.interpolant.beta(to, torch)
     return alpha * of[node.x] + beta * eps
 
 
-def _recover(node: Recover, of: Of, trajectory: Trajectory, _: bool, generator: torch.Generator | None) -> Tensor:
+def _recover(node: Recover, of: Of, trajectory: Trajectory, _: bool, generator: Generators) -> Tensor:
     t = _int(node.x.t)
     alpha, beta = (f(_sigma(trajectory, t), torch) for f in (trajectory.interpolant.alpha, trajectory.interpolant.beta))
     # times are monotone: alpha vanishes at T alone, and only there does the host wait for the device

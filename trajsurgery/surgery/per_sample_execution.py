@@ -11,12 +11,12 @@ from trajsurgery.plans.per_sample import PerSample
 from trajsurgery.plans.plan import Plan
 from trajsurgery.surgery.execution import Execution, check_trajectory, time_of
 from trajsurgery.surgery.parameters import Fields
-from trajsurgery.surgery.trajectory import Trajectory
+from trajsurgery.surgery.trajectory import Generators, Trajectory
 from trajsurgery.surgery.velocity_calls import Call, Run, velocity_at
 
 
 def start_run(
-    plan: Plan | PerSample, trajectory: Trajectory, generator: torch.Generator | None = None, gradient: bool = True
+    plan: Plan | PerSample, trajectory: Trajectory, generator: Generators = None, gradient: bool = True
 ) -> Run:
     """Return the execution of a plan, or of a plan for each sample, on a whole trajectory."""
     if isinstance(plan, PerSample):
@@ -35,7 +35,7 @@ class PerSampleExecution:
     """
 
     def __init__(
-        self, plan: PerSample, trajectory: Trajectory, generator: torch.Generator | None = None, gradient: bool = True
+        self, plan: PerSample, trajectory: Trajectory, generator: Generators = None, gradient: bool = True
     ) -> None:
         check_trajectory(trajectory)
         batch = len(next(iter(trajectory.latents.values())))

@@ -19,6 +19,21 @@ from trajsurgery.surgery.validation import check_noise, match_cotangents
 
 _EPS = torch.finfo(torch.float32).eps
 
+Generators = torch.Generator | Sequence[torch.Generator] | None
+"""What draws a batch's noise: one generator, one for each sample (as in diffusers), or torch's global one."""
+
+
+def _draw_noise(like: Tensor, generator: Generators) -> Tensor:
+    """Return standard normal noise of a batch's shape."""
+    if isinstance(generator, Sequence):
+        if len(generator) != len(like):
+            raise SamplerError(
+                f"generator= holds {len(generator)} generators for a batch of {len(like)}: one for each."
+            )
+        return torch.cat([_draw_noise(x, each) for x, each in zip(like.split(1), generator, strict=True)])
+    device = like.device if generator is None else generator.device
+    return torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
+
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
@@ -95,16 +110,12 @@ class Trajectory:
         rounding = step * change.abs() + end * landed.abs() + 2 * _EPS * (x.abs().max() + change.abs().max())
         return bool(((x + change - landed).abs() <= rounding).all().item())
 
-    def noise(self, draw: Draw, to: int, generator: torch.Generator | None = None) -> Tensor:
+    def noise(self, draw: Draw, to: int, generator: Generators = None) -> Tensor:
         """Return the noise of a renoised sample, drawn once for each (draw, to); draw="rollout" is x_T."""
         if draw == "rollout":
             return self[self.steps]
         if (draw, to) not in self.noises:
-            like = self[0]
-            device = like.device if generator is None else generator.device
-            self.noises[draw, to] = torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype).to(
-                like.device
-            )
+            self.noises[draw, to] = _draw_noise(self[0], generator)
         return self.noises[draw, to]
 
     def sample(self, i: int) -> Trajectory:
@@ -146,7 +157,7 @@ class _Sample(Trajectory):
     def is_step(self, t: int) -> bool:
         return self.whole.is_step(t)
 
-    def noise(self, draw: Draw, to: int, generator: torch.Generator | None = None) -> Tensor:
+    def noise(self, draw: Draw, to: int, generator: Generators = None) -> Tensor:
         return self.whole.noise(draw, to, generator)[self.i : self.i + 1]
 
     def _held(self, letter: str, held: dict[int, Tensor], t: int) -> Tensor:

@@ -110,11 +110,12 @@ def check_noise(noise: object) -> None:
 
 
 def check_generator(generator: object) -> None:
-    """Raise SamplerError unless this is a torch.Generator."""
-    if generator is not None and not isinstance(generator, torch.Generator):
+    """Raise SamplerError unless this is a torch.Generator, or a list of them."""
+    generators: Sequence[object] = generator if isinstance(generator, list | tuple) else [generator]
+    if generator is not None and not all(isinstance(each, torch.Generator) for each in generators):
         raise SamplerError(
             f"generator= received a {type(generator).__name__}: it is a torch.Generator, "
-            "torch.Generator().manual_seed(0)."
+            "torch.Generator().manual_seed(0), or a list of them, one for each sample."
         )
 
 

@@ -14,48 +14,56 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trajsurgery.surgery.trajectory import Trajectory
+from trajsurgery.training import sharding
 
 _SEED = 2**42
 """Keeps these draws apart from those of training and evaluation."""
 
 
 @contextmanager
-def swapped(parameters: Sequence[Tensor], others: Sequence[Tensor]) -> Generator[None]:
-    """Swap the values of `parameters` and `others` in place, for the block. It needs memory for one more tensor at
-    most.
+def swapped(module: nn.Module, others: Sequence[Tensor]) -> Generator[None]:
+    """Swap the values of what trains and `others` in place, for the block. It needs memory for one more tensor at most.
 
     No graph from before the block may be run in it, and no graph made in it may be run after it.
+
+    Args:
+        others: for each parameter that trains, a tensor like this rank's shard of it.
     """
-    _swap(parameters, others)
+    _swap(module, others)
     try:
         yield
     finally:
-        _swap(parameters, others)
+        _swap(module, others)
 
 
 @torch.no_grad()
-def _swap(parameters: Sequence[Tensor], others: Sequence[Tensor]) -> None:
-    for parameter, other in zip(parameters, others, strict=True):
-        value = parameter.detach().clone()
+def _swap(module: nn.Module, others: Sequence[Tensor]) -> None:
+    sharding.release(module)
+    for parameter, other in zip(_shards(module), others, strict=True):
+        value = parameter.clone()
         parameter.copy_(other)
         other.copy_(value)
+
+
+def _shards(module: nn.Module) -> list[Tensor]:
+    return [sharding.local(p.detach()) for p in module.parameters() if p.requires_grad]
 
 
 class Anchor:
     """The base model's values of what trains (weights, or adapters that add nothing yet), kept on the CPU.
 
     Args:
-        parameters: what trains, before training.
+        module: what trains, before training.
         coefficient: c, at least 0.
         seed: the run's.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], coefficient: float, seed: int) -> None:
-        self.parameters, self.coefficient, self.seed = tuple(parameters), coefficient, seed
-        self.base = [p.detach().to("cpu", copy=True) for p in self.parameters]
+    def __init__(self, module: nn.Module, coefficient: float, seed: int) -> None:
+        self.module, self.coefficient, self.seed = module, coefficient, seed
+        self.base = [shard.to("cpu", copy=True) for shard in _shards(module)]
 
     def time(self, iteration: int, steps: int) -> int:
         """Draw t of an iteration, uniform in 1..T; the same for all its rollouts."""
@@ -71,7 +79,7 @@ class Anchor:
         """
         t = self.time(iteration, trajectory.steps)
         x, sigma = trajectory[t], trajectory.sigma(t)
-        with swapped(self.parameters, self.base), torch.no_grad():
+        with swapped(self.module, self.base), torch.no_grad():
             base = field(x, sigma)
         with torch.enable_grad():
             v = field(x, sigma)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from trajsurgery.errors import RecipeError
+from trajsurgery.training import ranks, sharding
 from trajsurgery.training.anchor import Anchor
 from trajsurgery.training.early_stopping import EarlyStopping
 from trajsurgery.training.recipe import Recipe, differences
@@ -57,22 +58,36 @@ class TrainingState:
         optimiser = torch.optim.AdamW(
             parameters, settings.rate, settings.betas, weight_decay=settings.weight_decay, fused=True
         )
-        ema = EMAModel(parameters, decay=recipe.ema, foreach=True)
-        anchor = Anchor(parameters, recipe.guards.anchor, recipe.seed) if recipe.guards.anchor else None
-        return cls(module, optimiser, ema, parameters=parameters, anchor=anchor)
+        anchor = Anchor(module, recipe.guards.anchor, recipe.seed) if recipe.guards.anchor else None
+        state = cls(
+            module, optimiser, EMAModel([], decay=recipe.ema, foreach=True), parameters=parameters, anchor=anchor
+        )
+        state.ema.shadow_params = [p.detach().clone() for p in state.local]
+        return state
 
     @property
     def finite(self) -> bool:
         """Whether weights and their averages hold neither NaN nor Inf. Waits for the device."""
-        tensors = [p.detach() for p in (*self.parameters, *self.ema.shadow_params)]
-        return bool(torch.nn.utils.get_total_norm(tensors).isfinite())
+        norm = torch.nn.utils.get_total_norm([x.detach() for x in (*self.local, *self.ema.shadow_params)])
+        return not ranks.any_rank(not bool(norm.isfinite()))
+
+    @property
+    def local(self) -> list[nn.Parameter]:
+        """This rank's shards of the parameters, which share their memory."""
+        return [p if sharding.local(p) is p else nn.Parameter(sharding.local(p.detach())) for p in self.parameters]
+
+    @property
+    def averages(self) -> list[torch.Tensor]:
+        """The averaged weights, whole, on the first rank. All ranks call this together."""
+        pairs = zip(self.ema.shadow_params, self.parameters, strict=True)
+        return [sharding.collect(average, parameter) for average, parameter in pairs]
 
     def state(self) -> dict[str, Any]:
-        """Return the content of a checkpoint."""
+        """Return the content of a checkpoint, with whole tensors. All ranks call this together."""
         return {
-            "weights": [p.detach() for p in self.parameters],
-            "optimiser": self.optimiser.state_dict(),
-            "ema": self.ema.state_dict(),
+            "weights": [sharding.collect(p.detach()) for p in self.parameters],
+            "optimiser": sharding.whole_state(self.optimiser.state_dict()),
+            "ema": self.ema.state_dict() | {"shadow_params": self.averages},
             "before": self.before,
             "iteration": self.iteration,
             "skipped": self.skipped,
@@ -82,16 +97,22 @@ class TrainingState:
             "watch": asdict(self.early_stopping),
         }
 
+    def set_averages(self, values: Sequence[torch.Tensor]) -> None:
+        """Set the averaged weights to whole tensors."""
+        self.ema.shadow_params = [
+            sharding.local(sharding.shard_of(value, parameter)).to(parameter.device)
+            for value, parameter in zip(values, self.parameters, strict=True)
+        ]
+
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state` returned."""
+        """Restore what `state` returned, on any number of ranks."""
+        sharding.release(self.module)
         with torch.no_grad():
             for parameter, value in zip(self.parameters, state["weights"], strict=True):
-                parameter.copy_(value)
-        self.optimiser.load_state_dict(state["optimiser"])
+                parameter.copy_(sharding.shard_of(value, parameter))
+        self.optimiser.load_state_dict(sharding.sharded_optimiser_state(state["optimiser"], self.parameters))
         self.ema.load_state_dict(state["ema"])
-        self.ema.shadow_params = [
-            value.to(parameter.device) for value, parameter in zip(self.ema.shadow_params, self.parameters, strict=True)
-        ]
+        self.set_averages(self.ema.shadow_params)
         self.before = state["before"]
         self.iteration, self.skipped, self.in_a_row = state["iteration"], state["skipped"], state["in_a_row"]
         self.looked = state.get("looked", False)  # checkpoints of 0.1.0 have none
@@ -100,7 +121,12 @@ class TrainingState:
 
 
 def write_atomically(path: Path, write: Any) -> None:
-    """Call `write(partial_path)`, flush to disk and rename: if the process is killed, the old file stays."""
+    """Call `write(partial_path)`, flush to disk and rename: if the process is killed, the old file stays.
+
+    Of several ranks the first one writes.
+    """
+    if not ranks.is_main():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -126,7 +152,9 @@ def resume(recipe: Recipe, training: TrainingState) -> bool:
     """
     path = recipe.output / CHECKPOINT
     if recipe.overwrite or not path.exists():
-        discard(recipe.output)
+        ranks.wait_for_all()  # all have seen that there is none
+        if ranks.is_main():
+            discard(recipe.output)
         return False
     state = _read(path)
     _same(recipe, state)
@@ -134,6 +162,7 @@ def resume(recipe: Recipe, training: TrainingState) -> bool:
         training.restore(state)
     except (KeyError, ValueError, RuntimeError) as error:
         raise RecipeError(f"{path} does not fit the model: {error}. {_WAYS_OUT}") from error
+    ranks.wait_for_all()  # all have read it
     Log(recipe.output / METRICS).cut(training.iteration, training.early_stopping.last)
     return True
 
@@ -178,7 +207,9 @@ class Log:
         self.path = path
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Append a line; numbers that are not finite become null."""
+        """Append a line; numbers that are not finite become null. Of several ranks the first one writes."""
+        if not ranks.is_main():
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(_line(record))

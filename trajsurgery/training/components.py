@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from trajsurgery.errors import RecipeError
 from trajsurgery.rewards.loading import Reward, load_reward, mixture_weights, score_one
-from trajsurgery.training import lora, model_folder, vae_decoding
+from trajsurgery.training import lora, model_folder, ranks, sharding, vae_decoding
 from trajsurgery.training.objective import DETACHED
 from trajsurgery.training.prompt_cache import PromptCache, free_text_encoders
 from trajsurgery.training.prompts import Prompt, read_prompts
@@ -93,7 +93,7 @@ def load(recipe: Recipe) -> RunComponents:
         RecipeError: an unknown name; `preflight.check_recipe` reports all of them, and sooner.
     """
     with quiet():
-        pipe = prepare_pipeline(load_pipeline(recipe.model), recipe)
+        pipe = prepare_pipeline(load_pipeline(recipe.model, ranks.choose_device(recipe.device)), recipe)
         scorers = {
             name: load_reward(name, pipe.transformer.device) for name in (recipe.reward, *held_out_scorers(recipe))
         }
@@ -151,13 +151,19 @@ def quiet() -> Generator[None]:
 
 
 def prepare_pipeline(pipe: Any, recipe: Recipe) -> Any:
-    """Freeze the pipeline, set what trains, and configure precision, checkpointing and the VAE as the recipe says."""
+    """Freeze the pipeline, set what trains, and configure precision, checkpointing and the VAE as the recipe says.
+
+    It ends on the recipe's device; of several ranks each has its shard or copy of the transformer.
+    """
+    device = ranks.choose_device(recipe.device)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
     lora.set_trainable(pipe.transformer, recipe.train)
     if recipe.rollout.checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
+    sharding.distribute(pipe.transformer, recipe, device)
+    pipe.to(device)
     if recipe.rollout.compile:
         pipe.transformer.forward = torch.compile(pipe.transformer.forward)
     autocast = recipe.rollout.precision == "bfloat16"
@@ -182,8 +188,8 @@ def _run_in_bfloat16(module: nn.Module) -> None:
     module.forward = cast
 
 
-def load_pipeline(model: str) -> Any:
-    """Load the pipeline that a recipe names, on the GPU if there is one, in float32."""
+def load_pipeline(model: str, device: torch.device | str = "cpu") -> Any:
+    """Load the pipeline that a recipe names, on the CPU, in float32; for a GPU with text encoders in bfloat16."""
     world, _, name = model.partition(":")
     if world == "tiny":
         return import_module("trajsurgery.tiny").pipeline(name or "flux")
@@ -191,17 +197,16 @@ def load_pipeline(model: str) -> Any:
 
     if missing := model_folder.model_problem(model):  # of a missing tokenizer transformers makes an empty one
         raise RecipeError(missing)
-    cuda = torch.cuda.is_available()
     try:
-        pipe = DiffusionPipeline.from_pretrained(model, dtype=_component_dtypes(cuda), local_files_only=True)
+        dtypes = _component_dtypes(torch.device(device))
+        return DiffusionPipeline.from_pretrained(model, dtype=dtypes, local_files_only=True)
     except (OSError, ValueError) as error:
         raise RecipeError(f"{model} can't be loaded: {error} Fetch it anew with `hf download`.") from error
-    return pipe.to("cuda" if cuda else "cpu")
 
 
-def _component_dtypes(cuda: bool) -> Any:
+def _component_dtypes(device: torch.device) -> Any:
     """Text encoders are frozen and large: bfloat16 on a GPU. The transformer and the VAE stay float32."""
-    small = torch.bfloat16 if cuda else torch.float32
+    small = torch.float32 if device.type == "cpu" else torch.bfloat16
     return {"text_encoder": small, "text_encoder_2": small, "text_encoder_3": small, "default": torch.float32}
 
 

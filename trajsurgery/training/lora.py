@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trajsurgery.errors import RecipeError
+from trajsurgery.training import ranks, sharding
 from trajsurgery.training.settings import Trained
 
 
@@ -89,9 +90,18 @@ def set_trainable_fake(module: nn.Module, trained: Trained) -> None:
 
 
 def save_trained(pipe: Any, trained: Trained, folder: Path) -> None:
-    """Save what trained: the transformer, or adapters that `load_lora_weights(folder)` of diffusers reads."""
+    """Save what trained: the transformer, or adapters that `load_lora_weights(folder)` of diffusers reads.
+
+    All ranks call this together; the first one writes.
+    """
     if trained.what == "full":
-        pipe.transformer.save_pretrained(folder)
+        module = pipe.transformer
+        if sharding.is_sharded(module):
+            module = sharding.unsharded_copy(module)
+        if ranks.is_main():
+            module.save_pretrained(folder)
+        return
+    if not ranks.is_main():
         return
     from peft.utils import get_peft_model_state_dict
 

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from trajsurgery.training import ranks, sharding
+
 SHOWN = 8
 """The most names that a warning lists."""
 
@@ -15,17 +17,17 @@ SHOWN = 8
 def without_gradient(named: Iterable[tuple[str, Tensor]]) -> list[str]:
     """Return the names of the trained parameters whose `.grad` is None or all zeros.
 
-    Waits for the device once.
+    Waits for the device once. All ranks call this together.
 
     Args:
         named: `module.named_parameters()`, after a backward pass and before `zero_grad`.
     """
     trained = [(name, p) for name, p in named if p.requires_grad]
-    gradients = [(name, p.grad) for name, p in trained if p.grad is not None]
+    gradients = [(name, sharding.local(p.grad)) for name, p in trained if p.grad is not None]
     if not gradients:
         return [name for name, _ in trained]
     device = gradients[0][1].device
-    nonzero: list[bool] = torch.stack([grad.any().to(device) for _, grad in gradients]).tolist()
+    nonzero: list[bool] = ranks.anywhere(torch.stack([grad.any().to(device) for _, grad in gradients])).tolist()
     reached = {name for (name, _), any_nonzero in zip(gradients, nonzero, strict=True) if any_nonzero}
     return [name for name, _ in trained if name not in reached]
 

@@ -90,7 +90,7 @@ class PipelineEncodings:
         def reached(*_: Any) -> None:
             raise _LoopReached
 
-        hook = self.pipe.transformer.register_forward_pre_hook(reached)
+        hook = self.pipe.transformer.register_forward_pre_hook(reached, prepend=True)  # before FSDP gathers weights
         try:
             self.pipe(prompt=list(texts), **call, num_inference_steps=2, generator=torch.Generator())
         except _LoopReached:

@@ -13,7 +13,7 @@ import tyro
 from trajsurgery import methods
 from trajsurgery.errors import RecipeError
 from trajsurgery.training.objective import Objective, WeightsAt
-from trajsurgery.training.settings import Decoder, Evaluation, Guards, Hardware, Optimiser, Rollout, Trained
+from trajsurgery.training.settings import Decoder, Evaluation, Guards, Hardware, Optimiser, Rollout, Shard, Trained
 
 Method = (
     methods.LeapAlign
@@ -63,6 +63,15 @@ class Recipe:
     guards: Guards = field(default_factory=Guards)
     seed: int = 0
     """All draws follow from it."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N. Under torchrun each process has the GPU of its local rank."""
+    shard: Shard = "auto"
+    """How several processes (torchrun) hold the transformer. fsdp: each has a shard of weights, gradients, moments and
+    averages, over the GPUs of a node, with copies across nodes. ddp: each has all of them. auto: ddp for adapters and
+    up to a billion trained parameters, else fsdp."""
+    gather: Literal["iteration", "layer"] = "iteration"
+    """When fsdp gathers weights. iteration: once, kept until the last backward pass. layer: block by block, in every
+    call, where a gathered model does not fit."""
     threads: int = 1
     """Threads of torch on the CPU. The embedded Flux gains little from a second one, and loses on a busy machine."""
     save_every: int = 10
@@ -156,6 +165,10 @@ FREE = (
     "overwrite",
     "iterations",
     "save_every",
+    "device",
+    "shard",
+    "gather",
+    "threads",
     "evaluation.pictures",
     "dry_run",
     "hardware.gpus",

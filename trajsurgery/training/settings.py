@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+Shard = Literal["auto", "fsdp", "ddp", "none"]
+
 
 @dataclass(frozen=True)
 class Rollout:

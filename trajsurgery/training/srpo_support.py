@@ -21,18 +21,19 @@ from trajsurgery.surgery.parameters import Fields
 from trajsurgery.training.recipe import Recipe
 
 
-def output_rewards(
-    recipe: Recipe, plan: Plan | PerSample, reward: Reward, generator: torch.Generator
-) -> tuple[Reward, ...]:
-    """Return the reward of each output: the recipe's, or what the method makes of it (`SRPO.graded`)."""
+def output_rewards(recipe: Recipe, plan: Plan | PerSample, reward: Reward, seed: int) -> tuple[Reward, ...]:
+    """Return the reward of each output: the recipe's, or what the method makes of it (`SRPO.graded`).
+
+    Args:
+        seed: what the method draws follows from it.
+    """
     make_rewards: Any = getattr(recipe.method, "graded", None)
     if make_rewards is None:
         return (reward,) * len(plan.plans[0].outputs if isinstance(plan, PerSample) else plan.outputs)
     if isinstance(plan, Plan):
-        return make_rewards(plan, reward, generator)
-    return tuple(
-        map(_reward_per_sample, zip(*(make_rewards(one, reward, generator) for one in plan.plans), strict=True))
-    )
+        return make_rewards(plan, reward, torch.Generator().manual_seed(seed))
+    of_samples = [make_rewards(one, reward, torch.Generator().manual_seed(seed)) for one in plan.plans]
+    return tuple(map(_reward_per_sample, zip(*of_samples, strict=True)))
 
 
 def _reward_per_sample(rewards: Sequence[Reward]) -> Reward:

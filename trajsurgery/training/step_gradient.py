@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,21 @@ from trajsurgery.training.recipe import Recipe
 
 ExtraGradient = Callable[[Surgery, float], Tensor]
 """extra(surgery, share): add `share` of another gradient to `.grad` and return a 0-dim figure (anchor.py)."""
+
+
+@dataclass(frozen=True)
+class RolloutInputs:
+    """The samples of one rollout, a part of the iteration's batch."""
+
+    texts: list[str]
+    arguments: dict[str, Any]
+    """Of the pipeline's call: encoded prompts, and a generator for each sample's noise."""
+    renoise: Sequence[torch.Generator]
+    """A generator for each sample, for the noises that a plan draws."""
+    seed: int
+    """The same for all rollouts of an iteration: what a method draws beside its plan follows from it (SRPO's words)."""
+    share: float
+    """Of the iteration's batch."""
 
 
 def draw_plans(recipe: Recipe, generator: torch.Generator) -> list[Plan | PerSample]:
@@ -39,10 +55,8 @@ def add_gradient(
     recipe: Recipe,
     world: RunComponents,
     plan: Plan | PerSample,
-    texts: list[str],
-    kwargs: dict[str, Any],
-    renoise: torch.Generator,
-    scale: tuple[float, float],
+    inputs: RolloutInputs,
+    lambda_: float,
     hold: ExtraGradient | None = None,
 ) -> Tensor:
     """Sample one batch and add its gradient to `.grad`.
@@ -50,17 +64,17 @@ def add_gradient(
     The graph of decoder and reward is run and freed before the transformer's backward pass begins.
 
     Args:
-        scale: (lambda of the hinge, share of this rollout in the iteration's batch).
+        lambda_: of the hinge.
         hold: adds a further gradient, such as the anchor's.
 
     Returns:
         [7]: reward, loss, clamped share, weight, closed share, health (0, or NaN if an image has NaN), the figure of
             `hold`.
     """
-    lambda_, share = scale
-    images, outputs, leap_distances, surgery, fields = _sample(recipe, world, plan, kwargs, renoise)
+    texts, renoise, share = inputs.texts, inputs.renoise, inputs.share
+    images, outputs, leap_distances, surgery, fields = _sample(recipe, world, plan, inputs)
     decoded = [images, *(surgery.decode(x) for x in outputs[1:])]
-    rewards = srpo_support.output_rewards(recipe, plan, world.reward, renoise)
+    rewards = srpo_support.output_rewards(recipe, plan, world.reward, inputs.seed)
     scores = [grade(_without_nan(image), texts) for image, grade in zip(decoded, rewards, strict=True)]
     weights = objective.weights(plan, surgery.trajectory, leap_distances, recipe.weights_at, recipe.objective.tau)
     loss = objective.loss(scores, weights.w, lambda_)
@@ -82,21 +96,18 @@ def add_shared_gradient(
     recipe: Recipe,
     world: RunComponents,
     plans: Sequence[Plan | PerSample],
-    texts: list[str],
-    kwargs: dict[str, Any],
-    renoise: torch.Generator,
-    scale: tuple[float, float],
+    inputs: RolloutInputs,
+    lambda_: float,
     hold: ExtraGradient | None = None,
 ) -> Tensor:
     """As `add_gradient`, for several exact plans on one rollout, which share one decode and one reward gradient.
 
     All of them output the rollout's x_0. The loss is the mean over plans, each with its own similarity weights.
     """
-    lambda_, share = scale
+    texts, renoise, share = inputs.texts, inputs.renoise, inputs.share
     with operate(world.pipe) as surgery:
-        world.pipe(
-            num_inference_steps=recipe.rollout.steps, **pipeline_arguments(recipe), **kwargs, output_type="latent"
-        )
+        call = {"num_inference_steps": recipe.rollout.steps, **pipeline_arguments(recipe), **inputs.arguments}
+        world.pipe(**call, output_type="latent")
     x_0, tail = surgery.trajectory[0].detach().requires_grad_(), (surgery.trajectory, surgery.field)
     image = surgery.decode(x_0)
     score = world.reward(_without_nan(image), texts)
@@ -124,14 +135,14 @@ def add_shared_gradient(
 
 
 def _sample(
-    recipe: Recipe, world: RunComponents, plan: Plan | PerSample, kwargs: dict[str, Any], renoise: torch.Generator
+    recipe: Recipe, world: RunComponents, plan: Plan | PerSample, inputs: RolloutInputs
 ) -> tuple[Tensor, tuple[Tensor, ...], dict[int, Tensor], Surgery, Fields]:
     """Run the pipeline; return (images of the plan's first output, all outputs, leap distances, surgery, fields)."""
-    rollout, memory = recipe.rollout, recipe.rollout.memory
+    rollout, memory, renoise = recipe.rollout, recipe.rollout.memory, inputs.renoise
     call = {
         "num_inference_steps": rollout.steps,
         **pipeline_arguments(recipe),
-        **kwargs,
+        **inputs.arguments,
         **srpo_support.rollout_guidance(recipe),
     }
     if memory != "staged" and isinstance(plan, Plan) and not srpo_support.needs_guided_field(plan):

@@ -14,11 +14,17 @@ import torch
 
 from trajsurgery.errors import DivergedError, RecipeError
 from trajsurgery.plans.nodes import Velocity
-from trajsurgery.training import missing_gradients
+from trajsurgery.training import missing_gradients, ranks, sharding
 from trajsurgery.training.checkpoint import METRICS, Log, TrainingState, save
 from trajsurgery.training.components import PromptCache, RunComponents, draw_batch_prompts, hinge_threshold
 from trajsurgery.training.recipe import Recipe
-from trajsurgery.training.step_gradient import add_gradient, add_shared_gradient, draw_plans, plan_of_samples
+from trajsurgery.training.step_gradient import (
+    RolloutInputs,
+    add_gradient,
+    add_shared_gradient,
+    draw_plans,
+    plan_of_samples,
+)
 
 PATIENCE = 3
 """So many iterations in a row without a finite gradient stop the run."""
@@ -61,6 +67,12 @@ def iteration_generator(seed: int, iteration: int, purpose: str) -> torch.Genera
     return torch.Generator().manual_seed(number)
 
 
+def sample_generators(generator: torch.Generator, batch: int) -> list[torch.Generator]:
+    """Return a generator for each sample, so that its noise is the same on any rank and in any rollout of the batch."""
+    seeds: list[int] = torch.randint(2**63 - 1, (batch,), generator=generator).tolist()
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
 def train(
     recipe: Recipe,
     world: RunComponents,
@@ -80,7 +92,7 @@ def train(
     embeddings = PromptCache(world.pipe, ())  # made ahead (world.encode), or when they are asked for
     lambda_, log = hinge_threshold(recipe, world), Log(recipe.output / METRICS)
     with catch_interruptions() as signals:
-        while not signals and validate() and training.iteration < recipe.iterations:
+        while not ranks.any_rank(bool(signals)) and validate() and training.iteration < recipe.iterations:
             began = time.monotonic()
             record = training_step(recipe, world, embeddings, training, lambda_)
             training.seconds += time.monotonic() - began
@@ -104,30 +116,34 @@ def training_step(
     draws = {purpose: iteration_generator(recipe.seed, number, purpose) for purpose in _PURPOSES}
     plans = draw_plans(recipe, draws["plan"])
     texts = draw_batch_prompts(recipe, world, draws["prompts"])
-    at_once = recipe.rollout.at_once or len(texts)
+    noise, renoise = sample_generators(draws["noise"], len(texts)), sample_generators(draws["renoise"], len(texts))
+    seed = int(torch.randint(2**62, (), generator=draws["renoise"]))
+    rows = ranks.rows(len(texts))
+    at_once = min(recipe.rollout.at_once or len(rows), len(rows))
     sums = torch.zeros(7, device=world.device)
     anchor = training.anchor
     add_anchor = anchor and (
         lambda surgery, share: anchor.add_gradient(surgery.field, surgery.trajectory, number, share)
     )
     with missing_gradients.clear_untouched_gradients(training.parameters):
-        for start in range(0, len(texts), at_once):
-            part = texts[start : start + at_once]
-            kwargs = {**embeddings(part), "generator": draws["noise"]}
-            scale = lambda_, len(part) / len(texts)
-            part_plans = [plan_of_samples(plan, start, start + at_once) for plan in plans]
+        for start in rows[::at_once]:
+            end = min(start + at_once, rows.stop)
+            part = texts[start:end]
+            arguments = {**embeddings(part), "generator": noise[start:end]}
+            inputs = RolloutInputs(part, arguments, renoise[start:end], seed, len(part) / len(texts))
+            part_plans = [plan_of_samples(plan, start, end) for plan in plans]
+            sharding.reduce_in(world.module, last=end == rows.stop)
             if len(part_plans) == 1:
-                part_figures = add_gradient(
-                    recipe, world, part_plans[0], part, kwargs, draws["renoise"], scale, add_anchor
-                )
+                part_figures = add_gradient(recipe, world, part_plans[0], inputs, lambda_, add_anchor)
             else:
-                part_figures = add_shared_gradient(
-                    recipe, world, part_plans, part, kwargs, draws["renoise"], scale, add_anchor
-                )
-            sums += part_figures * (len(part) / len(texts))
+                part_figures = add_shared_gradient(recipe, world, part_plans, inputs, lambda_, add_anchor)
+            sums += part_figures * inputs.share
+    sharding.release(world.module)
+    sharding.reduce_copies(training.parameters)
     if all(p.grad is None for p in training.parameters):
         raise RecipeError(_NOTHING)
-    norm = torch.nn.utils.clip_grad_norm_(training.parameters, recipe.optimiser.clip)
+    norm = sharding.whole(torch.nn.utils.clip_grad_norm_(training.parameters, recipe.optimiser.clip))
+    sums = ranks.total(sums)
     numbers = torch.cat([sums, norm.reshape(1).to(sums)]).tolist()  # the iteration's one wait for the device
     reward, loss, clamped, weight, closed, _, anchor_figure, grad_norm = numbers
     finite = bool(torch.tensor(numbers).isfinite().all())
@@ -161,9 +177,11 @@ def _step(recipe: Recipe, training: TrainingState, healthy: bool) -> bool:
     """Step optimizer and EMA unless loss or gradient are not finite; return whether the step was skipped."""
     if healthy:
         training.optimiser.step()
-        training.ema.step(training.parameters)
+        training.ema.step(training.local)
     # These add into gradients that exist, and never hold a second one.
-    training.optimiser.zero_grad(set_to_none=recipe.rollout.memory not in ("staged", "split"))
+    # Shards get a new gradient from FSDP each time.
+    adds = recipe.rollout.memory in ("staged", "split") and not sharding.is_sharded(training.module)
+    training.optimiser.zero_grad(set_to_none=not adds)
     training.iteration += 1
     training.skipped += not healthy
     training.in_a_row = 0 if healthy else training.in_a_row + 1
