@@ -1,4 +1,4 @@
-"""`trajsurgery evaluate`: images of a plain call, never made twice, in GenEval's folders; models side by side."""
+"""`trajsurgery evaluate`: images of plain pipeline calls in GenEval's folders, generated once; models compared."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ REWARD = "tests.builders.toy_world:LikesRed"
 CALL = {"num_inference_steps": 3, "height": 16, "width": 16}
 
 
-def moved(pipe: Any, seed: int) -> Any:
-    """The pipe with other weights in its transformer."""
+def change_weights(pipe: Any, seed: int) -> Any:
+    """Add noise to the weights of the pipeline's transformer."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in pipe.transformer.parameters():
@@ -46,15 +46,15 @@ def moved(pipe: Any, seed: int) -> Any:
 
 
 @pytest.fixture(scope="module")
-def there(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, the run of another one tuned from it, adapters for it, and prompts."""
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, a run that tuned it, adapters for it, and prompts."""
     folder = tmp_path_factory.mktemp("models")
     with components.quiet():
         toy_world.pipeline().save_pretrained(folder / "model")
-        moved(toy_world.pipeline(), 1).transformer.save_pretrained(folder / "run" / "transformer")
+        change_weights(toy_world.pipeline(), 1).transformer.save_pretrained(folder / "run" / "transformer")
         adapted, trained = toy_world.pipeline(), Trained(what="lora", rank=2)
         lora.set_trainable(adapted.transformer, trained)
-        lora.save_trained(moved(adapted, 2), trained, folder / "adapters")
+        lora.save_trained(change_weights(adapted, 2), trained, folder / "adapters")
     recipe = Recipe(model=str(folder / "model")).to_dict()
     recipe["rollout"] |= {"size": 16, "guidance": 2.0}
     recipe["evaluation"] |= {"steps": 3}
@@ -63,18 +63,18 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def words(there: Path, output: Path, *more: str) -> list[str]:
+def command_line(models: Path, output: Path, *more: str) -> list[str]:
     return [
-        *("evaluate", "--prompts", str(there / "prompts.jsonl"), "--reward", REWARD, "--images", "3", "--batch", "2"),
-        *("--tuned", str(there / "run"), "--output", str(output), *more),
+        *("evaluate", "--prompts", str(models / "prompts.jsonl"), "--reward", REWARD, "--images", "3", "--batch", "2"),
+        *("--tuned", str(models / "run"), "--output", str(output), *more),
     ]
 
 
 @pytest.fixture(scope="module")
-def done(there: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An evaluation of a base, a tuned transformer and adapters: everything but them comes from the run."""
+def evaluated(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An evaluation of a base, a tuned transformer and adapters; all other settings come from the run."""
     output = tmp_path_factory.mktemp("evaluation")
-    assert main(words(there, output, "--tuned", str(there / "adapters"))) == 0
+    assert main(command_line(models, output, "--tuned", str(models / "adapters"))) == 0
     return output
 
 
@@ -84,96 +84,98 @@ def pixels(file: Path) -> np.ndarray:
         return np.array(picture)
 
 
-def plain(pipe: Any, number: int, call: dict[str, Any]) -> list[np.ndarray]:
-    """The batch of images 2 * number and 2 * number + 1, by a call of the pipe that knows nothing of us."""
-    asked = [(i, n) for i in range(3) for n in range(3)][2 * number : 2 * number + 2]
-    generators = [torch.Generator().manual_seed(i * 2**16 + n) for i, n in asked]
-    prompts = [ROWS[i]["prompt"] for i, _ in asked]
+def plain_call(pipe: Any, number: int, call: dict[str, Any]) -> list[np.ndarray]:
+    """The batch of images 2 * number and 2 * number + 1, by a plain call of the pipeline."""
+    samples = [(i, n) for i in range(3) for n in range(3)][2 * number : 2 * number + 2]
+    generators = [torch.Generator().manual_seed(i * 2**16 + n) for i, n in samples]
+    prompts = [ROWS[i]["prompt"] for i, _ in samples]
     return [np.asarray(image) for image in pipe(prompts, generator=generators, **call).images]
 
 
 @pytest.mark.parametrize("name", ["base", "run", "adapters"])
-def test_images_are_those_of_a_plain_call(there: Path, done: Path, name: str) -> None:
+def test_images_are_those_of_a_plain_call(models: Path, evaluated: Path, name: str) -> None:
     with components.quiet():
-        pipe = toy_world.pipeline().from_pretrained(there / "model")
+        pipe = toy_world.pipeline().from_pretrained(models / "model")
         if name == "run":
-            pipe.transformer = type(pipe.transformer).from_pretrained(there / "run" / "transformer")
+            pipe.transformer = type(pipe.transformer).from_pretrained(models / "run" / "transformer")
         if name == "adapters":
-            pipe.load_lora_weights(str(there / "adapters"), weight_name=model_variants.LORA)
+            pipe.load_lora_weights(str(models / "adapters"), weight_name=model_variants.LORA)
     pipe.set_progress_bar_config(disable=True)
     for number in (1, 4):  # the last batch holds one image
-        found = plain(pipe, number, {**CALL, "guidance_scale": 2.0})
-        for place, image in enumerate(found, 2 * number):
-            file = done / name / f"{place // 3:05d}" / "samples" / f"{place % 3:04d}.png"
+        images = plain_call(pipe, number, {**CALL, "guidance_scale": 2.0})
+        for place, image in enumerate(images, 2 * number):
+            file = evaluated / name / f"{place // 3:05d}" / "samples" / f"{place % 3:04d}.png"
             assert np.array_equal(pixels(file), image), file
 
 
-def test_the_folders_are_what_geneval_reads(done: Path) -> None:
-    """Read as its evaluate_images.py does: folders of digits, one JSON object, samples of digits and .png."""
+def test_the_folders_are_what_geneval_reads(evaluated: Path) -> None:
+    """Read as by its evaluate_images.py: folders of digits, one JSON object, samples of digits and .png."""
     for name in ("base", "run", "adapters"):
-        folders = sorted(f for f in (done / name).iterdir() if f.is_dir() and f.name.isdigit())
+        folders = sorted(f for f in (evaluated / name).iterdir() if f.is_dir() and f.name.isdigit())
         assert [f.name for f in folders] == ["00000", "00001", "00002"]
         for folder, row in zip(folders, ROWS):
             assert json.loads((folder / "metadata.jsonl").read_text()) == row
             pictures = sorted(f.name for f in (folder / "samples").iterdir() if re.match(r"\d+\.png", f.name))
             assert pictures == ["0000.png", "0001.png", "0002.png"]
             assert len(list((folder / "samples").iterdir())) == 3
-    assert pixels(done / "base" / "00000" / "samples" / "0000.png").shape == (16, 16, 3)
+    assert pixels(evaluated / "base" / "00000" / "samples" / "0000.png").shape == (16, 16, 3)
 
 
-def test_scores_and_gains_are_those_of_the_files(done: Path) -> None:
-    found = json.loads((done / "evaluation.json").read_text())
+def test_scores_and_gains_are_those_of_the_files(evaluated: Path) -> None:
+    result = json.loads((evaluated / "evaluation.json").read_text())
     reward, texts = toy_world.LikesRed(), [row["prompt"] for row in ROWS for _ in range(3)]
     scores: dict[str, torch.Tensor] = {}
     for name in ("base", "run"):
-        files = [done / name / f"{i:05d}" / "samples" / f"{n:04d}.png" for i in range(3) for n in range(3)]
+        files = [evaluated / name / f"{i:05d}" / "samples" / f"{n:04d}.png" for i in range(3) for n in range(3)]
         images = torch.stack([torch.from_numpy(pixels(f)) for f in files]).permute(0, 3, 1, 2)
         scores[name] = reward(images / 255, texts)
-        assert [row["scores"][name][REWARD] for row in found["images"]] == pytest.approx(
+        assert [row["scores"][name][REWARD] for row in result["images"]] == pytest.approx(
             scores[name].tolist(), abs=1e-6
         )
     gain = paired(scores["base"], scores["run"], tuple(texts))
-    line = found["gains"]["all"]["run"][REWARD]
+    line = result["gains"]["all"]["run"][REWARD]
     assert line == pytest.approx({name: getattr(gain, name) for name in line}, abs=1e-6)
     assert gain.gain != 0
-    assert found["means"]["all"]["base"][REWARD]["mean"] == pytest.approx(float(scores["base"].mean()), abs=1e-6)
+    assert result["means"]["all"]["base"][REWARD]["mean"] == pytest.approx(float(scores["base"].mean()), abs=1e-6)
     colours = torch.tensor([*range(3), *range(6, 9)])
     part = paired(scores["base"][colours], scores["run"][colours], tuple(texts[i] for i in colours))
-    assert found["gains"]["colors"]["run"][REWARD]["gain"] == pytest.approx(part.gain, abs=1e-6)
-    assert found["gains"]["counting"]["run"][REWARD]["se_by_prompt"] is None, "one prompt has no spread"
-    assert [row["seed"] for row in found["images"]] == [i * 2**16 + n for i in range(3) for n in range(3)]
-    assert found["call"] == {**CALL, "guidance_scale": 2.0}
-    with (done / "scores.csv").open(newline="") as file:
+    assert result["gains"]["colors"]["run"][REWARD]["gain"] == pytest.approx(part.gain, abs=1e-6)
+    assert result["gains"]["counting"]["run"][REWARD]["se_by_prompt"] is None, "one prompt has no spread"
+    assert [row["seed"] for row in result["images"]] == [i * 2**16 + n for i in range(3) for n in range(3)]
+    assert result["call"] == {**CALL, "guidance_scale": 2.0}
+    with (evaluated / "scores.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert [float(r[REWARD]) for r in lines if r["model"] == "run"] == pytest.approx(scores["run"].tolist(), abs=1e-6)
-    text = (done / "table.md").read_text()
+    text = (evaluated / "table.md").read_text()
     assert f"{gain.gain:+.4f} ± {gain.se_by_prompt:.4f}" in text
     assert f"| colors: {REWARD} |" in text
 
 
-def test_what_is_there_is_not_made_again_and_what_was_lost_is_the_same(
-    there: Path, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_existing_images_are_kept_and_missing_ones_are_generated_the_same(
+    models: Path, evaluated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A run that was killed: some images are there, one of them in a batch whose other image is not, one is torn."""
+    """After a kill: some images exist, one in a batch whose other image is missing, and one file is incomplete."""
     output = tmp_path / "again"
-    assert _files(shutil.copytree(done, output)) == _files(done)
+    assert _files(shutil.copytree(evaluated, output)) == _files(evaluated)
     for file in ("base/00000/samples/0001.png", "run/00002/samples/0002.png", "evaluation.json", "table.md"):
         (output / file).unlink()
     (output / "base/00000/samples/0001.png.123.partial").write_bytes(b"\x89PNG")
-    made, before = list[str](), {file: (output / file).stat().st_mtime_ns for file in _files(output)}
+    loaded, before = list[str](), {file: (output / file).stat().st_mtime_ns for file in _files(output)}
     load = model_variants.ModelVariant.load
-    monkeypatch.setattr(model_variants.ModelVariant, "load", lambda v, *given: made.append(v.name) or load(v, *given))
-    assert main(words(there, output, "--tuned", str(there / "adapters"))) == 0
-    assert made == ["base", "run"], "a model whose images are there is not loaded"
-    found = _files(output)
-    same = {name: data for name, data in found.items() if "partial" not in name and name != "evaluation.json"}
-    assert same == {name: data for name, data in _files(done).items() if name != "evaluation.json"}
-    figures, again = (json.loads((folder / "evaluation.json").read_text()) for folder in (done, output))
-    assert figures | {"asked": None} == again | {"asked": None}
+    monkeypatch.setattr(
+        model_variants.ModelVariant, "load", lambda v, *arguments: loaded.append(v.name) or load(v, *arguments)
+    )
+    assert main(command_line(models, output, "--tuned", str(models / "adapters"))) == 0
+    assert loaded == ["base", "run"], "a model that has all its images is not loaded"
+    files = _files(output)
+    complete = {name: data for name, data in files.items() if "partial" not in name and name != "evaluation.json"}
+    assert complete == {name: data for name, data in _files(evaluated).items() if name != "evaluation.json"}
+    expected, actual = (json.loads((folder / "evaluation.json").read_text()) for folder in (evaluated, output))
+    assert expected | {"asked": None} == actual | {"asked": None}
     assert all((output / f).stat().st_mtime_ns == time for f, time in before.items() if f.endswith("0000.png"))
-    said = capsys.readouterr().out
-    assert "images of base: 9/9" in said
-    assert "images of adapters" not in said
+    printed = capsys.readouterr().out
+    assert "images of base: 9/9" in printed
+    assert "images of adapters" not in printed
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -181,51 +183,53 @@ def _files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-def test_an_interruption_says_that_it_goes_on(
-    there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_an_interruption_says_how_to_resume(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(model_comparison, "make_images", interrupted)
-    assert main(words(there, tmp_path / "x")) == 130
+    assert main(command_line(models, tmp_path / "x")) == 130
     assert "the same command goes on" in capsys.readouterr().out
 
 
-def test_another_evaluation_in_the_folder_is_refused_and_named(
-    there: Path, done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_another_evaluation_in_the_folder_is_refused_with_the_differences(
+    models: Path, evaluated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output = shutil.copytree(done, tmp_path / "other")
+    output = shutil.copytree(evaluated, tmp_path / "other")
     monkeypatch.setattr(model_comparison, "_make_images", lambda *_: pytest.fail("images were made"))
-    assert main(words(there, output, "--steps", "4", "--seed", "1")) == 1
-    said = " ".join(capsys.readouterr().out.split())
+    assert main(command_line(models, output, "--steps", "4", "--seed", "1")) == 1
+    printed = " ".join(capsys.readouterr().out.split())
     for part in ("seed: 0 there, 1 here", "'num_inference_steps': 3", "--overwrite"):
-        assert part in said
+        assert part in printed
     (output / "settings.json").unlink()
-    assert main(words(there, output)) == 1
+    assert main(command_line(models, output)) == 1
     assert "holds images of another evaluation" in capsys.readouterr().out
     assert (output / "base" / "00000" / "samples" / "0000.png").is_file()
 
 
-def test_other_weights_under_the_same_name_are_seen(there: Path, tmp_path: Path) -> None:
-    file = shutil.copytree(there / "run", tmp_path / "run") / "transformer" / "diffusion_pytorch_model.safetensors"
-    version = model_variants.find_variants(Evaluate("x", (REWARD,), tuned=(str(tmp_path / "run"),)))[1]
-    before = version.fingerprint()
-    assert version.fingerprint() == before
+def test_the_fingerprint_changes_with_the_weights(models: Path, tmp_path: Path) -> None:
+    file = shutil.copytree(models / "run", tmp_path / "run") / "transformer" / "diffusion_pytorch_model.safetensors"
+    variant = model_variants.find_variants(Evaluate("x", (REWARD,), tuned=(str(tmp_path / "run"),)))[1]
+    before = variant.fingerprint()
+    assert variant.fingerprint() == before
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    assert version.fingerprint() != before
+    assert variant.fingerprint() != before
 
 
-def test_what_a_name_stands_for(there: Path) -> None:
-    named = {"run": "transformer", "run/transformer": "transformer", "adapters": "adapters", "model": "model"}
-    for where, kind in named.items():
-        found = model_variants.find_variants(Evaluate("x", (REWARD,), model="tiny", tuned=(str(there / where),)))[1]
-        assert (found.kind, found.name) == (kind, where.split("/")[0])
-    one = model_variants.find_variants(Evaluate("x", (REWARD,), tuned=(str(there / "adapters" / model_variants.LORA),)))
-    assert [(v.kind, v.where) for v in one[:1]] == [("model", "tiny")]
-    assert one[1].kind == "adapters"
+def test_the_kind_and_name_of_a_tuned_model(models: Path) -> None:
+    kinds = {"run": "transformer", "run/transformer": "transformer", "adapters": "adapters", "model": "model"}
+    for where, kind in kinds.items():
+        variant = model_variants.find_variants(Evaluate("x", (REWARD,), model="tiny", tuned=(str(models / where),)))[1]
+        assert (variant.kind, variant.name) == (kind, where.split("/")[0])
+    variants = model_variants.find_variants(
+        Evaluate("x", (REWARD,), tuned=(str(models / "adapters" / model_variants.LORA),))
+    )
+    assert [(v.kind, v.where) for v in variants[:1]] == [("model", "tiny")]
+    assert variants[1].kind == "adapters"
 
 
 WRONG: dict[str, tuple[Callable[[Path], list[str]], str]] = {
@@ -245,23 +249,23 @@ WRONG: dict[str, tuple[Callable[[Path], list[str]], str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_does_not_fit_is_told_before_an_image_is_made(
-    there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+def test_invalid_options_are_refused_before_an_image_is_generated(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    change, said = WRONG[name]
+    change, message = WRONG[name]
     monkeypatch.setattr(components, "load_pipeline", lambda *_: pytest.fail("a model was loaded"))
-    given = words(there, tmp_path / "out")
-    for flag, value in zip(*[iter(change(there))] * 2):
-        if flag in given and flag not in ("--tuned", "--reward"):
-            place = given.index(flag)
-            del given[place : place + 2]
-        given += [flag, value]
-    assert main(given) == 1
-    assert re.search(said, " ".join(capsys.readouterr().out.split()))
+    arguments = command_line(models, tmp_path / "out")
+    for flag, value in zip(*[iter(change(models))] * 2):
+        if flag in arguments and flag not in ("--tuned", "--reward"):
+            place = arguments.index(flag)
+            del arguments[place : place + 2]
+        arguments += [flag, value]
+    assert main(arguments) == 1
+    assert re.search(message, " ".join(capsys.readouterr().out.split()))
     assert not (tmp_path / "out").exists()
 
 
-def test_a_pipeline_without_images_is_named() -> None:
+def test_a_pipeline_without_images_is_an_error() -> None:
     from trajsurgery.evaluation.geneval_folders import make_images
     from trajsurgery.training.prompts import Prompt
 
@@ -274,13 +278,13 @@ def test_a_pipeline_without_images_is_named() -> None:
 
 
 @pytest.mark.slow
-def test_the_embedded_world_is_judged_by_its_rules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["--prompts", "tiny", "--reward", "tiny", "--limit", "6", "--images", "1", "--steps", "8", "--batch", "6"]
-    assert main(["evaluate", *given, "--output", str(tmp_path)]) == 0
-    found = json.loads((tmp_path / "evaluation.json").read_text())
-    assert set(found["means"]["all"]["base"]) == {"tiny", "rules"}
-    assert {row["scores"]["base"]["rules"] for row in found["images"]} <= {0.0, 1.0}
-    assert found["means"]["all"]["base"]["tiny"]["mean"] > 0.2
-    assert len(found["means"]) == 1 + 6
-    assert not math.isnan(found["means"]["all"]["base"]["tiny"]["standard_error"])
+def test_the_tiny_model_is_scored_by_the_rules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--prompts", "tiny", "--reward", "tiny", "--limit", "6", "--images", "1", "--steps", "8", "--batch", "6"]
+    assert main(["evaluate", *options, "--output", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "evaluation.json").read_text())
+    assert set(result["means"]["all"]["base"]) == {"tiny", "rules"}
+    assert {row["scores"]["base"]["rules"] for row in result["images"]} <= {0.0, 1.0}
+    assert result["means"]["all"]["base"]["tiny"]["mean"] > 0.2
+    assert len(result["means"]) == 1 + 6
+    assert not math.isnan(result["means"]["all"]["base"]["tiny"]["standard_error"])
     assert "position: rules" in capsys.readouterr().out

@@ -32,19 +32,19 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three pictures of different sizes and kinds, and a file that is none."""
+    """Three pictures of different sizes and formats, and a text file."""
     for name, size, colour in (("b.png", (8, 5), "red"), ("a.jpg", (9, 9), "lime"), ("c.PNG", (1, 3), "blue")):
         Image.new("RGB", size, colour).save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("green\nred\na blue one\n")
     return tmp_path
 
 
-def test_every_name_makes_a_reward_or_says_what_to_fetch(tmp_path: Path) -> None:
-    for name, found in packaged.NAMES.items():
+def test_every_packaged_name_says_what_to_download(tmp_path: Path) -> None:
+    for name, entry in packaged.NAMES.items():
         assert packaged.is_packaged(name)
-        with pytest.raises(RewardError, match=f"hf download {found.repository}"):
+        with pytest.raises(RewardError, match=f"hf download {entry.repository}"):
             packaged.load_packaged(name)
-        assert f"hf download {found.repository}" in str(packaged.missing_weights(name))
+        assert f"hf download {entry.repository}" in str(packaged.missing_weights(name))
         assert packaged.missing_weights(f"{name}:{tmp_path}") is None
         assert "there is no" in str(packaged.missing_weights(f"{name}:{tmp_path}/gone"))
     assert packaged.load_packaged("nothing") is None
@@ -60,7 +60,7 @@ def test_every_name_makes_a_reward_or_says_what_to_fetch(tmp_path: Path) -> None
         load_reward("pikscore", CPU)
 
 
-def test_names_are_those_that_rewards_have() -> None:
+def test_packaged_names_are_those_of_the_rewards() -> None:
     from trajsurgery.rewards.clip import Aesthetic, CLIPScore, PickScore
     from trajsurgery.rewards.imagereward import ImageReward
 
@@ -70,18 +70,22 @@ def test_names_are_those_that_rewards_have() -> None:
 
 
 def test_pictures_and_prompts_are_paired_by_name(folder: Path) -> None:
-    found = find_pictures([folder], folder / "notes.txt")
-    assert [(p.path.name, p.prompt) for p in found] == [("a.jpg", "green"), ("b.png", "red"), ("c.PNG", "a blue one")]
+    pictures = find_pictures([folder], folder / "notes.txt")
+    assert [(p.path.name, p.prompt) for p in pictures] == [
+        ("a.jpg", "green"),
+        ("b.png", "red"),
+        ("c.PNG", "a blue one"),
+    ]
     lines = [{"image": "c.PNG", "prompt": "third"}, {"image": "b.png", "prompt": "first"}]
     (folder / "p.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    found = find_pictures([folder / "b.png", folder / "c.PNG"], folder / "p.jsonl")
-    assert [(p.path.name, p.prompt) for p in found] == [("b.png", "first"), ("c.PNG", "third")]
+    pictures = find_pictures([folder / "b.png", folder / "c.PNG"], folder / "p.jsonl")
+    assert [(p.path.name, p.prompt) for p in pictures] == [("b.png", "first"), ("c.PNG", "third")]
 
 
-def test_a_picture_is_read_as_it_is(folder: Path) -> None:
-    found = read_picture(folder / "b.png", CPU)
-    assert found.shape == (1, 3, 5, 8)
-    assert torch.equal(found.amax((2, 3)), torch.tensor([[1.0, 0.0, 0.0]]))
+def test_a_picture_is_read_unchanged(folder: Path) -> None:
+    pixels = read_picture(folder / "b.png", CPU)
+    assert pixels.shape == (1, 3, 5, 8)
+    assert torch.equal(pixels.amax((2, 3)), torch.tensor([[1.0, 0.0, 0.0]]))
     Image.new("RGBA", (4, 4), (255, 255, 255, 0)).save(folder / "clear.png")
     assert read_picture(folder / "clear.png", CPU).shape == (1, 3, 4, 4)
     assert float(read_picture(folder / "clear.png", CPU).min()) == 1
@@ -90,24 +94,24 @@ def test_a_picture_is_read_as_it_is(folder: Path) -> None:
 def test_the_command_prints_and_saves(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = "tests.builders.toy_world:LikesRed"
     assert main(["score", str(folder), "--prompts", str(folder / "notes.txt"), "--reward", name]) == 0
-    said = capsys.readouterr().out
-    found = json.loads((folder / "scores.json").read_text())
-    rows = {Path(row["image"]).name: row for row in found["images"]}
+    printed = capsys.readouterr().out
+    saved = json.loads((folder / "scores.json").read_text())
+    rows = {Path(row["image"]).name: row for row in saved["images"]}
     assert rows["b.png"][name] == 1
     assert rows["b.png"]["prompt"] == "red"
-    assert rows["c.PNG"][name] == 1  # "blue" is asked for, and is there
+    assert rows["c.PNG"][name] == 1  # the prompt asks for blue
     assert rows["a.jpg"][name] < -0.9
-    values = [row[name] for row in found["images"]]
+    values = [row[name] for row in saved["images"]]
     mean = sum(values) / 3
     error = math.sqrt(sum((v - mean) ** 2 for v in values) / 2 / 3)
-    assert found["rewards"][name]["mean"] == pytest.approx(mean)
-    assert found["rewards"][name]["standard_error"] == pytest.approx(error)
-    assert f"{mean:.4f}" in said
-    assert "standard error" in said
+    assert saved["rewards"][name]["mean"] == pytest.approx(mean)
+    assert saved["rewards"][name]["standard_error"] == pytest.approx(error)
+    assert f"{mean:.4f}" in printed
+    assert "standard error" in printed
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, message",
     [
         (lambda f: ["--prompts", f / "gone.txt"], "there is no file"),
         (lambda f: ["--reward", "hpsv2"], "hf download xswu/HPSv2"),
@@ -118,52 +122,58 @@ def test_the_command_prints_and_saves(folder: Path, capsys: pytest.CaptureFixtur
         (lambda f: ["--prompts", f / "few.jsonl"], r"no prompt for a.jpg and 1 further"),
     ],
 )
-def test_what_does_not_fit_is_said(folder: Path, capsys: pytest.CaptureFixture[str], change: object, said: str) -> None:
+def test_invalid_arguments_are_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str], change: object, message: str
+) -> None:
     (folder / "bad.jsonl").write_text('{"image": 3}\n')
     (folder / "few.jsonl").write_text('{"image": "b.png", "prompt": "x"}\n')
-    further = change(folder)  # type: ignore[operator]
-    given = {"--prompts": folder / "notes.txt", "--reward": "tests.builders.toy_world:LikesRed"}
-    images = [folder, *(further if isinstance(further[0], Path) else [])]
-    given |= {} if isinstance(further[0], Path) else {further[0]: further[1]}
-    assert main(["score", *(str(word) for word in (*images, *(w for pair in given.items() for w in pair)))]) == 1
-    assert re.search(said, " ".join(capsys.readouterr().out.split()))
+    arguments = change(folder)  # type: ignore[operator]
+    options = {"--prompts": folder / "notes.txt", "--reward": "tests.builders.toy_world:LikesRed"}
+    images = [folder, *(arguments if isinstance(arguments[0], Path) else [])]
+    options |= {} if isinstance(arguments[0], Path) else {arguments[0]: arguments[1]}
+    assert main(["score", *(str(word) for word in (*images, *(w for pair in options.items() for w in pair)))]) == 1
+    assert re.search(message, " ".join(capsys.readouterr().out.split()))
     assert not (folder / "scores.json").exists()
 
 
-def test_pictures_on_disk_have_the_originals_numbers(folder: Path) -> None:
-    """Every reward is told that pixels are bytes, those in a mixture too; `evaluate` scores by the same function."""
-    seen = list[bool]()
+def test_pictures_from_files_are_scored_as_bytes(folder: Path) -> None:
+    """Every reward has `rounded` set, those in a mixture too; `evaluate` scores with the same function."""
+    rounded = list[bool]()
 
-    class Tells(contract.Reward):
+    class RecordsRounded(contract.Reward):
         name = scale = source = licence = "tells"
 
         def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-            seen.append(self.rounded)
+            rounded.append(self.rounded)
             return images.mean((1, 2, 3))
 
-    asked = find_pictures([folder], folder / "notes.txt")
-    score_pictures(Weighted([(Tells(), 1.0), (Relative(Tells(), "good", "bad", 0.5), 1.0)]), asked, CPU)
-    assert seen == [True] * 9
+    pictures = find_pictures([folder], folder / "notes.txt")
+    score_pictures(
+        Weighted([(RecordsRounded(), 1.0), (Relative(RecordsRounded(), "good", "bad", 0.5), 1.0)]), pictures, CPU
+    )
+    assert rounded == [True] * 9
     assert model_comparison.score_pictures is score_pictures
 
 
-def test_pictures_of_one_size_are_graded_together_and_each_once(folder: Path) -> None:
+def test_pictures_of_one_size_are_scored_in_batches_and_each_once(folder: Path) -> None:
     for name, size in (("d.png", (8, 5)), ("e.png", (8, 5)), ("f.png", (8, 5))):
         Image.new("RGB", size, "red").save(folder / name)
     (folder / "six.txt").write_text("x\n" * 6)
-    seen, done = list[int](), list[int]()
+    batches, progress = list[int](), list[int]()
 
-    class Counts(LikesRed):
+    class RecordsBatches(LikesRed):
         def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-            seen.append(len(images))
+            batches.append(len(images))
             return super().__call__(images, prompts)
 
-    asked = find_pictures([folder], folder / "six.txt")
-    assert score_pictures(Counts(), asked, CPU, 2, done.append) == score_pictures(LikesRed(), asked, CPU)
-    assert seen == done == [1, 1, 1, 2, 1]
+    pictures = find_pictures([folder], folder / "six.txt")
+    assert score_pictures(RecordsBatches(), pictures, CPU, 2, progress.append) == score_pictures(
+        LikesRed(), pictures, CPU
+    )
+    assert batches == progress == [1, 1, 1, 2, 1]
 
 
-def test_a_file_that_is_no_picture(folder: Path) -> None:
+def test_a_file_that_is_no_picture_is_refused(folder: Path) -> None:
     (folder / "z.png").write_text("not a picture")
     with pytest.raises(RewardError, match="no picture that PIL can read"):
         read_picture(folder / "z.png", CPU)
@@ -173,8 +183,8 @@ def test_one_value_has_no_error() -> None:
     mean, error = mean_and_error([2.0])
     assert mean == 2
     assert math.isnan(error)
-    score_pictures: Tensor = LikesRed()(torch.ones(1, 3, 2, 2), ["x"])
-    assert float(score_pictures) == 0
+    score: Tensor = LikesRed()(torch.ones(1, 3, 2, 2), ["x"])
+    assert float(score) == 0
 
 
 QUICK = """
@@ -194,13 +204,13 @@ def test_help_imports_no_torch(words: list[str]) -> None:
     assert words[0] in done.stdout
 
 
-def test_the_installed_command_is_there() -> None:
+def test_the_installed_command_is_main() -> None:
     (command,) = entry_points(group="console_scripts", name="trajsurgery")
     assert command.load() is main
 
 
 @pytest.mark.parametrize("module", ["trajsurgery"])
-def test_the_modules_are_the_command(module: str) -> None:
+def test_the_package_runs_as_the_command(module: str) -> None:
     words = [sys.executable, "-m", module, "--help"]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     assert "Score pictures with rewards" in done.stdout
@@ -218,6 +228,6 @@ RED = red
 
 
 @pytest.mark.parametrize("name", ["red", "make_red", "RED"])
-def test_a_module_names_a_reward_or_what_makes_one(name: str) -> None:
+def test_a_module_name_is_a_reward_or_its_factory(name: str) -> None:
     reward = load_reward(f"{__name__}:{name}", CPU)
     assert torch.equal(reward(torch.ones(1, 3, 2, 2), ["a circle"]), torch.ones(1))

@@ -1,4 +1,4 @@
-"""Looks at held-out rewards: what they see, when they stop a run, what is kept, and that a kill changes none of it."""
+"""Validation rounds: what they measure, when they stop a run, which weights are saved; kills change nothing."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PROMPTS = tuple(Prompt(text, "any") for text in ("a blue circle", "a square near
 
 
 class Dislikes(toy_world.LikesRed):
-    """The opposite of the reward: it falls while the reward is climbed. `until`: it rises until the reward is there."""
+    """The opposite of the reward: it falls while the reward rises; with `until`, it rises until the reward is that."""
 
     def __init__(self, until: float = -9.0) -> None:
         self.until = until
@@ -45,7 +45,7 @@ class Dislikes(toy_world.LikesRed):
 
 
 def recipe(output: Path, **changes: Any) -> Recipe:
-    """Ten iterations, a look at every other one."""
+    """Ten iterations with a validation round after every second one."""
     settings = {"every": 2, "images": 6, "patience": 2, **changes}
     return toy_world.recipe(output, guards=Guards(**settings), iterations=10, save_every=3)
 
@@ -54,50 +54,52 @@ def world(settings: Recipe, until: float = -9.0) -> RunComponents:
     return replace(toy_world.world(settings), metrics={"held": Dislikes(until)}, validation=PROMPTS)
 
 
-def trained(
-    settings: Recipe, until: float = 0.12, told: Callable[[validation_rounds.ValidationResult], None] = lambda _: None
+def train_and_validate(
+    settings: Recipe,
+    until: float = 0.12,
+    on_result: Callable[[validation_rounds.ValidationResult], None] = lambda _: None,
 ) -> TrainingState:
-    """The loop alone, from where it was left."""
-    here = world(settings, until)
-    training = TrainingState.start(settings, here.module)
+    """Run the training loop alone, from the checkpoint if there is one."""
+    components = world(settings, until)
+    training = TrainingState.start(settings, components.module)
     resume(settings, training)
-    training.before = training.before or evaluate(settings, here).to_dict()
-    validate = validation_rounds.validation_callback(settings, here, training, told)
-    assert train(settings, here, training, lambda _: None, validate)
+    training.before = training.before or evaluate(settings, components).to_dict()
+    validate = validation_rounds.validation_callback(settings, components, training, on_result)
+    assert train(settings, components, training, lambda _: None, validate)
     return training
 
 
-def looks(output: Path) -> list[dict[str, Any]]:
+def validation_lines(output: Path) -> list[dict[str, Any]]:
     return [line for line in Log(output / METRICS).read() if line["kind"] == "look"]
 
 
-def test_looks_are_those_of_the_averaged_weights_and_change_no_draw(tmp_path: Path) -> None:
+def test_validation_uses_the_averaged_weights_and_changes_no_draw(tmp_path: Path) -> None:
     settings = recipe(tmp_path / "looked", patience=None)
-    here, seen = world(settings), list[validation_rounds.ValidationResult]()
-    training = TrainingState.start(settings, here.module)
+    components, results = world(settings), list[validation_rounds.ValidationResult]()
+    training = TrainingState.start(settings, components.module)
     assert train(
         settings,
-        here,
+        components,
         training,
         lambda _: None,
-        validation_rounds.validation_callback(settings, here, training, seen.append),
+        validation_rounds.validation_callback(settings, components, training, results.append),
     )
-    assert [look.iteration for look in seen] == [0, 2, 4, 6, 8, 10]
-    assert [line["iteration"] for line in looks(settings.output)] == [0, 2, 4, 6, 8, 10]
+    assert [look.iteration for look in results] == [0, 2, 4, 6, 8, 10]
+    assert [line["iteration"] for line in validation_lines(settings.output)] == [0, 2, 4, 6, 8, 10]
     training.ema.copy_to(training.parameters)
-    shown = replace(settings, evaluation=replace(settings.evaluation, images=6))
-    again = evaluate(shown, replace(here, heldout=PROMPTS))
-    last = seen[-1]
-    assert last.reward == float(again.reward.double().mean())
-    assert last.metrics == {"held": float(again.metrics["held"].double().mean())}
-    assert again.correct is not None
-    assert last.rule == float(again.correct.double().mean())
-    assert last.spread["held"] == pytest.approx(float(again.metrics["held"].std()), rel=1e-5)
+    validation_settings = replace(settings, evaluation=replace(settings.evaluation, images=6))
+    scores = evaluate(validation_settings, replace(components, heldout=PROMPTS))
+    last = results[-1]
+    assert last.reward == float(scores.reward.double().mean())
+    assert last.metrics == {"held": float(scores.metrics["held"].double().mean())}
+    assert scores.correct is not None
+    assert last.rule == float(scores.correct.double().mean())
+    assert last.spread["held"] == pytest.approx(float(scores.metrics["held"].std()), rel=1e-5)
     plain = toy_world.recipe(tmp_path / "plain", iterations=10, save_every=3)
-    trained(plain)
-    there, found = (torch.load(r.output / CHECKPOINT, weights_only=True) for r in (plain, settings))
+    train_and_validate(plain)
+    unguarded, guarded = (torch.load(r.output / CHECKPOINT, weights_only=True) for r in (plain, settings))
     for name in ("weights", "ema"):
-        pairs = zip(_tensors(there[name]), _tensors(found[name]), strict=True)
+        pairs = zip(_tensors(unguarded[name]), _tensors(guarded[name]), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs), name
     logs = [[r for r in Log(f / METRICS).read() if r["kind"] == "iteration"] for f in (plain.output, settings.output)]
     first, second = ([{**r, "seconds": 0} for r in log] for log in logs)
@@ -105,51 +107,53 @@ def test_looks_are_those_of_the_averaged_weights_and_change_no_draw(tmp_path: Pa
     assert not list(settings.output.glob("best-*"))
 
 
-def _tensors(found: Any) -> list[Tensor]:
-    return list(found) if isinstance(found, list) else list(found["shadow_params"])
+def _tensors(state: Any) -> list[Tensor]:
+    return list(state) if isinstance(state, list) else list(state["shadow_params"])
 
 
-def test_a_falling_reward_stops_the_run_and_the_best_weights_are_kept(tmp_path: Path) -> None:
+def test_a_falling_score_stops_the_run_and_the_best_weights_are_saved(tmp_path: Path) -> None:
     settings = recipe(tmp_path)
-    here = world(settings, until=0.12)
-    first, averaged = [p.detach().clone() for p in here.module.parameters()], dict[int, list[Tensor]]()
+    components = world(settings, until=0.12)
+    first, averaged = [p.detach().clone() for p in components.module.parameters()], dict[int, list[Tensor]]()
     start = TrainingState.start
 
-    def starting(*given: Any) -> TrainingState:
-        training = start(*given)
+    def recording_start(*arguments: Any) -> TrainingState:
+        training = start(*arguments)
         step = training.ema.step
 
-        def noting(parameters: Any) -> None:
+        def recording_step(parameters: Any) -> None:
             step(parameters)
             averaged[training.iteration + 1] = [p.clone() for p in training.ema.shadow_params]
 
-        training.ema.step = noting
+        training.ema.step = recording_step
         return training
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainingState, "start", starting)
-        found = main(settings, here)
-    assert found is not None
-    held = {look["iteration"]: look["metrics"]["held"] for look in looks(tmp_path)}
+        patch.setattr(TrainingState, "start", recording_start)
+        summary = main(settings, components)
+    assert summary is not None
+    held = {look["iteration"]: look["metrics"]["held"] for look in validation_lines(tmp_path)}
     best = max(held, key=lambda i: held[i])
-    assert 0 < best < found["iterations"] < 10, f"the hump is not where the test wants it: {held}"
-    assert found["iterations"] == best + 4
-    assert found["guards"] == {"by": "held", "best": best, "kept": best, "stopped": True}
-    kept = FluxTransformer2DModel.from_pretrained(tmp_path / "transformer")
-    assert all(map(torch.equal, kept.parameters(), averaged[best]))
-    assert not all(map(torch.equal, kept.parameters(), first))
+    assert 0 < best < summary["iterations"] < 10, (
+        f"the best iteration is at an end, so this test checks nothing: {held}"
+    )
+    assert summary["iterations"] == best + 4
+    assert summary["guards"] == {"by": "held", "best": best, "kept": best, "stopped": True}
+    saved = FluxTransformer2DModel.from_pretrained(tmp_path / "transformer")
+    assert all(map(torch.equal, saved.parameters(), averaged[best]))
+    assert not all(map(torch.equal, saved.parameters(), first))
     assert [path.name for path in tmp_path.glob("best-*")] == [f"best-{best:06d}.pt"]
-    said = " ".join(run_report.remarks(found))
-    assert f"stopped early at iteration {best + 4}: scorer held" in said
-    assert f"the averaged ones of iteration {best}" in said
+    remarks = " ".join(run_report.remarks(summary))
+    assert f"stopped early at iteration {best + 4}: scorer held" in remarks
+    assert f"the averaged ones of iteration {best}" in remarks
     assert main(settings, world(settings, 0.12)) is not None
-    assert len(looks(tmp_path)) == len(held), "a run that was stopped is finished"
+    assert len(validation_lines(tmp_path)) == len(held), "a stopped run does not go on"
 
 
-def test_a_reward_that_only_harms_leaves_the_untuned_model(tmp_path: Path) -> None:
+def test_if_every_round_is_worse_the_untuned_weights_are_saved(tmp_path: Path) -> None:
     settings = recipe(tmp_path)
     untuned = [p.detach().clone() for p in toy_world.world(settings).module.parameters()]
-    training = trained(settings, until=-9.0)
+    training = train_and_validate(settings, until=-9.0)
     assert (training.iteration, training.early_stopping.best) == (4, 0)
     assert not all(map(torch.equal, training.ema.shadow_params, untuned))
     validation_rounds.restore_best(settings, training)
@@ -159,23 +163,27 @@ def test_a_reward_that_only_harms_leaves_the_untuned_model(tmp_path: Path) -> No
         validation_rounds.restore_best(settings, training)
 
 
-def test_a_killed_run_with_guards_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = toy_world.world
-    held = {"metrics": {"held": Dislikes(0.12)}, "validation": PROMPTS}
-    monkeypatch.setattr(toy_world, "world", lambda settings: replace(plain(settings), **held))
-    whole, torn = (recipe(tmp_path / name, anchor=5.0) for name in ("whole", "torn"))
-    training = trained(whole)
+def test_a_killed_run_with_guards_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build_world = toy_world.world
+    changes = {"metrics": {"held": Dislikes(0.12)}, "validation": PROMPTS}
+    monkeypatch.setattr(toy_world, "world", lambda settings: replace(build_world(settings), **changes))
+    whole, interrupted = (recipe(tmp_path / name, anchor=5.0) for name in ("whole", "torn"))
+    training = train_and_validate(whole)
     for number in (3, 6):
         killed_at(
-            torn, number, lambda made, run: validation_rounds.validation_callback(torn, made, run, lambda _: None)
+            interrupted,
+            number,
+            lambda components, state: validation_rounds.validation_callback(
+                interrupted, components, state, lambda _: None
+            ),
         )
-    again = trained(torn)
-    assert_same_run(whole.output, torn.output)
-    files = [[(path.name, path.read_bytes()) for path in r.output.glob("best-*")] for r in (whole, torn)]
+    resumed = train_and_validate(interrupted)
+    assert_same_run(whole.output, interrupted.output)
+    files = [[(path.name, path.read_bytes()) for path in r.output.glob("best-*")] for r in (whole, interrupted)]
     assert files[0] == files[1] != []
-    for recipe_, run_ in ((whole, training), (torn, again)):
-        validation_rounds.restore_best(recipe_, run_)
-    assert all(map(torch.equal, training.ema.shadow_params, again.ema.shadow_params))
+    for settings_, state_ in ((whole, training), (interrupted, resumed)):
+        validation_rounds.restore_best(settings_, state_)
+    assert all(map(torch.equal, training.ema.shadow_params, resumed.ema.shadow_params))
 
 
 @pytest.mark.parametrize(
@@ -189,55 +197,55 @@ def test_a_killed_run_with_guards_goes_on_bit_for_bit(tmp_path: Path, monkeypatc
 def test_a_kill_between_two_files_loses_nothing(
     tmp_path: Path, moment: str, number: int, until: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, torn = (recipe(tmp_path / name, patience=4) for name in ("whole", "torn"))
-    trained(whole, until)
-    written = validation_rounds.save
+    whole, interrupted = (recipe(tmp_path / name, patience=4) for name in ("whole", "torn"))
+    train_and_validate(whole, until)
+    save = validation_rounds.save
 
-    def killed(settings: Recipe, training: TrainingState) -> None:
+    def killing_save(settings: Recipe, training: TrainingState) -> None:
         if training.iteration == number and "best" in moment:
             raise Killed
-        written(settings, training)
+        save(settings, training)
 
-    def told(look: validation_rounds.ValidationResult) -> None:
+    def killing_callback(look: validation_rounds.ValidationResult) -> None:
         if look.iteration == number:
             raise Killed
 
-    monkeypatch.setattr(validation_rounds, "save", killed)
+    monkeypatch.setattr(validation_rounds, "save", killing_save)
     with pytest.raises(Killed):
-        trained(torn, until, told)
+        train_and_validate(interrupted, until, killing_callback)
     monkeypatch.undo()
-    trained(torn, until)
-    assert_same_run(whole.output, torn.output)
-    assert [p.name for p in torn.output.glob("best-*")] == [p.name for p in whole.output.glob("best-*")] != []
+    train_and_validate(interrupted, until)
+    assert_same_run(whole.output, interrupted.output)
+    assert [p.name for p in interrupted.output.glob("best-*")] == [p.name for p in whole.output.glob("best-*")] != []
 
 
-def test_a_watch_counts_from_the_best() -> None:
-    watch = EarlyStopping()
-    seen = [watch.update(i, value) for i, value in enumerate([float("nan"), 0.1, 0.1, 0.3, 0.2, float("nan")])]
-    assert seen == [True, False, False, False, False, False]
-    watch = EarlyStopping()
-    assert [watch.update(i, value) for i, value in enumerate([0.1, 0.1, 0.3, 0.2])] == [True, False, True, False]
-    assert (watch.last, watch.best, watch.waited, watch.value) == (3, 2, 1, 0.3)
+def test_early_stopping_counts_from_the_best() -> None:
+    stopping = EarlyStopping()
+    improved = [stopping.update(i, value) for i, value in enumerate([float("nan"), 0.1, 0.1, 0.3, 0.2, float("nan")])]
+    assert improved == [True, False, False, False, False, False]
+    stopping = EarlyStopping()
+    assert [stopping.update(i, value) for i, value in enumerate([0.1, 0.1, 0.3, 0.2])] == [True, False, True, False]
+    assert (stopping.last, stopping.best, stopping.waited, stopping.value) == (3, 2, 1, 0.3)
 
 
 @pytest.mark.parametrize(
-    "changes, given, said",
+    "changes, missing, message",
     [
         ({}, {"metrics": {}}, r"There is none; name some with --evaluation\.metrics"),
         ({"by": "gone"}, {}, r"guards\.by = gone: .* There are held"),
         ({}, {"validation": ()}, r"Pass --guards\.prompts FILE"),
     ],
 )
-def test_what_the_guards_lack_is_told_before_images_are_sampled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: Any, given: Any, said: str
+def test_what_the_guards_need_is_reported_before_images_are_sampled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: Any, missing: Any, message: str
 ) -> None:
     monkeypatch.setattr(train_command, "evaluate", lambda *_: pytest.fail("images were sampled"))
     settings = recipe(tmp_path, **changes)
-    with pytest.raises(RecipeError, match=said):
-        main(settings, replace(world(settings), **given))
+    with pytest.raises(RecipeError, match=message):
+        main(settings, replace(world(settings), **missing))
 
 
-def test_a_part_of_the_reward_is_no_judge(tmp_path: Path) -> None:
+def test_a_part_of_the_reward_can_t_stop_the_run(tmp_path: Path) -> None:
     settings = replace(recipe(tmp_path, by="held"), reward="0.5*tiny+0.5*held")
     with pytest.raises(RecipeError, match="held is a part of the reward"):
         validation_rounds.check_guards(settings, world(settings))
@@ -251,13 +259,13 @@ def test_numbers_out_of_range_are_refused() -> None:
         Recipe(guards=Guards(anchor=float("nan")))
 
 
-def test_a_run_without_guards_of_an_earlier_version_goes_on() -> None:
-    there = {name: value for name, value in Recipe().to_dict().items() if name != "guards"}
-    assert differences(there, Recipe().to_dict()) == []
-    assert differences(there, Recipe(guards=Guards(anchor=1.0)).to_dict()) == ["guards.anchor: 0.0 there, 1.0 here"]
+def test_a_run_of_a_version_without_guards_can_resume() -> None:
+    saved = {name: value for name, value in Recipe().to_dict().items() if name != "guards"}
+    assert differences(saved, Recipe().to_dict()) == []
+    assert differences(saved, Recipe(guards=Guards(anchor=1.0)).to_dict()) == ["guards.anchor: 0.0 there, 1.0 here"]
 
 
-def test_the_picture_has_looks_and_anchor_below_the_curve(tmp_path: Path) -> None:
+def test_the_picture_has_validation_and_anchor_below_the_curve(tmp_path: Path) -> None:
     lines: list[dict[str, Any]] = []
     for i in range(1, 9):
         lines.append({"kind": "iteration", "iteration": i, "reward": i / 10, "anchor": None})
@@ -270,13 +278,13 @@ def test_the_picture_has_looks_and_anchor_below_the_curve(tmp_path: Path) -> Non
         lines.append(json.loads(json.dumps(vars(look))))
         assert ("without a new best (iteration 0)" in validation_report.validation_line(look)) == bool(i)
     watched = imread(run_report.draw_curve(tmp_path / "watched.png", "title", lines)).shape
-    held = [{**line, "anchor": 0.1} if line["kind"] == "iteration" else line for line in lines]
-    both = imread(run_report.draw_curve(tmp_path / "both.png", "title", held)).shape
+    with_anchor = [{**line, "anchor": 0.1} if line["kind"] == "iteration" else line for line in lines]
+    both = imread(run_report.draw_curve(tmp_path / "both.png", "title", with_anchor)).shape
     assert plain[0] < watched[0] < both[0]
 
 
 @pytest.mark.parametrize(
-    "asked, found",
+    "reward, weights",
     [
         ("hpsv2.1", {}),
         ("a.b:C", {}),
@@ -287,13 +295,13 @@ def test_the_picture_has_looks_and_anchor_below_the_curve(tmp_path: Path) -> Non
         ("1*hpsv2.1:a+b.pt+2.*remote:here:1", {"hpsv2.1:a+b.pt": 1.0, "remote:here:1": 2.0}),
     ],
 )
-def test_a_mixture_is_read(asked: str, found: dict[str, float]) -> None:
-    assert mixture_weights(asked) == found
+def test_mixtures_are_parsed(reward: str, weights: dict[str, float]) -> None:
+    assert mixture_weights(reward) == weights
 
 
-@pytest.mark.parametrize("asked", ["0.7*", "1*tiny+2*tiny", "1*tiny+2*"])
-def test_what_is_no_mixture_is_told(asked: str) -> None:
+@pytest.mark.parametrize("reward", ["0.7*", "1*tiny+2*tiny", "1*tiny+2*"])
+def test_invalid_mixtures_are_refused(reward: str) -> None:
     with pytest.raises(RecipeError, match="a mixture is a weight and a scorer"):
-        mixture_weights(asked)
+        mixture_weights(reward)
     with pytest.raises(RecipeError, match="a mixture is a weight and a scorer"):
-        train_command.preflight.check_recipe(Recipe(reward=asked))
+        train_command.preflight.check_recipe(Recipe(reward=reward))
