@@ -1,4 +1,4 @@
-"""The check of the demo's figures accepts a good run, and names what a bad one lacks."""
+"""The check of the demo's figures accepts a good run and says what is wrong with a bad one."""
 
 from __future__ import annotations
 
@@ -53,13 +53,15 @@ def test_a_good_run_passes(tmp_path: Path) -> None:
         ({}, "transformer/weights.safetensors", "no tuned weights"),
     ],
 )
-def test_a_bad_run_is_named(tmp_path: Path, change: dict[str, Any], without: str, message: str) -> None:
+def test_a_bad_run_is_refused_with_the_reason(
+    tmp_path: Path, change: dict[str, Any], without: str, message: str
+) -> None:
     done = check(tmp_path, GOOD | change, without)
     assert done.returncode == 1
     assert message in done.stderr
 
 
-def test_further_scorers_and_diversity_are_told(tmp_path: Path) -> None:
+def test_further_scorers_and_diversity_are_printed(tmp_path: Path) -> None:
     metrics = {"tiny:scorer_b": {"reward_before": 0.1, "reward_after": 0.2, "reward_gain": 0.1, "reward_gain_se": 0.01}}
     diversity = {"pixels": {"diversity_before": 0.4, "diversity_after": 0.3}}
     done = check(tmp_path, {**GOOD, "metrics": metrics, "diversity": diversity})
@@ -68,5 +70,5 @@ def test_further_scorers_and_diversity_are_told(tmp_path: Path) -> None:
     assert "pixels, diversity: 0.4000 -> 0.3000" in done.stdout
 
 
-def test_a_run_that_never_ended_is_named(tmp_path: Path) -> None:
+def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
     assert "did not run to its end" in check(tmp_path, None).stderr

@@ -1,4 +1,4 @@
-"""What the benchmarks compare is the same work, and what they count is what is there."""
+"""The benchmarks compare equal work, and their memory counter is exact."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def test_a_hand_written_algorithm_1_does_the_same_work() -> None:
 
 
 def test_the_peak_counts_storages_while_they_live() -> None:
-    kept = torch.ones(1000)
+    existing = torch.ones(1000)
     with overhead.PeakMemory() as peak:
-        a = kept + 1
+        a = existing + 1
         view = a[:10]
         del a
         b = view * 2
@@ -25,20 +25,20 @@ def test_the_peak_counts_storages_while_they_live() -> None:
         del view
         c = torch.zeros(500)
         assert peak.now == 40 + 2000
-        kept.add_(1)
+        existing.add_(1)
     assert peak.most == 4000 + 40
     assert len(b) + len(c) == 510
 
 
 def test_provenance_names_no_folder() -> None:
-    found = provenance()
-    assert found["command"].startswith("python -m benchmarks.")
-    assert found["versions"].keys() >= {"python", "torch", "diffusers", "trajsurgery"}
-    assert found["machine"]["cores"] >= 1
+    record = provenance()
+    assert record["command"].startswith("python -m benchmarks.")
+    assert record["versions"].keys() >= {"python", "torch", "diffusers", "trajsurgery"}
+    assert record["machine"]["cores"] >= 1
 
 
 def test_decodes_with_and_without_recomputing_have_one_gradient() -> None:
     norms = [decode.measure_decode(64, name)["gradient_norm"] for name in decode.WAYS]
     assert norms[0] == 0
     assert norms[1] > 0
-    assert norms[2:] == pytest.approx([norms[1]] * 2, rel=1e-4)  # an image smaller than a tile is one
+    assert norms[2:] == pytest.approx([norms[1]] * 2, rel=1e-4)  # an image smaller than a tile is one tile

@@ -1,4 +1,4 @@
-"""The study's scripts: runs go on after an interruption, intervals are Student's, tables hold what the runs say."""
+"""The study's scripts: interrupted runs resume, intervals are Student's, tables agree with the runs."""
 
 from __future__ import annotations
 
@@ -28,37 +28,37 @@ def toy_task(script: Callable[[str], ModuleType], folder: Path) -> Any:
     return script("study.runs").Task(toy_world.recipe(folder, iterations=4), (2, 4))
 
 
-def test_an_interrupted_run_goes_on_to_the_same_images(
+def test_an_interrupted_run_resumes_to_the_same_images(
     script: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = script("study.runs")
     monkeypatch.setattr(components, "load", toy_world.world)
-    straight, broken = toy_task(script, tmp_path / "straight"), toy_task(script, tmp_path / "broken")
-    assert runs.run_task(straight)
-    trained, evaluate = runs.train, runs.evaluate
+    whole, resumed = toy_task(script, tmp_path / "straight"), toy_task(script, tmp_path / "broken")
+    assert runs.run_task(whole)
+    train, evaluate = runs.train, runs.evaluate
 
-    def interrupted(recipe: Any, *rest: Any) -> bool:
-        return trained(replace(recipe, iterations=min(recipe.iterations, 3)), *rest) and recipe.iterations < 4
+    def train_three_iterations(recipe: Any, *rest: Any) -> bool:
+        return train(replace(recipe, iterations=min(recipe.iterations, 3)), *rest) and recipe.iterations < 4
 
-    monkeypatch.setattr(runs, "train", interrupted)
-    assert not runs.run_task(broken)
-    assert not runs.is_finished(broken)
-    assert runs.spent_cost(broken) == 3 + 15
-    seen: list[int] = []
-    monkeypatch.setattr(runs, "train", trained)
-    monkeypatch.setattr(runs, "evaluate", lambda recipe, of: (seen.append(1), evaluate(recipe, of))[1])
-    assert runs.run_task(broken)
-    assert runs.is_finished(broken)
-    assert len(seen) == 1, "the images of the first stage were made before the interruption"
+    monkeypatch.setattr(runs, "train", train_three_iterations)
+    assert not runs.run_task(resumed)
+    assert not runs.is_finished(resumed)
+    assert runs.spent_cost(resumed) == 3 + 15
+    evaluations: list[int] = []
+    monkeypatch.setattr(runs, "train", train)
+    monkeypatch.setattr(runs, "evaluate", lambda recipe, world: (evaluations.append(1), evaluate(recipe, world))[1])
+    assert runs.run_task(resumed)
+    assert runs.is_finished(resumed)
+    assert len(evaluations) == 1, "the images of the first stage were made before the interruption"
     for stage in (2, 4):
-        a, b = (runs.load_scores(task.folder, stage) for task in (straight, broken))
+        a, b = (runs.load_scores(task.folder, stage) for task in (whole, resumed))
         assert torch.equal(a.reward, b.reward)
         assert torch.equal(a.pictures, b.pictures)
-    assert not torch.equal(runs.load_scores(straight.folder, 2).reward, runs.load_scores(straight.folder, 4).reward)
-    assert [line["iteration"] for line in runs.load_iterations(broken.folder)] == [1, 2, 3, 4]
+    assert not torch.equal(runs.load_scores(whole.folder, 2).reward, runs.load_scores(whole.folder, 4).reward)
+    assert [line["iteration"] for line in runs.load_iterations(resumed.folder)] == [1, 2, 3, 4]
 
 
-def test_the_averaged_weights_are_graded_and_training_goes_on_with_its_own(
+def test_averaged_weights_are_scored_and_training_continues_without_them(
     script: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = script("study.runs")
@@ -72,14 +72,14 @@ def test_the_averaged_weights_are_graded_and_training_goes_on_with_its_own(
     assert rewards[0] == rewards[1]
 
 
-def test_a_run_that_diverges_ends_alone(
+def test_a_diverged_run_does_not_stop_the_study(
     script: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs, study, report = script("study.runs"), script("study.study"), script("study.report")
     monkeypatch.setattr(components, "load", toy_world.world)
     task = replace(toy_task(script, tmp_path / "run"), stages=(6,))
     task = replace(task, recipe=replace(task.recipe, optimiser=replace(task.recipe.optimiser, rate=1e30), iterations=6))
-    assert runs.run_task(task), "it is done with"
+    assert runs.run_task(task), "it is finished"
     assert runs.is_finished(task)
     assert not runs.has_scores(task)
     assert "not finite" in study.describe_task(task)
@@ -95,9 +95,9 @@ def test_a_run_that_diverges_ends_alone(
     (smaller.folder / "done.json").write_text(json.dumps({**done, "diverged": "iteration 9"}))
     with pytest.raises(SurgeryError, match="smaller"):
         study.best_rate({1e-5: {}})
-    found = study.choose_rates(options)
-    assert found["refl"]["chosen"] == 1e-5
-    assert "| refl | diverged | 0." in script("study.tables").rates_table(found)
+    rates = study.choose_rates(options)
+    assert rates["refl"]["chosen"] == 1e-5
+    assert "| refl | diverged | 0." in script("study.tables").rates_table(rates)
 
 
 def test_a_folder_of_another_recipe_is_refused(script: Callable[[str], ModuleType], tmp_path: Path) -> None:
@@ -127,10 +127,10 @@ def test_quantiles_are_those_of_the_printed_tables(script: Callable[[str], Modul
 
 def test_an_interval_by_hand(script: Callable[[str], ModuleType]) -> None:
     figures = script("study.seed_statistics")
-    found = figures.interval([1.0, 2.0, 3.0])  # standard error 1 / sqrt(3)
-    assert (found.mean, found.seeds) == (2, 3)
-    assert found.high - found.mean == pytest.approx(4.30265 / 3**0.5, rel=1e-5)
-    assert found.verdict == "not decided"
+    interval = figures.interval([1.0, 2.0, 3.0])  # standard error 1 / sqrt(3)
+    assert (interval.mean, interval.seeds) == (2, 3)
+    assert interval.high - interval.mean == pytest.approx(4.30265 / 3**0.5, rel=1e-5)
+    assert interval.verdict == "not decided"
     assert figures.interval([1.0, 1.1, 1.2]).verdict == "above 0"
     assert figures.interval([-1.0, -1.1, -1.2]).verdict == "below 0"
     assert figures.interval([5.0]).verdict == "not decided"
@@ -147,12 +147,12 @@ def test_differences_are_paired_seed_by_seed(script: Callable[[str], ModuleType]
         "b": {0: {"reward": 0.5}, 1: {"reward": 10.5}, 2: {"reward": 5.5}},
     }
     assert figures.finished_seeds(runs, ["a", "b"]) == [0, 1]
-    assert figures.gain(runs, [0, 1], "a", "reward").low > 0  # the seeds' own spread has fallen out
+    assert figures.gain(runs, [0, 1], "a", "reward").low > 0  # the spread between seeds cancels
     assert figures.group_difference(runs, [0, 1], ["a", "b"], ["base"], "reward").mean == pytest.approx(0.775)
     assert figures.rank_methods(runs, [0, 1], ["b", "a"], "reward") == ["a", "b"]
 
 
-def test_two_names_can_be_told_apart_by_what_all_names_spread(script: Callable[[str], ModuleType]) -> None:
+def test_the_resolution_comes_from_the_spread_of_all_methods(script: Callable[[str], ModuleType]) -> None:
     figures = script("study.seed_statistics")
     runs = {
         "a": {0: {"r": 1.0}, 1: {"r": 5.0}},
@@ -161,12 +161,12 @@ def test_two_names_can_be_told_apart_by_what_all_names_spread(script: Callable[[
     }
     # differences of the seeds: 4, 6, 5, hence a variance of 1 / 2 of one run, with 2 degrees of freedom
     assert figures.resolution(runs, [0, 1], ["a", "b", "c"], "r") == pytest.approx(4.30265 * 0.5**0.5, rel=1e-5)
-    alone = [figures.gain(runs, [0, 1], name, "r", "a") for name in "bc"]
-    assert figures.resolution(runs, [0, 1], ["a", "b"], "r") == pytest.approx(alone[0].high - alone[0].mean)
+    gains = [figures.gain(runs, [0, 1], name, "r", "a") for name in "bc"]
+    assert figures.resolution(runs, [0, 1], ["a", "b"], "r") == pytest.approx(gains[0].high - gains[0].mean)
     assert math.isnan(figures.resolution(runs, [0], ["a", "b"], "r"))
 
 
-def test_what_a_finding_says(script: Callable[[str], ModuleType]) -> None:
+def test_verdicts_of_findings(script: Callable[[str], ModuleType]) -> None:
     finding, interval = script("study.findings").Finding, script("study.seed_statistics").interval
     up, down, open_ = interval([1.0, 1.1]), interval([-1.0, -1.1]), interval([1.0, -1.0])
     assert finding("", {"x": up}).verdict == "reappears"
@@ -178,14 +178,14 @@ def test_what_a_finding_says(script: Callable[[str], ModuleType]) -> None:
     assert finding("", {"x": down}, strict=False).verdict.startswith("does not reappear")
 
 
-def test_the_grid_of_rates_goes_on_where_the_best_is_at_its_edge(script: Callable[[str], ModuleType]) -> None:
-    wanted, middle = script("study.methods").rates_to_try, (1e-5, 3e-5, 1e-4)
-    assert wanted({}, middle) == middle
-    assert wanted({1e-5: 1.0}, middle) == middle
-    assert wanted({1e-5: 1.0, 3e-5: 2.0, 1e-4: 1.0}, middle) == middle
-    assert wanted({1e-5: 1.0, 3e-5: 2.0, 1e-4: 3.0}, middle) == (*middle, 3e-4)
-    assert wanted({1e-5: 3.0, 3e-5: 2.0, 1e-4: 1.0}, middle) == (3e-6, *middle)
-    assert wanted({3e-6: 2.0, 1e-5: 3.0, 3e-5: 2.0, 1e-4: 1.0}, middle) == (3e-6, *middle)
+def test_the_grid_of_rates_grows_where_the_best_is_at_its_edge(script: Callable[[str], ModuleType]) -> None:
+    rates_to_try, middle = script("study.methods").rates_to_try, (1e-5, 3e-5, 1e-4)
+    assert rates_to_try({}, middle) == middle
+    assert rates_to_try({1e-5: 1.0}, middle) == middle
+    assert rates_to_try({1e-5: 1.0, 3e-5: 2.0, 1e-4: 1.0}, middle) == middle
+    assert rates_to_try({1e-5: 1.0, 3e-5: 2.0, 1e-4: 3.0}, middle) == (*middle, 3e-4)
+    assert rates_to_try({1e-5: 3.0, 3e-5: 2.0, 1e-4: 1.0}, middle) == (3e-6, *middle)
+    assert rates_to_try({3e-6: 2.0, 1e-5: 3.0, 3e-5: 2.0, 1e-4: 1.0}, middle) == (3e-6, *middle)
 
 
 # -- the whole study --------------------------------------------------------------------------------------------------
@@ -202,8 +202,8 @@ def test_the_order_of_the_runs_and_what_is_written(script: Callable[[str], Modul
     for name, rise in (("refl", 0.1), ("leapalign", 0.2)):
         for rate in options.rates:
             invented(options.budget.trial(name, rate, 100), rise + (rate == 3e-5), 0.5 + (rate == 1e-5) / 2, 7)
-    found = study.choose_rates(options)
-    assert [(line["chosen"], line["by_rules"]) for line in found.values()] == [(3e-5, 1e-5)] * 2
+    rates = study.choose_rates(options)
+    assert [(line["chosen"], line["by_rules"]) for line in rates.values()] == [(3e-5, 1e-5)] * 2
     by_rules = replace(options, by="rules")
     assert [line["left"] for line in study.choose_rates(by_rules).values()] == [[3e-6]] * 2, (
         "the grid goes on by the rules"
@@ -227,18 +227,18 @@ def test_the_order_of_the_runs_and_what_is_written(script: Callable[[str], Modul
             invented(options.budget.run(name, 3e-5, seed), rise + seed / 100, 0.5, seed)
     invented(options.budget.base(2), 0, 0.5, 2)
     assert study.main(options) == 0
-    told = json.loads((options.output / "study.json").read_text())
-    assert told["seeds"] == [0, 1], "a seed that not all methods have finished is left out"
-    assert not told["complete"]
-    assert told["ranking"] == ["leapalign", "refl"]
-    gain = told["summary"]["leapalign"]["reward"]["gain"]
+    result = json.loads((options.output / "study.json").read_text())
+    assert result["seeds"] == [0, 1], "a seed that not all methods have finished is left out"
+    assert not result["complete"]
+    assert result["ranking"] == ["leapalign", "refl"]
+    gain = result["summary"]["leapalign"]["reward"]["gain"]
     assert gain["mean"] == pytest.approx(0.205, abs=1e-5)
-    assert str(tmp_path) not in json.dumps(told), "no path of a machine is published"
+    assert str(tmp_path) not in json.dumps(result), "no path of a machine is published"
     text = (options.output / "study.md").read_text()
     assert "INCOMPLETE" in text
     assert "- leapalign - refl: +0.1000 [+0.1000, +0.1000]" in text
-    assert told["skipped"]["refl/3e-05/0"] == told["skipped"]["leapalign/3e-05/0"] == 1
-    assert told["training"]["refl"]["0"]["reward"] == [pytest.approx(6.6), pytest.approx(21.1)]
+    assert result["skipped"]["refl/3e-05/0"] == result["skipped"]["leapalign/3e-05/0"] == 1
+    assert result["training"]["refl"]["0"]["reward"] == [pytest.approx(6.6), pytest.approx(21.1)]
     assert (options.output / "study_rates.json").exists()
     assert study.main(replace(by_rules, output=tmp_path / "rules")) == 0
     assert [path.name for path in (tmp_path / "rules").iterdir()] == ["study_by_rules_rates.json"]

@@ -1,4 +1,4 @@
-"""The training of the embedded world: killed and resumed, it is the training that was not interrupted."""
+"""Training of the tiny models: killed and resumed, it ends in the same weights as uninterrupted training."""
 
 import json
 import os
@@ -28,24 +28,24 @@ torch.set_num_threads(1)
 BUDGET = Budget(steps=4, rate=1e-3, save_every=2)
 
 
-def quietly(line: str) -> None:
+def ignore_line(line: str) -> None:
     pass
 
 
-def a_vae() -> nn.Module:
+def frozen_vae() -> nn.Module:
     torch.manual_seed(0)
     return flux_parts.vae().requires_grad_(False).eval()
 
 
-def a_stage(name: str, folder: Path) -> Stage:
-    """A freshly made stage, small: as a new process makes it."""
+def build_stage(name: str, folder: Path) -> Stage:
+    """Build a small stage as a new process does."""
     torch.manual_seed(12345)
     if name in VARIANTS:
-        return replace(scorer_stage(replace(BUDGET, seed=1), folder, a_vae(), VARIANTS[name]), report=None)
+        return replace(scorer_stage(replace(BUDGET, seed=1), folder, frozen_vae(), VARIANTS[name]), report=None)
     encoders = train.new_encoders(folder, seed=0)
     if name == "text":
         return replace(text_stage(BUDGET, encoders), report=None)
-    vae = a_vae()
+    vae = frozen_vae()
     torch.manual_seed(1)
     return replace(flux_stage(BUDGET, 8, flux_parts.transformer(), encoders, vae, corpus(vae, 64, seed=2)), report=None)
 
@@ -61,26 +61,26 @@ def small(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("name", ["text", "flux", "scorer", "scorer_c"])
 def test_a_stage_stopped_and_resumed_is_equal_bit_for_bit(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    whole = a_stage(name, tmp_path / "whole")
-    run(whole, tmp_path / "whole", quietly)
+    whole = build_stage(name, tmp_path / "whole")
+    run(whole, tmp_path / "whole", ignore_line)
 
     saves: list[Path] = []
 
-    def stops(state: dict, path: Path, save=stage.save_atomically) -> None:
+    def interrupting_save(state: dict, path: Path, save=stage.save_atomically) -> None:
         save(state, path)
         saves.append(path)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "save_atomically", stops)
+        patch.setattr(stage, "save_atomically", interrupting_save)
         with pytest.raises(KeyboardInterrupt):
-            run(a_stage(name, tmp_path / "parts"), tmp_path / "parts", quietly)
+            run(build_stage(name, tmp_path / "parts"), tmp_path / "parts", ignore_line)
     assert torch.load(saves[0])["step"] == 2
-    resumed = a_stage(name, tmp_path / "parts")
+    resumed = build_stage(name, tmp_path / "parts")
     torch.rand(5)  # what a process has drawn before it resumes must not matter
-    said: list[str] = []
-    run(resumed, tmp_path / "parts", said.append)
-    assert f"{name}: goes on from step 2" in said
+    lines: list[str] = []
+    run(resumed, tmp_path / "parts", lines.append)
+    assert f"{name}: goes on from step 2" in lines
     for key, value in whole.modules.state_dict().items():
         assert torch.equal(value, resumed.modules.state_dict()[key]), key
 
@@ -88,27 +88,30 @@ def test_a_stage_stopped_and_resumed_is_equal_bit_for_bit(name: str, tmp_path: P
 @pytest.mark.usefixtures("small")
 def test_scorers_differ_and_each_is_loaded_as_it_was_saved(tmp_path: Path):
     images, texts = torch.rand(3, 3, 32, 32, generator=Generator().manual_seed(0)), [*map(str, split_prompts("train"))]
-    found: dict[str, torch.Tensor] = {}
+    by_name: dict[str, torch.Tensor] = {}
     for name in VARIANTS:
-        scorer = a_stage(name, tmp_path)
-        run(scorer, tmp_path, quietly)
+        scorer = build_stage(name, tmp_path)
+        run(scorer, tmp_path, ignore_line)
         save_scorer(scorer, tmp_path)
     for name, variant in VARIANTS.items():
         reward = Reward(tmp_path / name)
         config = json.loads((tmp_path / name / f"{variant.model}.json").read_text())
         assert config["vision_cfg"].items() >= variant.tower.items()
         assert reward.name == f"tiny:{name}"
-        found[name] = reward(images, texts[:3])
-        clip = scorer_stage(BUDGET, tmp_path / "again", a_vae(), variant).modules["clip"]
+        by_name[name] = reward(images, texts[:3])
+        clip = scorer_stage(BUDGET, tmp_path / "again", frozen_vae(), variant).modules["clip"]
         saved = torch.load(tmp_path / f"{name}.checkpoint.pt")
         clip.load_state_dict({k.removeprefix("clip."): v for k, v in saved["modules"].items() if k[:5] == "clip."})
         with torch.no_grad():
             for key, value in clip.named_parameters():
                 value.copy_(saved["averages"][f"clip.{key}"])
         clip.eval().to(torch.bfloat16).float()
-        own = clip.encode_image(2 * images - 1, normalize=True), clip.encode_text(reward.tokenizer(texts[:3]), True)
-        assert torch.allclose(found[name], (own[0] * own[1]).sum(-1), atol=1e-5)
-    assert len({tuple(scores.tolist()) for scores in found.values()}) == len(VARIANTS)
+        encodings = (
+            clip.encode_image(2 * images - 1, normalize=True),
+            clip.encode_text(reward.tokenizer(texts[:3]), True),
+        )
+        assert torch.allclose(by_name[name], (encodings[0] * encodings[1]).sum(-1), atol=1e-5)
+    assert len({tuple(scores.tolist()) for scores in by_name.values()}) == len(VARIANTS)
     assert [type(Reward(tmp_path / name).clip.visual).__name__ for name in VARIANTS] == [
         *["VisionTransformer"] * 2,
         "ModifiedResNet",
@@ -119,11 +122,11 @@ def test_scorers_differ_and_each_is_loaded_as_it_was_saved(tmp_path: Path):
 
 
 @pytest.mark.usefixtures("small")
-def test_scorers_start_elsewhere_and_see_other_scenes(tmp_path: Path):
-    """A variant with the reward's tower and seeds is the reward; each of its two seeds changes what it names."""
+def test_seeds_of_scorers_change_weights_and_scenes(tmp_path: Path):
+    """A variant with the reward's tower and seeds is the reward; each of its two seeds changes one thing."""
     budget, reward = replace(BUDGET, seed=3), VARIANTS["scorer"]
     courses = [
-        Course(budget, tmp_path / str(i), a_vae(), replace(reward, **change))
+        Course(budget, tmp_path / str(i), frozen_vae(), replace(reward, **change))
         for i, change in enumerate(({}, {}, {"seed": 1}, {"data_seed": 1}))
     ]
     weights = [course.clip.visual.conv1.weight for course in courses]
@@ -132,25 +135,25 @@ def test_scorers_start_elsewhere_and_see_other_scenes(tmp_path: Path):
     assert [course.budget.seed for course in courses] == [3, 3, 3, 4]
 
 
-def the_command(folder: Path) -> list[str]:
+def train_vae_command(folder: Path) -> list[str]:
     sizes = ["--vae-steps", "10", "--vae-batch", "8", "--save-every", "2", "--output", str(folder)]
     return [sys.executable, "-m", "benchmarks.world.train", "--stage", "vae", *sizes]
 
 
 @pytest.mark.slow
-def test_training_killed_and_run_again_ends_as_if_never_killed(tmp_path: Path):
+def test_killed_training_resumes_to_the_same_weights(tmp_path: Path):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    straight = subprocess.Popen(the_command(whole), env=environment, stdout=subprocess.DEVNULL)
-    victim = subprocess.Popen(the_command(killed), env=environment, stdout=subprocess.DEVNULL)
+    straight = subprocess.Popen(train_vae_command(whole), env=environment, stdout=subprocess.DEVNULL)
+    victim = subprocess.Popen(train_vae_command(killed), env=environment, stdout=subprocess.DEVNULL)
     checkpoint = killed / "vae.checkpoint.pt"
-    patience = time.monotonic() + 120
-    while not checkpoint.exists() and time.monotonic() < patience:
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and time.monotonic() < deadline:
         time.sleep(0.005)
     victim.send_signal(signal.SIGKILL)
     assert victim.wait() == -signal.SIGKILL
     assert 0 < torch.load(checkpoint)["step"] < 10
-    again = subprocess.run(the_command(killed), env=environment, capture_output=True, text=True, check=True)
+    again = subprocess.run(train_vae_command(killed), env=environment, capture_output=True, text=True, check=True)
     assert "vae: goes on from step" in again.stdout
     assert straight.wait(timeout=120) == 0
     one, other = (train.load_vae(folder).state_dict() for folder in (whole, killed))
@@ -165,7 +168,7 @@ def test_the_rate_rises_then_falls_to_nearly_nothing():
     assert rates.index(max(rates)) in range(28, 32)
 
 
-def test_what_is_packed_is_unpacked_and_is_what_flux_packs():
+def test_packing_is_flux_s_and_unpacking_inverts_it():
     from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 
     latents = torch.randn(2, 4, 8, 8, generator=Generator().manual_seed(0))
@@ -198,7 +201,7 @@ def test_the_output_and_the_modulation_start_at_zero():
     }
 
 
-def test_the_scorers_loss_falls_when_truth_rises_and_judges_pictures_of_nothing():
+def test_the_scorer_s_loss_falls_with_the_truth_and_is_finite_without_objects():
     truth = torch.tensor([[True, False, False], [False, False, False]])
     logits = torch.zeros(2, 3)
     better = logits + torch.tensor([[1.0, -1.0, -1.0], [-1.0, -1.0, -1.0]])

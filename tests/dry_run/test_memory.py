@@ -1,4 +1,4 @@
-"""A dry run's figures are those of the run: on small models measured, on real ones against what is published."""
+"""Figures of a dry run: on small models against measurements, on real models against published sizes."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ PLAN = leapalign(4, 2, 0.3)
 
 
 def video() -> Small:
-    """A Wan whose guidance is two calls."""
+    """A Wan pipeline whose guidance takes two calls."""
     wan = video_builders.wan()
     for module in (wan.pipe.transformer, wan.pipe.vae):
         torch.nn.Module.to(module, torch.float32)
-    given = {name: v.float() if isinstance(v, Tensor) else v for name, v in wan.arguments.items()}
-    return Small(wan.pipe, given | {"num_inference_steps": 6, "guidance_scale": 3.0})
+    arguments = {name: v.float() if isinstance(v, Tensor) else v for name, v in wan.arguments.items()}
+    return Small(wan.pipe, arguments | {"num_inference_steps": 6, "guidance_scale": 3.0})
 
 
 SMALL = {**PIPELINES, "wan": video}
@@ -45,22 +45,22 @@ TOKENS = {"flux": 5, "sd3": 5, "wan": 4}
 
 @functools.cache
 def small(name: str) -> PipelineSpec:
-    """The configs of a small pipeline, read off the folder that it is saved in."""
+    """The configs of a small pipeline, read from the folder that it is saved in."""
     with TemporaryDirectory() as folder:
         SMALL[name]().pipe.save_pretrained(folder)
         return replace(find_spec(folder), tokens=TOKENS[name])
 
 
 def recipe(name: str, **changes: Any) -> Recipe:
-    given = SMALL[name]().arguments
-    batch, frames = len(given["prompt_embeds"]), given.get("num_frames")
-    rollout = Rollout(steps=6, batch=batch, size=16, frames=frames, guidance=given["guidance_scale"])
+    arguments = SMALL[name]().arguments
+    batch, frames = len(arguments["prompt_embeds"]), arguments.get("num_frames")
+    rollout = Rollout(steps=6, batch=batch, size=16, frames=frames, guidance=arguments["guidance_scale"])
     trained = changes.pop("train", Trained())
     return Recipe(method=LeapAlign(), rollout=replace(rollout, **changes), train=trained)
 
 
 def prepared(name: str, settings: Recipe) -> Small:
-    """The real pipeline, as a run of the recipe has it."""
+    """The real pipeline, prepared as in a run of the recipe."""
     real = SMALL[name]()
     lora.set_trainable(real.pipe.transformer, settings.train)
     if settings.rollout.checkpointing:
@@ -68,24 +68,24 @@ def prepared(name: str, settings: Recipe) -> Small:
     return real
 
 
-COUNTED: dict[str, ModelCosts] = {}
+COSTS: dict[str, ModelCosts] = {}
 
 
 def planned(name: str, settings: Recipe) -> MemoryPlan:
-    """The plan of a recipe; what is counted for it, which takes most of the time, is shared by the ways of running."""
-    alike = repr((name, replace(settings, rollout=replace(settings.rollout, memory="retain"))))
+    """The memory plan of a recipe. Memory modes share the measured costs, which take most of the time."""
+    key = repr((name, replace(settings, rollout=replace(settings.rollout, memory="retain"))))
 
-    def once(*args: Any, **kwargs: Any) -> ModelCosts:
-        if alike not in COUNTED:
-            COUNTED[alike] = measure_model(*args, **kwargs)
-        return COUNTED[alike]
+    def measure_once(*args: Any, **kwargs: Any) -> ModelCosts:
+        if key not in COSTS:
+            COSTS[key] = measure_model(*args, **kwargs)
+        return COSTS[key]
 
-    with mock.patch("trajsurgery.dry_run.memory_plan.measure_model", once):
+    with mock.patch("trajsurgery.dry_run.memory_plan.measure_model", measure_once):
         return plan_memory(settings, PLAN, found=small(name), kernels="cpu")
 
 
-class Unnamed:
-    """Stands in for the counter's names of modules, which an autograd.grad within a backward pass does not allow."""
+class NoModuleTracker:
+    """Replaces the counter's tracker of modules, which does not allow autograd.grad inside a backward pass."""
 
     parents = ("Global",)
 
@@ -95,35 +95,35 @@ class Unnamed:
 
 
 def operations() -> Any:
-    """The library's counter."""
-    found: Any = flop_counter()
-    found.mod_tracker = Unnamed()
-    return found
+    """The library's counter of operations, without its tracker of modules."""
+    counter: Any = flop_counter()
+    counter.mod_tracker = NoModuleTracker()
+    return counter
 
 
-def way_of(memory: str) -> Any:
-    """How `operate` runs it; the sweep follows a rollout that is recorded only."""
+def operate_memory(memory: str) -> Any:
+    """The memory mode of `operate`; staged only records the rollout, whatever the mode."""
     return "retain" if memory == "staged" else memory
 
 
-def saved(module: torch.nn.Module, work: Any) -> tuple[int, Any]:
-    """Bytes that autograd holds after the work, the module's parameters left out, and what it returned."""
-    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
-    held: dict[int, int] = {}
+def count_saved_bytes(module: torch.nn.Module, work: Any) -> tuple[int, Any]:
+    """Bytes that autograd saves during the work, without the module's parameters, and the work's result."""
+    parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    sizes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            held[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in parameters:
+            sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        found = work()
-    return sum(held.values()), found
+        result = work()
+    return sum(sizes.values()), result
 
 
-def measured(name: str, settings: Recipe) -> tuple[int, Any, int]:
-    """Bytes that autograd holds of a real rollout with the plan in it; the outputs; how many parameters train."""
+def measure_run(name: str, settings: Recipe) -> tuple[int, Any, int]:
+    """Bytes that autograd saves in a real rollout with the plan; the outputs; the number of trained parameters."""
     real, memory = prepared(name, settings), settings.rollout.memory
 
     def work() -> Any:
@@ -131,8 +131,8 @@ def measured(name: str, settings: Recipe) -> tuple[int, Any, int]:
             real(output_type="latent")
         return surgery.outputs
 
-    kept, outputs = saved(real.pipe.transformer, work)
-    return kept, outputs, sum(p.numel() for p in real.pipe.transformer.parameters() if p.requires_grad)
+    saved_bytes, outputs = count_saved_bytes(real.pipe.transformer, work)
+    return saved_bytes, outputs, sum(p.numel() for p in real.pipe.transformer.parameters() if p.requires_grad)
 
 
 ADAPTERS = Trained(what="lora", rank=3, targets=("to_q", "to_v"))
@@ -148,52 +148,55 @@ CASES = [(name, changes) for name in SMALL for changes in CHANGES if name == "fl
 
 
 @pytest.mark.parametrize("name, changes", CASES)
-def test_kept_bytes_are_those_of_the_run(name: str, changes: str) -> None:
+def test_saved_bytes_are_those_of_the_run(name: str, changes: str) -> None:
     settings = recipe(name, **CHANGES[changes])
-    found = planned(name, settings)
-    kept, outputs, trained = measured(name, settings)
+    plan = planned(name, settings)
+    saved_bytes, outputs, trained = measure_run(name, settings)
     assert outputs[0].requires_grad
-    assert found.calls == 2
-    assert found.trained == trained
-    assert found.passing["kept for the calls"] == pytest.approx(kept, rel=0.05)
+    assert plan.calls == 2
+    assert plan.trained == trained
+    assert plan.passing["kept for the calls"] == pytest.approx(saved_bytes, rel=0.05)
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_where_calls_are_made_again_nothing_is_kept_but_latents(name: str) -> None:
+def test_recompute_saves_only_latents(name: str) -> None:
     settings = recipe(name, memory="recompute")
-    kept, outputs, _ = measured(name, settings)
+    saved_bytes, outputs, _ = measure_run(name, settings)
     assert planned(name, settings).passing["kept for the calls"] == 0
-    assert kept <= 2 * (outputs[0].nbytes + 8)  # and a sigma
+    assert saved_bytes <= 2 * (outputs[0].nbytes + 8)  # and a sigma
 
 
-@pytest.mark.parametrize("way", ["retain", "recompute", "staged", "split"])
+@pytest.mark.parametrize("memory", ["retain", "recompute", "staged", "split"])
 @pytest.mark.parametrize("name, changes", CASES)
-def test_operations_are_those_of_the_run(name: str, changes: str, way: Any) -> None:
-    """Rollout and plan; with retain and split the plan's forward is the rollout's."""
-    settings = recipe(name, memory=way, **CHANGES[changes])
-    found = planned(name, settings).flops
+def test_operations_are_those_of_the_run(name: str, changes: str, memory: Any) -> None:
+    """Of rollout and plan; with retain and split the plan's forward pass is the rollout's."""
+    settings = recipe(name, memory=memory, **CHANGES[changes])
+    flops = planned(name, settings).flops
     real = prepared(name, settings)
-    with operations() as forward, operate(real.pipe, None if way == "staged" else PLAN, way_of(way)) as surgery:
+    with (
+        operations() as forward,
+        operate(real.pipe, None if memory == "staged" else PLAN, operate_memory(memory)) as surgery,
+    ):
         real(output_type="latent")
     with operations() as back:
-        if way == "staged":
+        if memory == "staged":
             backward(PLAN, surgery.trajectory, surgery.field, torch.ones_like(surgery.trajectory[0]))
         else:
             surgery.outputs[0].sum().backward()
-    assert found["rollout"] == pytest.approx(forward.get_total_flops(), rel=0.02)
-    assert found["plan, forward"] + found["plan, backward"] == pytest.approx(back.get_total_flops(), rel=0.02)
-    assert (found["plan, forward"] == 0) == (way in ("retain", "split"))
+    assert flops["rollout"] == pytest.approx(forward.get_total_flops(), rel=0.02)
+    assert flops["plan, forward"] + flops["plan, backward"] == pytest.approx(back.get_total_flops(), rel=0.02)
+    assert (flops["plan, forward"] == 0) == (memory in ("retain", "split"))
 
 
 DECODERS = {"plain": Decoder(), "checkpointing": Decoder(checkpointing=True), "slicing": Decoder(slicing=True)}
 
 
 @pytest.mark.parametrize(
-    "name, way", [("flux", "plain"), ("flux", "checkpointing"), ("sd3", "slicing"), ("wan", "plain")]
+    "name, decoder", [("flux", "plain"), ("flux", "checkpointing"), ("sd3", "slicing"), ("wan", "plain")]
 )
-def test_the_decoders_figures_are_those_of_a_decode(name: str, way: str) -> None:
-    settings = replace(recipe(name), decoder=DECODERS[way])
-    found = planned(name, settings)
+def test_figures_of_the_decoder_are_those_of_decoding(name: str, decoder: str) -> None:
+    settings = replace(recipe(name), decoder=DECODERS[decoder])
+    plan = planned(name, settings)
     real = SMALL[name]()
     real.pipe.vae.requires_grad_(False)
     vae_decoding.prepare_vae(real.pipe.vae, settings.decoder)
@@ -204,23 +207,23 @@ def test_the_decoders_figures_are_those_of_a_decode(name: str, way: str) -> None
         surgery.decode(x).sum().backward()
     with operations() as flops:
         surgery.decode(x).sum().backward()
-    assert found.flops["decode"] == pytest.approx(flops.get_total_flops(), rel=0.02)
-    assert found.passing["decode and reward"] == pytest.approx(alive.most, rel=0.05)
+    assert plan.flops["decode"] == pytest.approx(flops.get_total_flops(), rel=0.02)
+    assert plan.passing["decode and reward"] == pytest.approx(alive.most, rel=0.05)
 
 
-def test_ways_of_running_differ_as_they_should() -> None:
-    ways = {
-        way: plan_memory(recipe("flux", memory=way), PLAN, found=small("flux"))
-        for way in ("retain", "recompute", "staged", "split")
+def test_memory_modes_differ_as_documented() -> None:
+    plans = {
+        memory: plan_memory(recipe("flux", memory=memory), PLAN, found=small("flux"))
+        for memory in ("retain", "recompute", "staged", "split")
     }
-    call = ways["retain"].flops["rollout"] // 6
-    assert ways["retain"].flops["plan, forward"] == 0
-    assert ways["recompute"].flops["plan, forward"] == ways["staged"].flops["plan, forward"] == 2 * call
-    assert ways["recompute"].passing["kept for the calls"] == 0
-    weights = 4 * ways["retain"].parameters
-    assert [found.passing["second gradient"] for found in ways.values()] == [weights, weights, 0, 0]
-    assert ways["split"].flops == ways["retain"].flops
-    retain, recompute, staged, split = (sum(found.passing.values()) for found in ways.values())
+    call = plans["retain"].flops["rollout"] // 6
+    assert plans["retain"].flops["plan, forward"] == 0
+    assert plans["recompute"].flops["plan, forward"] == plans["staged"].flops["plan, forward"] == 2 * call
+    assert plans["recompute"].passing["kept for the calls"] == 0
+    weights = 4 * plans["retain"].parameters
+    assert [plan.passing["second gradient"] for plan in plans.values()] == [weights, weights, 0, 0]
+    assert plans["split"].flops == plans["retain"].flops
+    retain, recompute, staged, split = (sum(plan.passing.values()) for plan in plans.values())
     assert staged < recompute < retain
     assert staged < split == retain - weights
 
@@ -237,15 +240,15 @@ def test_sharding_and_hardware() -> None:
     assert (tight.fits, tight.gpus_needed) == (False, None)
 
 
-def test_encodings_that_would_fill_the_host_are_told() -> None:
-    known, settings = small("flux"), recipe("flux")
-    one = 2 * known.tokens * known.transformer["joint_attention_dim"] * settings.rollout.batch
-    many = replace(settings, iterations=3 * 2**30 // one)
-    (note,) = set(plan_memory(many, PLAN, found=known).notes) - set(plan_memory(settings, PLAN, found=known).notes)
+def test_encodings_that_would_fill_the_host_s_memory_are_noted() -> None:
+    spec, settings = small("flux"), recipe("flux")
+    encoded_bytes = 2 * spec.tokens * spec.transformer["joint_attention_dim"] * settings.rollout.batch
+    many = replace(settings, iterations=3 * 2**30 // encoded_bytes)
+    (note,) = set(plan_memory(many, PLAN, found=spec).notes) - set(plan_memory(settings, PLAN, found=spec).notes)
     assert "up to 3 GiB" in note
 
 
-def test_a_model_without_config_is_told() -> None:
+def test_a_model_without_config_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"nobody/nothing.*FLUX\.1-dev"):
         find_spec("nobody/nothing")
 
@@ -255,11 +258,11 @@ def test_a_dry_run_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixtu
     real.pipe.save_pretrained(tmp_path / "model")
     words = f"--dry-run --model {tmp_path / 'model'} --rollout.size 16 --output {tmp_path / 'run'}"
     assert cli({"tiny": recipe("flux")}, "words", words.split()) == 0
-    said = capsys.readouterr().out
-    assert "memory of one GPU" in said
-    assert "as flash attention keeps it" in said
-    assert "it fits; 1 GPU of 80 GB holds it" in said
-    assert {"MiB", "GFLOP"} <= set(said.split()), "a small model is not told as 0.00 GiB"
+    printed = capsys.readouterr().out
+    assert "memory of one GPU" in printed
+    assert "as flash attention keeps it" in printed
+    assert "it fits; 1 GPU of 80 GB holds it" in printed
+    assert {"MiB", "GFLOP"} <= set(printed.split()), "small figures are not printed as 0.00 GiB"
     data = json.loads((tmp_path / "run/memory.json").read_text())
     assert data["parameters"] == sum(p.numel() for p in real.pipe.transformer.parameters())
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["memory.json"]
@@ -275,26 +278,26 @@ def test_a_dry_run_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixtu
     ],
 )
 def test_shipped_configs_have_the_published_size(model: str, parameters: int) -> None:
-    found = find_spec(model)
+    spec = find_spec(model)
     with torch.device("meta"):
-        transformer = build_model(found.transformer, torch.bfloat16)
-    assert sum(p.numel() for p in transformer.parameters()) == parameters == found.published
+        transformer = build_model(spec.transformer, torch.bfloat16)
+    assert sum(p.numel() for p in transformer.parameters()) == parameters == spec.published
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "model, size, parameters, kept, forward, backward",
+    "model, size, parameters, saved, forward, backward",
     [
         ("black-forest-labs/FLUX.1-dev", 720, 11_901_408_320, 21.60, 37.28, 76.81),
         ("stabilityai/stable-diffusion-3.5-medium", 720, 2_243_171_520, 5.78, 4.84, 10.25),
     ],
 )
-def test_real_models(model: str, size: int, parameters: int, kept: float, forward: float, backward: float) -> None:
-    """One velocity call in bfloat16, one image, without guidance, all norms as a CPU keeps them."""
+def test_real_models(model: str, size: int, parameters: int, saved: float, forward: float, backward: float) -> None:
+    """One velocity call in bfloat16, one image, without guidance, all norms as on a CPU."""
     rollout = Rollout(steps=25, precision="bfloat16", size=size, guidance=1.0)
     with KERNELS["cpu"]():
-        found = measure_model(Recipe(rollout=rollout, model=model), find_spec(model), 1, sharded=True)
-    assert found.model.count("transformer") == parameters == find_spec(model).published
-    assert found.call.kept / 2**30 == pytest.approx(kept, abs=0.01)
-    assert found.call.forward / 1e12 == pytest.approx(forward, abs=0.01)
-    assert found.call.backward / 1e12 == pytest.approx(backward, abs=0.01)
+        costs = measure_model(Recipe(rollout=rollout, model=model), find_spec(model), 1, sharded=True)
+    assert costs.model.count("transformer") == parameters == find_spec(model).published
+    assert costs.call.kept / 2**30 == pytest.approx(saved, abs=0.01)
+    assert costs.call.forward / 1e12 == pytest.approx(forward, abs=0.01)
+    assert costs.call.backward / 1e12 == pytest.approx(backward, abs=0.01)

@@ -1,4 +1,4 @@
-"""The conventions that a machine can read off the source: layers, owners, sizes, names, docstrings, cost of import."""
+"""Conventions checked on the source: layers, owners of imports, sizes, names, docstrings, cost of importing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OWNERS: dict[str, str] = {
     "diffusers": "pipelines tiny training evaluation dry_run",
     "matplotlib": "plans reports",
 }
-"""Third party: the packages that may import it."""
+"""Third-party packages: the packages of the library that may import them."""
 
 MOST_LINES, MOST_METHOD_LINES = 300, 15
 NAMELESS = {"utils", "util", "common", "helpers", "helper", "misc"}
@@ -68,10 +68,10 @@ def imports(path: Path, typing: bool) -> Iterator[str]:
                 inner = f"{module}.{alias.name}"
                 yield inner if module == "trajsurgery" or is_module(inner) else module
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
-            yield from (str(given.value) for given in node.args if isinstance(given, ast.Constant))
+            yield from (str(argument.value) for argument in node.args if isinstance(argument, ast.Constant))
 
 
-def own(path: Path) -> set[str]:
+def library_imports(path: Path) -> set[str]:
     """The library's files and packages that a file imports."""
     return {name.split(".")[1] for name in imports(path, typing=True) if name.startswith("trajsurgery.")}
 
@@ -84,7 +84,7 @@ NAMED = {str(path.relative_to(LIBRARY)): path for path in INNER}
 def test_a_file_imports_only_from_its_package_and_those_before(name: str) -> None:
     path = NAMED[name]
     assert unit(path) in RANK, f"{unit(path)} has no place in PACKAGES of tests/repository/test_conventions.py"
-    for other in own(path):
+    for other in library_imports(path):
         assert other in RANK, f"{name} imports trajsurgery.{other}: import names from the file they live in"
         assert RANK[other] <= RANK[unit(path)], f"{name} imports {other}, which is of a later package"
 
@@ -94,7 +94,7 @@ def module_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def test_no_cycle() -> None:
+def test_imports_have_no_cycle() -> None:
     names = {module_of(path) for path in INNER}
     edges = {module_of(path): (set(imports(path, typing=True)) & names) - {module_of(path)} for path in INNER}
     while free := [name for name, to in edges.items() if not to & edges.keys()]:
@@ -114,16 +114,16 @@ def test_the_tree_is_small_and_each_package_says_what_it_holds() -> None:
 @pytest.mark.parametrize("package", OWNERS)
 def test_a_package_is_imported_by_its_owners_only(package: str) -> None:
     for path in INNER:
-        found = {name.split(".")[0] for name in imports(path, typing=False)}
-        assert package not in found or unit(path) in OWNERS[package].split(), f"{path} imports {package}"
+        imported = {name.split(".")[0] for name in imports(path, typing=False)}
+        assert package not in imported or unit(path) in OWNERS[package].split(), f"{path} imports {package}"
 
 
-def test_plans_know_no_tensors() -> None:
+def test_plans_do_not_import_torch() -> None:
     for path in (p for p in INNER if unit(p) in ("errors", "plans")):
         assert "torch" not in {name.split(".")[0] for name in imports(path, typing=True)}, path
 
 
-def test_importing_is_quick() -> None:
+def test_importing_loads_no_heavy_package() -> None:
     heavy = "('torch', 'sympy', 'matplotlib', 'diffusers', 'transformers', 'networkx')"
     code = f"import sys, trajsurgery; dir(trajsurgery); print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
@@ -139,7 +139,7 @@ def test_a_plan_is_made_without_torch() -> None:
     assert done.stdout.splitlines() == ["x_5 -> x^_0|5", "[]"]
 
 
-def test_tiny_and_testing_need_no_import_of_their_own() -> None:
+def test_tiny_and_testing_are_attributes_of_the_package() -> None:
     code = (
         "import trajsurgery; print(trajsurgery.tiny.prompts('heldout')[0], trajsurgery.testing.check_gradient.__name__)"
     )
@@ -147,18 +147,18 @@ def test_tiny_and_testing_need_no_import_of_their_own() -> None:
     assert done.stdout.strip().endswith("check_gradient")
 
 
-def test_every_exported_name_is_there() -> None:
+def test_every_exported_name_exists() -> None:
     import trajsurgery
 
     for name in trajsurgery.__all__:
         assert getattr(trajsurgery, name) is not None
-    known = {
+    visible = {
         a.asname for n in ast.walk(tree(LIBRARY / "__init__.py")) if isinstance(n, ast.ImportFrom) for a in n.names
     }
-    assert set(trajsurgery.__all__) <= known, "the type checker does not see every exported name"
+    assert set(trajsurgery.__all__) <= visible, "the type checker does not see every exported name"
 
 
-def test_files_are_short_and_named_for_what_they_say() -> None:
+def test_files_are_short_and_named_for_their_content() -> None:
     for path in FILES:
         lines = len(path.read_text().splitlines())
         assert lines < MOST_LINES, f"{path} has {lines} lines: it says two things"
@@ -184,7 +184,7 @@ def test_everything_public_has_a_docstring() -> None:
                 assert ast.get_docstring(node), f"{path}: {node.name} has no docstring"
 
 
-def test_what_a_checker_is_told_to_ignore_is_named() -> None:
+def test_ignore_comments_name_their_rule() -> None:
     for path in (p for p in tracked() if p.suffix == ".py"):
         for i, line in enumerate(path.read_text().splitlines(), 1):
             blanket = re.search(r"#\s*(noqa(?!: ?[A-Z])|type: ignore(?!\[)|pyright: ignore(?!\[))", line)
@@ -201,13 +201,13 @@ def tracked() -> tuple[Path, ...]:
 
 
 def test_no_file_names_a_machine_or_a_registry() -> None:
-    # taken apart here, so that this file does not break its own rule
+    # in pieces, so that this file does not break the rule itself
     hosts = [re.escape("".join(p)) for p in (("py", "pi.org"), ("python", "hosted.org"), ("npm", "js.org"))]
-    found = re.compile(
+    forbidden = re.compile(
         "|".join([r"(?<![\w.])/(?:work|root|home|Users)/\w", *hosts, re.escape("download.pytorch" + ".org")])
     )
     for path in tracked():
         raw = path.read_bytes()
         if b"\0" not in raw[:8000]:
-            hit = found.search(raw.decode("utf-8", "replace"))
-            assert not hit, f"{path} names {hit.group() if hit else ''}"
+            match = forbidden.search(raw.decode("utf-8", "replace"))
+            assert not match, f"{path} names {match.group() if match else ''}"

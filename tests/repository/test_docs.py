@@ -53,7 +53,7 @@ def test_the_snippets_of_a_page_run_and_print_what_it_says(
 def test_a_command_that_a_page_shows_is_accepted(
     name: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Recipes and commands parse their flags; what they would do then is left out."""
+    """Recipes and commands parse their flags; nothing is run."""
     monkeypatch.chdir(tmp_path)
     words = shlex.split(re.sub(r"^\w+=\S+ ", "", command), comments=True)
     if words[:1] == ["python"] and words[1].startswith("recipes/"):

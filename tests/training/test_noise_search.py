@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.builders import toy_world
-from tests.repository.test_recipes import module
+from tests.repository.test_recipes import load_recipe
 from tests.tolerances import EXACT, STOCK, VALUE
 from trajsurgery.cli.noise_command import cli, main
 from trajsurgery.errors import RecipeError
@@ -204,7 +204,7 @@ def test_invalid_flags_are_refused_before_loading(
     flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     try:
-        code = cli(module(RECIPE).RECIPES, "words", [*flags, "--output", str(tmp_path / "run")])
+        code = cli(load_recipe(RECIPE).RECIPES, "words", [*flags, "--output", str(tmp_path / "run")])
     except SystemExit as stop:  # raised by tyro
         code = stop.code
     assert code != 0
