@@ -1,4 +1,4 @@
-"""PickScore, CLIPScore and the aesthetic predictor on a small CLIP, against transformers' own processor and towers."""
+"""PickScore, CLIPScore and the aesthetic predictor on a small CLIP, against transformers' processor and model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TEXTS = ["a red circle", "two blue squares above a green star"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP of the real architecture, small, with random weights, as save_pretrained writes it."""
+    """A small CLIP with random weights, in the folder that save_pretrained writes."""
     from transformers import CLIPConfig, CLIPModel
 
     folder = tmp_path_factory.mktemp("clip")
@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The five layers of LAION's file, named as they are there: dropouts take numbers."""
+    """The five linear layers of LAION's file under its names: dropouts count in the numbering."""
     torch.manual_seed(1)
     layers = nn.Sequential(
         *(nn.Linear(16, 32), nn.Dropout(0.2), nn.Linear(32, 24), nn.Dropout(0.2), nn.Linear(24, 12), nn.Dropout(0.1)),
@@ -59,7 +59,9 @@ def images(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def cosines(folder: Path, pixels: Tensor, factor: bool = False) -> Tensor:
-    """The authors' example, on transformers' own forward pass of both towers: it scales by exp(logit_scale)."""
+    """The authors' example with transformers' forward pass, which scales by exp(logit_scale); divided by it without
+    `factor`.
+    """
     from transformers import AutoTokenizer, CLIPModel
 
     model = CLIPModel.from_pretrained(folder).eval()
@@ -70,13 +72,13 @@ def cosines(folder: Path, pixels: Tensor, factor: bool = False) -> Tensor:
 
 
 @pytest.mark.parametrize("size", [(28, 28), (40, 40), (31, 60), (77, 30), (5, 4), (300, 401)])
-def test_pickscore_is_transformers_model_on_the_middle(folder: Path, size: tuple[int, int]) -> None:
-    reward, given = PickScore(folder), images(*size)
-    wanted = cosines(folder, normalize(resize_and_crop(given, 28, floor_offset)))
-    torch.testing.assert_close(reward(given, TEXTS), wanted, rtol=VALUE[torch.float32], atol=VALUE[torch.float32])
+def test_pickscore_is_transformers_model_on_the_center_crop(folder: Path, size: tuple[int, int]) -> None:
+    reward, pixels = PickScore(folder), images(*size)
+    expected = cosines(folder, normalize(resize_and_crop(pixels, 28, floor_offset)))
+    torch.testing.assert_close(reward(pixels, TEXTS), expected, rtol=VALUE[torch.float32], atol=VALUE[torch.float32])
     raw = PickScore(folder, raw=True)
     torch.testing.assert_close(
-        raw(given, TEXTS), cosines(folder, normalize(resize_and_crop(given, 28, floor_offset)), True)
+        raw(pixels, TEXTS), cosines(folder, normalize(resize_and_crop(pixels, 28, floor_offset)), True)
     )
     assert raw.threshold == pytest.approx(0.4 * raw.factor)
     assert (reward.threshold, reward.alpha, reward.learning_rate, raw.name) == (0.4, 0.1, 1e-5, "pickscore raw")
@@ -84,16 +86,16 @@ def test_pickscore_is_transformers_model_on_the_middle(folder: Path, size: tuple
 
 @pytest.mark.parametrize("size", [(28, 28), (40, 40), (31, 60), (77, 30), (300, 401)])
 def test_pixels_are_those_of_transformers_processor(size: tuple[int, int]) -> None:
-    """Of the array-based processor, which PickScore was trained with, on bytes: it rounds twice (see the pixels)."""
+    """PickScore was trained with the processor on arrays, which rounds bytes twice (test_pixels.py)."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     raw = (images(*size)[:1] * 255).round().to(torch.uint8)
     processor = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     picture = Image.fromarray(raw[0].permute(1, 2, 0).numpy())
-    wanted = torch.from_numpy(np.asarray(processor(picture, return_tensors="np")["pixel_values"]))
-    found = normalize(resize_and_crop(raw.float() / 255, 28, floor_offset))
+    expected = torch.from_numpy(np.asarray(processor(picture, return_tensors="np")["pixel_values"]))
+    pixels = normalize(resize_and_crop(raw.float() / 255, 28, floor_offset))
     assert tuple(processor.image_mean) == pytest.approx(MEAN)
-    assert float((found - wanted).abs().max()) * max(STD) * 255 < 2.5
+    assert float((pixels - expected).abs().max()) * max(STD) * 255 < 2.5
 
 
 def rewards(folder: Path, head: Path) -> dict[str, Reward]:
@@ -109,11 +111,11 @@ def rewards(folder: Path, head: Path) -> dict[str, Reward]:
 def test_the_gradient_agrees_with_finite_differences(folder: Path, head: Path, name: str) -> None:
     reward = rewards(folder, head)[name].double()
     assert reward.name == name
-    given = images(31, 44, dtype=torch.float64).requires_grad_()
-    (gradient,) = torch.autograd.grad(reward(given, TEXTS).sum(), given)
-    direction = torch.randn(given.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    pixels = images(31, 44, dtype=torch.float64).requires_grad_()
+    (gradient,) = torch.autograd.grad(reward(pixels, TEXTS).sum(), pixels)
+    direction = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     with torch.no_grad():
-        ahead, back = (reward(given + sign * 1e-5 * direction, TEXTS) for sign in (1, -1))
+        ahead, back = (reward(pixels + sign * 1e-5 * direction, TEXTS) for sign in (1, -1))
     analytic = (gradient * direction).sum((1, 2, 3))
     assert float((analytic - (ahead - back) / 2e-5).norm()) <= STOCK * float(analytic.norm())
     assert not any(p.requires_grad for p in reward.parameters())
@@ -127,23 +129,23 @@ def test_the_head_is_the_product_of_its_layers(folder: Path, head: Path) -> None
     for n in (0, 2, 4, 6, 7):
         weight = state[f"layers.{n}.weight"].double()
         matrix, offset = weight @ matrix, weight @ offset + state[f"layers.{n}.bias"].double()
-    given = images(28, 28, dtype=torch.float64)
-    unit = reward.clip.images(given)
+    pixels = images(28, 28, dtype=torch.float64)
+    unit = reward.clip.images(pixels)
     torch.testing.assert_close(unit.norm(dim=-1), torch.ones(2, dtype=torch.float64), rtol=EXACT, atol=EXACT)
-    torch.testing.assert_close(reward(given, TEXTS), (unit @ matrix.T + offset)[:, 0], rtol=1e-12, atol=EXACT)
-    assert torch.equal(reward(given, TEXTS), reward(given, ["", ""]))
+    torch.testing.assert_close(reward(pixels, TEXTS), (unit @ matrix.T + offset)[:, 0], rtol=1e-12, atol=EXACT)
+    assert torch.equal(reward(pixels, TEXTS), reward(pixels, ["", ""]))
 
 
 def test_a_head_of_one_layer(folder: Path, tmp_path: Path) -> None:
     layer = nn.Linear(16, 1)
     torch.save(layer.state_dict(), tmp_path / "sa_0_4_vit_l_14_linear.pth")
     reward = Aesthetic(tmp_path / "sa_0_4_vit_l_14_linear.pth", folder)
-    given = images(28, 28)
-    assert torch.equal(reward(given, TEXTS), layer(reward.clip.images(given))[:, 0].detach())
+    pixels = images(28, 28)
+    assert torch.equal(reward(pixels, TEXTS), layer(reward.clip.images(pixels))[:, 0].detach())
 
 
 @pytest.mark.parametrize(
-    "spoil",
+    "corrupt",
     [
         lambda state: {},
         lambda state: {**state, "layers.1.scale": torch.ones(32)},
@@ -152,13 +154,13 @@ def test_a_head_of_one_layer(folder: Path, tmp_path: Path) -> None:
         lambda state: {k: v for k, v in state.items() if not k.startswith("layers.2")},
     ],
 )
-def test_another_head_is_refused(folder: Path, head: Path, tmp_path: Path, spoil: object) -> None:
-    torch.save(spoil(torch.load(head)), tmp_path / "spoilt.pth")  # type: ignore[operator]
+def test_a_head_of_other_layers_is_refused(folder: Path, head: Path, tmp_path: Path, corrupt: object) -> None:
+    torch.save(corrupt(torch.load(head)), tmp_path / "corrupted.pth")  # type: ignore[operator]
     with pytest.raises(RewardError, match="not the linear layers of its head"):
-        Aesthetic(tmp_path / "spoilt.pth", folder)
+        Aesthetic(tmp_path / "corrupted.pth", folder)
 
 
-def test_what_is_not_there_is_named(folder: Path, head: Path, tmp_path: Path) -> None:
+def test_missing_files_and_wrong_weights_are_named(folder: Path, head: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     with pytest.raises(RewardError, match="hf download yuvalkirstain/PickScore_v1"):
@@ -180,8 +182,8 @@ def test_what_is_not_there_is_named(folder: Path, head: Path, tmp_path: Path) ->
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RewardError, match=r"holds 1 weights that are not CLIP's, such as score_head.weight"):
         CLIP("CLIPScore", tmp_path, floor_offset)
-    counted = {f"{part}_model.embeddings.position_ids": torch.arange(3)[None] for part in ("vision", "text")}
-    state = load_file(folder / "model.safetensors") | counted
+    position_ids = {f"{part}_model.embeddings.position_ids": torch.arange(3)[None] for part in ("vision", "text")}
+    state = load_file(folder / "model.safetensors") | position_ids
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     CLIP("CLIPScore", tmp_path, floor_offset, folder)
     save_file(load_file(folder / "model.safetensors"), tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -192,18 +194,18 @@ def test_what_is_not_there_is_named(folder: Path, head: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", ["clipscore", "aesthetic"])
 def test_checkpointing_changes_no_bit_of_the_gradient(folder: Path, head: Path, name: str) -> None:
-    found: list[Tensor] = []
-    kept: list[list[int]] = [[], []]
+    gradients: list[Tensor] = []
+    saved_sizes: list[list[int]] = [[], []]
     for on in (False, True):
         reward = CLIPScore(folder, on) if name == "clipscore" else Aesthetic(head, folder, on)
-        given, sizes = images(40, 31).requires_grad_(), kept[on]
+        pixels, sizes = images(40, 31).requires_grad_(), saved_sizes[on]
 
         def pack(x: Tensor, sizes: list[int] = sizes) -> Tensor:
             sizes.append(x.nbytes)
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            scores = reward(given, TEXTS)
-        found.append(torch.autograd.grad(scores.sum(), given)[0])
-    assert torch.equal(*found)
-    assert sum(kept[True]) < sum(kept[False])
+            scores = reward(pixels, TEXTS)
+        gradients.append(torch.autograd.grad(scores.sum(), pixels)[0])
+    assert torch.equal(*gradients)
+    assert sum(saved_sizes[True]) < sum(saved_sizes[False])

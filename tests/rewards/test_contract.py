@@ -1,4 +1,4 @@
-"""The contract of rewards: what is refused, and that each refusal says what came in and how to mend it."""
+"""The contract of rewards: refused images, prompts and scores; each error says what was received and the repair."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trajsurgery.rewards.contract import Reward, checkpoint_layers
 
 
 class Brightness(Reward):
-    """How bright a picture is."""
+    """The mean of an image's pixels."""
 
     name, scale, source, licence = "brightness", "in [0, 1]", "here", "Apache-2.0"
 
@@ -19,22 +19,22 @@ class Brightness(Reward):
         return images.mean((1, 2, 3))
 
 
-class Spoilt(Brightness):
-    """A reward that gives back what it is told."""
+class ChangedScores(Brightness):
+    """A reward that changes its scores by a function."""
 
-    def __init__(self, spoil: object) -> None:
+    def __init__(self, change: object) -> None:
         super().__init__()
-        self.spoil = spoil
+        self.change = change
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        return self.spoil(super().score(images, prompts))  # type: ignore[operator]
+        return self.change(super().score(images, prompts))  # type: ignore[operator]
 
 
 GREY = torch.full((2, 3, 8, 8), 0.5)
 TWO = ["a cat", "a dog"]
 
 
-def test_a_reward_is_a_score_and_what_it_says_about_itself() -> None:
+def test_a_reward_returns_differentiable_scores() -> None:
     images = GREY.clone().requires_grad_()
     scores = Brightness()(images, TWO)
     assert torch.equal(scores, torch.tensor([0.5, 0.5]))
@@ -44,7 +44,7 @@ def test_a_reward_is_a_score_and_what_it_says_about_itself() -> None:
 
 
 @pytest.mark.parametrize(
-    "images, prompts, said",
+    "images, prompts, message",
     [
         (GREY[0], TWO, r"received \[3, 8, 8\] and 2 prompts"),
         (GREY[:, :1], TWO, r"\[2, 1, 8, 8\]"),
@@ -58,18 +58,18 @@ def test_a_reward_is_a_score_and_what_it_says_about_itself() -> None:
         (GREY * float("inf"), TWO, "to inf"),
     ],
 )
-def test_what_a_reward_does_not_take(images: Tensor, prompts: list[str], said: str) -> None:
-    with pytest.raises(RewardError, match=said):
+def test_invalid_images_and_prompts_are_refused(images: Tensor, prompts: list[str], message: str) -> None:
+    with pytest.raises(RewardError, match=message):
         Brightness()(images, prompts)
 
 
-def test_decoders_may_round() -> None:
+def test_rounding_errors_of_decoders_are_accepted() -> None:
     assert Brightness()(GREY + 0.5005, TWO).shape == (2,)
     assert Brightness()(GREY.bfloat16(), TWO).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
-    "spoil, said",
+    "change, message",
     [
         (lambda s: s.detach(), "without a gradient"),
         (lambda s: s.sum(), r"returned shape \[\] for 2 images"),
@@ -79,20 +79,20 @@ def test_decoders_may_round() -> None:
         (lambda s: s * float("nan"), "not finite"),
     ],
 )
-def test_what_a_reward_may_not_give(spoil: object, said: str) -> None:
-    with pytest.raises(RewardError, match=said):
-        Spoilt(spoil)(GREY.clone().requires_grad_(), TWO)
+def test_invalid_scores_are_refused(change: object, message: str) -> None:
+    with pytest.raises(RewardError, match=message):
+        ChangedScores(change)(GREY.clone().requires_grad_(), TWO)
 
 
-def test_a_detached_reward_may_grade() -> None:
-    detached = Spoilt(lambda s: s.detach())
+def test_a_detached_reward_may_score_without_gradient() -> None:
+    detached = ChangedScores(lambda s: s.detach())
     assert detached(GREY, TWO).shape == (2,)
     with torch.no_grad():
         assert detached(GREY.clone().requires_grad_(), TWO).shape == (2,)
 
 
 class Deep(Brightness):
-    """Three layers, which count their calls."""
+    """A reward of three layers that counts their calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,29 +112,31 @@ class Deep(Brightness):
         return pixels.sum((1, 2, 3))
 
 
-def test_checkpointing_changes_no_bit_and_keeps_less() -> None:
+def test_checkpointing_changes_no_bit_and_saves_less() -> None:
     torch.manual_seed(0)
-    plain, kept = Deep(), list[int]()
+    plain, saved_counts = Deep(), list[int]()
     images = torch.rand(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
     def gradient() -> Tensor:
-        kept.append(0)
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.__setitem__(-1, kept[-1] + 1) or t, lambda t: t):
+        saved_counts.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: saved_counts.__setitem__(-1, saved_counts[-1] + 1) or t, lambda t: t
+        ):
             total = plain(images, TWO).sum()
         return torch.autograd.grad(total, images)[0]
 
     before = gradient()
     checkpoint_layers(plain.layers)
     assert torch.equal(gradient(), before)
-    assert kept[1] < kept[0]
+    assert saved_counts[1] < saved_counts[0]
     assert not plain.training
 
 
-def test_autocast_is_an_attribute() -> None:
+def test_autocast_follows_the_attribute() -> None:
     reward = Deep().float()
-    seen: list[torch.dtype] = []
-    reward.layers[0].register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+    dtypes: list[torch.dtype] = []
+    reward.layers[0].register_forward_hook(lambda _, __, out: dtypes.append(out.dtype))
     reward(GREY, TWO)
     reward.autocast = torch.bfloat16
     reward(GREY, TWO)
-    assert seen == [torch.float32, torch.bfloat16]
+    assert dtypes == [torch.float32, torch.bfloat16]

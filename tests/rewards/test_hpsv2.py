@@ -1,4 +1,4 @@
-"""HPSv2.1's scorer on a small open_clip model with random weights: scale, preprocessing, gradient, errors."""
+"""HPSv2.1 on a small open_clip model with random weights: scale, preprocessing, gradient, errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A checkpoint in the official form; its model is of the same architecture, and small."""
+    """A checkpoint of a small open_clip model in the official format."""
     import open_clip
 
     folder = tmp_path_factory.mktemp("hps")
@@ -45,30 +45,30 @@ def images(*shape: int) -> Any:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(1))
 
 
-def test_it_is_a_cosine_and_differentiable(reward: HPSv2) -> None:
-    given = images(2, 3, 40, 40).requires_grad_()
-    scores = reward(given, ["a cat", "a dog"])
+def test_scores_are_cosines_and_differentiable(reward: HPSv2) -> None:
+    pixels = images(2, 3, 40, 40).requires_grad_()
+    scores = reward(pixels, ["a cat", "a dog"])
     assert scores.shape == (2,)
     assert bool((scores.abs() <= 1).all())
-    (gradient,) = torch.autograd.grad(scores[0], given)
+    (gradient,) = torch.autograd.grad(scores[0], pixels)
     assert gradient[0].abs().sum() > 0
     assert gradient[1].abs().sum() == 0
     assert not any(p.requires_grad for p in reward.parameters())
     assert reward.threshold == 0.55
 
 
-def test_the_picture_is_resized_by_its_longer_side_and_padded_with_black() -> None:
-    found = preprocess(images(1, 3, 20, 40), 28)
+def test_images_are_resized_by_their_longer_side_and_padded_with_black() -> None:
+    pixels = preprocess(images(1, 3, 20, 40), 28)
     black = (torch.zeros(3) - torch.tensor(MEAN)) / torch.tensor(STD)
-    assert found.shape == (1, 3, 28, 28)
+    assert pixels.shape == (1, 3, 28, 28)
     for row in (0, 6, 21, 27):
-        torch.testing.assert_close(found[0, :, row], black[:, None].expand(3, 28))
-    assert not torch.allclose(found[0, :, 7], black[:, None].expand(3, 28))
+        torch.testing.assert_close(pixels[0, :, row], black[:, None].expand(3, 28))
+    assert not torch.allclose(pixels[0, :, 7], black[:, None].expand(3, 28))
 
 
 @pytest.mark.parametrize("size", [(56, 56), (60, 90), (90, 60), (28, 28)])
-def test_it_is_the_official_preprocessing_up_to_its_rounding(size: tuple[int, int]) -> None:
-    """PIL's bicubic resize of uint8 pictures, padding, normalisation."""
+def test_preprocessing_is_the_official_one_up_to_rounding(size: tuple[int, int]) -> None:
+    """PIL's bicubic resize of uint8 images, padding, normalization."""
     raw = (images(*size, 3) * 255).round().to(torch.uint8)
     scale = 28 / max(size)
     height, width = round(size[0] * scale), round(size[1] * scale)
@@ -76,12 +76,12 @@ def test_it_is_the_official_preprocessing_up_to_its_rounding(size: tuple[int, in
     canvas = np.zeros((28, 28, 3), dtype=np.float32)
     top, left = (28 - height) // 2, (28 - width) // 2
     canvas[top : top + height, left : left + width] = np.asarray(small, dtype=np.float32) / 255
-    wanted = (canvas - np.array(MEAN, dtype=np.float32)) / np.array(STD, dtype=np.float32)
-    found = preprocess(raw.permute(2, 0, 1)[None].float() / 255, 28)[0].permute(1, 2, 0)
-    assert float((found - torch.from_numpy(wanted)).abs().max()) < 0.02
+    expected = (canvas - np.array(MEAN, dtype=np.float32)) / np.array(STD, dtype=np.float32)
+    pixels = preprocess(raw.permute(2, 0, 1)[None].float() / 255, 28)[0].permute(1, 2, 0)
+    assert float((pixels - torch.from_numpy(expected)).abs().max()) < 0.02
 
 
-def test_what_does_not_fit_is_named(reward: HPSv2, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_input_and_missing_weights_are_named(reward: HPSv2, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RewardError, match="one string"):
         reward(images(2, 3, 28, 28), "a cat")
     with pytest.raises(RewardError, match="1 prompts"):
@@ -93,15 +93,17 @@ def test_what_does_not_fit_is_named(reward: HPSv2, monkeypatch: pytest.MonkeyPat
         hpsv2.HPSv2()
 
 
-def test_both_versions_say_what_they_are(file: str, reward: HPSv2, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_versions_have_their_names_and_files(file: str, reward: HPSv2, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (reward.name, reward.alpha, reward.learning_rate, reward.licence) == ("hpsv2.1", 0.3, 1e-5, "Apache-2.0")
     older = HPSv2(file, "small-hps", version="2.0")
     assert older.name == "hpsv2.0"
-    asked: list[tuple[str, ...]] = []
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *at: asked.append(at) or file)
+    requested: list[tuple[str, ...]] = []
+    monkeypatch.setattr(
+        "huggingface_hub.try_to_load_from_cache", lambda *arguments: requested.append(arguments) or file
+    )
     HPSv2(model="small-hps")
     HPSv2(model="small-hps", version="2.0")
-    assert asked == [("xswu/HPSv2", "HPS_v2.1_compressed.pt"), ("xswu/HPSv2", "HPS_v2_compressed.pt")]
+    assert requested == [("xswu/HPSv2", "HPS_v2.1_compressed.pt"), ("xswu/HPSv2", "HPS_v2_compressed.pt")]
     with pytest.raises(RewardError, match=r"'3'.*2.0 or 2.1"):
         HPSv2(file, "small-hps", version="3")
 
@@ -118,12 +120,12 @@ def test_other_weights_are_refused(tmp_path: Path, file: str) -> None:
 @pytest.mark.parametrize("size", [(40, 40), (30, 50)])
 def test_the_gradient_agrees_with_finite_differences(file: str, size: tuple[int, int]) -> None:
     exact = HPSv2(file, "small-hps", checkpointing=True).double()
-    given = (0.2 + 0.6 * images(1, 3, *size).double()).requires_grad_()
-    (gradient,) = torch.autograd.grad(exact(given, ["a cat"]).sum(), given)
-    direction = torch.randn(given.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    pixels = (0.2 + 0.6 * images(1, 3, *size).double()).requires_grad_()
+    (gradient,) = torch.autograd.grad(exact(pixels, ["a cat"]).sum(), pixels)
+    direction = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     with torch.no_grad():
-        ahead, back = (exact(given + sign * 1e-5 * direction, ["a cat"]) for sign in (1, -1))
+        ahead, back = (exact(pixels + sign * 1e-5 * direction, ["a cat"]) for sign in (1, -1))
     analytic = float((gradient * direction).sum())
     assert abs(analytic - float(ahead - back) / 2e-5) <= STOCK * abs(analytic)
     plain = HPSv2(file, "small-hps").double()
-    assert torch.equal(torch.autograd.grad(plain(given, ["a cat"]).sum(), given)[0], gradient)
+    assert torch.equal(torch.autograd.grad(plain(pixels, ["a cat"]).sum(), pixels)[0], gradient)

@@ -1,4 +1,4 @@
-"""ImageReward on a small BLIP: a checkpoint in the original's form, scored by ours and by plain formulas."""
+"""ImageReward on a small BLIP: a checkpoint in the original's format, scored by the reward and by plain formulas."""
 
 from __future__ import annotations
 
@@ -28,39 +28,39 @@ SMALL_TEXT |= {"num_attention_heads": 2, "vocab_size": len(WORDS), "max_position
 
 
 def layout(vision: Mapping[str, int], text: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the original's file, written from its modules: BLIP's ViT, its BERT, and five layers."""
+    """Names and shapes of the original's file, derived from its modules: BLIP's ViT, its BERT, and five layers."""
     v, t, shapes = vision["hidden_size"], text["hidden_size"], dict[str, tuple[int, ...]]()
 
     def layer(name: str, out: int, into: int | None = None) -> None:
         shapes[f"{name}.weight"] = (out,) if into is None else (out, into)
         shapes[f"{name}.bias"] = (out,)
 
-    see, read = "blip.visual_encoder.", "blip.text_encoder."
-    shapes[f"{see}cls_token"], patches = (1, 1, v), (vision["image_size"] // 16) ** 2
-    shapes[f"{see}pos_embed"] = (1, patches + 1, v)
-    shapes[f"{see}patch_embed.proj.weight"], shapes[f"{see}patch_embed.proj.bias"] = (v, 3, 16, 16), (v,)
+    vit, bert = "blip.visual_encoder.", "blip.text_encoder."
+    shapes[f"{vit}cls_token"], patches = (1, 1, v), (vision["image_size"] // 16) ** 2
+    shapes[f"{vit}pos_embed"] = (1, patches + 1, v)
+    shapes[f"{vit}patch_embed.proj.weight"], shapes[f"{vit}patch_embed.proj.bias"] = (v, 3, 16, 16), (v,)
     for n in range(vision["num_hidden_layers"]):
-        layer(f"{see}blocks.{n}.norm1", v)
-        layer(f"{see}blocks.{n}.attn.qkv", 3 * v, v)
-        layer(f"{see}blocks.{n}.attn.proj", v, v)
-        layer(f"{see}blocks.{n}.norm2", v)
-        layer(f"{see}blocks.{n}.mlp.fc1", 4 * v, v)
-        layer(f"{see}blocks.{n}.mlp.fc2", v, 4 * v)
-    layer(f"{see}norm", v)
-    shapes[f"{read}embeddings.position_ids"] = (1, text["max_position_embeddings"])
-    shapes[f"{read}embeddings.word_embeddings.weight"] = (text["vocab_size"], t)
-    shapes[f"{read}embeddings.position_embeddings.weight"] = (text["max_position_embeddings"], t)
-    layer(f"{read}embeddings.LayerNorm", t)
+        layer(f"{vit}blocks.{n}.norm1", v)
+        layer(f"{vit}blocks.{n}.attn.qkv", 3 * v, v)
+        layer(f"{vit}blocks.{n}.attn.proj", v, v)
+        layer(f"{vit}blocks.{n}.norm2", v)
+        layer(f"{vit}blocks.{n}.mlp.fc1", 4 * v, v)
+        layer(f"{vit}blocks.{n}.mlp.fc2", v, 4 * v)
+    layer(f"{vit}norm", v)
+    shapes[f"{bert}embeddings.position_ids"] = (1, text["max_position_embeddings"])
+    shapes[f"{bert}embeddings.word_embeddings.weight"] = (text["vocab_size"], t)
+    shapes[f"{bert}embeddings.position_embeddings.weight"] = (text["max_position_embeddings"], t)
+    layer(f"{bert}embeddings.LayerNorm", t)
     for n in range(text["num_hidden_layers"]):
         for part, width in (("attention", t), ("crossattention", v)):
-            layer(f"{read}encoder.layer.{n}.{part}.self.query", t, t)
-            layer(f"{read}encoder.layer.{n}.{part}.self.key", t, width)
-            layer(f"{read}encoder.layer.{n}.{part}.self.value", t, width)
-            layer(f"{read}encoder.layer.{n}.{part}.output.dense", t, t)
-            layer(f"{read}encoder.layer.{n}.{part}.output.LayerNorm", t)
-        layer(f"{read}encoder.layer.{n}.intermediate.dense", text["intermediate_size"], t)
-        layer(f"{read}encoder.layer.{n}.output.dense", t, text["intermediate_size"])
-        layer(f"{read}encoder.layer.{n}.output.LayerNorm", t)
+            layer(f"{bert}encoder.layer.{n}.{part}.self.query", t, t)
+            layer(f"{bert}encoder.layer.{n}.{part}.self.key", t, width)
+            layer(f"{bert}encoder.layer.{n}.{part}.self.value", t, width)
+            layer(f"{bert}encoder.layer.{n}.{part}.output.dense", t, t)
+            layer(f"{bert}encoder.layer.{n}.{part}.output.LayerNorm", t)
+        layer(f"{bert}encoder.layer.{n}.intermediate.dense", text["intermediate_size"], t)
+        layer(f"{bert}encoder.layer.{n}.output.dense", t, text["intermediate_size"])
+        layer(f"{bert}encoder.layer.{n}.output.LayerNorm", t)
     layer("blip.vision_proj", 256, v)
     layer("blip.text_proj", 256, t)
     widths = [t, 1024, 128, 64, 16, 1]
@@ -69,28 +69,28 @@ def layout(vision: Mapping[str, int], text: Mapping[str, int]) -> dict[str, tupl
     return shapes
 
 
-def test_every_name_of_the_full_size_is_used_and_none_is_missing() -> None:
-    """On the meta device: 24 + 12 layers, names and shapes of ImageReward.pt as its code makes them."""
+def test_the_full_size_model_uses_every_name() -> None:
+    """Names and shapes of ImageReward.pt, 24 + 12 layers, on the meta device."""
     vision = {"hidden_size": 1024, "num_hidden_layers": 24, "image_size": 224}
     text = {"hidden_size": 768, "num_hidden_layers": 12, "vocab_size": 30524, "intermediate_size": 3072}
     shapes = layout(vision, text | {"max_position_embeddings": 512})
     with torch.device("meta"):
-        found = rename_weights({name: torch.empty(shape) for name, shape in shapes.items()})
-        see, read = build_towers({}, {})
-    ours = {f"vision.{k}": v.shape for k, v in see.state_dict().items()}
-    ours |= {f"text.{k}": v.shape for k, v in read.state_dict().items()}
-    loaded = {k: v.shape for k, v in found.items() if not k.startswith("head.")}
+        renamed = rename_weights({name: torch.empty(shape) for name, shape in shapes.items()})
+        vit, bert = build_towers({}, {})
+    ours = {f"vision.{k}": v.shape for k, v in vit.state_dict().items()}
+    ours |= {f"text.{k}": v.shape for k, v in bert.state_dict().items()}
+    loaded = {k: v.shape for k, v in renamed.items() if not k.startswith("head.")}
     assert loaded == ours
-    assert len(shapes) - len(found) == 5  # two projections and the position ids
-    assert see.config.num_attention_heads == 16
-    assert read.config.num_attention_heads == 12
+    assert len(shapes) - len(renamed) == 5  # two projections and the position ids
+    assert vit.config.num_attention_heads == 16
+    assert bert.config.num_attention_heads == 12
 
 
 @pytest.fixture(scope="module")
 def state() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
 
-    def drawn(name: str, shape: tuple[int, ...]) -> Tensor:
+    def draw(name: str, shape: tuple[int, ...]) -> Tensor:
         if name.endswith("position_ids"):
             return torch.arange(shape[1])[None]
         noise = torch.randn(shape, generator=generator)
@@ -98,7 +98,7 @@ def state() -> dict[str, Tensor]:
             return 1 + 0.2 * noise
         return noise * (0.3 if len(shape) < 2 else 1.5 / math.sqrt(shape[-1]))
 
-    return {name: drawn(name, shape) for name, shape in layout(SMALL_VISION, SMALL_TEXT).items()}
+    return {name: draw(name, shape) for name, shape in layout(SMALL_VISION, SMALL_TEXT).items()}
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, state: dict[str, Tensor]) -
     return folder
 
 
-def made(folder: Path, **further: Any) -> ImageReward:
+def small_reward(folder: Path, **further: Any) -> ImageReward:
     return ImageReward(folder / "ImageReward.pt", folder, SMALL_VISION, SMALL_TEXT, **further)
 
 
@@ -119,8 +119,8 @@ def images(*size: int) -> Tensor:
     return 0.1 + 0.8 * torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
 
-class Plain:
-    """The original's forward pass, in formulas on its own names."""
+class Formulas:
+    """The original's forward pass as formulas on its weights."""
 
     def __init__(self, state: dict[str, Tensor]) -> None:
         self.state = {k: v.double() if v.is_floating_point() else v for k, v in state.items()}
@@ -139,7 +139,7 @@ class Plain:
             parts.append((logits if seen is None else logits.masked_fill(~seen[:, None], -1e9)).softmax(-1) @ c)
         return torch.cat(parts, -1)
 
-    def see(self, pixels: Tensor) -> Tensor:
+    def vit(self, pixels: Tensor) -> Tensor:
         s, p = self.state, "blip.visual_encoder."
         patches = F.unfold(pixels, 16, stride=16).transpose(1, 2)
         x = patches @ s[f"{p}patch_embed.proj.weight"].flatten(1).T + s[f"{p}patch_embed.proj.bias"]
@@ -151,7 +151,7 @@ class Plain:
             x = x + self.linear(f"{p}blocks.{n}.mlp.fc2", inner)
         return self.norm(f"{p}norm", x, 1e-6)
 
-    def read(self, tokens: Tensor, image: Tensor) -> Tensor:
+    def bert(self, tokens: Tensor, image: Tensor) -> Tensor:
         s, p = self.state, "blip.text_encoder."
         x = s[f"{p}embeddings.word_embeddings.weight"][tokens]
         x = x + s[f"{p}embeddings.position_embeddings.weight"][: tokens.shape[1]]
@@ -170,7 +170,7 @@ class Plain:
         return x[:, 0]
 
     def score(self, pixels: Tensor, tokens: Tensor) -> Tensor:
-        x = self.read(tokens, self.see(pixels))
+        x = self.bert(tokens, self.vit(pixels))
         for number in (0, 2, 4, 6, 7):
             x = self.linear(f"mlp.layers.{number}", x)
         return (x[:, 0] - 0.16717362830052426) / 1.0333394966054072
@@ -182,32 +182,32 @@ def padded(*rows: list[int]) -> Tensor:
 
 @pytest.mark.parametrize("size", [(32, 32), (50, 50), (33, 70), (91, 40), (4, 5), (300, 401)])
 def test_the_score_is_the_original_s_formula(folder: Path, state: dict[str, Tensor], size: tuple[int, int]) -> None:
-    given = images(*size)
+    pixels = images(*size)
     tokens = padded([2, 5, 9, 6, 3], [2, 8, 7, 10, 3])  # [CLS] a red cat [SEP], [CLS] two dog ##s [SEP]
-    wanted = Plain(state).score(normalize(resize_and_crop(given, 32, round_offset)), tokens)
-    found = made(folder).double()(given, TEXTS)
-    assert float((found - wanted).norm()) <= VALUE[torch.float64] * float(wanted.norm())
-    single = made(folder)(given.float(), TEXTS)
-    assert float((single - wanted).norm()) <= VALUE[torch.float32] * float(wanted.norm())
-    assert float(wanted[0] - wanted[1]) != 0
+    expected = Formulas(state).score(normalize(resize_and_crop(pixels, 32, round_offset)), tokens)
+    double = small_reward(folder).double()(pixels, TEXTS)
+    assert float((double - expected).norm()) <= VALUE[torch.float64] * float(expected.norm())
+    single = small_reward(folder)(pixels.float(), TEXTS)
+    assert float((single - expected).norm()) <= VALUE[torch.float32] * float(expected.norm())
+    assert float(expected[0] - expected[1]) != 0
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_gradient_agrees_with_finite_differences(folder: Path, checkpointing: bool) -> None:
-    reward, given = made(folder, checkpointing=checkpointing).double(), images(37, 50).requires_grad_()
-    (gradient,) = torch.autograd.grad(reward(given, TEXTS).sum(), given)
-    direction = torch.randn(given.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    reward, pixels = small_reward(folder, checkpointing=checkpointing).double(), images(37, 50).requires_grad_()
+    (gradient,) = torch.autograd.grad(reward(pixels, TEXTS).sum(), pixels)
+    direction = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     with torch.no_grad():
-        ahead, back = (reward(given + sign * 1e-5 * direction, TEXTS) for sign in (1, -1))
+        ahead, back = (reward(pixels + sign * 1e-5 * direction, TEXTS) for sign in (1, -1))
     analytic = (gradient * direction).sum((1, 2, 3))
     assert float((analytic - (ahead - back) / 2e-5).norm()) <= STOCK * float(analytic.norm())
     assert not any(p.requires_grad for p in reward.parameters())
     assert not any(module.training for module in reward.modules())
 
 
-def test_long_prompts_are_cut(folder: Path) -> None:
-    reward, given = made(folder), images(32, 32)[:1].float()
-    assert torch.equal(reward(given, ["a cat " * 40]), reward(given, ["a cat " * 60]))
+def test_long_prompts_are_truncated(folder: Path) -> None:
+    reward, pixels = small_reward(folder), images(32, 32)[:1].float()
+    assert torch.equal(reward(pixels, ["a cat " * 40]), reward(pixels, ["a cat " * 60]))
 
 
 def test_other_files_are_refused(folder: Path, state: dict[str, Tensor], tmp_path: Path) -> None:
@@ -215,12 +215,12 @@ def test_other_files_are_refused(folder: Path, state: dict[str, Tensor], tmp_pat
         ImageReward()
     with pytest.raises(RewardError, match=r"hf download google-bert/bert-base-uncased"):
         ImageReward(folder / "ImageReward.pt")
-    for change, said in (
+    for change, message in (
         ({"blip.queue": torch.zeros(1)}, r"holds 'blip.queue'"),
         ({"blip.visual_encoder.norm.bias": None}, r"(?s)vision tower.*post_layernorm.bias"),
         ({"blip.text_encoder.embeddings.LayerNorm.bias": None}, r"(?s)text tower.*embeddings.LayerNorm.bias"),
         ({"mlp.layers.7.bias": None}, "linear layers of its head"),
     ):
         torch.save({k: v for k, v in (state | change).items() if v is not None}, tmp_path / "ImageReward.pt")
-        with pytest.raises(RewardError, match=said):
+        with pytest.raises(RewardError, match=message):
             ImageReward(tmp_path / "ImageReward.pt", folder, SMALL_VISION, SMALL_TEXT)

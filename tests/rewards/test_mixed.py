@@ -1,4 +1,4 @@
-"""Weighted sums and SRPO's relative reward: values and gradients against what they are sums of."""
+"""Weighted sums and SRPO's relative reward: values and gradients against sums of their parts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trajsurgery.rewards.mixtures import Relative, Weighted
 
 
 class Wave(Reward):
-    """A smooth reward that depends on the words: a letter is a phase."""
+    """A smooth reward whose phase depends on the letters of the prompt."""
 
     scale, source, licence = "in [-1, 1]", "here", "Apache-2.0"
 
@@ -34,43 +34,43 @@ def images() -> Tensor:
     return torch.rand(2, 3, 6, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
 
 
-def wave_gradient(frequency: float, given: Tensor, prompts: list[str]) -> Tensor:
-    """d/dx of the mean of sin(f x + p), by hand."""
+def wave_gradient(frequency: float, pixels: Tensor, prompts: list[str]) -> Tensor:
+    """d/dx of the mean of sin(f x + p)."""
     phases = torch.tensor([sum(map(ord, p)) for p in prompts], dtype=torch.float64)[:, None, None, None]
-    return frequency * (frequency * given + phases).cos() / given[0].numel()
+    return frequency * (frequency * pixels + phases).cos() / pixels[0].numel()
 
 
-def close(found: Tensor, wanted: Tensor) -> bool:
-    return bool((found - wanted).detach().norm() <= EXACT * wanted.detach().norm())
+def close(actual: Tensor, expected: Tensor) -> bool:
+    return bool((actual - expected).detach().norm() <= EXACT * expected.detach().norm())
 
 
 def test_a_weighted_sum() -> None:
-    given, mixture_parts = images(), [(Wave(3, 0.5), 2.0), (Wave(11, 0.4), 0.25)]
+    pixels, mixture_parts = images(), [(Wave(3, 0.5), 2.0), (Wave(11, 0.4), 0.25)]
     reward = Weighted(mixture_parts)
-    scores = reward(given, TEXTS)
-    assert close(scores, 2 * mixture_parts[0][0](given, TEXTS) + 0.25 * mixture_parts[1][0](given, TEXTS))
-    (gradient,) = torch.autograd.grad(scores.sum(), given)
-    assert close(gradient, 2 * wave_gradient(3, given, TEXTS) + 0.25 * wave_gradient(11, given, TEXTS))
+    scores = reward(pixels, TEXTS)
+    assert close(scores, 2 * mixture_parts[0][0](pixels, TEXTS) + 0.25 * mixture_parts[1][0](pixels, TEXTS))
+    (gradient,) = torch.autograd.grad(scores.sum(), pixels)
+    assert close(gradient, 2 * wave_gradient(3, pixels, TEXTS) + 0.25 * wave_gradient(11, pixels, TEXTS))
     assert reward.threshold == pytest.approx(1.1)
     assert reward.name == "2 wave 3 + 0.25 wave 11"
 
 
 @pytest.mark.parametrize("parts", [[(Wave(3), 2.0), (Wave(5, 0.4), 1.0)], [(Wave(3, 0.5), -1.0), (Wave(5, 0.4), 1.0)]])
-def test_a_threshold_is_not_made_up(parts: list[tuple[Reward, float]]) -> None:
+def test_missing_thresholds_and_negative_weights_give_no_threshold(parts: list[tuple[Reward, float]]) -> None:
     assert Weighted(parts).threshold is None
 
 
 @pytest.mark.parametrize("k", [0, 0.7])
-def test_relative(k: float) -> None:
-    given, reward = images(), Relative(Wave(3), "Real", "Fake", k)
+def test_relative_rewards(k: float) -> None:
+    pixels, reward = images(), Relative(Wave(3), "Real", "Fake", k)
     good, bad = ["Real. a cat", "Real. two dogs"], ["Fake. a cat", "Fake. two dogs"]
-    scores = reward(given, TEXTS)
-    assert close(scores, (1 + k) * Wave(3)(given, good) - Wave(3)(given, bad))
-    (gradient,) = torch.autograd.grad(scores.sum(), given)
-    assert close(gradient, (1 + k) * wave_gradient(3, given, good) - wave_gradient(3, given, bad))
-    direction = torch.randn(given.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    scores = reward(pixels, TEXTS)
+    assert close(scores, (1 + k) * Wave(3)(pixels, good) - Wave(3)(pixels, bad))
+    (gradient,) = torch.autograd.grad(scores.sum(), pixels)
+    assert close(gradient, (1 + k) * wave_gradient(3, pixels, good) - wave_gradient(3, pixels, bad))
+    direction = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     with torch.no_grad():
-        inner = 0.25 + 0.5 * given  # finite steps must stay in [0, 1]
+        inner = 0.25 + 0.5 * pixels  # finite steps must stay in [0, 1]
         ahead, back = (reward(inner + s * 1e-5 * direction, TEXTS).sum() for s in (1, -1))
     inner.requires_grad_()
     analytic = float((torch.autograd.grad(reward(inner, TEXTS).sum(), inner)[0] * direction).sum())
@@ -78,14 +78,14 @@ def test_relative(k: float) -> None:
     assert (reward.threshold, reward.name) == (0.7, "relative wave 3")
 
 
-def test_they_nest() -> None:
-    given = images()
-    both = Weighted([(Relative(Wave(3), "Real", "Fake"), 1.0), (Wave(5), 0.5)])
-    wanted = Relative(Wave(3), "Real", "Fake")(given, TEXTS) + 0.5 * Wave(5)(given, TEXTS)
-    assert close(both(given, TEXTS), wanted)
+def test_mixtures_nest() -> None:
+    pixels = images()
+    mixture = Weighted([(Relative(Wave(3), "Real", "Fake"), 1.0), (Wave(5), 0.5)])
+    expected = Relative(Wave(3), "Real", "Fake")(pixels, TEXTS) + 0.5 * Wave(5)(pixels, TEXTS)
+    assert close(mixture(pixels, TEXTS), expected)
 
 
-def test_what_is_refused() -> None:
+def test_invalid_mixtures_are_refused() -> None:
     with pytest.raises(RewardError, match="no rewards"):
         Weighted([])
     for weight in (0.0, float("nan"), float("inf")):
@@ -99,7 +99,7 @@ def test_what_is_refused() -> None:
         Weighted([(Wave(3), 2.0)])(images() * float("nan"), TEXTS)
 
 
-def test_parts_of_one_name_are_both_seen() -> None:
+def test_parts_with_one_name_are_both_listed() -> None:
     """A mixture of two weights files of one reward."""
     a, b = Wave(1.0), Wave(1.0)
     assert mixture_parts(Weighted([(a, 0.5), (b, 0.5)])) == {"0.5*wave 1": a, "0.5*wave 1 (2)": b}

@@ -1,4 +1,4 @@
-"""A reward in another process: its scores and gradients bit for bit; servers that die, hang, refuse or are none."""
+"""A reward in another process: scores and gradients bit for bit; servers that die, hang, refuse or are others."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from trajsurgery.rewards.remote import Remote, serve
 
 TEXTS = ["a cat", "two dogs"]
 
-KILLED = """
+SLOW_SERVER = """
 import time
 from trajsurgery.rewards.contract import Reward
 from trajsurgery.rewards.remote import serve
@@ -33,7 +33,7 @@ class Slow(Reward):
     name, scale, source, licence = "slow", "none", "here", "Apache-2.0"
     def score(self, images, prompts):
         if prompts[0] == "wait":
-            print("asked", flush=True)
+            print("received", flush=True)
             time.sleep(600)
         return images.mean((1, 2, 3))
 
@@ -42,7 +42,7 @@ serve(Slow(), ready=lambda address: print(address, flush=True))
 
 
 class Coupled(Reward):
-    """A reward whose scores hang on all images of the batch, so that no gradient of a sum would do."""
+    """A reward whose scores depend on all images of the batch: the gradient of their sum would not be enough."""
 
     name, scale, source, licence = "coupled", "none", "here", "Apache-2.0"
     threshold, alpha, learning_rate = 0.25, 0.1, 1e-5
@@ -65,8 +65,8 @@ def images(dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.rand(2, 3, 6, 7, generator=torch.Generator().manual_seed(0), dtype=dtype).requires_grad_()
 
 
-def started(reward: Reward, port: int = 0, **options: Any) -> str:
-    """The address of a server in a thread of this process."""
+def start_server(reward: Reward, port: int = 0, **options: Any) -> str:
+    """Start a server in a thread of this process and return its address."""
     addresses: queue.Queue[str] = queue.Queue()
     arguments = (reward, "127.0.0.1", port, addresses.put)
     threading.Thread(target=serve, args=arguments, kwargs=options, daemon=True).start()
@@ -74,85 +74,85 @@ def started(reward: Reward, port: int = 0, **options: Any) -> str:
 
 
 @pytest.fixture(scope="module")
-def there() -> Coupled:
+def served() -> Coupled:
     return Coupled()
 
 
 @pytest.fixture(scope="module")
-def address(there: Coupled) -> str:
-    return started(there)
+def address(served: Coupled) -> str:
+    return start_server(served)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_scores_and_gradients_are_those_there(there: Coupled, address: str, dtype: torch.dtype) -> None:
-    here, given = Remote(address), images(dtype)
+def test_scores_and_gradients_are_those_of_the_served_reward(served: Coupled, address: str, dtype: torch.dtype) -> None:
+    remote, pixels = Remote(address), images(dtype)
     cotangent = torch.tensor([0.3, -1.7], dtype=dtype)
-    found, wanted = here(given, TEXTS), there(given, TEXTS)
-    assert torch.equal(found, wanted)
-    assert found.dtype == dtype
-    ours, theirs = (torch.autograd.grad(scores, given, cotangent)[0] for scores in (found, wanted))
+    actual, expected = remote(pixels, TEXTS), served(pixels, TEXTS)
+    assert torch.equal(actual, expected)
+    assert actual.dtype == dtype
+    ours, theirs = (torch.autograd.grad(scores, pixels, cotangent)[0] for scores in (actual, expected))
     assert torch.equal(ours, theirs)
     assert float(ours.abs().sum()) > 0
     with torch.no_grad():
-        assert torch.equal(here(given, TEXTS), wanted)
+        assert torch.equal(remote(pixels, TEXTS), expected)
 
 
-def test_it_says_what_the_reward_there_says(address: str) -> None:
-    here = Remote(address)
-    assert (here.name, here.scale, here.licence) == ("coupled", "none", "Apache-2.0")
-    assert (here.threshold, here.alpha, here.learning_rate) == (0.25, 0.1, 1e-5)
-    assert torch.equal(pickle.loads(pickle.dumps(here))(images(), TEXTS), here(images(), TEXTS))
+def test_a_remote_reward_has_the_attributes_of_the_served_one(address: str) -> None:
+    remote = Remote(address)
+    assert (remote.name, remote.scale, remote.licence) == ("coupled", "none", "Apache-2.0")
+    assert (remote.threshold, remote.alpha, remote.learning_rate) == (0.25, 0.1, 1e-5)
+    assert torch.equal(pickle.loads(pickle.dumps(remote))(images(), TEXTS), remote(images(), TEXTS))
 
 
-def test_two_of_them_ask_at_once(there: Coupled, address: str) -> None:
-    found: list[Tensor] = []
+def test_several_clients_score_at_once(served: Coupled, address: str) -> None:
+    results: list[Tensor] = []
 
-    def ask() -> None:
-        here = Remote(address)
-        found.extend(here(images(), TEXTS).detach() for _ in range(5))
+    def request() -> None:
+        remote = Remote(address)
+        results.extend(remote(images(), TEXTS).detach() for _ in range(5))
 
-    threads = [threading.Thread(target=ask) for _ in range(3)]
+    threads = [threading.Thread(target=request) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 15
-    assert all(torch.equal(scores, there(images(), TEXTS)) for scores in found)
+    assert len(results) == 15
+    assert all(torch.equal(scores, served(images(), TEXTS)) for scores in results)
 
 
-def test_what_is_refused_there_is_said_here(address: str) -> None:
-    here = Remote(address)
+def test_errors_of_the_served_reward_are_raised_by_the_client(address: str) -> None:
+    remote = Remote(address)
     with pytest.raises(RewardError, match=r"refused: ZeroDivisionError: on purpose"):
-        here(images(), ["crash", "now"])
+        remote(images(), ["crash", "now"])
     with pytest.raises(RewardError, match="coupled received images with NaN"):
-        here(images() * float("nan"), TEXTS)
-    assert here(images(), TEXTS).shape == (2,)  # both sides live on
+        remote(images() * float("nan"), TEXTS)
+    assert remote(images(), TEXTS).shape == (2,)  # both sides still work
 
 
-def test_a_slow_server_is_named_and_asked_again(there: Coupled, address: str) -> None:
-    here = Remote(address, timeout=0.3)
-    there.wait.clear()
+def test_a_slow_server_is_reported_and_can_be_used_again(served: Coupled, address: str) -> None:
+    remote = Remote(address, timeout=0.3)
+    served.wait.clear()
     with pytest.raises(RewardError, match=r"did not answer within 0.3 s.*Nothing was changed here"):
-        here(images(), TEXTS)
-    there.wait.set()
-    here.timeout, other = 30, ["another", "question"]  # the late answer to the first is not taken for its
-    assert torch.equal(here(images(), other), there(images(), other))
-    assert not torch.equal(there(images(), other), there(images(), TEXTS))
+        remote(images(), TEXTS)
+    served.wait.set()
+    remote.timeout, other = 30, ["another", "question"]  # the late answer to the first request is not taken for theirs
+    assert torch.equal(remote(images(), other), served(images(), other))
+    assert not torch.equal(served(images(), other), served(images(), TEXTS))
 
 
-def test_a_killed_process_is_named_and_another_takes_its_place() -> None:
-    process = subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True)
+def test_a_killed_server_is_reported_and_another_can_take_its_place() -> None:
+    process = subprocess.Popen([sys.executable, "-c", SLOW_SERVER], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         address = process.stdout.readline().strip()
-        here, given = Remote(address), images()
-        assert torch.equal(here(given, TEXTS), given.mean((1, 2, 3)))
-        scores = here(given, TEXTS)
+        remote, pixels = Remote(address), images()
+        assert torch.equal(remote(pixels, TEXTS), pixels.mean((1, 2, 3)))
+        scores = remote(pixels, TEXTS)
         killer = threading.Thread(target=lambda: (process.stdout.readline(), process.kill()))  # type: ignore[union-attr]
         killer.start()
         since = time.monotonic()
         with pytest.raises(RewardError, match=re.escape(f"{address} ended before it answered: its process has died")):
-            here(given, ["wait", "here"])
+            remote(pixels, ["wait", "here"])
         assert time.monotonic() - since < 60
         killer.join()
     finally:
@@ -160,23 +160,23 @@ def test_a_killed_process_is_named_and_another_takes_its_place() -> None:
         process.wait()
         process.stdout.close()  # type: ignore[union-attr]
     with pytest.raises(RewardError, match="nothing listens at that address"):
-        torch.autograd.grad(scores.sum(), given)
-    assert given.grad is None
-    assert started(Mean(), int(address.rpartition(":")[2])) == address
-    assert torch.allclose(torch.autograd.grad(here(given, TEXTS).sum(), given)[0], torch.full_like(given, 1 / 126))
-    assert torch.allclose(torch.autograd.grad(scores.sum(), given)[0], torch.full_like(given, 1 / 126))
+        torch.autograd.grad(scores.sum(), pixels)
+    assert pixels.grad is None
+    assert start_server(Mean(), int(address.rpartition(":")[2])) == address
+    assert torch.allclose(torch.autograd.grad(remote(pixels, TEXTS).sum(), pixels)[0], torch.full_like(pixels, 1 / 126))
+    assert torch.allclose(torch.autograd.grad(scores.sum(), pixels)[0], torch.full_like(pixels, 1 / 126))
 
 
 class Mean(Coupled):
-    """What the killed process served."""
+    """The reward that the killed process served."""
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         return images.mean((1, 2, 3))
 
 
 @contextlib.contextmanager
-def stranger(answer: bytes) -> Iterator[str]:
-    """The address of a server that answers one connection with these bytes, and then waits to be left."""
+def raw_server(answer: bytes) -> Iterator[str]:
+    """The address of a server that answers one connection with these bytes and waits until the client leaves."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def reply() -> None:
@@ -200,7 +200,7 @@ def test_an_address_is_host_and_port(text: str) -> None:
 
 
 def test_an_address_where_nothing_listens_is_reported() -> None:
-    with stranger(b"") as address, contextlib.suppress(RewardError):
+    with raw_server(b"") as address, contextlib.suppress(RewardError):
         Remote(address)
     with pytest.raises(RewardError, match="nothing listens") as error:
         Remote(address)
@@ -213,19 +213,19 @@ def test_an_address_where_nothing_listens_is_reported() -> None:
     ids=["SSH", "a web page"],
 )
 def test_a_server_of_another_kind_is_reported(answer: bytes) -> None:
-    with stranger(answer) as address, pytest.raises(RewardError, match="can't be understood"):
+    with raw_server(answer) as address, pytest.raises(RewardError, match="can't be understood"):
         Remote(address)
 
 
 def test_an_answer_that_announces_too_much_is_refused_unread() -> None:
     head = f"HTTP/1.1 200 OK\r\nContent-Length: {2**60}\r\n\r\n".encode()
-    with stranger(head) as address, pytest.raises(RewardError, match="announced more than limit"):
+    with raw_server(head) as address, pytest.raises(RewardError, match="announced more than limit"):
         Remote(address)
 
 
 def test_an_endless_answer_is_cut_off() -> None:
     chunks = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"400\r\n" + b"x" * 1024 + b"\r\n"
-    with stranger(chunks) as address, pytest.raises(RewardError, match="sent more than limit = 1000 bytes"):
+    with raw_server(chunks) as address, pytest.raises(RewardError, match="sent more than limit = 1000 bytes"):
         Remote(address, limit=1000)
 
 
@@ -243,7 +243,7 @@ def test_a_request_that_announces_2_to_the_60_bytes_is_refused_unread(address: s
 
 
 def test_a_request_in_chunks_is_cut_off_at_the_limit() -> None:
-    small = started(Mean(), limit=2000)
+    small = start_server(Mean(), limit=2000)
     head = b"POST /scores HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
     assert exchange(small, head + 3 * (b"400\r\n" + b"x" * 1024 + b"\r\n")).startswith(b"HTTP/1.1 413")
     with pytest.raises(RewardError, match="more than 2000 bytes"):
@@ -251,7 +251,7 @@ def test_a_request_in_chunks_is_cut_off_at_the_limit() -> None:
 
 
 def test_a_slow_sender_is_cut_off() -> None:
-    impatient = started(Mean(), deadline=0.3)
+    impatient = start_server(Mean(), deadline=0.3)
     since = time.monotonic()
     answer = exchange(impatient, b"POST /scores HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nslowly")
     assert answer.startswith(b"HTTP/1.1 408")
@@ -269,7 +269,7 @@ def test_a_body_that_is_no_safetensors_is_refused(address: str, body: bytes) -> 
 
 
 def test_a_token_is_needed_where_the_server_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    guarded = started(Mean(), token="s3cret")
+    guarded = start_server(Mean(), token="s3cret")
     for wrong in (None, "", "other"):
         with pytest.raises(RewardError, match=r"refused: another bearer token is needed \(TRAJSURGERY_REWARD_TOKEN\)"):
             Remote(guarded, token=wrong)

@@ -1,5 +1,5 @@
-"""The rewards' originals: small checkpoints in their formats, and what their own packages score.
+"""Small checkpoints in the formats of the original reward packages, and the packages' scores.
 
-`recorded.json` holds what the packages `hpsv2`, `image-reward`, `hpsv3` gave, each in
-the environment that it asks for, and `imscore` in ours; `record.py` made it.
+`recorded.json`, written by `record.py`, holds the scores of `hpsv2`, `image-reward` and `hpsv3`, each in the
+environment that it pins, and of `imscore` in this library's environment.
 """

@@ -1,4 +1,4 @@
-"""Names and shapes of the originals' files, written from their modules, at any size."""
+"""Names and shapes of the weights in the originals' files, derived from their modules, at any size."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def digest(shapes: Mapping[str, Any]) -> str:
-    """Of all names and shapes: a short witness for a long list."""
+    """Return one hash of all names and shapes."""
     lines = sorted(f"{name} {list(shape)}" for name, shape in shapes.items())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def linear(shapes: Shapes, name: str, out: int, into: int | None = None, bias: bool = True) -> None:
-    """A linear layer, or a norm if nothing goes in."""
+    """Add a linear layer, or a norm if `into` is None."""
     shapes[f"{name}.weight"] = (out,) if into is None else (out, into)
     if bias:
         shapes[f"{name}.bias"] = (out,)
 
 
 def open_clip(size: Mapping[str, Any]) -> Shapes:
-    """HPS_v2.1_compressed.pt: open_clip's CLIP, of one of its configurations."""
-    shapes, see, read, joint = Shapes(), size["vision_cfg"], size["text_cfg"], size["embed_dim"]
-    v, t, p = see["width"], read["width"], see["patch_size"]
+    """HPS_v2.1_compressed.pt: open_clip's CLIP in one of its configurations."""
+    shapes, vision, text, joint = Shapes(), size["vision_cfg"], size["text_cfg"], size["embed_dim"]
+    v, t, p = vision["width"], text["width"], vision["patch_size"]
     shapes["visual.class_embedding"], shapes["visual.proj"] = (v,), (v, joint)
-    shapes["visual.positional_embedding"] = ((see["image_size"] // p) ** 2 + 1, v)
+    shapes["visual.positional_embedding"] = ((vision["image_size"] // p) ** 2 + 1, v)
     shapes["visual.conv1.weight"] = (v, 3, p, p)
-    shapes["positional_embedding"], shapes["text_projection"] = (read["context_length"], t), (t, joint)
-    shapes["token_embedding.weight"], shapes["logit_scale"] = (read["vocab_size"], t), ()
+    shapes["positional_embedding"], shapes["text_projection"] = (text["context_length"], t), (t, joint)
+    shapes["token_embedding.weight"], shapes["logit_scale"] = (text["vocab_size"], t), ()
     for name, width in (("visual.ln_pre", v), ("visual.ln_post", v), ("ln_final", t)):
         linear(shapes, name, width)
-    for prefix, width, layers in (("visual.", v, see["layers"]), ("", t, read["layers"])):
+    for prefix, width, layers in (("visual.", v, vision["layers"]), ("", t, text["layers"])):
         for n in range(layers):
             at = f"{prefix}transformer.resblocks.{n}."
             shapes[f"{at}attn.in_proj_weight"], shapes[f"{at}attn.in_proj_bias"] = (3 * width, width), (3 * width,)
@@ -47,24 +47,24 @@ def open_clip(size: Mapping[str, Any]) -> Shapes:
 
 
 def clip(vision: Mapping[str, int], text: Mapping[str, int], joint: int, position_ids: bool = False) -> Shapes:
-    """model.safetensors of a CLIP in transformers' form; files of old versions hold the position ids too."""
+    """model.safetensors of a CLIP in transformers' format; files of old versions hold position ids too."""
     shapes, v, t = Shapes(), vision["hidden_size"], text["hidden_size"]
     count = (vision["image_size"] // vision["patch_size"]) ** 2 + 1
-    see, read = "vision_model.", "text_model."
-    shapes["logit_scale"], shapes[f"{see}embeddings.class_embedding"] = (), (v,)
-    shapes[f"{see}embeddings.patch_embedding.weight"] = (v, 3, vision["patch_size"], vision["patch_size"])
-    shapes[f"{see}embeddings.position_embedding.weight"] = (count, v)
-    shapes[f"{read}embeddings.position_embedding.weight"] = (text["max_position_embeddings"], t)
-    shapes[f"{read}embeddings.token_embedding.weight"] = (text["vocab_size"], t)
+    visual, textual = "vision_model.", "text_model."
+    shapes["logit_scale"], shapes[f"{visual}embeddings.class_embedding"] = (), (v,)
+    shapes[f"{visual}embeddings.patch_embedding.weight"] = (v, 3, vision["patch_size"], vision["patch_size"])
+    shapes[f"{visual}embeddings.position_embedding.weight"] = (count, v)
+    shapes[f"{textual}embeddings.position_embedding.weight"] = (text["max_position_embeddings"], t)
+    shapes[f"{textual}embeddings.token_embedding.weight"] = (text["vocab_size"], t)
     if position_ids:
-        shapes[f"{see}embeddings.position_ids"] = (1, count)
-        shapes[f"{read}embeddings.position_ids"] = (1, text["max_position_embeddings"])
+        shapes[f"{visual}embeddings.position_ids"] = (1, count)
+        shapes[f"{textual}embeddings.position_ids"] = (1, text["max_position_embeddings"])
     for name, width in (("pre_layrnorm", v), ("post_layernorm", v)):
-        linear(shapes, f"{see}{name}", width)
-    linear(shapes, f"{read}final_layer_norm", t)
+        linear(shapes, f"{visual}{name}", width)
+    linear(shapes, f"{textual}final_layer_norm", t)
     linear(shapes, "visual_projection", joint, v, bias=False)
     linear(shapes, "text_projection", joint, t, bias=False)
-    for prefix, size in ((see, vision), (read, text)):
+    for prefix, size in ((visual, vision), (textual, text)):
         width, inner = size["hidden_size"], size["intermediate_size"]
         for n in range(size["num_hidden_layers"]):
             at = f"{prefix}encoder.layers.{n}."
@@ -93,24 +93,24 @@ def _head(name: str, widths: tuple[int, ...]) -> Shapes:
 def imagereward(vision: Mapping[str, int], text: Mapping[str, int]) -> Shapes:
     """ImageReward.pt: BLIP's ViT, its BERT, and five layers."""
     v, t, shapes = vision["hidden_size"], text["hidden_size"], Shapes()
-    see, read = "blip.visual_encoder.", "blip.text_encoder."
-    shapes[f"{see}cls_token"], patches = (1, 1, v), (vision["image_size"] // 16) ** 2
-    shapes[f"{see}pos_embed"] = (1, patches + 1, v)
-    shapes[f"{see}patch_embed.proj.weight"], shapes[f"{see}patch_embed.proj.bias"] = (v, 3, 16, 16), (v,)
+    vit, bert = "blip.visual_encoder.", "blip.text_encoder."
+    shapes[f"{vit}cls_token"], patches = (1, 1, v), (vision["image_size"] // 16) ** 2
+    shapes[f"{vit}pos_embed"] = (1, patches + 1, v)
+    shapes[f"{vit}patch_embed.proj.weight"], shapes[f"{vit}patch_embed.proj.bias"] = (v, 3, 16, 16), (v,)
     for n in range(vision["num_hidden_layers"]):
-        linear(shapes, f"{see}blocks.{n}.norm1", v)
-        linear(shapes, f"{see}blocks.{n}.attn.qkv", 3 * v, v)
-        linear(shapes, f"{see}blocks.{n}.attn.proj", v, v)
-        linear(shapes, f"{see}blocks.{n}.norm2", v)
-        linear(shapes, f"{see}blocks.{n}.mlp.fc1", 4 * v, v)
-        linear(shapes, f"{see}blocks.{n}.mlp.fc2", v, 4 * v)
-    linear(shapes, f"{see}norm", v)
-    shapes[f"{read}embeddings.position_ids"] = (1, text["max_position_embeddings"])
-    shapes[f"{read}embeddings.word_embeddings.weight"] = (text["vocab_size"], t)
-    shapes[f"{read}embeddings.position_embeddings.weight"] = (text["max_position_embeddings"], t)
-    linear(shapes, f"{read}embeddings.LayerNorm", t)
+        linear(shapes, f"{vit}blocks.{n}.norm1", v)
+        linear(shapes, f"{vit}blocks.{n}.attn.qkv", 3 * v, v)
+        linear(shapes, f"{vit}blocks.{n}.attn.proj", v, v)
+        linear(shapes, f"{vit}blocks.{n}.norm2", v)
+        linear(shapes, f"{vit}blocks.{n}.mlp.fc1", 4 * v, v)
+        linear(shapes, f"{vit}blocks.{n}.mlp.fc2", v, 4 * v)
+    linear(shapes, f"{vit}norm", v)
+    shapes[f"{bert}embeddings.position_ids"] = (1, text["max_position_embeddings"])
+    shapes[f"{bert}embeddings.word_embeddings.weight"] = (text["vocab_size"], t)
+    shapes[f"{bert}embeddings.position_embeddings.weight"] = (text["max_position_embeddings"], t)
+    linear(shapes, f"{bert}embeddings.LayerNorm", t)
     for n in range(text["num_hidden_layers"]):
-        at = f"{read}encoder.layer.{n}."
+        at = f"{bert}encoder.layer.{n}."
         for part, width in (("attention", t), ("crossattention", v)):
             linear(shapes, f"{at}{part}.self.query", t, t)
             linear(shapes, f"{at}{part}.self.key", t, width)
@@ -126,7 +126,7 @@ def imagereward(vision: Mapping[str, int], text: Mapping[str, int]) -> Shapes:
 
 
 def hpsv3(vision: Mapping[str, int], text: Mapping[str, int], words: int) -> Shapes:
-    """HPSv3.safetensors: Qwen2-VL as transformers 4.45 names it, and a head; `words` tokens."""
+    """HPSv3.safetensors: Qwen2-VL under the names of transformers 4.45, and a head; `words` tokens."""
     shapes, e, h, inner = Shapes(), vision["embed_dim"], text["hidden_size"], text["intermediate_size"]
     shapes["visual.patch_embed.proj.weight"] = (e, 3, 2, 14, 14)
     for n in range(vision["depth"]):

@@ -1,8 +1,8 @@
-"""What the originals' own code scores: `python -m tests.rewards.originals.record PACKAGE`, where it is installed.
+"""Scores of the original packages: run `python -m tests.rewards.originals.record PACKAGE` where it is installed.
 
-Prints JSON; `recorded.json` holds what each printed, with the versions. The packages pin stacks that
-exclude ours (transformers 4.45.2, timm 0.6.13, pytest 7.2, protobuf < 4), but for imscore, which installs beside it.
-Each is run as it is: what is replaced below are sizes that it has fixed and files that it would download.
+Prints JSON; `recorded.json` holds the outputs with the versions. The packages pin versions that exclude this library's
+(transformers 4.45.2, timm 0.6.13, pytest 7.2, protobuf < 4), except imscore. Each runs unchanged, except that
+hard-coded sizes and files that it would download are replaced.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from unittest import mock
 import torch
 from PIL import Image
 
-from tests.rewards.originals import beside, layouts, small
+from tests.rewards.originals import imscore_scorers, layouts, small
 
 Scores = dict[str, Any]
 
 
-def opened(folder: Path) -> dict[str, Any]:
-    """The pictures, as PIL reads them, by their names."""
+def open_pictures(folder: Path) -> dict[str, Any]:
+    """The images as PIL reads them, by name."""
     return {path.stem: Image.open(path) for path in small.pictures(folder)}
 
 
 def hpsv2(folder: Path) -> Scores:
-    """`hpsv2.img_score.score`, its model made small. Its wheel lacks CLIP's vocabulary: open_clip's is put there."""
+    """`hpsv2.img_score.score` with a small model. Its wheel lacks CLIP's vocabulary: open_clip's is copied into it."""
     import open_clip
 
     place = Path(importlib.metadata.distribution("hpsv2").locate_file("hpsv2/src/open_clip"))
@@ -48,7 +48,7 @@ def hpsv2(folder: Path) -> Scores:
         "small-hps", precision="amp", light_augmentation=True, output_dict=True
     )
     img_score.model_dict.update(model=model, preprocess_val=preprocess)
-    pictures = opened(folder)
+    pictures = open_pictures(folder)
     return {
         name: float(img_score.score(pictures[name], prompt, cp=str(file))[0])
         for name, prompt in zip(small.SIZES, small.PROMPTS)
@@ -56,7 +56,7 @@ def hpsv2(folder: Path) -> Scores:
 
 
 def imagereward(folder: Path) -> Scores:
-    """`ImageReward.score` of image-reward, its towers made small."""
+    """`ImageReward.score` of image-reward with small towers."""
     import ImageReward  # noqa: F401  its name is a module's and a class's
     from ImageReward.models.BLIP import blip_pretrain
     from ImageReward.models.BLIP.vit import VisionTransformer
@@ -70,10 +70,10 @@ def imagereward(folder: Path) -> Scores:
         return tower, size["hidden_size"]
 
     def words() -> Any:
-        made = BertTokenizer(str(folder / "vocab.txt"))
-        made.add_special_tokens({"bos_token": "[DEC]"})
-        made.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
-        return made
+        tokenizer = BertTokenizer(str(folder / "vocab.txt"))
+        tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+        tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
+        return tokenizer
 
     module = sys.modules["ImageReward.ImageReward"]
     head, width = module.MLP, small.BLIP_TEXT["hidden_size"]
@@ -82,10 +82,10 @@ def imagereward(folder: Path) -> Scores:
             stack.enter_context(mock.patch.object(where, name, to))
         stack.enter_context(mock.patch.object(module, "MLP", return_value=head(width)))
         model = module.ImageReward(med_config=str(folder / "med_config.json"), device="cpu")
-    found = model.load_state_dict(torch.load(file), strict=False)
-    assert not found.missing_keys and not found.unexpected_keys, found  # noqa: PT018
+    result = model.load_state_dict(torch.load(file), strict=False)
+    assert not result.missing_keys and not result.unexpected_keys, result  # noqa: PT018
     model.eval()
-    pictures = opened(folder)
+    pictures = open_pictures(folder)
     return {name: float(model.score(prompt, pictures[name])) for name, prompt in zip(small.SIZES, small.PROMPTS)}
 
 
@@ -93,34 +93,34 @@ def hpsv3(folder: Path) -> Scores:
     """`HPSv3RewardInferencer.reward` of hpsv3, on a small Qwen2-VL."""
     import hpsv3 as package
     import yaml
-    from hpsv3.dataset import data_collator_qwen as asked
+    from hpsv3.dataset import data_collator_qwen as collator
     from hpsv3.inference import HPSv3RewardInferencer
 
-    question = asked.INSTRUCTION.replace("{text_prompt}", "{prompt}") + asked.prompt_with_special_token
+    question = collator.INSTRUCTION.replace("{text_prompt}", "{prompt}") + collator.prompt_with_special_token
     file = small.hpsv3(folder, question)
     settings = yaml.safe_load((Path(package.__file__).parent / "config" / "HPSv3_7B.yaml").read_text())
     settings |= {"model_name_or_path": str(folder / "qwen"), "bf16": False, "torch_dtype": "float32"}
     settings |= {"report_to": "none", "output_dir": str(folder / "out"), "use_cpu": True}
     (folder / "small.yaml").write_text(yaml.safe_dump(settings))
-    qwen(folder / "qwen")
+    save_qwen(folder / "qwen")
     judge = HPSv3RewardInferencer(str(folder / "small.yaml"), str(file), device="cpu")
-    pictures = opened(folder)
+    pictures = open_pictures(folder)
     with torch.no_grad():  # the images differ in size, so that each is its own batch
-        found = {n: judge.reward([pictures[n]], [p])[0].tolist() for n, p in zip(small.SIZES, small.PROMPTS)}
+        outputs = {n: judge.reward([pictures[n]], [p])[0].tolist() for n, p in zip(small.SIZES, small.PROMPTS)}
         pair = judge.reward([pictures["square"]] * 2, list(small.PROMPTS[:2]))
-    scores = {name: mean for name, (mean, _) in found.items()}
+    scores = {name: mean for name, (mean, _) in outputs.items()}
     scores["the question's sha256"] = hashlib.sha256(question.encode()).hexdigest()
-    scores |= {f"{name}, second output": second for name, (_, second) in found.items()}
+    scores |= {f"{name}, second output": second for name, (_, second) in outputs.items()}
     return scores | {"square, batch 0": float(pair[0, 0]), "square, batch 1": float(pair[1, 0])}
 
 
-def qwen(folder: Path) -> None:
-    """The base model's files beside the tokenizer's: its weights are replaced by the checkpoint's."""
+def save_qwen(folder: Path) -> None:
+    """Write the base model's files beside the tokenizer's; the checkpoint replaces the weights."""
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessor
 
     names = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
-    known = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
-    ids = {row["content"]: int(number) for number, row in known.items()}
+    added_tokens = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    ids = {row["content"]: int(number) for number, row in added_tokens.items()}
     config = Qwen2VLConfig(
         **small.QWEN_TEXT,
         vision_config=small.QWEN_VISION,
@@ -136,13 +136,13 @@ def qwen(folder: Path) -> None:
 
 
 def full_sizes() -> dict[str, str]:
-    """Digests of the names and shapes that the packages' classes have at full size, on the meta device."""
-    found: dict[str, str] = {}
+    """Digests of the names and shapes of the packages' full-size models, on the meta device."""
+    digests: dict[str, str] = {}
     with torch.device("meta"), contextlib.suppress(ImportError):
         from hpsv2.src.open_clip import create_model
 
         state = create_model("ViT-H-14", device="meta").state_dict()
-        found["hpsv2"] = layouts.digest({k: v.shape for k, v in state.items()})
+        digests["hpsv2"] = layouts.digest({k: v.shape for k, v in state.items()})
     with torch.device("meta"), contextlib.suppress(ImportError):
         from hpsv3.model.qwen2vl_trainer import Qwen2VLRewardModelBT
         from transformers import Qwen2VLConfig
@@ -152,25 +152,25 @@ def full_sizes() -> dict[str, str]:
         config = Qwen2VLConfig(**size, num_key_value_heads=4, vocab_size=151658, rope_scaling=scaling)
         config._attn_implementation = "sdpa"
         model = Qwen2VLRewardModelBT(config, output_dim=2, rm_head_type="ranknet")
-        found["hpsv3"] = layouts.digest({k: v.shape for k, v in model.state_dict().items()})
-    return found
+        digests["hpsv3"] = layouts.digest({k: v.shape for k, v in model.state_dict().items()})
+    return digests
 
 
 ORIGINALS: dict[str, Callable[[Path], Scores]] = {"hpsv2": hpsv2, "image-reward": imagereward, "hpsv3": hpsv3}
-ORIGINALS |= {"imscore": beside.imscore}
+ORIGINALS |= {"imscore": imscore_scorers.imscore}
 
 
 def main() -> None:
-    """Scores by the packages that are named."""
+    """Print the scores of the packages named on the command line."""
     torch.set_num_threads(1)
-    found: dict[str, Any] = {}
+    recorded: dict[str, Any] = {}
     stacks = ("torch", "torchvision", "transformers", "timm", "pillow", "numpy")
     for name in sys.argv[1:]:
         with tempfile.TemporaryDirectory() as folder:
             scores = full_sizes() if name == "full sizes" else ORIGINALS[name](Path(folder))
         versions = {p: importlib.metadata.version(p) for p in (*((name,) if name in ORIGINALS else ()), *stacks)}
-        found[name] = {"versions": versions, "scores": scores}
-    print("\n" + json.dumps(found, indent=1))
+        recorded[name] = {"versions": versions, "scores": scores}
+    print("\n" + json.dumps(recorded, indent=1))
 
 
 if __name__ == "__main__":

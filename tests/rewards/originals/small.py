@@ -1,6 +1,6 @@
-"""The originals' architectures at a small width: sizes, weights, pictures, tokenizers, in the originals' own formats.
+"""Small models of the originals' architectures: sizes, weights, images, tokenizers, in the originals' formats.
 
-This runs in the originals' environments too, so that it knows numpy, torch and PIL alone. numpy's RandomState gives the
+This runs in the originals' environments too, so it imports only numpy, torch and PIL. numpy's RandomState gives the
 same numbers in all versions.
 """
 
@@ -43,7 +43,7 @@ QWEN_VISION = {"depth": 2, "embed_dim": 16, "hidden_size": 24, "num_heads": 2, "
 QWEN_TEXT = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 QWEN_TEXT |= {"num_key_value_heads": 1}
 SECTIONS = [2, 2, 2]
-"""How a head's 12 / 2 rotations are shared among time, height and width."""
+"""How the 12 / 2 rotations of a head are divided among time, height and width."""
 
 QWEN_MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 QWEN_MARKS += ("<|video_pad|>",)
@@ -54,11 +54,11 @@ QWEN_TEMPLATE = (
     "{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""What Qwen2-VL-Instruct's template makes of one turn with images."""
+"""The chat template of Qwen2-VL-Instruct for one turn with images."""
 
 
 def picture(name: str) -> np.ndarray:
-    """Bytes [height, width, 3] of one of `SIZES`: waves, and noise."""
+    """Bytes [height, width, 3] of one of `SIZES`: waves and noise."""
     height, width = SIZES[name]
     random = np.random.RandomState(height * width)
     y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
@@ -68,10 +68,10 @@ def picture(name: str) -> np.ndarray:
 
 
 def weights(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
-    """A state dict of these shapes whose model answers differently to different images and words."""
+    """A random state dict of these shapes; its models give different images and prompts different scores."""
     random = np.random.RandomState(seed)
 
-    def drawn(name: str, shape: tuple[int, ...]) -> Tensor:
+    def draw(name: str, shape: tuple[int, ...]) -> Tensor:
         if name.endswith("position_ids"):
             return torch.arange(shape[-1])[None]
         noise = torch.from_numpy(np.asarray(random.standard_normal(shape), dtype=np.float32))
@@ -80,11 +80,11 @@ def weights(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, Tenso
             return 1 + 0.2 * noise
         return noise * (0.3 if len(shape) < 2 else 1.5 / math.sqrt(math.prod(shape[1:]) or 1))
 
-    return {name: drawn(name, shape) for name, shape in sorted(shapes.items())}
+    return {name: draw(name, shape) for name, shape in sorted(shapes.items())}
 
 
 def pictures(folder: Path) -> list[Path]:
-    """One PNG of each size."""
+    """Write one PNG of each size and return their paths."""
     paths = [folder / f"{name}.png" for name in SIZES]
     for path in paths:
         Image.fromarray(picture(path.stem)).save(path)
@@ -92,14 +92,14 @@ def pictures(folder: Path) -> list[Path]:
 
 
 def hpsv2(folder: Path) -> Path:
-    """weights.pt in HPSv2's format, and its configuration small-hps.json."""
+    """Write hps.pt in HPSv2's format, and its configuration small-hps.json."""
     (folder / "small-hps.json").write_text(json.dumps(CLIP))
     torch.save({"state_dict": weights(layouts.open_clip(CLIP), 1)}, folder / "hps.pt")
     return folder / "hps.pt"
 
 
 def clip(folder: Path) -> Path:
-    """A folder with CLIP in transformers' form; its tokenizer has letters alone."""
+    """Write a folder with CLIP in transformers' format; its tokenizer knows single letters."""
     from safetensors.torch import save_file
 
     folder = folder / "clip"
@@ -114,19 +114,19 @@ def clip(folder: Path) -> Path:
     (folder / "merges.txt").write_text("#version: 0.2\n")
     words = {**marks, "pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "model_max_length": 77}
     (folder / "tokenizer_config.json").write_text(json.dumps({**words, "tokenizer_class": "CLIPTokenizer"}))
-    made = weights(layouts.clip(PICK_VISION, PICK_TEXT, JOINT), 4)
-    save_file(made, folder / "model.safetensors", metadata={"format": "pt"})
+    state = weights(layouts.clip(PICK_VISION, PICK_TEXT, JOINT), 4)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
 def aesthetic(folder: Path) -> Path:
-    """The aesthetic predictor's file."""
+    """Write the aesthetic predictor's file."""
     torch.save(weights(layouts.aesthetic(), 5), folder / "aesthetic.pth")
     return folder / "aesthetic.pth"
 
 
 def imagereward(folder: Path) -> Path:
-    """ImageReward.pt, BERT's vocabulary and med_config.json."""
+    """Write ImageReward.pt, BERT's vocabulary and med_config.json."""
     (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
     named = {k: v for k, v in BLIP_TEXT.items() if k != "encoder_hidden_size"}
     fixed = {"layer_norm_eps": 1e-12, "hidden_act": "gelu", "add_cross_attention": True, "type_vocab_size": 2}
@@ -137,26 +137,26 @@ def imagereward(folder: Path) -> Path:
 
 
 def hpsv3(folder: Path, question: str) -> Path:
-    """HPSv3.safetensors, and Qwen2-VL's tokenizer files with a vocabulary for the question, in the folder `qwen`."""
+    """Write HPSv3.safetensors, and Qwen2-VL's tokenizer with a vocabulary for the question into the folder `qwen`."""
     from safetensors.torch import save_file
 
-    known = qwen_tokenizer(folder / "qwen", question)
-    shapes = layouts.hpsv3(QWEN_VISION, QWEN_TEXT, known + 1)
+    token_count = qwen_tokenizer(folder / "qwen", question)
+    shapes = layouts.hpsv3(QWEN_VISION, QWEN_TEXT, token_count + 1)
     save_file(weights(shapes, 3), folder / "HPSv3.safetensors")
     return folder / "HPSv3.safetensors"
 
 
 def qwen_tokenizer(folder: Path, question: str) -> int:
-    """Byte pairs of the question's words, and Qwen2-VL's marks, as its folder on the hub has them; how many tokens."""
+    """Write a tokenizer of the question's words and Qwen2-VL's special tokens; return its number of tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     folder.mkdir(exist_ok=True)
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=900, initial_alphabet=letters, show_progress=False)
-    made.train_from_iterator([question], trainer)
-    model = json.loads(made.to_str())["model"]
+    tokenizer.train_from_iterator([question], trainer)
+    model = json.loads(tokenizer.to_str())["model"]
     pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(pairs) + "\n")

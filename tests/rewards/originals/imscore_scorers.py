@@ -1,8 +1,8 @@
-"""What imscore's scorers give on small models: it installs beside ours, so that this runs live too.
+"""imscore's scorers on small models. imscore installs beside this library, so a test runs them too.
 
-Its names of models are folders here, its fixed sizes small, and the outputs of transformers 5 are unwrapped for it.
-Each picture is scored twice: as it is, through imscore's own differentiable pixels, and as the 224 x 224 bytes that
-the authors' PIL resize makes of it, which pass imscore's resize and crop unchanged.
+Names of models become folders, fixed sizes become small, and outputs of transformers 5 are unwrapped for it. Each image
+is scored twice: as it is, through imscore's differentiable preprocessing, and as the 224 x 224 bytes of the authors'
+PIL resize, which pass imscore's resize and crop unchanged.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ Scorer = Callable[[torch.Tensor, list[str]], torch.Tensor]
 
 
 @contextlib.contextmanager
-def instead(*changes: tuple[Any, str, Any]) -> Any:
-    """Attributes replaced while imscore builds a model."""
+def replaced(*changes: tuple[Any, str, Any]) -> Any:
+    """Replace attributes while imscore builds a model."""
     with contextlib.ExitStack() as stack:
         for where, name, to in changes:
             stack.enter_context(mock.patch.object(where, name, to))
@@ -39,8 +39,8 @@ def hpsv2(folder: Path) -> Any:
 
     file = small.hpsv2(folder)
     open_clip.add_model_config(folder / "small-hps.json")
-    made = open_clip.create_model_and_transforms
-    with instead((module, "create_model_and_transforms", lambda *_, **further: made("small-hps", **further))):
+    create = open_clip.create_model_and_transforms
+    with replaced((module, "create_model_and_transforms", lambda *_, **further: create("small-hps", **further))):
         scorer = module.HPSv2()
     scorer.model.load_state_dict(torch.load(file)["state_dict"])
     return scorer
@@ -50,11 +50,11 @@ def pickscore(folder: Path) -> Any:
     """imscore.pickscore."""
     from imscore.pickscore import model as module
 
-    with instead((module.AutoProcessor, "from_pretrained", lambda _: words(folder))):
+    with replaced((module.AutoProcessor, "from_pretrained", lambda _: clip_processor(folder))):
         scorer = module.PickScorer(str(small.clip(folder)))
     for name in ("get_image_features", "get_text_features"):
-        plain = getattr(scorer.model, name)
-        setattr(scorer.model, name, lambda plain=plain, **given: plain(**given).pooler_output)
+        method = getattr(scorer.model, name)
+        setattr(scorer.model, name, lambda method=method, **arguments: method(**arguments).pooler_output)
     return scorer
 
 
@@ -62,12 +62,12 @@ def clipscore(folder: Path) -> Any:
     """imscore.preference: exp(logit_scale) times the cosine."""
     from imscore.preference import model as module
 
-    with instead((module.AutoProcessor, "from_pretrained", lambda _: words(folder))):
+    with replaced((module.AutoProcessor, "from_pretrained", lambda _: clip_processor(folder))):
         return module.CLIPScore(str(small.clip(folder)))
 
 
-def words(folder: Path) -> Any:
-    """CLIP's processor: the small folder's tokenizer, and the numbers of openai's preprocessor_config.json."""
+def clip_processor(folder: Path) -> Any:
+    """CLIP's processor with the small tokenizer and the numbers of openai's preprocessor_config.json."""
     from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer
 
     return CLIPProcessor(CLIPImageProcessor(), CLIPTokenizer.from_pretrained(small.clip(folder)))
@@ -78,32 +78,37 @@ def aesthetic(folder: Path) -> Any:
     from imscore.aesthetic import model as module
 
     kind = module.CLIPVisionModelWithProjection
-    made = kind.from_pretrained(small.clip(folder))
-    with instead((kind, "from_pretrained", lambda _: made)):
+    model = kind.from_pretrained(small.clip(folder))
+    with replaced((kind, "from_pretrained", lambda _: model)):
         scorer = module.LAIONAestheticScorer()
     scorer.mlp.load_state_dict(torch.load(small.aesthetic(folder)))
     return scorer
 
 
 def imagereward(folder: Path) -> Any:
-    """imscore.imreward: its own ViT and BERT."""
+    """imscore.imreward: imscore's ViT and BERT."""
     from imscore.imreward import model as module
 
-    file, see, read = small.imagereward(folder), small.BLIP_VISION, small.BLIP_TEXT
+    file, vision, text = small.imagereward(folder), small.BLIP_VISION, small.BLIP_TEXT
     config = module.BertConfig(**json.loads((folder / "med_config.json").read_text()))
-    size = {"embed_dim": see["hidden_size"], "depth": see["num_hidden_layers"], "num_heads": see["num_attention_heads"]}
+    size = {
+        "embed_dim": vision["hidden_size"],
+        "depth": vision["num_hidden_layers"],
+        "num_heads": vision["num_attention_heads"],
+    }
     vit, tokenizer = module.VisionTransformer, module.BertTokenizer(vocab={w: i for i, w in enumerate(small.WORDS)})
-    tokenizer.__dict__["additional_special_tokens_ids"] = [len(small.WORDS) + 1]  # asked for, gone in transformers 5
-    with instead(
-        (module, "VisionTransformer", lambda **_: vit(img_size=see["image_size"], patch_size=16, **size)),
-        (module, "BLIP", partial(module.BLIP, vision_width=see["hidden_size"])),
-        (module, "MLP", lambda _, made=module.MLP: made(read["hidden_size"])),
+    # imscore reads this attribute, which transformers 5 removed
+    tokenizer.__dict__["additional_special_tokens_ids"] = [len(small.WORDS) + 1]
+    with replaced(
+        (module, "VisionTransformer", lambda **_: vit(img_size=vision["image_size"], patch_size=16, **size)),
+        (module, "BLIP", partial(module.BLIP, vision_width=vision["hidden_size"])),
+        (module, "MLP", lambda _, mlp=module.MLP: mlp(text["hidden_size"])),
         (module.BertConfig, "from_dict", lambda _: config),
         (module.BertTokenizer, "from_pretrained", lambda _: tokenizer),
     ):
         scorer = module.ImageReward()
-    found = scorer.load_state_dict(torch.load(file), strict=False)
-    assert not found.missing_keys, found
+    result = scorer.load_state_dict(torch.load(file), strict=False)
+    assert not result.missing_keys, result
     return scorer
 
 
@@ -116,8 +121,8 @@ SCORERS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-def fixed(size: str) -> torch.Tensor:
-    """The bytes that the authors' PIL transform makes of a picture, as floats [1, 3, 224, 224]."""
+def pil_pixels(size: str) -> torch.Tensor:
+    """The bytes that the authors' PIL transform makes of an image, as floats [1, 3, 224, 224]."""
     from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 
     change = Compose([Resize(224, InterpolationMode.BICUBIC), CenterCrop(224), PILToTensor()])
@@ -126,14 +131,14 @@ def fixed(size: str) -> torch.Tensor:
 
 @torch.no_grad()
 def imscore(folder: Path) -> dict[str, Any]:
-    """{scorer: {"own pixels": {size: score}, "PIL's pixels": {size: score}}}."""
-    found: dict[str, Any] = {}
+    """Return {scorer: {"own pixels": {size: score}, "PIL's pixels": {size: score}}}."""
+    scores: dict[str, Any] = {}
     for name, make in SCORERS.items():
         scorer = make(folder).eval()
         pairs = list(zip(small.SIZES, small.PROMPTS))
-        own = {s: torch.from_numpy(small.picture(s)).permute(2, 0, 1)[None].float() / 255 for s in small.SIZES}
-        found[name] = {
-            "own pixels": {size: float(scorer.score(own[size], [text])) for size, text in pairs},
-            "PIL's pixels": {size: float(scorer.score(fixed(size), [text])) for size, text in pairs},
+        pixels = {s: torch.from_numpy(small.picture(s)).permute(2, 0, 1)[None].float() / 255 for s in small.SIZES}
+        scores[name] = {
+            "own pixels": {size: float(scorer.score(pixels[size], [text])) for size, text in pairs},
+            "PIL's pixels": {size: float(scorer.score(pil_pixels(size), [text])) for size, text in pairs},
         }
-    return found
+    return scores
