@@ -14,7 +14,8 @@ from PIL import Image
 from tests.tolerances import STOCK
 from trajsurgery import RewardError
 from trajsurgery.rewards import hpsv2
-from trajsurgery.rewards.hpsv2 import MEAN, STD, HPSv2, preprocess
+from trajsurgery.rewards.hpsv2 import HPSv2, preprocess
+from trajsurgery.rewards.preprocessing import MEAN, STD
 
 SMALL = {
     "embed_dim": 16,

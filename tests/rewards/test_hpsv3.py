@@ -12,7 +12,7 @@ from tests.rewards.originals import record, small
 from tests.rewards.test_originals import small_hpsv3
 from tests.tolerances import STOCK
 from trajsurgery import RewardError
-from trajsurgery.rewards.hpsv3_question import QUESTION
+from trajsurgery.rewards.hpsv3 import QUESTION
 from trajsurgery.rewards.judge import Judge
 
 

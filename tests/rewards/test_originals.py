@@ -16,7 +16,7 @@ from trajsurgery.rewards import hpsv3
 from trajsurgery.rewards.clip import Aesthetic, CLIPScore, PickScore
 from trajsurgery.rewards.contract import Reward
 from trajsurgery.rewards.hpsv2 import HPSv2
-from trajsurgery.rewards.hpsv3_question import QUESTION
+from trajsurgery.rewards.hpsv3 import QUESTION
 from trajsurgery.rewards.imagereward import ImageReward
 from trajsurgery.rewards.judge import Judge
 
@@ -215,7 +215,7 @@ def test_clip_at_full_size_uses_every_name(size: str) -> None:
 
 
 def test_the_aesthetic_head_at_full_size_uses_every_name() -> None:
-    from trajsurgery.rewards.linear_heads import linear_head
+    from trajsurgery.rewards.state_dicts import linear_head
 
     state = {name: torch.zeros(shape) for name, shape in layouts.aesthetic().items()}
     head = linear_head("Aesthetic", state, 768)

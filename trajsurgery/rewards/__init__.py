@@ -5,8 +5,9 @@ hpsv2.py, hpsv3.py, clip.py, imagereward.py    HPSv2, HPSv3, PickScore, CLIPScor
 judge.py                           models that answer in text
 mixtures.py                        weighted sums, SRPO's relative reward
 remote.py                          a reward in another process
-preprocessing.py, pil_resize.py    images to a model's input, with the originals' values
-packaged.py, loading.py, weight_files.py    names, loading by name, weight files
+preprocessing.py                   images to a model's input, with the originals' values
+packaged.py, loading.py            names, loading by name
+weight_files.py, state_dicts.py    finding weight files, and loading originals' state dicts
 
 Each states its name, its scale, and the `threshold` (lambda of the hinge) that fits it.
 """

@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from trajsurgery.errors import RewardError
 from trajsurgery.rewards.contract import Reward, checkpoint_layers
-from trajsurgery.rewards.linear_heads import linear_head
 from trajsurgery.rewards.preprocessing import floor_offset, normalize, resize_and_crop, round_offset
+from trajsurgery.rewards.state_dicts import linear_head
 from trajsurgery.rewards.weight_files import find_file, find_folder
 
 LARGE = "openai/clip-vit-large-patch14"
@@ -25,7 +25,7 @@ class CLIP(nn.Module):
     Args:
         reward: whose it is, for errors.
         model: a folder that `save_pretrained` wrote, or a hub id that is in the local cache.
-        corner: of the centre crop, see `pixels.cropped`.
+        corner: of the centre crop, see `resize_and_crop`.
         tokenizer: where the tokenizer is, if not beside the model.
         checkpointing: recomputes the image tower's layers in the backward pass.
     """
@@ -41,7 +41,7 @@ class CLIP(nn.Module):
         from transformers import AutoTokenizer, CLIPModel
 
         super().__init__()
-        folder = find_folder(reward, model, str(model))
+        folder = find_folder(reward, model)
         loaded: Any = CLIPModel.from_pretrained(
             str(folder), local_files_only=True, dtype=torch.float32, output_loading_info=True
         )
@@ -52,7 +52,7 @@ class CLIP(nn.Module):
         spare = sorted(key for key in loaded[1]["unexpected_keys"] if not key.endswith(".position_ids"))
         if spare:  # position ids are counted, not learnt: files of old versions hold them
             raise RewardError(f"{reward}: {folder} holds {len(spare)} weights that are not CLIP's, such as {spare[0]}.")
-        words = find_folder(reward, tokenizer or folder, str(folder), "tokenizer_config.json")
+        words = find_folder(reward, tokenizer or folder, "tokenizer_config.json")
         self.tokenizer: Any = AutoTokenizer.from_pretrained(str(words), local_files_only=True)
         self.side, self.corner = int(self.model.config.vision_config.image_size), corner
         self.length = int(self.model.config.text_config.max_position_embeddings)
@@ -60,7 +60,7 @@ class CLIP(nn.Module):
             checkpoint_layers(self.model.vision_model.encoder.layers)
 
     def images(self, images: Tensor, rounded: bool = False) -> Tensor:
-        """Float[batch dim], of images in [0, 1] of any size; `rounded`: see `pixels.resized`."""
+        """Float[batch dim], of images in [0, 1] of any size; `rounded`: see `pil_resize`."""
         weight: Tensor = self.model.visual_projection.weight
         pixels = normalize(resize_and_crop(images.to(weight), self.side, self.corner, rounded))
         return functional.normalize(self.model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
@@ -108,7 +108,7 @@ class PickScore(Reward):
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if tokenizer is None and not (find_folder("PickScore", model, str(model)) / "tokenizer_config.json").is_file():
+        if tokenizer is None and not (find_folder("PickScore", model) / "tokenizer_config.json").is_file():
             tokenizer = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
         self.clip = CLIP("PickScore", model, floor_offset, tokenizer, checkpointing)
         self.factor = float(self.clip.model.logit_scale.detach().exp()) if raw else 1.0

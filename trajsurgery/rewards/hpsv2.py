@@ -9,10 +9,9 @@ from torch import Tensor
 
 from trajsurgery.errors import RewardError
 from trajsurgery.rewards.contract import Reward, checkpoint_layers
-from trajsurgery.rewards.preprocessing import MEAN, STD, normalize, resize_and_pad
+from trajsurgery.rewards.preprocessing import normalize, resize_and_pad
+from trajsurgery.rewards.state_dicts import load_part
 from trajsurgery.rewards.weight_files import find_file
-
-__all__ = ["FILES", "MEAN", "REPOSITORY", "STD", "HPSv2", "preprocess"]
 
 REPOSITORY = "xswu/HPSv2"
 FILES = {"2.0": "HPS_v2_compressed.pt", "2.1": "HPS_v2.1_compressed.pt"}
@@ -54,10 +53,7 @@ class HPSv2(Reward):
         path = find_file(f"HPSv{version}", file, REPOSITORY, FILES[version])
         saved = torch.load(path, map_location="cpu", weights_only=True)
         self.clip: Any = open_clip.create_model(model)
-        try:
-            self.clip.load_state_dict(saved["state_dict"])
-        except (KeyError, RuntimeError) as error:
-            raise RewardError(f"{path.name} does not hold the weights of HPSv{version} ({model}): {error}") from error
+        load_part(path, self.clip, saved.get("state_dict", {}), f"the weights of HPSv{version} ({model})")
         self.tokenizer = open_clip.get_tokenizer(model)
         self.side = int(self.clip.visual.image_size[0])
         if checkpointing:

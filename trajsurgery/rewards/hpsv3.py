@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import re
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from trajsurgery.errors import RewardError
+from trajsurgery.rewards import state_dicts
 from trajsurgery.rewards.contract import Reward, checkpoint_layers
-from trajsurgery.rewards.hpsv3_question import IMAGE, REWARD, question_text
 from trajsurgery.rewards.preprocessing import normalize, pil_resize
 from trajsurgery.rewards.weight_files import find_file, find_folder
 
@@ -22,9 +21,6 @@ PATCH, MERGED = 14, 2
 
 AREA = 256 * (PATCH * MERGED) ** 2
 """Pixels of an image as the model sees it, about: the original's min_pixels and max_pixels."""
-
-LONGEST = 200
-"""The aspect ratio up to which the original takes images, and which it must keep when rounded to whole tokens."""
 
 VISION: dict[str, Any] = {"depth": 32, "embed_dim": 1280, "hidden_size": 3584, "num_heads": 16, "mlp_ratio": 4}
 TEXT: dict[str, Any] = {
@@ -40,6 +36,23 @@ TEXT: dict[str, Any] = {
 
 NAMES = ((r"^model\.", "text."), (r"^visual\.", "visual."), (r"^rm_head\.", "head."))
 """Names of the original's weights (transformers 4.45's), and of ours. Its lm_head is not looked at."""
+
+rename_weights = functools.partial(state_dicts.rename_weights, "HPSv3", NAMES, r"^lm_head\.weight$")
+
+QUESTION = Path(__file__).with_name("hpsv3_question.txt").read_text()
+"""The authors' question, word for word, from the package hpsv3 (MIT License, Copyright (c) 2024 HPSv3 Team)."""
+
+REWARD = "<|Reward|>"
+"""The token added to Qwen2-VL's vocabulary, whose hidden state the head reads."""
+
+IMAGE = "<|image_pad|>"
+"""The token for one patch of the image."""
+
+CHAT = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>{image}"
+    "<|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
+)
+"""Qwen2-VL-Instruct's chat format."""
 
 
 class HPSv3(Reward):
@@ -84,18 +97,15 @@ class HPSv3(Reward):
 
         super().__init__()
         path = find_file("HPSv3", file, "MizzenAI/HPSv3", "HPSv3.safetensors")
-        words = find_folder("HPSv3", tokenizer, str(tokenizer), "tokenizer_config.json")
+        words = find_folder("HPSv3", tokenizer, "tokenizer_config.json")
         self.tokenizer: Any = AutoTokenizer.from_pretrained(str(words), local_files_only=True)
         self.tokenizer.add_tokens([AddedToken(REWARD, special=True)], special_tokens=True)
         state = rename_weights(_read(path))
         self.visual, self.text, self.head = build_parts(state, vision or {}, text or {})
-        for part, prefix in ((self.visual, "visual."), (self.text, "text."), (self.head, "head.")):
-            kind = torch.float32 if part is self.head else dtype
-            weights = {k.removeprefix(prefix): v.to(kind) for k, v in state.items() if k.startswith(prefix)}
-            try:
-                part.load_state_dict(weights, assign=True)
-            except RuntimeError as error:
-                raise RewardError(f"{path.name} does not hold HPSv3's weights ({prefix}*): {error}") from error
+        for part, name, kind in ((self.visual, "visual", dtype), (self.text, "text", dtype), (self.head, "head", None)):
+            weights = state_dicts.weights_under(state, f"{name}.")
+            weights = {key: value.to(kind or torch.float32) for key, value in weights.items()}
+            state_dicts.load_part(path, part, weights, f"HPSv3's weights ({name}.*)", assign=True)
         if len(self.tokenizer) > self.text.config.vocab_size:
             raise RewardError(
                 f"{path.name} knows {self.text.config.vocab_size} tokens and {words} has {len(self.tokenizer)} with "
@@ -128,12 +138,9 @@ class HPSv3(Reward):
 
     def tokens(self, prompts: list[str], count: int) -> Tensor:
         """Int[batch length]: the question about each prompt after `count` tokens of the image, padded at the end."""
-        tokens: Tensor = self.tokenizer(
-            [question_text(prompt, count) for prompt in prompts],
-            padding=True,
-            padding_side="right",
-            return_tensors="pt",
-        )["input_ids"]
+        questions = [CHAT.format(image=IMAGE * count, question=QUESTION.replace("{prompt}", p)) for p in prompts]
+        padded = self.tokenizer(questions, padding=True, padding_side="right", return_tensors="pt")
+        tokens: Tensor = padded["input_ids"]
         for prompt, row in zip(prompts, tokens):
             if int((row == self._token(IMAGE)).sum()) != count or int((row == self._token(REWARD)).sum()) != 1:
                 raise RewardError(
@@ -151,17 +158,14 @@ def target_size(height: int, width: int) -> tuple[int, int]:
     Raises:
         RewardError: a side is more than 200 times the other, before or after.
     """
-    unit, long = PATCH * MERGED, max(height, width) / min(height, width)
-    new = max(unit, round(height / unit) * unit), max(unit, round(width / unit) * unit)
-    if new[0] * new[1] > AREA:
-        by = math.sqrt(height * width / AREA)
-        new = math.floor(height / by / unit) * unit, math.floor(width / by / unit) * unit
-    elif new[0] * new[1] < AREA:
-        by = math.sqrt(AREA / (height * width))
-        new = math.ceil(height * by / unit) * unit, math.ceil(width * by / unit) * unit
-    if max(long, max(new) / max(min(new), 1)) > LONGEST:
-        raise RewardError(f"hpsv3: images of {height} x {width} are too narrow: it takes sides of 1 to {LONGEST}.")
-    return new
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+    try:
+        size: tuple[int, int] = smart_resize(height, width, PATCH * MERGED, AREA, AREA)
+        smart_resize(*size)  # raises if the rounded size is too narrow
+    except ValueError as error:
+        raise RewardError(f"hpsv3: images of {height} x {width} are too narrow: it takes sides of 1 to 200.") from error
+    return size
 
 
 def preprocess(images: Tensor, rounded: bool = False) -> Tensor:
@@ -189,48 +193,24 @@ def build_parts(
     Args:
         state: its embedding gives the number of tokens.
     """
-    from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig, Qwen2VLVisionConfig
-    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel, Qwen2VLTextModel
+    from transformers.models.qwen2_vl import configuration_qwen2_vl, modeling_qwen2_vl
 
     if "text.embed_tokens.weight" not in state:
         raise RewardError("HPSv3: the file has no model.embed_tokens.weight: it is not HPSv3.safetensors.")
-    vocabulary_size = len(state["text.embed_tokens.weight"])
-    see: Any = Qwen2VisionTransformerPretrainedModel
-    read: Any = Qwen2VLTextModel
-    seen: Any = Qwen2VLVisionConfig
-    text_config: Any = Qwen2VLTextConfig
-    sees = seen(**{**VISION, **vision})
-    reads = text_config(**{**TEXT, **text, "vocab_size": vocabulary_size, "bos_token_id": None, "eos_token_id": None})
+    vocabulary = {"vocab_size": len(state["text.embed_tokens.weight"]), "bos_token_id": None, "eos_token_id": None}
+    configs: Any = configuration_qwen2_vl
+    models: Any = modeling_qwen2_vl
+    image_config = configs.Qwen2VLVisionConfig(**{**VISION, **vision})
+    text_config = configs.Qwen2VLTextConfig(**{**TEXT, **text, **vocabulary})
     with torch.device("meta"):
-        visual = see._from_config(sees)
-        language = read._from_config(reads)
-        width = int(reads.hidden_size)
-        head = nn.Sequential(
-            *(nn.Linear(width, 1024), nn.ReLU(), nn.Dropout(0.05)), *(nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2))
-        )
+        image_tower = models.Qwen2VisionTransformerPretrainedModel._from_config(image_config)
+        text_tower = models.Qwen2VLTextModel._from_config(text_config)
+        first, second = nn.Linear(int(text_config.hidden_size), 1024), nn.Linear(1024, 16)
+        head = nn.Sequential(first, nn.ReLU(), nn.Dropout(0.05), second, nn.ReLU(), nn.Linear(16, 2))
     # what is computed and not stored
-    visual.rotary_pos_emb = type(visual.rotary_pos_emb)(sees)
-    language.rotary_emb = type(language.rotary_emb)(config=reads)
-    return visual, language, head
-
-
-def rename_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The original's state dict under our names, `visual.`, `text.` and `head.`, less what is not used.
-
-    Raises:
-        RewardError: a name that the original does not have.
-    """
-    weights: dict[str, Tensor] = {}
-    for key, value in state.items():
-        if key == "lm_head.weight":
-            continue
-        for pattern, name in NAMES:
-            if re.match(pattern, key):
-                weights[re.sub(pattern, name, key)] = value
-                break
-        else:
-            raise RewardError(f"HPSv3: the file holds {key!r}, which HPSv3.safetensors does not.")
-    return weights
+    image_tower.rotary_pos_emb = type(image_tower.rotary_pos_emb)(image_config)
+    text_tower.rotary_emb = type(text_tower.rotary_emb)(config=text_config)
+    return image_tower, text_tower, head
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:

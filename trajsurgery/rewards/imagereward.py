@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trajsurgery.errors import RewardError
+from trajsurgery.rewards import state_dicts
 from trajsurgery.rewards.contract import Reward, checkpoint_layers
-from trajsurgery.rewards.linear_heads import linear_head
 from trajsurgery.rewards.preprocessing import normalize, resize_and_crop, round_offset
 from trajsurgery.rewards.weight_files import find_file, find_folder
 
@@ -28,21 +27,10 @@ VISION: dict[str, Any] = {
     "num_hidden_layers": 24,
     "num_attention_heads": 16,
     "image_size": 224,
-    "patch_size": 16,
     "layer_norm_eps": 1e-6,
 }
-TEXT: dict[str, Any] = {
-    "vocab_size": 30524,
-    "hidden_size": 768,
-    "encoder_hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "max_position_embeddings": 512,
-    "layer_norm_eps": 1e-12,
-    "is_decoder": True,
-}
-"""BLIP-large as ImageReward has it. transformers' defaults differ in vision's epsilon and text's number of heads."""
+TEXT: dict[str, Any] = {"encoder_hidden_size": 1024, "num_attention_heads": 12}
+"""BLIP-large as ImageReward has it: what differs from transformers' defaults."""
 
 NAMES = (
     (r"^blip\.visual_encoder\.cls_token$", "vision.embeddings.class_embedding"),
@@ -58,8 +46,10 @@ NAMES = (
 )
 """Names of the original's weights, and of ours."""
 
-UNUSED = re.compile(r"^blip\.(vision_proj|text_proj)\.|^blip\.text_encoder\.embeddings\.position_ids$")
+UNUSED = r"^blip\.(vision_proj|text_proj)\.|^blip\.text_encoder\.embeddings\.position_ids$"
 """What the original's file holds and its score does not look at."""
+
+rename_weights = functools.partial(state_dicts.rename_weights, "ImageReward", NAMES, UNUSED)
 
 
 class ImageReward(Reward):
@@ -96,17 +86,15 @@ class ImageReward(Reward):
 
         super().__init__()
         path = find_file("ImageReward", file, "THUDM/ImageReward", "ImageReward.pt")
-        words = find_folder("ImageReward", tokenizer, str(tokenizer), "tokenizer_config.json")
+        words = find_folder("ImageReward", tokenizer, "tokenizer_config.json")
         self.tokenizer: Any = BertTokenizer.from_pretrained(str(words), local_files_only=True)
         self.vision, self.text = build_towers(vision or {}, text or {})
         state = rename_weights(torch.load(path, map_location="cpu", weights_only=True))
-        self.head = linear_head("ImageReward", _under(state, "head."), int(self.text.config.hidden_size))
-        for tower, prefix in ((self.vision, "vision."), (self.text, "text.")):
-            try:
-                tower.load_state_dict(_under(state, prefix))
-            except RuntimeError as error:
-                raise RewardError(f"{path.name} does not hold ImageReward's {prefix[:-1]} tower: {error}") from error
-        self.side = int(self.vision.config.image_size)
+        head, self.side = state_dicts.weights_under(state, "head."), int(self.vision.config.image_size)
+        self.head = state_dicts.linear_head("ImageReward", head, int(self.text.config.hidden_size))
+        for tower, name in ((self.vision, "vision"), (self.text, "text")):
+            weights = state_dicts.weights_under(state, f"{name}.")
+            state_dicts.load_part(path, tower, weights, f"ImageReward's {name} tower")
         if checkpointing:
             checkpoint_layers((*self.vision.encoder.layers, *self.text.encoder.layer))
         self.eval().requires_grad_(False)
@@ -132,27 +120,3 @@ def build_towers(vision: Mapping[str, Any], text: Mapping[str, Any]) -> tuple[An
 
     seen, read = BlipVisionConfig(**{**VISION, **vision}), BlipTextConfig(**{**TEXT, **text})
     return BlipVisionModel(seen), BlipTextModel(read, add_pooling_layer=False)
-
-
-def rename_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The original's state dict under our names, `vision.`, `text.` and `head.`, less what is not used.
-
-    Raises:
-        RewardError: a name that the original does not have.
-    """
-    weights: dict[str, Tensor] = {}
-    for key, value in state.items():
-        if UNUSED.match(key):
-            continue
-        for pattern, name in NAMES:
-            ours, hits = re.subn(pattern, name, key)
-            if hits:
-                weights[ours] = value
-                break
-        else:
-            raise RewardError(f"ImageReward: the file holds {key!r}, which ImageReward.pt does not.")
-    return weights
-
-
-def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

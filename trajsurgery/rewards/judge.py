@@ -59,7 +59,7 @@ class Judge(Reward):
         super().__init__()
         if question.count("{prompt}") != 1 or re.compile(answer).groups < 1:
             raise RewardError("a judge's question holds {prompt} once, and its answer's pattern a group: (...).")
-        folder = find_folder("Judge", model, str(model))
+        folder = find_folder("Judge", model)
         try:
             from transformers import AutoModelForImageTextToText, AutoProcessor
 

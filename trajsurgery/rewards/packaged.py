@@ -24,13 +24,17 @@ class PackagedReward:
     also: tuple[tuple[str, str], ...] = ()
     """Further arguments."""
 
+    @property
+    def reward_class(self) -> Any:
+        """The class, imported when asked for."""
+        return getattr(import_module(f"trajsurgery.rewards.{self.module}"), self.kind)
 
-LARGE = "openai/clip-vit-large-patch14"
+
 NAMES = {
     "hpsv2.1": PackagedReward("hpsv2", "HPSv2", "xswu/HPSv2", "HPS_v2.1_compressed.pt", "file"),
     "hpsv2.0": PackagedReward("hpsv2", "HPSv2", "xswu/HPSv2", "HPS_v2_compressed.pt", "file", (("version", "2.0"),)),
     "pickscore": PackagedReward("clip", "PickScore", "yuvalkirstain/PickScore_v1", "config.json", "model"),
-    "clipscore": PackagedReward("clip", "CLIPScore", LARGE, "config.json", "model"),
+    "clipscore": PackagedReward("clip", "CLIPScore", "openai/clip-vit-large-patch14", "config.json", "model"),
     "aesthetic": PackagedReward("clip", "Aesthetic", "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth", "head"),
     "imagereward": PackagedReward("imagereward", "ImageReward", "THUDM/ImageReward", "ImageReward.pt", "file"),
     "hpsv3": PackagedReward("hpsv3", "HPSv3", "MizzenAI/HPSv3", "HPSv3.safetensors", "file"),
@@ -43,8 +47,8 @@ KNOWN = ", ".join((*NAMES, "each also as NAME:FILE", "remote:HOST:PORT"))
 
 def is_packaged(reward: str) -> bool:
     """Whether the name is one of this package's rewards."""
-    name, _, where = reward.partition(":")
-    return bool(where) if name == "remote" else ALIASES.get(name, name) in NAMES
+    packaged, name, where = _look_up(reward)
+    return packaged is not None or (name == "remote" and bool(where))
 
 
 def load_packaged(reward: str) -> Reward | None:
@@ -53,32 +57,30 @@ def load_packaged(reward: str) -> Reward | None:
     Raises:
         RewardError: its weights are missing, or the server does not answer.
     """
-    name, _, where = reward.partition(":")
+    packaged, name, where = _look_up(reward)
     if name == "remote":
         return import_module("trajsurgery.rewards.remote").Remote(where)
-    packaged = NAMES.get(ALIASES.get(name, name))
     if packaged is None:
         return None
-    arguments: dict[str, Any] = {**dict(packaged.also), **({packaged.place: where} if where else {})}
-    return getattr(import_module(f"trajsurgery.rewards.{packaged.module}"), packaged.kind)(**arguments)
+    return packaged.reward_class(**{**dict(packaged.also), **({packaged.place: where} if where else {})})
 
 
 def is_differentiable(reward: str) -> bool:
     """Whether a reward's class passes gradients; True for rewards of others."""
-    name = reward.partition(":")[0]
-    packaged = NAMES.get(ALIASES.get(name, name))
-    if packaged is None:
-        return True
-    reward_class: type[Reward] = getattr(import_module(f"trajsurgery.rewards.{packaged.module}"), packaged.kind)
-    return reward_class.differentiable
+    packaged, _, _ = _look_up(reward)
+    return packaged is None or packaged.reward_class.differentiable
 
 
 def missing_weights(reward: str) -> str | None:
     """Return which weights are missing and how to get them; None if nothing. Loads and connects to nothing."""
-    name, _, where = reward.partition(":")
-    packaged = NAMES.get(ALIASES.get(name, name))
+    packaged, name, where = _look_up(reward)
     if packaged is None or (Path(where).exists() if where else cached_file(packaged.repository, packaged.file)):
         return None
     file = "" if packaged.file == "config.json" else f" {packaged.file}"
     problem = f"there is no {where}" if where else f"the weights of {name} are not in the Hugging Face cache"
     return f"no reward: {problem}. Fetch them with `hf download {packaged.repository}{file}`, or pass {name}:FILE."
+
+
+def _look_up(reward: str) -> tuple[PackagedReward | None, str, str]:
+    name, _, where = reward.partition(":")
+    return NAMES.get(ALIASES.get(name, name)), name, where

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from trajsurgery.errors import RewardError
-from trajsurgery.rewards.pil_resize import resized_levels
 from trajsurgery.surgery.autograd_functions import connect
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -78,8 +77,19 @@ def pil_resize(images: Tensor, height: int, width: int, rounded: bool = False) -
             images = torchvision_resize(images, *size).clamp(0, 1)
     if not rounded:
         return images
-    levels = resized_levels((real.detach() * 255).round().clamp(0, 255), height, width)
-    return connect(images, (levels / 255).to(images))
+    pixels = (real.detach() * 255).round().clamp(0, 255).to(torch.uint8).cpu()
+    levels = torch.stack([_resize_bytes(picture, height, width) for picture in pixels])
+    return connect(images, (levels.double() / 255).to(images))
+
+
+def _resize_bytes(picture: Tensor, height: int, width: int) -> Tensor:
+    """PIL's bicubic resize of uint8 [3 h w], the width first."""
+    from torchvision.transforms.functional import InterpolationMode, pil_to_tensor, resize, to_pil_image
+
+    image = to_pil_image(picture)
+    for size in ((image.height, width), (height, width)):
+        image = resize(image, list(size), InterpolationMode.BICUBIC)
+    return pil_to_tensor(image)
 
 
 def torchvision_resize(images: Tensor, height: int, width: int) -> Tensor:

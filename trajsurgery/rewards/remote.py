@@ -11,6 +11,7 @@ Needs the extra `remote` (starlette, uvicorn, httpx).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import json
 import os
@@ -18,7 +19,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
@@ -34,8 +35,6 @@ LIMIT = 2**30
 """Bytes of a body that either side accepts by default."""
 TOKEN = "TRAJSURGERY_REWARD_TOKEN"
 """The environment variable that holds the bearer token, on both sides."""
-
-_STRANGER = "can't be understood ({error}): is it a reward server of this version?"
 EXTRA = "remote rewards need the extra `remote`: pip install 'trajsurgery[remote]'."
 
 
@@ -62,14 +61,10 @@ class Remote(Reward):
             raise RewardError(f"{address!r} is no address of a reward server: it is HOST:PORT, as the server says it.")
         self.address, self.timeout, self.limit, self.name = address, timeout, limit, f"remote {address}"
         self._token = os.environ.get(TOKEN) if token is None else token
-        try:
+        with self._report_problems():
             about = json.loads(self._request("GET", "about"))
             for name in ABOUT:
                 setattr(self, name, about[name])
-        except RewardError:
-            raise
-        except (ValueError, KeyError, TypeError) as error:
-            raise RewardError(self._problem(_STRANGER.format(error=error))) from error
         self.eval()
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
@@ -79,51 +74,52 @@ class Remote(Reward):
 
     def ask(self, path: str, prompts: list[str], tensors: dict[str, Tensor]) -> Tensor:
         """Return the tensor that the server answers with."""
-        from safetensors import SafetensorError
-
-        answer = self._request("POST", path, _pack(tensors, prompts))
-        try:
-            return _unpack(answer)[0]["result"]
-        except (SafetensorError, ValueError, KeyError) as error:
-            raise RewardError(self._problem(_STRANGER.format(error=error))) from error
+        with self._report_problems():
+            return _unpack(self._request("POST", path, _pack(tensors, prompts)))[0]["result"]
 
     def _request(self, method: str, path: str, body: bytes = b"") -> bytes:
-        try:
-            import httpx
-        except ImportError as error:
-            raise RewardError(EXTRA) from error
+        import httpx
+
         headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
-        deadline = time.monotonic() + self.timeout
-        try:
-            url, answer = f"http://{self.address}/{path}", bytearray()
-            how: dict[str, Any] = {"headers": headers, "timeout": self.timeout, "trust_env": False}
-            with httpx.stream(method, url, content=body, **how) as response:
-                if int(response.headers.get("content-length", 0)) > self.limit:
-                    raise RewardError(self._problem(f"announced more than limit = {self.limit} bytes"))
-                for chunk in response.iter_raw():
-                    answer += chunk
-                    if len(answer) > self.limit:
-                        raise RewardError(self._problem(f"sent more than limit = {self.limit} bytes"))
-                    if time.monotonic() > deadline:
-                        raise httpx.ReadTimeout("")
-        except httpx.TimeoutException as error:
-            slow = (
-                f"did not answer within {self.timeout:g} s: it hangs or is too slow (a longer `timeout` waits longer)"
-            )
-            raise RewardError(self._problem(slow)) from error
-        except httpx.ConnectError as error:
-            raise RewardError(self._problem("is not there: nothing listens at that address")) from error
-        except (httpx.HTTPError, ValueError) as error:
-            died = isinstance(error, httpx.NetworkError) or "disconnected" in str(error)
-            what = "ended before it answered: its process has died, see its own output"
-            raise RewardError(self._problem(what if died else _STRANGER.format(error=error))) from error
+        how: dict[str, Any] = {"headers": headers, "timeout": self.timeout, "trust_env": False}
+        answer, deadline = bytearray(), time.monotonic() + self.timeout
+        with httpx.stream(method, f"http://{self.address}/{path}", content=body, **how) as response:
+            if int(response.headers.get("content-length", 0)) > self.limit:
+                raise self._problem(f"announced more than limit = {self.limit} bytes")
+            for chunk in response.iter_raw():
+                answer += chunk
+                if len(answer) > self.limit:
+                    raise self._problem(f"sent more than limit = {self.limit} bytes")
+                if time.monotonic() > deadline:
+                    raise httpx.ReadTimeout("")
         if response.is_success:
             return bytes(answer)
         reason = answer.decode(errors="replace")[:2000] or response.reason_phrase
         raise RewardError(f"the reward server at {self.address} refused: {reason}")
 
-    def _problem(self, what: str) -> str:
-        return (
+    @contextlib.contextmanager
+    def _report_problems(self) -> Generator[None]:
+        """Turn what goes wrong with a request or with the content of its answer into a RewardError."""
+        try:
+            import httpx
+        except ImportError as error:
+            raise RewardError(EXTRA) from error
+        from safetensors import SafetensorError
+
+        try:
+            yield
+        except httpx.TimeoutException as error:
+            slow = f"did not answer within {self.timeout:g} s: it hangs or is too slow"
+            raise self._problem(f"{slow} (a longer `timeout` waits longer)") from error
+        except httpx.ConnectError as error:
+            raise self._problem("is not there: nothing listens at that address") from error
+        except (httpx.HTTPError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, httpx.NetworkError) or "disconnected" in str(error):
+                raise self._problem("ended before it answered: its process has died, see its own output") from error
+            raise self._problem(f"can't be understood ({error}): is it a reward server of this version?") from error
+
+    def _problem(self, what: str) -> RewardError:
+        return RewardError(
             f"the reward server at {self.address} {what}. Nothing was changed here: start it again at the same address "
             "and ask again, or go on from the last checkpoint."
         )

@@ -13,10 +13,7 @@ SHA256 = {
         "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb"
     ),
 }
-"""Checksums of known files: the first of each is its repository's, the second as others publish it. A repository's file
-is
-checked in the cache; one that has its own name, wherever it is.
-"""
+"""Checksums of known files: of a repository's file, which is checked in the cache, or of a file wherever it is."""
 
 
 def find_file(reward: str, path: str | Path | None, repository: str, file: str) -> Path:
@@ -25,47 +22,44 @@ def find_file(reward: str, path: str | Path | None, repository: str, file: str) 
     Raises:
         RewardError: it is missing; how to get it.
     """
-    if path is not None:
-        if Path(path).is_file():
-            return check_sha256(reward, Path(path), Path(path).name)
-        raise RewardError(
-            f"{reward}: there is no file {path}. `hf download {repository} {file}` prints where it puts it."
-        )
-    cached = cached_file(repository, file)
-    if cached is None:
-        raise RewardError(
-            f"{reward}'s weights are not in the Hugging Face cache: `hf download {repository} {file}` fetches them, or "
-            "pass their file."
-        )
-    return check_sha256(reward, cached, f"{repository}/{file}")
+    if path is None and (cached := cached_file(repository, file)):
+        return check_sha256(reward, cached, f"{repository}/{file}")
+    if path is not None and Path(path).is_file():
+        return check_sha256(reward, Path(path), Path(path).name)
+    problem = "its weights are not in the Hugging Face cache" if path is None else f"there is no file {path}"
+    raise RewardError(
+        f"{reward}: {problem}. `hf download {repository} {file}` fetches them and prints where they are, or pass their "
+        "file."
+    )
 
 
-def find_folder(reward: str, place: str | Path | None, repository: str, file: str = "config.json") -> Path:
-    """Return the given folder, or that of the given repository (else the usual one) in the cache.
+def find_folder(reward: str, place: str | Path, file: str = "config.json") -> Path:
+    """Return a folder, or that of a repository in the cache.
 
     Args:
+        place: the folder, or the repository's hub id.
         file: a file that it must hold.
 
     Raises:
         RewardError: it is missing, or holds no such file; how to get it.
     """
-    repository_or_path = str(place or repository)
-    if Path(repository_or_path).is_dir():
-        if (Path(repository_or_path) / file).is_file():
-            return Path(repository_or_path)
+    folder = Path(place)
+    if (folder / file).is_file():
+        return folder
+    if folder.is_dir():
         raise RewardError(
-            f"{reward}: the folder {repository_or_path} has no {file}: it takes what transformers' save_pretrained "
-            "wrote."
+            f"{reward}: the folder {place} has no {file}: it takes what transformers' save_pretrained wrote."
         )
-    cached = cached_file(repository_or_path, file)
+    cached = cached_file(str(place), file)
     if cached is None:
         raise RewardError(
-            f"{reward}: {repository_or_path} is neither a folder nor in the Hugging Face cache: "
-            f"`hf download {repository_or_path}` fetches it, or pass a folder."
+            f"{reward}: {place} is neither a folder nor in the Hugging Face cache: `hf download {place}` fetches it, "
+            "or pass a folder."
         )
     for name in SHA256:
-        if name.rpartition("/")[0] == repository_or_path and (cached.parent / name.rpartition("/")[2]).is_file():
-            check_sha256(reward, cached.parent / name.rpartition("/")[2], name)
+        repository, _, known_file = name.rpartition("/")
+        if repository == str(place) and (cached.parent / known_file).is_file():
+            check_sha256(reward, cached.parent / known_file, name)
     return cached.parent
 
 

@@ -16,37 +16,23 @@ It imports nothing of this library but `errors`; diffusers, transformers and ope
 the weights and what previews them is in benchmarks/world.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from __future__ import annotations
 
-if TYPE_CHECKING:
-    from torch import Generator, Tensor
+from collections.abc import Mapping
+from typing import Any
 
-    from trajsurgery.tiny.pipe import PipelineName
-    from trajsurgery.tiny.prompt import EVEN_RATIO as EVEN_RATIO
-    from trajsurgery.tiny.prompt import Prompt, Split
-    from trajsurgery.tiny.rules import Verdict
-    from trajsurgery.tiny.scorer import Reward as Reward
+from torch import Generator
 
-__all__ = ["Prompt", "Reward", "Verdict", "judge", "pipeline", "prompts"]
+from trajsurgery.tiny.pipe import FOLDERS, PipelineName
+from trajsurgery.tiny.pipe import pipeline as _load_folder
+from trajsurgery.tiny.prompt import CATEGORIES, EVEN_RATIO, RATIO, Prompt, Split, draw_prompts, split_prompts
+from trajsurgery.tiny.rules import Verdict, judge
+from trajsurgery.tiny.scorer import Reward
 
-_LAZY = {
-    "EVEN_RATIO": "trajsurgery.tiny.prompt",
-    "Prompt": "trajsurgery.tiny.prompt",
-    "Reward": "trajsurgery.tiny.scorer",
-    "Verdict": "trajsurgery.tiny.rules",
-}
+__all__ = ["EVEN_RATIO", "Prompt", "Reward", "Verdict", "judge", "pipeline", "prompts"]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(_LAZY[name]), name)
-
-
-def pipeline(name: "PipelineName" = "flux") -> Any:
+def pipeline(name: PipelineName = "flux") -> Any:
     """Load a shipped pipeline in float32, with the world's defaults: `pipe("a red circle left of a blue square")`.
 
     "flux" is a FluxPipeline without guidance; "sd3" a StableDiffusion3Pipeline with real classifier-free guidance, to
@@ -55,23 +41,21 @@ def pipeline(name: "PipelineName" = "flux") -> Any:
 
     Raises ValueError for another name.
     """
-    from trajsurgery.tiny.pipe import FOLDERS, pipeline
-
     if name not in FOLDERS:
         raise ValueError(f"there is no pipeline {name!r}: choose one of {', '.join(FOLDERS)}")
     if name == "sd3":
         from trajsurgery.tiny import sd3
 
         return sd3.pipeline()
-    return pipeline(FOLDERS[name])
+    return _load_folder(FOLDERS[name])
 
 
 def prompts(
-    split: "Split",
-    generator: "Generator | None" = None,
+    split: Split,
+    generator: Generator | None = None,
     count: int | None = None,
-    ratio: "Mapping[str, float] | None" = None,
-) -> "list[Prompt]":
+    ratio: Mapping[str, float] | None = None,
+) -> list[Prompt]:
     """Return prompts of the split "train", "validation" or "heldout".
 
     With neither generator nor count, all of them, grouped by category. With both, `count` drawn at random: of "train"
@@ -80,8 +64,6 @@ def prompts(
 
     Raises ValueError for another split, or if only one of generator and count is given.
     """
-    from trajsurgery.tiny.prompt import CATEGORIES, RATIO, draw_prompts, split_prompts
-
     if (generator is None) != (count is None):
         raise ValueError(
             "prompts() draws `count` prompts with a `generator`: give both, or neither for all of the split"
@@ -90,10 +72,3 @@ def prompts(
         return list(split_prompts(split))
     usual: Mapping[str, float] = RATIO if split == "train" else dict.fromkeys(CATEGORIES, 1.0)
     return draw_prompts(split, count, usual if ratio is None else ratio, generator)
-
-
-def judge(images: "Tensor", prompts: "Sequence[Prompt | str]") -> "Verdict":
-    """Judge images, Float[batch 3 32 32] in [0, 1], each by its prompt; see `trajsurgery.tiny.rules.judge`."""
-    from trajsurgery.tiny.rules import judge
-
-    return judge(images, prompts)
