@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from trajsurgery.errors import SamplerError
-from trajsurgery.pipelines.guidance import GuidanceGradient
+from trajsurgery.pipelines.guidance import GuidanceGradient, GuidancePasses
 from trajsurgery.pipelines.scheduler import Schedule
 from trajsurgery.pipelines.timestep_inputs import TimestepInputs
 
@@ -42,6 +43,8 @@ class CallRecord:
     """Results of the modules that the loop called, call by call; large tensors on the meta device (`trim`)."""
     clock: TimestepInputs = field(default_factory=TimestepInputs)
     """The timestep inputs of the modules."""
+    watching: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    """The hooks of `watch`."""
     size: float = math.inf
     """Tensors of results with more numbers than this are kept as shapes."""
     timesteps: list[Any] = field(default_factory=list[Any])
@@ -72,27 +75,30 @@ class CallRecord:
         gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         return cls(pipe, base, arguments, states, torch.get_rng_state(), gpus, guidance)
 
+    def modules(self) -> list[nn.Module]:
+        """Return the pipeline's components that are modules."""
+        return [m for m in self.pipe.components.values() if isinstance(m, nn.Module)]
+
+    def guidance_passes(self) -> GuidancePasses:
+        """Begin to sort the passes of guidance; for guidance "both" none is looked at, and nothing is cut."""
+        return GuidancePasses(self.modules() if self.guidance == "conditional" else ())
+
     def begin(self) -> None:
         """Drop the model calls made before the loop."""
         self.templates.clear()
         self.clock.clear()
 
-    def watch(self) -> Callable[[], None]:
-        """Record the results of modules called from now on; return a function that stops it."""
+    def watch(self) -> None:
+        """Record the results of modules called from now on, until `watching` is closed."""
 
         def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             self.carried = self.carried or _cache_of(module, (args, kwargs, output))
             self.clock.note(len(self.timesteps), module, args, kwargs)
             self.templates.setdefault(module, []).append(tree_map(lambda value: _copied(value, self.size), output))
 
-        modules = [m for m in self.pipe.components.values() if isinstance(m, nn.Module)]
-        handles = [module.register_forward_hook(note, with_kwargs=True) for module in modules]
-
-        def stop() -> None:
-            for handle in handles:
-                handle.remove()
-
-        return stop
+        self.watching.close()
+        for module in self.modules():
+            self.watching.enter_context(module.register_forward_hook(note, with_kwargs=True))
 
     def stateless(self) -> None:
         """Raise SamplerError if a model call was seen to depend on earlier ones."""
@@ -132,15 +138,10 @@ class CallRecord:
 
             return encode
 
-        held = [(owner, name, owner.__dict__.get(name)) for owner, name in encoder_methods(self.pipe, self.base)]
-        for owner, name, _ in held:
-            owner.__dict__[name] = kept(owner, name, getattr(owner, name))
-        try:
+        with contextlib.ExitStack() as stack:
+            for owner, name in encoder_methods(self.pipe, self.base):
+                stack.enter_context(shadow_attribute(owner, name, kept(owner, name, getattr(owner, name))))
             yield
-        finally:
-            for owner, name, before in held:
-                owner.__dict__.pop(name)
-                owner.__dict__.update({} if before is None else {name: before})
 
     def again(self) -> dict[str, Any]:
         """Return the call's arguments, generators reset to their states and callbacks left out."""
@@ -181,6 +182,16 @@ def shadow_attribute(thing: Any, name: str, value: Any) -> Generator[None]:
             thing.__dict__[name] = before
 
 
+def calling_first(action: Callable[..., None], function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a function: call `action` with the same arguments first."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        action(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
 @contextlib.contextmanager
 def skipped_calls(templates: dict[nn.Module, list[Any]]) -> Generator[None]:
     """Return recorded results instead of calling the modules; zeros where only shapes were kept."""
@@ -193,36 +204,25 @@ def skipped_calls(templates: dict[nn.Module, list[Any]]) -> Generator[None]:
 
 def _recorded_forward(templates: list[Any]) -> Callable[..., Any]:
     """Replacement of a module's forward: its recorded results, call by call."""
-    count = 0
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        nonlocal count
-        template = templates[count % len(templates)]
-        count += 1
-        return _zeros_for_meta(template)
-
-    return forward
+    recorded = itertools.cycle(templates)
+    return lambda *args, **kwargs: _zeros_for_meta(next(recorded))
 
 
 def _zeros_for_meta(template: Any) -> Any:
-    def leaf(value: Any) -> bool:
+    def is_shape(value: Any) -> bool:
         return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], Tensor) and value[0].is_meta
 
     def filled(value: Any) -> Any:
-        if leaf(value):
+        if is_shape(value):
             return torch.zeros_like(value[0], device=value[1])
         return value.clone() if isinstance(value, Tensor) else value
 
-    return tree_map(filled, template, is_leaf=leaf)
+    return tree_map(filled, template, is_leaf=is_shape)
 
 
 def _generators(arguments: dict[str, Any]) -> list[torch.Generator]:
-    generators: list[torch.Generator] = []
-    for value in arguments.values():
-        generators += [
-            v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, torch.Generator)
-        ]
-    return generators
+    lists = [value if isinstance(value, list | tuple) else [value] for value in arguments.values()]
+    return [value for values in lists for value in values if isinstance(value, torch.Generator)]
 
 
 def _cache_of(module: nn.Module, arguments: Any) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,23 +11,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from trajsurgery.errors import PlanError, SamplerError
-from trajsurgery.pipelines.call_record import CallRecord, skipped_calls
-from trajsurgery.pipelines.guidance import GuidanceGradient, guidance_passes
+from trajsurgery.pipelines.call_record import CallRecord, calling_first, shadow_attribute, skipped_calls
+from trajsurgery.pipelines.guidance import GuidanceGradient, GuidancePasses
 from trajsurgery.pipelines.pipeline_field import PipelineField
-from trajsurgery.pipelines.replay import SchedulerOutput
-from trajsurgery.pipelines.scheduler import Schedule, first_timetable_entry, reroute
-from trajsurgery.plans.nodes import (
-    Connect,
-    Latent,
-    Leap,
-    Node,
-    Noise,
-    Recorded,
-    Recover,
-    Renoise,
-    Time,
-    Velocity,
-)
+from trajsurgery.pipelines.scheduler import Schedule, first_timetable_entry, reroute, step_output
+from trajsurgery.plans import nodes
 from trajsurgery.plans.plan import Plan
 from trajsurgery.surgery.execution import Execution, bind_to_steps, first_call
 from trajsurgery.surgery.trajectory import Generators, Trajectory
@@ -49,20 +36,19 @@ class OperateOptions:
 class DenoisingLoop:
     """A context around the pipeline's `__call__`; `results` holds what `Surgery` shows."""
 
-    def __init__(self, wish: OperateOptions, record: CallRecord) -> None:
-        self.wish, self.record = wish, record
+    def __init__(self, options: OperateOptions, record: CallRecord) -> None:
+        self.options, self.record = options, record
         self.results: dict[str, Any] = {}
         self.scheduler = record.pipe.scheduler
         self.stack: contextlib.ExitStack
-        self.stop_watching: Callable[[], None] = lambda: None
-        self.tell: Callable[[Tensor], None] = lambda _: None
+        self.passes: GuidancePasses
         self.ended = False
         """No output of the plan needs the rest of the rollout: its model calls are left out."""
         self.trajectory: Trajectory
         self.execution: Execution | None = None
         self.plan: Plan | None = None
         """The plan, bound to the loop's number of steps."""
-        self.call: Velocity | None = None
+        self.call: nodes.Velocity | None = None
         """The plan's call that the model's next one is."""
         self.given: Tensor | None = None
         """The sample that the loop was handed last."""
@@ -75,33 +61,33 @@ class DenoisingLoop:
     def __enter__(self) -> DenoisingLoop:
         pipe = self.record.pipe
         with contextlib.ExitStack() as stack:
-            mode = torch.is_grad_enabled()
-            stack.callback(lambda: torch.set_grad_enabled(mode))
+            stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))  # restores it
             stack.enter_context(reroute(self.scheduler, set_timesteps=self._set_timesteps, step=self._step))
             stack.enter_context(self.record.encoding())
-            shown = pipe.progress_bar
-            pipe.__dict__["progress_bar"] = lambda *args, **kwargs: (self._begin(kwargs), shown(*args, **kwargs))[1]
-            stack.callback(lambda: pipe.__dict__.pop("progress_bar", None))
-            stack.callback(lambda: self.stop_watching())
-            self.tell, stop_telling = guidance_passes(pipe, self.wish.guidance)
-            stack.callback(stop_telling)
-            if self.wish.plan is not None and self.wish.memory in IN_ROLLOUT:
-                for module in (m for m in pipe.components.values() if isinstance(m, nn.Module)):
-                    stack.callback(module.register_forward_pre_hook(_copy_arguments, with_kwargs=True).remove)
+            progress_bar = calling_first(self._begin, pipe.progress_bar)
+            stack.enter_context(shadow_attribute(pipe, "progress_bar", progress_bar))
+            stack.callback(self.record.watching.close)
+            self.passes = self.record.guidance_passes()
+            stack.callback(self.passes.stop)
+            if self.options.plan is not None and self.options.memory in IN_ROLLOUT:
+                for module in self.record.modules():
+                    stack.enter_context(module.register_forward_pre_hook(_copy_arguments, with_kwargs=True))
             self.stack = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         self.stack.close()
         name = self.record.base.__name__
-        if kind is None and self.count < 0:
+        if kind is not None:
+            return
+        if self.count < 0:
             raise SamplerError(f"{name} never called its scheduler's set_timesteps: nothing to follow.")
-        if kind is None and self.count == 0:
+        if self.count == 0:
             raise SamplerError(
                 f"{name} set its scheduler's timesteps and never called its step: its loop steps copies of the "
                 "scheduler, or by a rule of its own, which operate() can't follow."
             )
-        if kind is None and self.t > 0:
+        if self.t > 0:
             steps = self.record.schedule.steps
             raise SamplerError(
                 f"the loop ended after {steps - self.t} of its {steps} steps: it was interrupted, or leaves the rest "
@@ -116,20 +102,19 @@ class DenoisingLoop:
             )
         set_timesteps(*args, **kwargs)
         self.count = 0
-        if self.wish.plan is not None and torch.is_inference_mode_enabled():
+        if self.options.plan is not None and torch.is_inference_mode_enabled():
             raise SamplerError("a plan's gradient can't be kept under torch.inference_mode(): leave that block.")
-        self.stop_watching()
         self.record.begin()
-        self.stop_watching = self.record.watch()
+        self.record.watch()
 
-    def _begin(self, shown: dict[str, Any]) -> None:
+    def _begin(self, *_: Any, **shown: Any) -> None:
         """The pipeline creates its progress bar, so the loop is next: prepare its first model call."""
         if self.count != 0:
             return
         self.record.announced = True
         self.record.begin()
-        plan = self.wish.plan
-        if plan is None or self.wish.memory not in IN_ROLLOUT:
+        plan = self.options.plan
+        if plan is None or self.options.memory not in IN_ROLLOUT:
             return
         with contextlib.suppress(PlanError, SamplerError):  # told at the first step, when T is known for certain
             steps = Schedule.of(self.scheduler, first_timetable_entry(self.scheduler)).steps
@@ -142,7 +127,7 @@ class DenoisingLoop:
         if self.ended:
             self.count += 1
             last = self.count == self.record.schedule.calls
-            return SchedulerOutput(self._show() if last else sample)
+            return step_output(self._show() if last else sample, **kwargs)
         output = step(model_output.detach(), timestep, sample.detach(), *args, **kwargs)
         real = output[0] if isinstance(output, tuple) else output.prev_sample
         if self.count == 0:
@@ -153,7 +138,7 @@ class DenoisingLoop:
             self.record.trim(4 * sample.numel())
         if self.count in schedule.starts:
             self._record_step(model_output, sample)
-            if not self.wish.whole and self.plan is not None and 1 < self.t == _last_needed_time(self.plan):
+            if not self.options.whole and self.plan is not None and 1 < self.t == _last_needed_time(self.plan):
                 self._end(self.plan)
                 return output
         landed, self.count = schedule.lands(self.count), self.count + 1
@@ -174,10 +159,10 @@ class DenoisingLoop:
         schedule = self.record.schedule = Schedule.of(self.scheduler, first_timetable_entry(self.scheduler))
         self.t = schedule.steps
         start = self.record.start = sample.detach().clone()  # it may be a buffer that is written to again
-        if self.wish.plan is not None:
+        if self.options.plan is not None:
             self.record.stateless()
             try:
-                self.plan = bind_to_steps(self.wish.plan, self.t)
+                self.plan = bind_to_steps(self.options.plan, self.t)
             except PlanError as error:
                 if self.t == schedule.whole:
                     raise
@@ -186,14 +171,14 @@ class DenoisingLoop:
                     f"write the plan for T = {self.t}.",
                     error.rules,
                 ) from error
-            if any(isinstance(node, Noise) for node in self.plan.nodes):
+            if any(isinstance(node, nodes.Noise) for node in self.plan.nodes):
                 start = start.clone().requires_grad_()
         self.trajectory = Trajectory(
             schedule.sigmas, {self.t: self.record.start}, {}, schedule.interpolant(), euler=None, start=start
         )
         self.results["trajectory"], self.results["field"] = self.trajectory, PipelineField(self.record, self.trajectory)
         if self.plan is not None:
-            self.execution = Execution(self.plan, self.trajectory, self.wish.generator)
+            self.execution = Execution(self.plan, self.trajectory, self.options.generator)
         if self.call is not None and self.call.t != self.t:
             self.call = None
 
@@ -207,13 +192,13 @@ class DenoisingLoop:
         if self.execution is not None:
             self.execution.settle()
             if self.call is not None:
-                self.tell(v)
-                if self.wish.memory == "split":
+                self.passes.tell(v)
+                if self.options.memory == "split":
                     start = sample if self.given is None else self.given
                     v = split_call(self.execution.tensors[self.call.x], v, start)
                 self.execution.adopt(self.call, v)
             else:
-                self.tell(v.detach())  # drops what a call left that is not the plan's after all
+                self.passes.tell(v.detach())  # drops what a call left that is not the plan's after all
 
     def _change(self, given: Tensor, sample: Tensor) -> None:
         """The loop continued from another x_t than it received: compute again what depends on it.
@@ -239,7 +224,7 @@ class DenoisingLoop:
         execution = self.execution
         if self.t == 0:
             return self._finish(real)
-        if execution is None or self.wish.memory not in IN_ROLLOUT:
+        if execution is None or self.options.memory not in IN_ROLLOUT:
             return real
         execution.settle()
         self.call = execution.wanted(self.t)
@@ -247,11 +232,11 @@ class DenoisingLoop:
         if self.call is None:
             return real
         node = execution.tensors[self.call.x]
-        return cut(node) if self.wish.memory == "split" else node
+        return cut(node) if self.options.memory == "split" else node
 
     def _finish(self, real: Tensor) -> Tensor:
         """Return the sample that the pipeline decodes: the plan's first output, or the sampler's own."""
-        self.stop_watching()
+        self.record.watching.close()
         if self.plan is None:
             return real
         self._output(self.plan)
@@ -259,14 +244,14 @@ class DenoisingLoop:
 
     def _end(self, plan: Plan) -> None:
         """End the rollout here: the loop continues without model calls up to its own decoding."""
-        self.stop_watching()
+        self.record.watching.close()
         self._output(plan)
         self.ended, self.count = True, self.count + 1
         self.stack.enter_context(skipped_calls(self.record.templates))
 
     def _output(self, plan: Plan) -> None:
         assert self.execution is not None
-        computed = run_outputs(self.results["field"], self.wish.memory, self.execution, None)
+        computed = run_outputs(self.results["field"], self.options.memory, self.execution, None)
         self.results["outputs"], self.results["distances"] = computed, self.execution.distances()
 
     def _show(self) -> Tensor:
@@ -288,12 +273,12 @@ def _copy_arguments(module: nn.Module, args: Any, kwargs: Any) -> Any:
 def _last_needed_time(plan: Plan) -> int:
     """Return the last time of the rollout that an output of a bound plan needs."""
 
-    def read(node: Node) -> Time | None:
-        if isinstance(node, Latent | Recorded | Connect):
+    def read(node: nodes.Node) -> nodes.Time | None:
+        if isinstance(node, nodes.Latent | nodes.Recorded | nodes.Connect):
             return node.t
-        if isinstance(node, Renoise | Recover):  # noises are drawn like x_0
+        if isinstance(node, nodes.Renoise | nodes.Recover):  # noises are drawn like x_0
             return 0
-        step = isinstance(node, Leap) and isinstance(node.x.t, int) and node.to == node.x.t - 1
+        step = isinstance(node, nodes.Leap) and isinstance(node.x.t, int) and node.to == node.x.t - 1
         return node.t if step else None
 
     return min((t for node in plan.nodes if isinstance(t := read(node), int)), default=0)

@@ -6,7 +6,7 @@ unconditional one. "conditional" keeps the first alone, s dc/dtheta. Values are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -54,7 +54,7 @@ class GuidancePasses:
     def tell(self, v: Tensor) -> None:
         """Close the gates of the unconditional rows, once the velocity is known."""
         noted, of = self._noted, {type(module).__name__ for module in self._of}
-        self.forget()
+        self._noted, self._of = [], set()
         if not noted or not v.requires_grad:
             return
         if len(of) > 1:
@@ -72,10 +72,6 @@ class GuidancePasses:
             if row is not None:
                 gate.rows = row * whole > 0
 
-    def forget(self) -> None:
-        """Drop the records of a step that is not the plan's."""
-        self._noted, self._of = [], set()
-
     def stop(self) -> None:
         """Remove the hooks."""
         for handle in self._handles:
@@ -84,11 +80,3 @@ class GuidancePasses:
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def guidance_passes(pipe: Any, guidance: GuidanceGradient) -> tuple[Callable[[Tensor], None], Callable[[], None]]:
-    """Return a function to pass the velocity to and one to end with; both do nothing for guidance "both"."""
-    if guidance == "both":
-        return lambda _: None, lambda: None
-    passes = GuidancePasses(m for m in pipe.components.values() if isinstance(m, nn.Module))
-    return passes.tell, passes.stop

@@ -8,7 +8,6 @@ grad, and returns the plan's own node as the next sample: the sampler's value, b
 from __future__ import annotations
 
 import functools
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor
@@ -87,8 +86,8 @@ class Surgery:
     distances: dict[int, Tensor]
     """{t: [batch]}: mean |x_t - prediction| of the plan's leaps, as `trajsurgery.distances`."""
 
-    def __init__(self, pipe: Any, wish: OperateOptions) -> None:
-        self.plan, self._wish = wish.plan, wish
+    def __init__(self, pipe: Any, options: OperateOptions) -> None:
+        self.plan, self._options = options.plan, options
         self._pipe, self._base = pipe, type(pipe)
 
     def decode(self, x: Tensor) -> Any:
@@ -112,14 +111,12 @@ class Surgery:
                 "record once with operate(pipe) and run several plans on surgery.trajectory."
             )
         check_flow_matching(self._pipe)
-        check_memory(self._wish.memory, self._pipe.components.values())
+        check_memory(self._options.memory, self._pipe.components.values())
         members = {_ONE_OFF: True, "__call__": self._recorded_call(), "__module__": self._base.__module__}
         self._pipe.__class__ = type(self._base.__name__, (self._base,), members)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         one_off: Any = type(self._pipe)
         self._pipe.__class__ = self._base
         one_off.__call__ = None  # it holds the tensors, and a class waits for the collector
@@ -127,8 +124,8 @@ class Surgery:
     def _recorded_call(self) -> Any:
         @functools.wraps(self._base.__call__)
         def call(pipe: Any, *args: Any, **kwargs: Any) -> Any:
-            record = CallRecord.of(pipe, self._base, args, kwargs, self._wish.guidance)
-            loop = DenoisingLoop(self._wish, record)
+            record = CallRecord.of(pipe, self._base, args, kwargs, self._options.guidance)
+            loop = DenoisingLoop(self._options, record)
             try:
                 with loop:
                     return self._base.__call__(pipe, *args, **kwargs)

@@ -127,7 +127,7 @@ class PipelineField:
 
     def _changes(self) -> int | None:
         """Return how often the weights have been changed in place; None if FSDP holds them, which does not count."""
-        modules = [m for m in self.record.pipe.components.values() if isinstance(m, nn.Module)]
+        modules = self.record.modules()
         if any(isinstance(module, FSDPModule) for module in modules):
             return None
         return sum(p._version for module in modules for p in module.parameters())

@@ -18,9 +18,15 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from trajsurgery.errors import SamplerError
-from trajsurgery.pipelines.call_record import CallRecord, encoder_methods, shadow_attribute, skipped_calls
-from trajsurgery.pipelines.guidance import guidance_passes
-from trajsurgery.pipelines.scheduler import reroute
+from trajsurgery.pipelines.call_record import (
+    CallRecord,
+    calling_first,
+    encoder_methods,
+    shadow_attribute,
+    skipped_calls,
+)
+from trajsurgery.pipelines.guidance import GuidancePasses
+from trajsurgery.pipelines.scheduler import reroute, step_output
 
 
 class _Stop(BaseException):
@@ -41,7 +47,7 @@ class Replay:
         self.calls = calls
         self.count = 0
         self.begun = False
-        self.tell: Callable[[Tensor], None] = lambda _: None
+        self.passes = GuidancePasses(())
         self.stack: contextlib.ExitStack
         self.skipping: contextlib.ExitStack
 
@@ -84,7 +90,7 @@ class Replay:
                 for name in (n for n in dir(base) if n.startswith("prepare_") and "latents" in n):
                     pipe.__dict__[name] = self._substituting(getattr(base, name).__get__(pipe))
             pipe.__dict__["_progress_bar_config"] = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
-            pipe.__dict__["progress_bar"] = self._progress_bar(base.progress_bar.__get__(pipe))
+            pipe.__dict__["progress_bar"] = calling_first(self._begin, base.progress_bar.__get__(pipe))
             return inspect.unwrap(base.__call__)(pipe, **arguments)
 
     def _substituting(self, prepare: Callable[..., Any]) -> Callable[..., Any]:
@@ -100,13 +106,6 @@ class Replay:
 
         return call
 
-    def _progress_bar(self, progress_bar: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self._begin()
-            return progress_bar(*args, **kwargs)
-
-        return call
-
     def _set_timesteps(self, set_timesteps: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         set_timesteps(*args, **kwargs)
         scheduler = self.record.pipe.scheduler
@@ -115,25 +114,25 @@ class Replay:
         if not self.record.announced:
             self._begin()
 
-    def _begin(self) -> None:
+    def _begin(self, *_: Any, **__: Any) -> None:
         """The loop begins: skip its model calls, or make them if the first is wanted."""
         if self.begun:
             return
         self.begun = True
         if self.skipped == 0:
             self._open()
-            return
-        self.skipping.enter_context(skipped_calls(self.record.templates))
+        else:
+            self.skipping.enter_context(skipped_calls(self.record.templates))
 
     def _open(self) -> None:
         """The next model call is the wanted one."""
         self.skipping.close()
         if self.calls is not None:
-            self.stack.callback(self.record.clock.hands(self.calls))
+            self.stack.enter_context(self.record.clock.of_calls(self.calls))
         torch.set_grad_enabled(self.gradient)
         if self.gradient and self.call >= 0:
-            self.tell, stop = guidance_passes(self.record.pipe, self.record.guidance)
-            self.stack.callback(stop)
+            self.passes = self.record.guidance_passes()
+            self.stack.callback(self.passes.stop)
 
     def _step(self, step: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.count += 1
@@ -144,7 +143,7 @@ class Replay:
         if self.count == self.skipped:
             self._open()
             sample = self.x
-        return (sample,) if kwargs.get("return_dict") is False else SchedulerOutput(sample)
+        return step_output(sample, **kwargs)
 
     def _arrived(self, v: Tensor, timestep: Any, sample: Tensor) -> None:
         """Leave with the velocity, if this is the wanted call."""
@@ -162,22 +161,8 @@ class Replay:
                 "its schedule depends on more than its arguments. Use memory='retain' with a plan that fits one pass."
             )
         self.record.arrived.add(arrived)
-        self.tell(v)
+        self.passes.tell(v)
         raise _Stop(v)
-
-
-class SchedulerOutput(tuple[Tensor]):
-    """A scheduler's output, read by name or by index."""
-
-    __slots__ = ()
-
-    def __new__(cls, sample: Tensor) -> SchedulerOutput:
-        return super().__new__(cls, (sample,))
-
-    @property
-    def prev_sample(self) -> Tensor:
-        """The next latents."""
-        return self[0]
 
 
 @contextlib.contextmanager

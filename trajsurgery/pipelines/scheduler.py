@@ -96,6 +96,13 @@ def first_timetable_entry(scheduler: Any) -> int:
     return index - 1 if isinstance(index, int) and index > 0 else begin or 0
 
 
+def step_output(sample: Tensor, return_dict: bool = True, **_: Any) -> Any:
+    """Return the next latents as `scheduler.step` with these options does."""
+    from diffusers.schedulers.scheduling_utils import SchedulerOutput
+
+    return SchedulerOutput(prev_sample=sample) if return_dict else (sample,)
+
+
 @contextlib.contextmanager
 def reroute(scheduler: Any, **around: Callable[..., Any]) -> Generator[None]:
     """Call methods of this one scheduler as `around(method, ...)`; its class stays, since pipelines check it."""

@@ -8,8 +8,9 @@ change, is left alone). Guidance doubles the batch: row r is sample r % batch.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
@@ -36,9 +37,9 @@ class TimestepInputs:
         self._noted.clear()
         self._varying.clear()
 
-    def hands(self, calls: Sequence[int]) -> Callable[[], None]:
-        """From now on give every sample's row of the arguments from its own call, until the returned function is
-        called.
+    @contextlib.contextmanager
+    def of_calls(self, calls: Sequence[int]) -> Generator[None]:
+        """Inside the block, give every sample's row of the arguments from its own call.
 
         Args:
             calls: the scheduler's call of each sample, [batch].
@@ -60,13 +61,10 @@ class TimestepInputs:
                 ) from error
             return tree_unflatten(flat, form)
 
-        handles = [module.register_forward_pre_hook(handed, with_kwargs=True) for module in self._noted]
-
-        def stop() -> None:
-            for handle in handles:
-                handle.remove()
-
-        return stop
+        with contextlib.ExitStack() as stack:
+            for module in self._noted:
+                stack.enter_context(module.register_forward_pre_hook(handed, with_kwargs=True))
+            yield
 
     def _places(self, module: nn.Module, batch: int) -> set[int]:
         """Return the positions of the time arguments. Waits for the device, once for each module.

@@ -118,7 +118,6 @@ class PickScore(Reward):
         self.eval().requires_grad_(False)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """Float[batch]; see the class."""
         return self.factor * self.clip.cosines(images, prompts, self.rounded)
 
 
@@ -143,7 +142,6 @@ class CLIPScore(Reward):
         self.eval().requires_grad_(False)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """Float[batch]; see the class."""
         return self.clip.cosines(images, prompts, self.rounded)
 
 
@@ -173,5 +171,4 @@ class Aesthetic(Reward):
         self.eval().requires_grad_(False)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """Float[batch]; see the class."""
         return self.head(self.clip.images(images, self.rounded)).squeeze(-1)

@@ -61,7 +61,6 @@ class HPSv2(Reward):
         self.eval().requires_grad_(False)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """Float[batch], the cosines; see the class."""
         weight: Tensor = self.clip.text_projection
         with torch.no_grad():
             texts = self.clip.encode_text(self.tokenizer(prompts).to(weight.device), normalize=True)

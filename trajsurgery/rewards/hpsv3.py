@@ -116,7 +116,6 @@ class HPSv3(Reward):
         self.eval().requires_grad_(False)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """Float[batch]; see the class."""
         return self.outputs(images, prompts)[:, 0]
 
     def outputs(self, images: Tensor, prompts: list[str]) -> Tensor:

@@ -100,7 +100,6 @@ class ImageReward(Reward):
         self.eval().requires_grad_(False)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """Float[batch]; see the class."""
         weight: Tensor = self.vision.embeddings.class_embedding
         pixels = normalize(resize_and_crop(images.to(weight), self.side, round_offset, self.rounded))
         cut = {"padding": "max_length", "truncation": True, "max_length": LENGTH, "return_tensors": "pt"}

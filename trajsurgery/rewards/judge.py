@@ -72,7 +72,6 @@ class Judge(Reward):
 
     @torch.no_grad()
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """Float[batch]; see the class."""
         scores = [self.number(self.said(image, prompt)) for image, prompt in zip(images, prompts)]
         return torch.tensor(scores, device=images.device)
 

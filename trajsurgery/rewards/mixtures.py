@@ -46,7 +46,6 @@ class Weighted(Reward):
         self.eval().requires_grad_(False)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """Float[batch], the sum, on the images' device."""
         terms = [weight * part(images, prompts).to(images.device) for part, weight in zip(self.parts, self.weights)]
         return torch.stack(terms).sum(0)
 
@@ -84,6 +83,5 @@ class Relative(Reward):
         self.eval().requires_grad_(False)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """Float[batch]; see the class."""
         positive, negative = ([f"{words}. {prompt}" for prompt in prompts] for words in (self.positive, self.negative))
         return (1 + self.k) * self.reward(images, positive) - self.reward(images, negative)

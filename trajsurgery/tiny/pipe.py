@@ -9,11 +9,8 @@ import torch
 from trajsurgery.tiny.scene import SIDE
 
 PipelineName = Literal["flux", "sd3", "wan"]
-FOLDERS: dict[str, Path] = {
-    "flux": Path(__file__).parent / "weights" / "pipeline",
-    "sd3": Path(__file__).parent / "weights" / "sd3",
-    "wan": Path(__file__).parent / "weights" / "wan",
-}
+_ALL = Path(__file__).parent / "weights"
+FOLDERS: dict[str, Path] = {"flux": _ALL / "pipeline", "sd3": _ALL / "sd3", "wan": _ALL / "wan"}
 WEIGHTS = FOLDERS["flux"]
 
 LATENT_CHANNELS = 4

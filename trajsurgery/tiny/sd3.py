@@ -15,14 +15,13 @@ from trajsurgery.tiny.pipe import FOLDERS, TEXT_WIDTH, WEIGHTS, limit_prompt_len
 GUIDANCE = 1.5  # of the pipeline's calls: leaves bindings head-room on validation and on training prompts
 
 
-def clip_with_projection(folder: Path) -> Any:
-    """Load the tiny Flux's CLIP as SD3 needs it: a CLIPTextModelWithProjection with the identity as projection."""
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+def with_projection(clip: Any) -> Any:
+    """Return the tiny Flux's CLIP as SD3 needs it: a CLIPTextModelWithProjection, the projection the identity."""
+    from transformers import CLIPTextModelWithProjection
 
-    trained: Any = CLIPTextModel.from_pretrained(folder, dtype=torch.float32)
-    trained.config.projection_dim = TEXT_WIDTH
-    model: Any = CLIPTextModelWithProjection(trained.config)
-    weights = {f"text_model.{name.removeprefix('text_model.')}": p for name, p in trained.state_dict().items()}
+    clip.config.projection_dim = TEXT_WIDTH
+    model: Any = CLIPTextModelWithProjection(clip.config)
+    weights = {f"text_model.{name.removeprefix('text_model.')}": p for name, p in clip.state_dict().items()}
     model.load_state_dict({**weights, "text_projection.weight": torch.eye(TEXT_WIDTH)})
     return model
 
@@ -33,22 +32,20 @@ def assemble_pipeline(flux: Path, vae: Any, model: Any) -> Any:
     Both its CLIPs are Flux's. The pipeline pads their joined states to the width of T5's, which here is that of one
     CLIP: it cuts the second off, of which only the pooled state is used.
     """
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
     from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
-    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
-    from transformers import CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
-    scheduler: Any = FlowMatchEulerDiscreteScheduler.from_pretrained(flux / "scheduler")
-    clip = CLIPTokenizer.from_pretrained(flux / "tokenizer")
+    parts: Any = DiffusionPipeline.from_pretrained(flux, transformer=None, vae=None, dtype=torch.float32)
     pipe: Any = StableDiffusion3Pipeline(
         transformer=model,
-        scheduler=scheduler,
+        scheduler=parts.scheduler,
         vae=vae,
-        text_encoder=clip_with_projection(flux / "text_encoder"),
-        tokenizer=clip,
-        text_encoder_2=clip_with_projection(flux / "text_encoder"),
-        tokenizer_2=clip,
-        text_encoder_3=T5EncoderModel.from_pretrained(flux / "text_encoder_2", dtype=torch.float32),
-        tokenizer_3=T5Tokenizer.from_pretrained(flux / "tokenizer_2"),
+        text_encoder=with_projection(parts.text_encoder),
+        tokenizer=parts.tokenizer,
+        text_encoder_2=with_projection(parts.text_encoder),
+        tokenizer_2=parts.tokenizer,
+        text_encoder_3=parts.text_encoder_2,
+        tokenizer_3=parts.tokenizer_2,
     )
     for name in ("vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
         getattr(pipe, name).requires_grad_(False).eval()

@@ -1,7 +1,5 @@
 """Images to scenes by rules alone: colours by nearest tint, blobs by connected components, shapes by best template."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -17,18 +15,12 @@ FOREIGN = 0.25  # colour distance from every mixture of ground and a palette col
 PIXELS = SIDE * SIDE
 
 
-class Tints(NamedTuple):
-    """share: Float[batch 4 h w], how much of each pixel is of each colour, 0 unless it is the pixel's own colour.
+def tints(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Split each pixel into ground and the palette colour that explains it best.
 
-    foreign: Bool[batch h w], pixels whose colour the world does not have.
+    Returns Float[batch 4 h w], how much of each pixel is of each colour, 0 unless it is the pixel's own colour; and
+    Bool[batch h w], pixels whose colour the world does not have.
     """
-
-    share: Tensor
-    foreign: Tensor
-
-
-def tints(images: Tensor) -> Tints:
-    """Splits each pixel into ground and the palette colour that explains it best."""
     ground = torch.tensor(GROUND).view(3, 1, 1)
     directions = torch.tensor(PALETTE) - torch.tensor(GROUND)
     difference = images - ground
@@ -37,7 +29,7 @@ def tints(images: Tensor) -> Tints:
     explained = share[:, :, None] * directions.view(1, len(COLOURS), 3, 1, 1)
     residual = (difference[:, None] - explained).square().sum(2).sqrt()
     nearest = functional.one_hot(residual.argmin(1), len(COLOURS)).permute(0, 3, 1, 2)
-    return Tints(share * nearest, residual.amin(1) > FOREIGN)
+    return share * nearest, residual.amin(1) > FOREIGN
 
 
 def components(mask: Tensor) -> Tensor:
