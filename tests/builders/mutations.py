@@ -205,7 +205,7 @@ MUTATIONS = (
         "plans/test_quadrature.py",
     ),
     Mutation(
-        "supports in the order given",
+        "supports that are not sorted",
         "surgery/node_values.py",
         "order = sorted(node.velocities, key=lambda v: -_int(v.t))",
         "order = list(node.velocities)",
@@ -240,7 +240,7 @@ MUTATIONS = (
         "plans/test_nodes.py",
     ),
     Mutation(
-        "a rule that is not looked at",
+        "a rule that is not checked",
         "plans/rules.py",
         "if start is not None and start > 0:",
         "if False:",

@@ -118,7 +118,7 @@ def drtune_times(plan):
     return {node.t for node in plan.nodes if node.op == "velocity"}, output.x.t
 
 
-def test_draws_of_drtune():
+def test_draws_of_drtune_train_evenly_spaced_times_before_the_stop():
     generator, steps = torch.Generator().manual_seed(0), 9
     seen = Counter()
     for _ in range(400):
@@ -141,7 +141,7 @@ def test_drtune_redraws_until_a_time_trains(train, last):
         assert max(times) >= stop
 
 
-def test_windows_and_distances_of_leapalign():
+def test_leapalign_draws_within_its_window_and_distance():
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
         k, j, _ = (n.t for n in LeapAlign(window=(0, 0.5)).draw(10, generator).nodes if n.op in ("latent", "connect"))

@@ -77,7 +77,7 @@ def test_reno_trains_the_noise():
 
 
 @pytest.mark.parametrize("plan", [reno(), reno(3)])
-def test_reno_on_a_frozen_field(plan):
+def test_reno_trains_the_noise_of_a_frozen_field(plan):
     """Only x_T trains: recompute and the closed form required parameters."""
     frozen = MLP(4, seed=3).requires_grad_(False)
     start = P.noise.detach().clone().requires_grad_()

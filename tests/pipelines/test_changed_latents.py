@@ -88,7 +88,7 @@ def test_a_callback_may_change_the_latents(name: str, callback: Any, plan: Plan)
     assert torch.equal(apply(plan, trajectory, surgery.field), by_memory["retain"][0])
 
 
-def test_a_copy_costs_no_call() -> None:
+def test_a_callback_that_copies_the_latents_costs_no_call() -> None:
     torch.set_num_threads(1)
     small, count = flux(), [0]
     small.pipe.transformer.register_forward_hook(lambda *_: count.__setitem__(0, count[0] + 1))

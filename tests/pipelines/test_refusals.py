@@ -153,7 +153,7 @@ def with_sound() -> Small:
 
 @pytest.mark.parametrize("announced", [4, 2])
 @pytest.mark.parametrize("plan", [leapalign(4, 3), leapalign(2, 1)])
-def test_a_second_stream_is_a_constant(plan: Plan, announced: int) -> None:
+def test_a_second_stream_carries_no_gradient(plan: Plan, announced: int) -> None:
     """Sound beside the images: its steps are unchanged, and no gradient passes through it.
 
     A progress bar of another length than the loop's is a wrong guess at T, which costs a call at most.

@@ -121,7 +121,7 @@ def test_an_inverted_schedule_renoises_towards_the_noise(small: Small) -> None:
     assert (float(trajectory.interpolant.alpha(trajectory.sigma(0)))) == 1
 
 
-def test_heun_counts_intervals(small: Small) -> None:
+def test_a_step_of_heun_is_one_interval_of_two_calls(small: Small) -> None:
     """Two calls of the model an interval, one in the last; the velocities are those at the recorded latents."""
     with_sampler(small, "Heun")
     count = [0]

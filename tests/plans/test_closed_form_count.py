@@ -43,7 +43,7 @@ def test_fifty_steps_are_counted_and_not_listed():
 
 @pytest.mark.parametrize("interpolant", INTERPOLANTS)
 def test_fifty_steps_of_any_interpolant_in_symbols_and_numbers(interpolant):
-    """Factoring every coefficient anew took 25 s."""
+    """Factoring each coefficient separately took 25 s."""
     start = time.process_time()
     sigmas = [1 - i / 50 for i in range(51)]
     expansions = [full(50).gradient(times, interpolant) for times in (None, sigmas)]
@@ -167,7 +167,7 @@ def test_the_count_is_the_number_of_terms(plan):
 
 @pytest.mark.parametrize("interpolant", INTERPOLANTS)
 def test_noise_has_its_terms(interpolant):
-    """x_T, straight and through the call; and the call's own parameters."""
+    """The terms of x_T, straight and through the call, beside the term of the parameters."""
     expansion = Plan(noise().leap(0)).gradient(interpolant=interpolant)
     calls = {tuple(call.op for call in term.calls) for term in expansion.terms}
     assert calls == {("velocity",), ("noise",), ("velocity", "noise")}

@@ -56,7 +56,7 @@ def test_a_factor_before_a_sum_is_not_multiplied_out():
 
 
 def test_the_gradient_of_x_t_is_a_separate_line():
-    """ReNO: noise() has its own terms."""
+    """noise(), as in ReNO, has its terms on a second line."""
     expansion = Plan(noise().leap("j").leap(0)).gradient()
     assert str(expansion).splitlines()[1] == ("dx_0/dx_T = 1 - j dv/dx_j - (T - j) dv/dx_T + j (T - j) dv/dx_j dv/dx_T")
     assert expansion.latex().splitlines()[1].startswith(r"\frac{\partial x_{0}}{\partial x_{T}} = I - j \frac")
@@ -76,7 +76,7 @@ def test_a_table_has_a_row_for_each_term_listed():
 
 @pytest.mark.parametrize("alpha", [0.0, 0.1, 1.0])
 def test_alpha_scales_the_norm_of_the_nested_terms_only(alpha):
-    """Fig. 4a and 6: alpha scales the nested part, and nothing else."""
+    """Fig. 4a and 6."""
     c = torch.ones_like(ROLLED.noise)
     gradient = leapalign(5, 2, alpha).gradient().evaluate(ROLLED.trajectory, ROLLED.field, c)
     whole = leapalign(5, 2, 1.0).gradient().evaluate(ROLLED.trajectory, ROLLED.field, c)

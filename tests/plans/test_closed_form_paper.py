@@ -54,7 +54,7 @@ def test_bound_times_are_sigmas_and_the_image_is_zero():
     assert with_numbers == pytest.approx({((), 1): -0.5, ((), 2): -0.5, ((1,), 2): 0.125})
 
 
-def test_the_other_methods():
+def test_closed_forms_of_the_other_methods():
     s = {t: sympy.Symbol(f"sigma_{t}") for t in range(1, 6)}
     t = sympy.Symbol("t")
     assert same(table(refl("t")), {((), "t"): -t})
@@ -63,7 +63,7 @@ def test_the_other_methods():
     assert [(term.output, term.coefficient, term.source) for term in lines.terms] == [(i, -s[1], 1) for i in range(3)]
 
 
-def test_three_leaps():
+def test_three_leaps_have_seven_terms():
     a, b, c = sympy.symbols("a b c")
     coefficients = table(leaps(("a", "b", "c"), "alpha"))
     assert len(coefficients) == 7

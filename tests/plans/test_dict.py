@@ -54,7 +54,7 @@ def test_a_plan_is_immutable():
         plan.steps = 3
 
 
-def test_the_hand_written_form_of_a_leap():
+def test_a_leap_may_be_written_with_its_discount():
     data = {"nodes": [{"op": "latent", "time": 4}, {"op": "leap", "x": 0, "to": 0, "discount": 0.5}], "outputs": [1]}
     assert Plan.from_dict(data) == Plan(latent(4).leap(0, discount=0.5))
 

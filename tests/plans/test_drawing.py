@@ -38,7 +38,7 @@ def test_every_primitive_has_a_picture() -> None:
     assert set(PICTURES) == set(PRIMITIVES.values())
 
 
-def test_the_plans_drawn_here_use_every_primitive() -> None:
+def test_the_drawn_plans_use_every_primitive() -> None:
     assert {node.op for plan in PLANS.values() for node in plan.nodes} == set(PRIMITIVES)
 
 
@@ -134,7 +134,7 @@ def test_arrows_are_as_wide_as_their_coefficients(tmp_path: Path) -> None:
     assert "noise, trained" in PLANS["noise"].draw(tmp_path / "noise.svg").read_text()
 
 
-def test_names_without_an_order_are_drawn_too(tmp_path: Path) -> None:
+def test_names_without_an_order_are_drawn(tmp_path: Path) -> None:
     Plan(latent("a").leap("b"), latent("b").leap("a")).draw(tmp_path / "plan.svg")
 
 

@@ -78,7 +78,7 @@ def test_a_leap_to_its_start_is_the_identity(interpolant, a):
 @pytest.mark.parametrize("interpolant", INTERPOLANTS)
 @given(TIMES, TIMES, st.integers(0, 2**16))
 def test_a_point_mass_is_reached_exactly(interpolant, a, b, seed):
-    """With one image the velocity is alpha' x_0 + beta' x_1 of that very pair: the leap is exact, k = T included."""
+    """With one image the velocity is alpha' x_0 + beta' x_1 of that pair: the leap is exact, k = T included."""
     image, noise = torch.randn(2, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     x = interpolant.alpha(a) * image + interpolant.beta(a) * noise
     v = interpolant.alpha_rate(a) * image + interpolant.beta_rate(a) * noise

@@ -14,7 +14,7 @@ STEPS = 6
 
 
 def one_of_each() -> dict[str, Node]:
-    """A node of every primitive, built anew at each call."""
+    """A new node of every primitive."""
     x, v = latent(5), latent(5).velocity()
     return {
         "latent": latent(3),

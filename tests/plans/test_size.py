@@ -21,7 +21,7 @@ def long_plan(steps: int) -> Plan:
 
 
 def wide_plan(doublings: int) -> Plan:
-    """A plan whose written-out tree has 2^doublings leaves."""
+    """A plan whose expression, written out as a tree, has 2^doublings leaves."""
     x = latent(doublings + 1)
     for t in range(doublings + 1, 1, -1):
         x = x.advance(t - 1, [x.velocity(), x.detach().velocity("other")][:1]).connect()

@@ -56,7 +56,7 @@ def test_exact_is_connected_at_the_image():
     assert not Plan(leapalign(5, 2).outputs[0], latent(3).leap(0)).exact
 
 
-def test_the_graph_marks_times_outputs_and_gradients():
+def test_the_graph_has_times_outputs_and_gradients():
     plan = Plan(latent(5).leap(2).detach().leap(0, discount=0.5))
     graph = plan.graph
     assert set(graph) == set(plan.nodes)

@@ -13,7 +13,7 @@ STEPS = 6
 
 
 def named(plan: Plan) -> tuple[Plan, dict[str, float]]:
-    """The plan with a name in the place of every number that may be one, and the numbers."""
+    """The plan with a name in place of every number that may be one, and the numbers by name."""
     data, values = plan.to_dict(), {}
     for entry in data["nodes"]:
         for key in ("time", "to", "a"):
@@ -39,7 +39,7 @@ def test_binding_in_two_steps_is_binding_in_one(plan):
     assert with_names.at(**half).at(**rest) == plan
 
 
-def test_names_in_order_of_appearance():
+def test_names_are_in_order_of_appearance():
     assert leapalign("k", "j", "alpha").names == ("k", "j", "alpha")
     assert leapalign(5, 2, 0.3).names == ()
     assert Plan(noise().leap("m")).names == ("m",)
@@ -51,7 +51,7 @@ def test_a_name_can_be_bound_to_another_name():
 
 @example(2, 1.0)  # np.float64 is a float, and made a separate node
 @given(st.integers(2, 9), factors())
-def test_numbers_of_other_libraries(k, a):
+def test_numbers_of_other_libraries_may_be_bound(k, a):
     plan = leapalign("k", 1, "a")
     assert plan.at(k=np.int64(k), a=np.float64(a)) == leapalign(k, 1, a)
     assert plan.at(k=torch.tensor(k), a=torch.tensor(a, dtype=torch.float64)) == leapalign(k, 1, a)
@@ -63,14 +63,14 @@ def test_an_unknown_name_is_refused():
         leapalign("k", "j").at(m=3)
 
 
-def test_start_is_bound_by_the_run():
+def test_t_is_bound_by_the_run():
     plan = Plan(latent("T").leap(0))
     assert plan.names == ()
     assert plan.prepared(7) == Plan(latent(7).leap(0))
     assert plan.at(T=4) == Plan(latent(4).leap(0))
 
 
-def test_start_and_the_number_of_steps_are_one_time():
+def test_t_is_the_number_of_steps():
     assert Plan(latent("T").leap(0, velocity=latent(5).velocity())).prepared(5) == Plan(latent(5).leap(0))
     with pytest.raises(PlanError) as err:
         Plan(latent("T").leap(0, velocity=latent(4).velocity())).prepared(5)

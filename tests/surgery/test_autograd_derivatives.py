@@ -22,7 +22,7 @@ CASES = pytest.mark.parametrize("run, factor", OPS.values(), ids=list(OPS))
 
 
 @CASES
-def test_backward(run, factor):
+def test_backward_scales_the_cotangent(run, factor):
     x = X.clone().requires_grad_()
     out = run(x)
     assert out.requires_grad == (factor != 0)
@@ -31,13 +31,13 @@ def test_backward(run, factor):
 
 
 @CASES
-def test_jvp(run, factor):
+def test_jvp_scales_the_tangent(run, factor):
     _, pushed = jvp(run, (X,), (TANGENT,))
     assert torch.equal(pushed, factor * TANGENT)
 
 
 @CASES
-def test_forward_ad(run, factor):
+def test_forward_ad_scales_the_tangent(run, factor):
     with forward_ad.dual_level():
         tangent = forward_ad.unpack_dual(run(forward_ad.make_dual(X, TANGENT))).tangent
     assert tangent is None if factor == 0 else torch.equal(tangent, factor * TANGENT)
@@ -61,7 +61,7 @@ def test_vmap_is_a_loop(run, factor):
 
 
 @CASES
-def test_per_sample_gradients(run, factor):
+def test_per_sample_gradients_are_those_of_a_loop(run, factor):
     """vmap over grad: the vmap rule of the backward pass."""
 
     def loss(x):
@@ -73,7 +73,7 @@ def test_per_sample_gradients(run, factor):
 
 
 @CASES
-def test_second_derivatives(run, factor):
+def test_second_derivatives_carry_the_factor_squared(run, factor):
     """Connect and scale are linear: the second derivative of half their square is factor^2."""
 
     def loss(x):
@@ -85,7 +85,7 @@ def test_second_derivatives(run, factor):
 @pytest.mark.parametrize(
     "run", [lambda x: autograd_functions.connect(x, REAL), lambda x: autograd_functions.scale(x, 0.3)]
 )
-def test_gradcheck_of_the_backward_pass(run):
+def test_the_backward_pass_is_differentiable(run):
     """The backward pass is itself differentiable."""
     x, c = X.clone().requires_grad_(), TANGENT.clone().requires_grad_()
     (g,) = torch.autograd.grad(run(x), x, c, create_graph=True)

@@ -10,7 +10,7 @@ DTYPES = tuple(VALUE)
 
 
 def far_apart(dtype):
-    """A rollout's latent and a prediction that misses it by the order of the latents."""
+    """A rollout's latent, and a prediction that misses it by the size of the latents."""
     generator = torch.Generator().manual_seed(0)
     real, prediction = (torch.randn(64, 33, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
     return real, (3 * prediction).requires_grad_()
@@ -26,7 +26,7 @@ def test_connect_is_the_rollout_s_value(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_textbook_formula_rounds_here(dtype):
+def test_the_textbook_connector_rounds(dtype):
     """Shows that the test above can fail."""
     real, prediction = far_apart(dtype)
     assert not torch.equal(prediction + (real - prediction).detach(), real)
@@ -40,7 +40,7 @@ def test_scale_keeps_the_value(dtype, factor):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_textbook_discount_rounds_here(dtype):
+def test_the_textbook_discount_rounds(dtype):
     _, x = far_apart(dtype)
     assert not torch.equal(0.3 * x + (1 - 0.3) * x.detach(), x)
 

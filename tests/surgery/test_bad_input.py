@@ -129,7 +129,7 @@ def test_a_velocity_of_a_wider_dtype_than_the_latents_is_refused() -> None:
 
 
 def test_a_velocity_of_a_narrower_dtype_leaves_the_latents_dtype() -> None:
-    """Under autocast a field returns bfloat16 for float32 latents: latents stay float32."""
+    """Under autocast a field returns bfloat16 velocities for float32 latents."""
     narrow = MLP(4, dtype=torch.bfloat16)
     trajectory = rollout(lambda x, s: narrow(x.bfloat16(), s), X.float(), SIGMAS)
     assert {a.dtype for a in trajectory.latents.values()} == {torch.float32}

@@ -23,7 +23,7 @@ K, J = sympy.symbols("k j")
 FIELD = MLP(3)
 
 
-def test_inverted_flow() -> None:
+def test_coefficients_of_the_inverted_flow() -> None:
     flow = InvertedFlow()
     assert (flow.alpha(0.25), flow.beta(0.25)) == (0.25, 0.75)
     assert (flow.alpha_rate(0.25), flow.beta_rate(0.25)) == (1, -1)
@@ -145,7 +145,7 @@ def test_supports_of_an_euler_advance_lie_above_its_end() -> None:
 
 
 def test_quadrature_rules_are_compared_by_value() -> None:
-    """A string made at run time is another object than the one in the library."""
+    """A string made at run time is a different object from the library's."""
     start = latent("p")
     velocities = [start.velocity(), *(latent(t).velocity() for t in ("q", "r", "u"))]
     expansion = Plan(start.advance("z", velocities, rule="".join(("eu", "ler")))).gradient()

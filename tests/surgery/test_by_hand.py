@@ -32,7 +32,7 @@ from trajsurgery.surgery.execution import Execution
 from trajsurgery.surgery.velocity_calls import trained_leaves
 
 
-def test_the_rollout() -> None:
+def test_the_rollout_records_latents_and_velocities() -> None:
     field = Counted()
     trajectory = rolled(field)
     assert [first(trajectory[t]) for t in (3, 2, 1, 0)] == [2, X2, X1, X0]

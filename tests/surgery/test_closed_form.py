@@ -18,7 +18,7 @@ FROM_START = Plan(noise().advance(0, [latent(1).velocity(), noise().velocity(), 
 
 
 def closed_and_autograd(plan, trajectory, field, guided=None):
-    """The two gradients, of all parameters and of x_T."""
+    """The closed form's and autograd's gradient of all parameters and of x_T."""
     named = {None: field} if guided is None else {None: field, "guided": guided}
     out = outputs(apply(plan, trajectory, named))
     cs = cotangents(out)
@@ -60,7 +60,7 @@ def test_autograd_is_the_closed_form_on_random_fields(plan, data):
 
 
 @given(st.integers(1, 8), st.data())
-def test_methods_on_any_number_of_steps(steps, data):
+def test_autograd_is_the_closed_form_of_methods_on_any_number_of_steps(steps, data):
     field = data.draw(fields(DIM))
     trajectory = data.draw(trajectories(field, steps, (DIM,)))
     plan = data.draw(methods(steps)).draw(steps)
@@ -84,7 +84,7 @@ def test_the_library_s_evaluation_agrees(plan, trajectory):
 @given(plans(STEPS, fields=("guided",)), trajectories(FIELD, STEPS, (DIM,), INTERPOLANTS))
 @example(Plan(latent(4).leap(2, velocity=latent(4).velocity("guided").detach()).leap(0)), ROLLED)
 def test_values_are_what_the_primitives_define(plan, trajectory):
-    """Every unrecorded value too: the witness computes them by plain formulas."""
+    """The witness computes unrecorded values by plain formulas."""
     named = {None: FIELD, "guided": GUIDED}
     out = outputs(apply(plan, trajectory, named))
     witness = Witness(plan, trajectory, named)

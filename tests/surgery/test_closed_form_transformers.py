@@ -46,7 +46,7 @@ def error(field, run) -> float:
 @pytest.mark.slow
 @given(RUNS)
 @example(LONGEST)
-def test_flux_in_float64(run):
+def test_autograd_is_the_closed_form_on_flux_in_float64(run):
     with float64_throughout():
         assert error(flux(), run) <= GRADIENT
 
@@ -54,7 +54,7 @@ def test_flux_in_float64(run):
 @pytest.mark.slow
 @given(RUNS)
 @example(LONGEST)
-def test_sd3_in_float64(run):
+def test_autograd_is_the_closed_form_on_sd3_in_float64(run):
     with float64_throughout():
         assert error(sd3(), run) <= GRADIENT
 
@@ -62,14 +62,14 @@ def test_sd3_in_float64(run):
 @pytest.mark.slow
 @given(RUNS)
 @example(LONGEST)
-def test_stock_flux(run):
+def test_autograd_is_the_closed_form_on_stock_flux(run):
     assert error(flux(), run) <= STOCK
 
 
 @pytest.mark.slow
 @given(RUNS)
 @example(LONGEST)
-def test_stock_sd3(run):
+def test_autograd_is_the_closed_form_on_stock_sd3(run):
     assert error(sd3(), run) <= STOCK
 
 

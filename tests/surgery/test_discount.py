@@ -42,7 +42,7 @@ FACTORED = plans(STEPS).filter(lambda plan: any(node.op in ("discount", "scale")
 @given(FACTORED, trajectories(FIELD, STEPS, (DIM,)), st.sampled_from((0.0, 1.0)))
 @example(leapalign(4, 2, 0.3), ROLLED.trajectory, 0.0)
 @example(leapalign(4, 2, 0.3), ROLLED.trajectory, 1.0)
-def test_the_ends_of_a_discount(plan, trajectory, a):
+def test_discount_0_is_detach_and_1_is_no_discount(plan, trajectory, a):
     try:
         discounted, plain = rewritten(plan, dict.fromkeys(("discount", "scale"), "detach" if a == 0 else None), a)
     except PlanError as err:
@@ -57,7 +57,7 @@ def test_the_ends_of_a_discount(plan, trajectory, a):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("a", [0.0, 1.0])
-def test_the_ends_of_a_discount_in_every_way_of_running(way, a):
+def test_discount_0_is_detach_and_1_is_no_discount_in_every_way_of_running(way, a):
     x = latent(4).leap(2).connect()
     plain = Plan(x.leap(0, velocity=(x.detach() if a == 0 else x).velocity()).connect())
     by_plan = [WAYS[way](plan, ROLLED, ROLLED.params, FIELD)[1] for plan in (leapalign(4, 2, a), plain)]

@@ -65,7 +65,7 @@ def test_leaves_are_looked_up_once():
     assert {id(leaf) for leaf in leaves(field, p.trajectory[1], p.sigmas[0])} == {id(v) for v in w.values()}
 
 
-def test_a_field_of_one_leaf():
+def test_a_field_may_be_one_leaf_and_must_have_one():
     shift = torch.zeros(3, 4, dtype=torch.float64, requires_grad=True)
     p = problem(lambda x, sigma: shift * 1.0)
     assert leaves(lambda x, sigma: shift, p.noise, p.sigmas[0]) == (shift,)

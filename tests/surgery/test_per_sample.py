@@ -91,7 +91,7 @@ PAIRS = st.lists(
 @settings(max_examples=5)
 @given(PAIRS)
 @example([(4, 1), (3, 2)])
-def test_on_small_transformers(make: Any, pairs: list[tuple[int, int]]) -> None:
+def test_the_gradient_is_the_sum_of_the_closed_forms_on_transformers(make: Any, pairs: list[tuple[int, int]]) -> None:
     with float64_throughout():
         p = problem(make(), 4, (2, *make().shape))
         assert max(gradient_errors(PerSample(leapalign(k, j, 0.3) for k, j in pairs), p)) <= GRADIENT
@@ -135,7 +135,7 @@ def test_a_batch_costs_as_many_calls_as_its_longest_plan() -> None:
     assert [at.dim() for at in seen] == [0, 0]
 
 
-def test_noise_and_renoised_samples() -> None:
+def test_noise_gets_the_gradient_of_its_sample_only() -> None:
     start = noise()
     for t in range(STEPS, 0, -1):
         start = start.leap(t - 1)
@@ -152,7 +152,7 @@ def test_noise_and_renoised_samples() -> None:
 
 
 @pytest.mark.parametrize("name", ["Flux", "SD3"])  # SD3: real guidance, the model's batch is doubled
-def test_through_a_pipeline(name: str) -> None:
+def test_the_gradient_is_the_sum_of_the_closed_forms_through_a_pipeline(name: str) -> None:
     small = BUILDERS[name]()
     with operate(small.pipe) as surgery:
         small()
@@ -193,7 +193,7 @@ def test_invalid_plans_per_sample_are_refused() -> None:
 
 
 @pytest.mark.parametrize("memory", ["retain", "recompute", "staged"])
-def test_a_recipe_with_equal_plans_is_the_shared_one(memory: str, tmp_path: Path) -> None:
+def test_a_recipe_with_equal_plans_gives_the_shared_plan_s_gradient(memory: str, tmp_path: Path) -> None:
     recipe = toy_world.recipe(tmp_path)
     one = FixedPlans((leapalign(4, 1, 0.3),), count())
     shared = gradient(recipe, one)

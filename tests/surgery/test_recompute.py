@@ -32,7 +32,7 @@ class Counting(MLP):
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_the_number_of_calls(name):
+def test_each_call_is_made_once_in_the_backward_pass(name):
     field = Counting(4, seed=3)
     p = problem(field)
     field.calls = 0

@@ -85,7 +85,7 @@ def loop(field, noise, sigmas):
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("name", FIELDS)
-def test_25_steps_keep_less_than_one_retained_step(name, mode):
+def test_25_steps_save_less_than_one_retained_step(name, mode):
     field = getattr(FIELDS[name](), mode)()
     sigmas, noise = torch.linspace(1, 0, 26, dtype=torch.float64), torch.randn(2, *field.shape, dtype=torch.float64)
     trajectory, parameters = rollout(field, noise, sigmas), list(field.parameters())
@@ -103,7 +103,7 @@ def test_25_steps_keep_less_than_one_retained_step(name, mode):
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("plan", [leapalign(6, 3, 0.3), DRTUNE], ids=["leapalign", "drtune"])
 @pytest.mark.parametrize("name", FIELDS)
-def test_under_the_model_s_own_checkpointing(name, plan, mode):
+def test_all_ways_agree_under_the_model_s_checkpointing(name, plan, mode):
     """DRTune's calls have detached inputs; a reentrant checkpoint would give them None."""
     field = getattr(FIELDS[name](), mode)()
     p = problem(field, shape=(2, *field.shape))
@@ -127,7 +127,7 @@ def adapted(start="gaussian"):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("plan", [leapalign(6, 3, 0.3), DRTUNE, full(8)], ids=["leapalign", "drtune", "full"])
-def test_lora(plan, checkpointing):
+def test_all_ways_agree_with_lora(plan, checkpointing):
     field = adapted()
     if checkpointing:
         field.model.enable_gradient_checkpointing()
@@ -172,7 +172,7 @@ def test_a_reentrant_checkpoint_is_refused(memory, plan, reentrant):
 @pytest.mark.parametrize("inside", [True, False])
 @pytest.mark.parametrize("cache", [True, False])
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")  # RMSNorm under autocast is not fused on a CPU
-def test_autocast(cache, inside):
+def test_recompute_agrees_with_retain_under_autocast(cache, inside):
     """With the cache of casts two retained calls add up in bfloat16, recomputed ones in float32."""
     field = FluxField().float()
     noise, sigmas = torch.randn(2, *field.shape), torch.linspace(1, 0, 9)
@@ -194,7 +194,7 @@ def test_autocast(cache, inside):
 
 
 @pytest.mark.parametrize("memory", ["retain", "recompute", "staged"])
-def test_a_frozen_field_beside_one_that_trains(memory):
+def test_a_frozen_field_passes_the_gradient_on(memory):
     """The frozen field passes the gradient on, and may also be called on a constant."""
     field, frozen = MLP(4, seed=1), MLP(4, seed=2).requires_grad_(False)
     p = problem(field)
@@ -253,7 +253,7 @@ def fresh():
 @pytest.mark.parametrize("wrap", ["module", "lambda", "in place"])
 @pytest.mark.parametrize("plan", [DRTUNE, full(8)], ids=["drtune", "full"])
 @DYNAMO_LOOKS_AT_GRAD
-def test_a_compiled_field(plan, wrap, backend, fresh):
+def test_a_compiled_field_has_the_same_gradient_and_compiles_once(plan, wrap, backend, fresh):
     field, plain, counted = MLP(4, seed=3), MLP(4, seed=3), Backend(backend)
     if wrap == "in place":
         field.compile(backend=counted)
@@ -274,7 +274,7 @@ def test_a_compiled_field(plan, wrap, backend, fresh):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch's default compiler needs a C++ compiler on a CPU")
 @DYNAMO_LOOKS_AT_GRAD
-def test_a_field_compiled_with_the_default_backend(fresh):
+def test_a_field_compiled_by_the_default_backend_has_the_same_gradient(fresh):
     field, plain = MLP(4, seed=3), MLP(4, seed=3)
     p = problem(plain)
     plan = leapalign(6, 3, 0.3)
@@ -285,7 +285,7 @@ def test_a_field_compiled_with_the_default_backend(fresh):
 
 @pytest.mark.slow
 @DYNAMO_LOOKS_AT_GRAD
-def test_a_compiled_flux(fresh):
+def test_a_compiled_flux_has_the_same_gradient(fresh):
     field = FluxField()
     p = problem(field, shape=(2, *field.shape))
     expected = torch.autograd.grad(apply(DRTUNE, p.trajectory, field).sum(), p.params)

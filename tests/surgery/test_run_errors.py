@@ -53,7 +53,7 @@ def test_invalid_sigmas_are_refused(sigmas, message):
             sample(PLAN, FIELD, X, times)
 
 
-def test_rising_sigmas_are_a_sampler_too():
+def test_rising_sigmas_are_allowed():
     """Schedulers that count up are monotone all the same."""
     assert rollout(FIELD, X, [0.0, 0.4, 1.0]).steps == 2
 

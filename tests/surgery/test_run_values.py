@@ -94,7 +94,7 @@ def test_on_this_field_the_textbook_connector_rounds():
 
 
 @given(plans(8))
-def test_every_latent_that_is_recorded_has_the_recorded_bits(plan):
+def test_recorded_latents_are_returned_bit_for_bit(plan):
     p = problem(MLP(4, seed=3))
     out = outputs(apply(plan, p.trajectory, p.field))
     for node, value in zip(plan.outputs, out, strict=True):
@@ -114,7 +114,7 @@ def test_steps_of_the_sampler_are_recorded_not_computed(rolled):
 
 @pytest.mark.parametrize("euler", [True, None])
 def test_steps_of_a_scheduler_that_computes_in_float32_are_recorded_too(euler):
-    """As diffusers' does with bfloat16 latents: the step computed again in bfloat16 has other bits."""
+    """diffusers computes steps of bfloat16 latents in float32: computed in bfloat16, they have other bits."""
     field, _, sigmas = run(torch.bfloat16)
     x = torch.randn(64, 4, generator=seeded()).to(torch.bfloat16)
     latents, velocities = {8: x}, {}
@@ -149,7 +149,7 @@ def test_on_other_interpolants_a_step_is_a_prediction(interpolant):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_predictions_in_every_dtype(dtype):
+def test_predictions_are_correct_in_every_dtype(dtype):
     field, noise, sigmas = run(dtype)
     trajectory = rollout(field, noise, sigmas)
     x_0 = apply(refl(5), trajectory, field)
@@ -169,7 +169,7 @@ def test_values_have_no_gradient_and_shape_of_the_plan(rolled):
         assert torch.equal(x, y)
 
 
-def test_distances(rolled):
+def test_distances_are_those_of_the_predictions_to_the_rollout(rolled):
     by_time = distances(leapalign(6, 3, 0.3), rolled.trajectory, rolled.field)
     assert list(by_time) == [3, 0]
     x = rolled.trajectory
@@ -234,7 +234,7 @@ def test_renoise_mixes_image_and_noise(rolled):
     torch.testing.assert_close(x_4, (1 - x.sigma(4)) * x[0] + x.sigma(4) * x[8])
 
 
-def test_a_trajectory_of_some_latents_is_enough() -> None:
+def test_a_trajectory_may_hold_some_latents_only() -> None:
     """Latents that the plan does not read may be missing: x_T was read for its dtype and batch size."""
     w = torch.nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
 

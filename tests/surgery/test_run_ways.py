@@ -24,7 +24,7 @@ def run(way, plan, p=P, fields=FIELDS, leaves=None):
 
 
 def agree(plan, p=P, fields=FIELDS, leaves=None):
-    """Every way's outputs and gradients are those of retain."""
+    """Outputs and gradients of every way of running are those of retain."""
     expected, gradient = run("retain", plan, p, fields, leaves)
     for way in WAYS:
         out, got = run(way, plan, p, fields, leaves)
@@ -75,7 +75,7 @@ class WrongGradient(MLP):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_several_plans_on_one_trajectory(way):
-    """One rollout, many plans, each with its own weight: gradients add."""
+    """One rollout, several plans, each with its cotangents: gradients add up."""
     many = [leapalign(4, 2, 0.3), refl(3), drtune(5, 2, {4}), Plan(latent(5).leap(0).connect())]
     trajectory_before = {t: P.trajectory[t].clone() for t in range(STEPS + 1)}
     alone = [run(way, plan)[1] for plan in many]
@@ -153,7 +153,7 @@ def test_noises_are_drawn_once_for_all_runs_on_a_trajectory():
     assert len({tuple(eps.flatten().tolist()) for eps in p.trajectory.noises.values()}) == 2
 
 
-def test_the_same_draw_at_two_times_is_two_noises_and_at_one_time_one():
+def test_a_draw_has_one_noise_at_each_time():
     trajectory = problem(FIELD, STEPS).trajectory
     first, again, other = (trajectory.noise(0, t, seeded(t)) for t in (2, 2, 3))
     assert first is again

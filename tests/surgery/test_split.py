@@ -55,7 +55,7 @@ def test_gradients_add_up_in_grad_and_params_limits_them(rolled: Problem) -> Non
     assert all(torch.equal(leaf.grad, torch.ones_like(leaf)) for leaf in rolled.params[1:])
 
 
-def test_the_gradient_to_the_noise_passes(rolled: Problem) -> None:
+def test_noise_gets_its_gradient(rolled: Problem) -> None:
     plan = Plan(noise().leap(3).leap(0))
     (expected,) = torch.autograd.grad(apply(plan, rolled.trajectory, rolled.field).sum(), rolled.noise)
     apply(plan, rolled.trajectory, rolled.field, "split").sum().backward()
@@ -117,7 +117,7 @@ def test_weights_frozen_before_the_backward_pass_are_refused(rolled: Problem) ->
 
 
 @pytest.mark.parametrize("in_one_pass", [True, False])
-def test_a_frozen_field_has_nothing_to_train(rolled: Problem, in_one_pass: bool) -> None:
+def test_a_frozen_field_is_refused(rolled: Problem, in_one_pass: bool) -> None:
     rolled.field.requires_grad_(False)
     run = partial(sample, PLAN, rolled.field, rolled.noise, rolled.sigmas, memory="split")
     with pytest.raises(SamplerError, match="no parameter of the field requires a gradient"):
