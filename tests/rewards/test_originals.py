@@ -204,9 +204,21 @@ def test_clip_at_full_size_uses_every_name(size: str) -> None:
     """PickScore's ViT-H-14, CLIPScore's and the aesthetic head's ViT-L-14, in transformers' form."""
     from transformers import CLIPConfig, CLIPModel
 
-    wide, t, joint, layers = (1280, 1024, 1024, (32, 24)) if size == "huge" else (1024, 768, 768, (24, 12))
-    vision = {"hidden_size": wide, "intermediate_size": 4 * wide, "num_hidden_layers": layers[0], "patch_size": 14}
-    text = {"hidden_size": t, "intermediate_size": 4 * t, "num_hidden_layers": layers[1], "vocab_size": 49408}
+    vision_width, text_width, joint, layers = (
+        (1280, 1024, 1024, (32, 24)) if size == "huge" else (1024, 768, 768, (24, 12))
+    )
+    vision = {
+        "hidden_size": vision_width,
+        "intermediate_size": 4 * vision_width,
+        "num_hidden_layers": layers[0],
+        "patch_size": 14,
+    }
+    text = {
+        "hidden_size": text_width,
+        "intermediate_size": 4 * text_width,
+        "num_hidden_layers": layers[1],
+        "vocab_size": 49408,
+    }
     vision |= {"num_attention_heads": 16, "image_size": 224}
     text |= {"num_attention_heads": 16 if size == "huge" else 12, "max_position_embeddings": 77}
     with torch.device("meta"):

@@ -137,7 +137,7 @@ def three_steps(staged, cleared=True):
     return list(field.parameters())
 
 
-def test_weight_decay_changes_the_same_parameters_in_every_way():
+def test_weight_decay_changes_the_same_parameters_in_all_memory_modes():
     expected = three_steps(staged=False)
     assert distance(three_steps(staged=True), expected) <= 1e-12
     assert distance(three_steps(staged=True, cleared=False), expected) > 1e-3  # weight decay applies to zero gradients

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 TINY = presets(LeapAlign(), "outputs/x")
 
 
-def read(args: list[str], monkeypatch: pytest.MonkeyPatch) -> Recipe:
+def parse_recipe(args: list[str], monkeypatch: pytest.MonkeyPatch) -> Recipe:
     """Return the recipe of a command line."""
     recipes: list[Recipe] = []
     monkeypatch.setattr(train_command, "main", lambda recipe, console: recipes.append(recipe) or {})
@@ -32,12 +32,12 @@ def read(args: list[str], monkeypatch: pytest.MonkeyPatch) -> Recipe:
 
 
 def test_without_flags_the_recipe_is_the_tiny_preset(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert read([], monkeypatch) == TINY["tiny"]
+    assert parse_recipe([], monkeypatch) == TINY["tiny"]
 
 
 def test_every_field_is_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = "--method.alpha 0.1 --objective.weights-at 0 --rollout.memory staged --optimiser.rate 1e-3 --seed 7"
-    recipe = read([*flags.split(), "--output", "elsewhere", "--overwrite"], monkeypatch)
+    recipe = parse_recipe([*flags.split(), "--output", "elsewhere", "--overwrite"], monkeypatch)
     assert recipe.method == LeapAlign(alpha=0.1)
     assert recipe.objective.weights_at == (0,)
     assert (recipe.rollout.memory, recipe.optimiser.rate, recipe.seed) == ("staged", 1e-3, 7)
@@ -46,7 +46,7 @@ def test_every_field_is_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_paper_preset_has_the_paper_s_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = read(["--preset", "paper", "--model", "some/folder"], monkeypatch)
+    recipe = parse_recipe(["--preset", "paper", "--model", "some/folder"], monkeypatch)
     assert recipe == replace(TINY["paper"], model="some/folder")
     assert recipe.method == LeapAlign(alpha=0.3)
     assert recipe.objective == Objective(threshold=0.55, tau=0.1)
