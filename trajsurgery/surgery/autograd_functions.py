@@ -6,35 +6,27 @@ Functions return the real value itself, in every dtype.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import _cur_sdpa_kernel_backends, sdpa_kernel  # pyright: ignore[reportPrivateUsage]
 
 Call = Callable[[Tensor], Tensor]
 
 
 def connect(prediction: Tensor, real: Tensor) -> Tensor:
-    """Return the value of `real`, exactly; the gradient goes to `prediction` unchanged (LeapAlign, Eq. 6-7).
-
-    Args:
-        prediction: [batch, *latent], receives the gradient.
-        real: [batch, *latent], the rollout's value, a constant.
-    """
-    return _apply(_Connect, prediction, real.detach())
+    """Return the value of `real`, exactly; the gradient goes to `prediction` unchanged (LeapAlign, Eq. 6-7)."""
+    return _apply(_Edit, prediction, real.detach(), lambda gradient: gradient)
 
 
 def scale(x: Tensor, factor: float) -> Tensor:
-    """Return the value of `x`, exactly, with its gradient multiplied by `factor` (Eq. 9). A factor of 0 stops it for
-    real.
-    """
+    """Return the value of `x`, exactly, with its gradient times `factor` (Eq. 9); a factor of 0 stops it for real."""
     if factor == 0:
         return x.detach()
-    return x if factor == 1 else _apply(_Scale, x, factor)
+    return x if factor == 1 else _apply(_Edit, x, x.detach(), lambda gradient: gradient * factor)
 
 
 @dataclass
@@ -47,7 +39,12 @@ class Gate:
 
 def gated(x: Tensor, gate: Gate) -> Tensor:
     """Return the value of `x`, exactly; in the backward pass only the gate's rows pass their gradient."""
-    return _apply(_Gated, x, gate)
+
+    def passed(gradient: Tensor) -> Tensor:
+        rows = gate.rows
+        return gradient if rows is None else gradient * rows.reshape(-1, *[1] * (gradient.dim() - 1))
+
+    return _apply(_Edit, x, x.detach(), passed)
 
 
 def recompute(call: Call, x: Tensor, params: Sequence[Tensor], value: Tensor | None) -> Tensor:
@@ -56,9 +53,7 @@ def recompute(call: Call, x: Tensor, params: Sequence[Tensor], value: Tensor | N
     The autocast and attention-kernel state of the forward pass is restored for it. First-order reverse mode only.
 
     Args:
-        call: the model at one time.
-        x: [batch, *latent].
-        params: the leaves that `call` trains; their gradients are returned to them.
+        params: the leaves that `call` trains.
         value: the result of `call(x)`, if it is recorded: then the forward pass costs nothing.
     """
     return _apply(_Recompute, call, value, x, *params)
@@ -78,10 +73,8 @@ def split(
     first-order reverse mode, by `backward()` alone.
 
     Args:
-        x: [batch, *latent], the plan's node that the call is made on.
-        kept: (v, input): a call that was made, with its graph; None: `call(x)` is run in the backward pass.
-        call: the model at one time, where it is not made yet.
-        value: what `call(x)` returns.
+        kept: (v, input): a call that was made, with its graph; None: `call(x)`, of this value, is run in the backward
+            pass.
         params: what receives a gradient; None: every leaf of the call's graph.
         leaves: what a call that is not made yet trains, which must not change before the backward pass.
     """
@@ -95,64 +88,34 @@ def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
         return function.apply(*args)
 
 
-class _Connect(torch.autograd.Function):
+class _Edit(torch.autograd.Function):
+    """The value of one tensor, exactly, with the gradient to another, edited."""
+
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(prediction: Tensor, real: Tensor) -> Tensor:
-        return real.clone()
+    def forward(x: Tensor, value: Tensor, edit: Call) -> Tensor:
+        return value.clone()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.dtype, ctx.real_dtype = inputs[0].dtype, inputs[1].dtype
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Call], output: Tensor) -> None:
+        x, value, ctx.edit = inputs
+        ctx.dtype, ctx.value_dtype = x.dtype, value.dtype
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return grad.to(ctx.dtype), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return ctx.edit(grad).to(ctx.dtype), None, None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return tangent.to(ctx.real_dtype, copy=True)
-
-
-class _Scale(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, factor: float) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
-        ctx.factor = inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return grad * ctx.factor, None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return tangent * ctx.factor
-
-
-class _Gated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Gate) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.gate = gate
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        rows = ctx.gate.rows
-        return grad if rows is None else grad * rows.reshape(-1, *[1] * (grad.dim() - 1)).to(grad.dtype), None
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return ctx.edit(tangent).to(ctx.value_dtype, copy=True)
 
 
 class _Recompute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, value: Tensor | None, x: Tensor, *params: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.call, ctx.state = call, _kernel_state(x.device.type)
-        # Not saved tensors: hooks such as save_on_cpu would hand back copies, which the call does not depend on.
-        ctx.leaves, ctx.versions = params, [p._version for p in params]
+        ctx.call = call
+        _remember(ctx, x.device.type, params)
         ctx.save_for_backward(x)
         if value is None:
             with torch.no_grad():
@@ -186,8 +149,8 @@ class _Split(torch.autograd.Function):
         params: tuple[Tensor, ...] | None,
         leaves: Sequence[Tensor],
     ) -> Tensor:
-        ctx.kept, ctx.call, ctx.params, ctx.state = kept, call, params, _kernel_state(x.device.type)
-        ctx.leaves, ctx.versions = leaves, [leaf._version for leaf in leaves]
+        ctx.kept, ctx.call, ctx.params = kept, call, params
+        _remember(ctx, x.device.type, leaves)
         ctx.token = torch.autograd.graph.get_gradient_edge(token).node
         ctx.save_for_backward(*([x] if kept is None else []))
         v = value if kept is None else kept[0]
@@ -219,7 +182,7 @@ def _call_again(ctx: Any, x: Tensor) -> Tensor:
             "a parameter was changed in place between the forward and the backward pass: the call, made again, would "
             "give the gradient of another model. Call backward() before optimizer.step()."
         )
-    with torch.enable_grad(), _restored(ctx.state):
+    with torch.enable_grad(), ctx.autocast, sdpa_kernel(ctx.kernels):
         v = ctx.call(x)
     if not v.requires_grad:
         raise RuntimeError(
@@ -230,22 +193,10 @@ def _call_again(ctx: Any, x: Tensor) -> Tensor:
     return v
 
 
-def _kernel_state(device: str) -> tuple[Any, ...]:
-    """Return the settings that decide which kernels a model call runs."""
-    enabled = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device)
-    sdp = torch.backends.cuda
-    allowed = {
-        SDPBackend.FLASH_ATTENTION: sdp.flash_sdp_enabled(),
-        SDPBackend.EFFICIENT_ATTENTION: sdp.mem_efficient_sdp_enabled(),
-        SDPBackend.MATH: sdp.math_sdp_enabled(),
-        SDPBackend.CUDNN_ATTENTION: sdp.cudnn_sdp_enabled(),
-    }
-    return device, enabled, dtype, torch.is_autocast_cache_enabled(), [kind for kind, on in allowed.items() if on]
-
-
-@contextlib.contextmanager
-def _restored(state: tuple[Any, ...]) -> Generator[None]:
-    device, enabled, dtype, cache, kernels = state
-    with torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache), sdpa_kernel(kernels):
-        yield
+def _remember(ctx: Any, device: str, leaves: Sequence[Tensor]) -> None:
+    """Keep what the call must find again in the backward pass: its leaves, and the settings that choose its kernels."""
+    # Not saved tensors: hooks such as save_on_cpu would hand back copies, which the call does not depend on.
+    ctx.leaves, ctx.versions = leaves, [leaf._version for leaf in leaves]
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    ctx.autocast = torch.autocast(device, dtype, enabled, torch.is_autocast_cache_enabled())
+    ctx.kernels = _cur_sdpa_kernel_backends()
