@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tests.builders.problems import WAYS, cotangents, distance, grads, outputs, problem, seeded
 from tests.tolerances import EXACT, GRADIENT
-from trajsurgery import Plan, apply, backward, draft_lv, drtune, latent, leapalign, noise, recorded, refl
+from trajsurgery import Plan, apply, backward, draft_lv, drtune, latent, leapalign, noise, recorded, refl, rollout
 from trajsurgery.testing import INTERPOLANTS, MLP, check_gradient, methods, plans, trajectories
 
 STEPS, DIM = 5, 4
@@ -51,7 +51,12 @@ def test_the_methods_on_any_number_of_steps(data, steps):
     agree(data.draw(methods(steps)).draw(steps, seeded(0)), problem(FIELD, steps))
 
 
+START = torch.tensor([[0.3923, -0.2236, -0.3195, -1.2050]], dtype=torch.float64)
+DOUBLED = Plan(latent(5).advance(1, [latent(5).velocity().scale(2.0)], "adams-bashforth").leap(0))
+
+
 @given(plans(STEPS).filter(lambda plan: "noise" not in str(plan.to_dict())), trajectories(FIELD, STEPS, (DIM,)))
+@example(DOUBLED, rollout(FIELD, START, [1, 0.8, 0.6, 0.4, 0.2, 0]))  # bends: too wide a stencil misses by 3e-8
 def test_the_public_checker_agrees(plan, trajectory):
     check_gradient(plan, trajectory, FIELD, tolerance=GRADIENT)
 

@@ -54,12 +54,12 @@ class FrozenPlan:
 
     def derivative(self, direction: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return d(outputs) along a direction of `case.wrt`, by finite differences."""
-        width = torch.finfo(self.outputs[0].dtype).eps ** (1 / 9)
+        step = torch.finfo(self.outputs[0].dtype).eps ** (1 / 9) / 32
         derivatives = [torch.zeros_like(output) for output in self.outputs]
         for i, weight in STENCIL:
             for sign in (1, -1):
-                moved = self.moved(direction, sign * i * width / 8)
-                derivatives = [f + sign * weight * m / (width / 8) for f, m in zip(derivatives, moved, strict=True)]
+                moved = self.moved(direction, sign * i * step)
+                derivatives = [f + sign * weight * m / step for f, m in zip(derivatives, moved, strict=True)]
         return tuple(derivatives)
 
     def moved(self, direction: Sequence[Tensor], by: float) -> tuple[Tensor, ...]:
