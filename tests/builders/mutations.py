@@ -73,10 +73,10 @@ MUTATIONS = (
     Mutation(
         "a detach under no_grad alone",
         "surgery/node_values.py",
-        "Detach: lambda node, of, *_: of[node.x].detach(),",
-        "Detach: lambda node, of, *_: of[node.x] * 1,",
+        "nodes.Detach: lambda node, of, *_: of[node.x].detach(),",
+        "nodes.Detach: lambda node, of, *_: of[node.x] * 1,",
         "surgery/test_forward_mode.py",
-        (("surgery/execution.py", "result if node in self.live else result.detach()", "result"),),
+        (("surgery/execution.py", "value if node in self.live else value.detach()", "value"),),
     ),
     Mutation(
         "a connector that stops the gradient",
@@ -116,8 +116,8 @@ MUTATIONS = (
     Mutation(
         "recompute under torch.func",
         "surgery/velocity_calls.py",
-        'if memory == "retain" or _inside_torch_func():',
-        'if memory == "retain":',
+        'if memory != "retain" and not _inside_torch_func():',
+        'if memory != "retain":',
         "surgery/test_forward_mode.py",
     ),
     Mutation(
@@ -151,7 +151,7 @@ MUTATIONS = (
     Mutation(
         "a faithful value computed again",
         "surgery/node_values.py",
-        "return autograd_functions.connect(prediction, trajectory[_int(node.to)]) if faithful else prediction",
+        "return autograd_functions.connect(prediction, trajectory[node.to]) if faithful else prediction",
         "return prediction",
         "surgery/test_run_values.py",
     ),
@@ -207,7 +207,7 @@ MUTATIONS = (
     Mutation(
         "supports that are not sorted",
         "surgery/node_values.py",
-        "order = sorted(node.velocities, key=lambda v: -_int(v.t))",
+        "order = sorted(node.velocities, key=lambda v: -int(v.t))",
         "order = list(node.velocities)",
         "plans/test_quadrature.py",
     ),

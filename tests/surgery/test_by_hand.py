@@ -29,7 +29,7 @@ from trajsurgery import (
     values,
 )
 from trajsurgery.surgery.execution import Execution
-from trajsurgery.surgery.velocity_calls import trained_leaves
+from trajsurgery.surgery.parameters import leaves_by_field
 
 
 def test_the_rollout_records_latents_and_velocities() -> None:
@@ -163,7 +163,7 @@ def test_recompute_trains_the_fields_that_the_plan_calls() -> None:
     fields: Any = {None: one, "other": other, "third": third}
 
     def leaf_ids(plan: Plan, params: Any = None) -> dict[Any, list[int]]:
-        leaves = trained_leaves(Execution(plan, rolled()), fields, params)
+        leaves = leaves_by_field(fields, Execution(plan, rolled()).sources, rolled(), params)
         return {name: [id(leaf) for leaf in part] for name, part in leaves.items()}
 
     assert leaf_ids(plan) == {None: [id(one.w)], "other": [id(other.w)]}

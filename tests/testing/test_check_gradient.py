@@ -118,7 +118,8 @@ def test_a_leap_of_the_wrong_sign_is_reported(monkeypatch):
 
 
 def test_a_missing_detach_is_reported(monkeypatch):
-    def compute(self, node, faithful):
+    def compute(self, node):
+        faithful = self.is_recorded(node)
         self.tensors[node] = node_values.node_value(node, self.tensors, self.trajectory, faithful, self.generator)
         self.faithful |= {node} if faithful else set()
 

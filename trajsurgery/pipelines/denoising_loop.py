@@ -17,8 +17,9 @@ from trajsurgery.pipelines.pipeline_field import PipelineField
 from trajsurgery.pipelines.scheduler import Schedule, first_timetable_entry, reroute, step_output
 from trajsurgery.plans import nodes
 from trajsurgery.plans.plan import Plan
-from trajsurgery.surgery.execution import Execution, bind_to_steps, first_call
-from trajsurgery.surgery.trajectory import Generators, Trajectory
+from trajsurgery.surgery.execution import Execution, first_call
+from trajsurgery.surgery.trajectory import Trajectory
+from trajsurgery.surgery.validation import Generators
 from trajsurgery.surgery.velocity_calls import IN_ROLLOUT, Memory, cut, run_outputs, split_call
 
 
@@ -162,7 +163,7 @@ class DenoisingLoop:
         if self.options.plan is not None:
             self.record.stateless()
             try:
-                self.plan = bind_to_steps(self.options.plan, self.t)
+                self.plan = self.options.plan.prepared(self.t)
             except PlanError as error:
                 if self.t == schedule.whole:
                     raise

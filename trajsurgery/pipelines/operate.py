@@ -21,7 +21,8 @@ from trajsurgery.pipelines.scheduler import check_flow_matching
 from trajsurgery.plans import legality
 from trajsurgery.plans.plan import Plan
 from trajsurgery.surgery.execution import check_plan
-from trajsurgery.surgery.trajectory import Generators, Trajectory
+from trajsurgery.surgery.trajectory import Trajectory
+from trajsurgery.surgery.validation import Generators
 from trajsurgery.surgery.velocity_calls import Memory, check_memory
 
 _ONE_OFF = "_operated_by_trajsurgery"
@@ -111,7 +112,7 @@ class Surgery:
                 "record once with operate(pipe) and run several plans on surgery.trajectory."
             )
         check_flow_matching(self._pipe)
-        check_memory(self._options.memory, self._pipe.components.values())
+        check_memory(self._options.memory, self._pipe.components)
         members = {_ONE_OFF: True, "__call__": self._recorded_call(), "__module__": self._base.__module__}
         self._pipe.__class__ = type(self._base.__name__, (self._base,), members)
         return self

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,18 +13,17 @@ from trajsurgery.plans.interpolants import Interpolant, RectifiedFlow
 from trajsurgery.plans.nodes import Noise
 from trajsurgery.plans.per_sample import PerSample
 from trajsurgery.plans.plan import Plan
-from trajsurgery.surgery.execution import Execution, bind_to_steps, check_plan
+from trajsurgery.surgery.execution import Execution
 from trajsurgery.surgery.parameters import Fields, Params, field_named, has_trainable_parameters, trainable_only
 from trajsurgery.surgery.per_sample_execution import start_run
-from trajsurgery.surgery.trajectory import Generators, Trajectory, as_sigmas
-from trajsurgery.surgery.validation import call_field, change_count, check_finite, match_cotangents
+from trajsurgery.surgery.trajectory import Trajectory, as_sigmas
+from trajsurgery.surgery.validation import Generators, call_field, change_count, check_finite, match_cotangents
 from trajsurgery.surgery.velocity_calls import (
     IN_ROLLOUT,
     Memory,
-    Run,
+    ModelCall,
     check_memory,
     cut,
-    modules_of,
     retained_call,
     run_outputs,
     split_call,
@@ -54,9 +53,8 @@ def rollout(
     Raises:
         SamplerError: sigmas of a wrong shape, order or range; a field that returns no velocity; NaN or Inf.
     """
-    trajectory = _run_sampler(field, noise, sigmas, interpolant, None)[1]
-    if check:
-        check_finite(trajectory.latents, trajectory.velocities)
+    trajectory = _new_trajectory(noise, sigmas, interpolant)
+    _run_sampler(field, trajectory, check)
     return trajectory
 
 
@@ -84,19 +82,13 @@ def sample(
         PlanError: the plan does not fit T = len(sigmas) - 1 steps, or has unbound names.
         SamplerError: as `rollout` and `apply`.
     """
-    check_memory(memory, modules_of(field))
-    check_plan(plan)
-    bind_to_steps(plan, len(as_sigmas(sigmas, noise)) - 1)
-    trained = None
-    if params is not None and memory == "split":  # the rollout's own calls need them
-        params = trained = trainable_only(params, required=False)
-    in_rollout = plan if memory in IN_ROLLOUT else None
-    rolled = _run_sampler(field, noise, sigmas, interpolant, in_rollout, generator, memory == "split", trained)
-    trajectory = rolled[1]
-    if check:
-        check_finite(trajectory.latents, trajectory.velocities)
-    execution: Run = rolled[0] or Execution(plan, trajectory, generator)
-    return _unwrap(run_outputs(field, memory, execution, params)), trajectory
+    check_memory(memory, field)
+    trajectory = _new_trajectory(noise, sigmas, interpolant)
+    execution = Execution(plan, trajectory, generator)
+    trained = None if params is None else trainable_only(params, required=False)
+    in_rollout = execution if memory in IN_ROLLOUT else None
+    _run_sampler(field, trajectory, check, in_rollout, memory == "split", trained)
+    return _unwrap(run_outputs(field, memory, execution, trained)), trajectory
 
 
 def apply(
@@ -193,18 +185,18 @@ def backward(
         PlanError, SamplerError: as `apply`; a cotangent that does not match its output.
     """
     execution = start_run(plan, trajectory, generator)
-    stages: list[tuple[Callable[[Tensor], Tensor], Tensor, Tensor]] = []
+    stages: list[tuple[ModelCall, Tensor, Tensor]] = []
 
-    def stand_in(call: Callable[[Tensor], Tensor], x: Tensor, recorded: Tensor | None, name: str | None) -> Tensor:
+    def stand_in(call: ModelCall, x: Tensor) -> Tensor:
         with torch.no_grad():
-            v = call(x.detach()) if recorded is None else recorded
+            v = call(x.detach()) if call.value is None else call.value
         leaf = v.detach().clone().requires_grad_()
         stages.append((call, x, leaf))
         return leaf
 
-    required = not any(isinstance(node, Noise) for node in execution.live)
+    required = Noise not in map(type, execution.sources)
     trained = None if params is None else trainable_only(params, required)
-    # Beside a field that trains another may be frozen; `calls.training` looks after those that are not.
+    # Beside a field that trains another may be frozen; `ModelCall` looks after those that are not.
     all_must_train = required and not (
         isinstance(field, Mapping) and any(map(has_trainable_parameters, field.values()))
     )
@@ -216,7 +208,7 @@ def backward(
 
 
 def _backward_of_call(
-    call: Callable[[Tensor], Tensor], x: Tensor, cotangent: Tensor, trained: tuple[Tensor, ...] | None, required: bool
+    call: ModelCall, x: Tensor, cotangent: Tensor, trained: tuple[Tensor, ...] | None, required: bool
 ) -> None:
     """Run one model call and its backward pass; its input's gradient continues through the linear part of the plan."""
     x_leaf = x.detach().requires_grad_(x.requires_grad)
@@ -238,35 +230,34 @@ def _linear_gradients(roots: Sequence[Tensor], cotangents: Sequence[Tensor]) -> 
     torch.autograd.backward([root for root, _ in pairs], [c for _, c in pairs], retain_graph=True)
 
 
+def _new_trajectory(noise: Tensor, sigmas: Tensor | Sequence[float], interpolant: Interpolant | None) -> Trajectory:
+    times = as_sigmas(sigmas, noise)
+    return Trajectory(times, {len(times) - 1: noise.detach()}, {}, interpolant or RectifiedFlow(), start=noise)
+
+
 def _run_sampler(
     fields: Fields,
-    noise: Tensor,
-    sigmas: Tensor | Sequence[float],
-    interpolant: Interpolant | None,
-    plan: Plan | None,
-    generator: Generators = None,
+    trajectory: Trajectory,
+    check: bool,
+    execution: Execution | None = None,
     split: bool = False,
     params: tuple[Tensor, ...] | None = None,
-) -> tuple[Execution | None, Trajectory]:
+) -> None:
     """The sampler's loop. The model's input is the plan's own node where the plan calls at t, else the plain latent."""
-    times = as_sigmas(sigmas, noise)
-    x = noise.detach()
-    trajectory = Trajectory(times, {len(times) - 1: x}, {}, interpolant or RectifiedFlow(), start=noise)
-    execution = None if plan is None else Execution(plan, trajectory, generator)
-    field, versions = field_named(fields, None), dict[int, int]()
+    field, versions, x = field_named(fields, None), dict[int, int](), trajectory[trajectory.steps]
     for t in range(trajectory.steps, 0, -1):
-        node = None
         if execution is not None:
             execution.settle()
-            node = execution.wanted(t)
-        with torch.set_grad_enabled(node is not None):
-            model_input = x if node is None or execution is None else execution.tensors[node.x]
-            model_input = cut(model_input) if split and node is not None else model_input
-            v = call_field(field, model_input, trajectory.sigma(t), t)
+        if execution is None or (node := execution.wanted(t)) is None:
+            with torch.no_grad():
+                v = call_field(field, x, trajectory.sigma(t), t)
+        else:
+            node_x = execution.tensors[node.x]
+            start = cut(node_x) if split else node_x
+            with torch.enable_grad():
+                v = call_field(field, start, trajectory.sigma(t), t)
+            execution.adopt(node, split_call(node_x, v, start, params) if split else v)
         versions[t] = change_count(v)
-        if node is not None and execution is not None:
-            x_node = execution.tensors[node.x]
-            execution.adopt(node, split_call(x_node, v, model_input, params) if split else v)
         trajectory.velocities[t] = v.detach()
         x = x + (trajectory.sigma(t - 1) - trajectory.sigma(t)) * v.detach()
         trajectory.latents[t - 1] = x
@@ -276,7 +267,8 @@ def _run_sampler(
             f"the velocities of t = {changed} were changed in place after the field had returned them: it writes into "
             "one buffer again and again. Return a new tensor each time (v.clone())."
         )
-    return execution, trajectory
+    if check:
+        check_finite(trajectory.latents, trajectory.velocities)
 
 
 def _unwrap(outputs: tuple[Any, ...]) -> Any:

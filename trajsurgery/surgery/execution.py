@@ -6,61 +6,48 @@ import torch
 from torch import Tensor
 
 from trajsurgery.errors import PlanError, SamplerError
-from trajsurgery.plans.graph import faithful, is_faithful, needs_gradient, reached
+from trajsurgery.plans.graph import faithful, is_faithful, needs_gradient, reached, trained
 from trajsurgery.plans.nodes import Advance, Leap, Node, Velocity
 from trajsurgery.plans.per_sample import PerSample
 from trajsurgery.plans.plan import Plan
 from trajsurgery.surgery.node_values import node_value
 from trajsurgery.surgery.parameters import Fields
-from trajsurgery.surgery.trajectory import Generators, Trajectory
-from trajsurgery.surgery.validation import check_generator
-from trajsurgery.surgery.velocity_calls import Call, velocity_at
+from trajsurgery.surgery.trajectory import Trajectory
+from trajsurgery.surgery.validation import Generators, check_generator
+from trajsurgery.surgery.velocity_calls import ModelCall, Way, velocity_at
 
 
 class Execution:
     """The values of a plan's nodes on a trajectory that may still grow.
 
-    `settle` computes everything that needs no model call, and is called as the rollout proceeds; `adopt` takes over one
-    of the rollout's own calls; `finish` makes the remaining calls.
+    `settle` computes everything that needs no model call, and is called as the rollout proceeds; `adopt` takes a call's
+    velocity, such as one of the rollout's own; `finish` makes the remaining calls.
     """
 
     def __init__(self, plan: Plan, trajectory: Trajectory, generator: Generators = None, gradient: bool = True) -> None:
         check_plan(plan)
         check_trajectory(trajectory)
         check_generator(generator)
-        self.plan = bind_to_steps(plan, trajectory.steps)
+        self.plan = plan.prepared(trajectory.steps)
         self.trajectory = trajectory
         self.generator = generator
         outputs = self.plan.outputs
         self.live: set[Node] = needs_gradient(outputs) & set(reached(outputs)) if gradient else set()
+        self.sources: list[Node] = trained(outputs) if gradient else []
         self.tensors: dict[Node, Tensor] = {}
         self.faithful: set[Node] = set()
-
-    @property
-    def calls(self) -> list[Velocity]:
-        """The calls that a gradient reaches."""
-        return [node for node in self.plan.nodes if isinstance(node, Velocity) and node in self.live]
 
     def settle(self) -> None:
         """Compute every node that is ready without a model call."""
         for node in self.plan.nodes:
-            if (
-                node not in self.tensors
-                and all(parent in self.tensors for parent in node.parents)
-                and self._recorded(node)
-            ):
-                recorded = is_faithful(node, self.faithful, self.trajectory.is_step)
-                if not isinstance(node, Velocity) or (recorded and node not in self.live):
-                    self._compute(node, recorded)
+            if node not in self.tensors and self._is_ready(node) and not self._needs_call(node):
+                self._compute(node)
 
     def wanted(self, t: int) -> Velocity | None:
         """Return the plan's call that the rollout's own call at t can serve, once x_t is recorded."""
-        for node in self.plan.nodes:
-            if not isinstance(node, Velocity) or node.t != t or node not in self.live or node in self.tensors:
-                continue
-            if node.x in self.tensors and is_faithful(node, self.faithful, self.trajectory.is_step):
-                return node
-        return None
+        calls = (node for node in self.sources if isinstance(node, Velocity) and node.t == t)
+        pending = (call for call in calls if call not in self.tensors and call.x in self.tensors)
+        return next((call for call in pending if self.is_recorded(call)), None)
 
     def forget(self, t: int) -> None:
         """Drop what was computed at t, because the loop changed x_t afterwards."""
@@ -68,85 +55,64 @@ class Execution:
             del self.tensors[node]
             self.faithful.discard(node)
 
-    def adopt(self, node: Velocity, v: Tensor) -> None:
-        """Take the rollout's own call as the plan's."""
-        self.tensors[node] = v
-        self.faithful.add(node)
+    def adopt(self, node: Node, value: Tensor) -> None:
+        """Take a value, such as the velocity of a call, as the node's."""
+        if self.is_recorded(node):
+            self.faithful.add(node)
+        self.tensors[node] = value if node in self.live else value.detach()
 
-    def finish(self, fields: Fields, call: Call) -> tuple[Tensor, ...]:
-        """Return the outputs, using `call` for the remaining model calls that the gradient reaches."""
+    def finish(self, fields: Fields, way: Way) -> tuple[Tensor, ...]:
+        """Return the outputs, making the remaining model calls that the gradient reaches in this way."""
         while (node := self.next_call()) is not None:
-            t, recorded = time_of(node), self.trajectory.velocities.get(time_of(node))
-            value = self.trajectory.velocity(t) if self.recorded(node) else None
-            x, sigma, live = self.tensors[node.x], self.trajectory.sigma(t), node in self.live
-            self.take(node, velocity_at(fields, node.field, call, x, sigma, t, recorded, value, live))
+            t = int(node.t)
+            value = self.trajectory.velocity(t) if self.is_recorded(node) else None
+            call = ModelCall(fields, node.field, self.trajectory, t, value)
+            self.adopt(node, velocity_at(call, way, self.tensors[node.x], node in self.live))
         return tuple(self.tensors[output] for output in self.plan.outputs)
 
     def next_call(self) -> Velocity | None:
         """Return the next model call to make, computing what comes before it; None if there is none."""
         for node in self.plan.nodes:
-            if node in self.tensors:
-                continue
-            recorded = self.recorded(node)
-            if isinstance(node, Velocity) and not (recorded and node not in self.live):
-                return node
-            self._compute(node, recorded)
+            if node not in self.tensors:
+                if isinstance(node, Velocity) and self._needs_call(node):
+                    return node
+                self._compute(node)
         return None
 
-    def recorded(self, node: Node) -> bool:
+    def is_recorded(self, node: Node) -> bool:
         """Whether the rollout recorded the node's value."""
         return is_faithful(node, self.faithful, self.trajectory.is_step)
 
-    def take(self, node: Velocity, v: Tensor) -> None:
-        """Store the velocity of a call."""
-        self._keep(node, v, self.recorded(node))
-
     def distances(self) -> dict[int, Tensor]:
         """Return {t: [batch]}: mean |x_t - prediction| of what lands on t; see `trajsurgery.distances`."""
-        distances_at: dict[int, list[Tensor]] = {}
+        misses: dict[int, list[Tensor]] = {}
         for node in self.plan.nodes:
-            if isinstance(node, Leap | Advance):
-                t = time_of(node)
-                if t not in self.trajectory.latents:  # the rollout ended before
-                    continue
-                misses = distances_at.setdefault(t, [])
+            if isinstance(node, Leap | Advance) and node.t in self.trajectory.latents:  # the rollout may end before
+                misses_at = misses.setdefault(int(node.t), [])
                 if node not in self.faithful:
-                    real = self.trajectory[t]
+                    real = self.trajectory[int(node.t)]
                     wide = torch.promote_types(real.dtype, torch.float32)
-                    misses.append((real.to(wide) - self.tensors[node].detach()).abs().reshape(len(real), -1).mean(1))
+                    misses_at.append((real.to(wide) - self.tensors[node].detach()).abs().reshape(len(real), -1).mean(1))
         return {
-            t: torch.stack(distances_at[t]).mean(0)
-            if distances_at[t]
-            else self.trajectory[t].new_zeros(len(self.trajectory[t]))
-            for t in sorted(distances_at, reverse=True)
+            t: torch.stack(misses[t]).mean(0) if misses[t] else self.trajectory[t].new_zeros(len(self.trajectory[t]))
+            for t in sorted(misses, reverse=True)
         }
 
-    def _recorded(self, node: Node) -> bool:
-        """Whether the trajectory already holds what the node reads from it."""
+    def _is_ready(self, node: Node) -> bool:
+        """Whether the node's parents are computed, and what it reads from the trajectory is recorded."""
         if node.op in ("recorded", "velocity"):
-            return node.t in self.trajectory.velocities
-        needed = 0 if node.op in ("renoise", "recover") else node.t
-        return needed in self.trajectory.latents
+            recorded = node.t in self.trajectory.velocities
+        else:
+            recorded = (0 if node.op in ("renoise", "recover") else node.t) in self.trajectory.latents
+        return recorded and all(parent in self.tensors for parent in node.parents)
 
-    def _compute(self, node: Node, faithful: bool) -> None:
+    def _needs_call(self, node: Node) -> bool:
+        return isinstance(node, Velocity) and (node in self.live or not self.is_recorded(node))
+
+    def _compute(self, node: Node) -> None:
         with torch.set_grad_enabled(node in self.live):
-            result = node_value(node, self.tensors, self.trajectory, faithful, self.generator)
-        self._keep(node, result, faithful)
-
-    def _keep(self, node: Node, result: Tensor, faithful: bool) -> None:
-        self.tensors[node] = result if node in self.live else result.detach()
-        if faithful:
-            self.faithful.add(node)
-
-
-def bind_to_steps(plan: Plan, steps: int) -> Plan:
-    """Return the plan bound to `steps` steps.
-
-    Raises:
-        PlanError: it does not fit them, or is no plan.
-    """
-    check_plan(plan)
-    return plan.prepared(steps)
+            recorded = self.is_recorded(node)
+            self.adopt(node, node_value(node, self.tensors, self.trajectory, recorded, self.generator))
 
 
 def check_plan(plan: object) -> None:
@@ -178,16 +144,8 @@ def first_call(plan: Plan, steps: int) -> Velocity | None:
 
     Its input is x_T without gradient; a call on `noise()` is made afterwards.
     """
-    differentiable = needs_gradient(plan.outputs)
-    live = differentiable & set(reached(plan.outputs))
-    recorded = faithful(plan.outputs, lambda _: False)
-    for node in plan.nodes:
-        if isinstance(node, Velocity) and node.t == steps and node in live & recorded and node.x not in differentiable:
+    recorded, differentiable = faithful(plan.outputs, lambda _: False), needs_gradient(plan.outputs)
+    for node in trained(plan.outputs):
+        if isinstance(node, Velocity) and node.t == steps and node in recorded and node.x not in differentiable:
             return node
     return None
-
-
-def time_of(node: Node) -> int:
-    """Return the time of a bound node."""
-    assert isinstance(node.t, int), f"{node!r} was not bound by Plan.prepared"
-    return node.t

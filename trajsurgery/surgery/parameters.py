@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trajsurgery.errors import SamplerError
+from trajsurgery.plans.nodes import Node, Noise, Velocity
 from trajsurgery.surgery.validation import call_field
 
 Field = Callable[[Tensor, Tensor], Tensor]
@@ -20,27 +22,18 @@ Fields = Field | Mapping[str | None, Field]
 
 Params = Iterable[Tensor] | Mapping[str, Tensor] | None
 
-_found: weakref.WeakKeyDictionary[Any, tuple[Tensor, ...]] = weakref.WeakKeyDictionary()
+_leaves_of_fields: weakref.WeakKeyDictionary[Any, tuple[Tensor, ...]] = weakref.WeakKeyDictionary()
 
 
 def field_named(fields: Fields, name: str | None) -> Field:
-    """Return the field of that name.
-
-    Raises:
-        SamplerError: there is none.
-    """
-    if not isinstance(fields, Mapping):
-        if name is None:
-            return fields
-        names: list[str | None] = [None]
-    elif name in fields:
-        return fields[name]
-    else:
-        names = list(fields)
-    raise SamplerError(
-        f"the plan calls the field {name!r}, and the fields given are {names}. Run it with a mapping of names to "
-        "fields, {None: default_field, 'guided': other_field}."
-    )
+    """Return the field of that name, or raise SamplerError if there is none."""
+    by_name: Mapping[str | None, Field] = fields if isinstance(fields, Mapping) else {None: fields}
+    if name not in by_name:
+        raise SamplerError(
+            f"the plan calls the field {name!r}, and the fields given are {[*by_name]}. Run it with a mapping of names "
+            "to fields, {None: default_field, 'guided': other_field}."
+        )
+    return by_name[name]
 
 
 def has_trainable_parameters(field: Field) -> bool:
@@ -48,26 +41,47 @@ def has_trainable_parameters(field: Field) -> bool:
     return hasattr(field, "parameters") and any(p.requires_grad for p in field.parameters())  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def leaves(field: Field, x: Tensor, sigma: Tensor, params: Params = None, required: bool = True) -> tuple[Tensor, ...]:
-    """Return the leaves that the field trains.
+def leaves(field: Field, x: Tensor, sigma: Tensor, required: bool = True) -> tuple[Tensor, ...]:
+    """Return the leaves that the field trains: those among its own parameters, else those that its velocity depends on.
 
-    They are `params` if given, else the field's own parameters, else the leaves of the autograd graph of one call
-    `field(x, sigma)`, which is made once for each field.
-
-    Args:
-        required: False where `noise()` trains too: the field may be frozen (ReNO).
+    The latter are the leaves of the autograd graph of one call `field(x, sigma)`, made once for each field.
 
     Raises:
         SamplerError: no leaf requires a gradient, and one is required.
     """
+    parameters: Callable[[], Iterable[Tensor]] | None = getattr(field, "parameters", None)
+    return trainable_only(parameters() if parameters else _leaves_of_call(field, x, sigma), required)
+
+
+def leaves_by_field(
+    fields: Fields, sources: Sequence[Node], trajectory: Any, params: Params = None
+) -> dict[str | None, tuple[Tensor, ...]]:
+    """Return what trains in every field that is called, by the field's name: `params`, or the field's own leaves.
+
+    Args:
+        sources: the calls that a gradient reaches, and `noise()`, beside which all fields may be frozen (ReNO).
+
+    Raises:
+        SamplerError: nothing trains.
+    """
+    leaves_of: dict[str | None, tuple[Tensor, ...]] = {}
+    given = None if params is None else trainable_only(params, required=False)
+    for call in sources:
+        if isinstance(call, Velocity) and call.field not in leaves_of:
+            field, x, sigma = field_named(fields, call.field), trajectory[call.t], trajectory.sigma(call.t)
+            leaves_of[call.field] = leaves(field, x, sigma, required=False) if given is None else given
+    trainable_only([leaf for part in leaves_of.values() for leaf in part], Noise not in map(type, sources))
+    return leaves_of
+
+
+def leaves_of_calls(
+    fields: Fields, sources: Sequence[Node], trajectory: Any, params: Params = None
+) -> tuple[Tensor, ...]:
+    """Return what trains in all fields together, each leaf once; see `leaves_by_field`."""
     if params is not None:
-        return trainable_only(params, required)
-    return trainable_only(
-        field.parameters()  # pyright: ignore[reportFunctionMemberAccess]
-        if hasattr(field, "parameters")
-        else _cached(field, x, sigma),
-        required,
-    )
+        return trainable_only(params, required=Noise not in map(type, sources))
+    parts = leaves_by_field(fields, sources, trajectory).values()
+    return tuple({id(leaf): leaf for part in parts for leaf in part}.values())
 
 
 def trainable_only(params: Iterable[Tensor] | Mapping[str, Tensor], required: bool = True) -> tuple[Tensor, ...]:
@@ -97,54 +111,42 @@ def trainable_only(params: Iterable[Tensor] | Mapping[str, Tensor], required: bo
     return trained
 
 
-def _cached(field: Field, x: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
-    try:
-        if field not in _found:
-            _found[field] = _walk(field, x, sigma)
-        return _found[field]
-    except TypeError:  # neither hashable nor weakly referable: walk anew
-        return _walk(field, x, sigma)
-
-
-def _walk(field: Field, x: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
-    """Return the leaves of the graph of one call."""
+def _leaves_of_call(field: Field, x: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
+    with contextlib.suppress(TypeError):  # neither hashable nor weakly referable: call it anew
+        if field in _leaves_of_fields:
+            return _leaves_of_fields[field]
     with torch.enable_grad():
-        return _leaves_of(call_field(field, x.detach(), sigma))
+        leaves_of_field = _leaves_of(call_field(field, x.detach(), sigma))
+    with contextlib.suppress(TypeError):
+        _leaves_of_fields[field] = leaves_of_field
+    return leaves_of_field
 
 
-def checked_call(call: Callable[[Tensor], Tensor], trained: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
-    """Return the call with a check that its value depends on no leaf besides its input and those that train.
+def check_leaves(v: Tensor, x: Tensor, trained: Sequence[Tensor]) -> Tensor:
+    """Return a call's value if it depends on no leaf besides its input and those that train; else raise SamplerError.
 
     A field may have got other leaves since they were looked up (unfrozen, replaced): they would silently get no
     gradient.
     """
-
-    def checked(x: Tensor) -> Tensor:
-        out = call(x)
-        expected = {id(leaf) for leaf in (x, *trained)}
-        missed = [tuple(leaf.shape) for leaf in _leaves_of(out) if id(leaf) not in expected]
-        if missed:
-            raise SamplerError(
-                f"the field depends on leaves of shapes {missed} that it did not depend on when its parameters were "
-                "looked up, or that its parameters() do not hold: recompute would drop their gradients. Name what "
-                "trains with params=."
-            )
-        return out
-
-    return checked
+    expected = {id(leaf) for leaf in (x, *trained)}
+    missed = [tuple(leaf.shape) for leaf in _leaves_of(v) if id(leaf) not in expected]
+    if missed:
+        raise SamplerError(
+            f"the field depends on leaves of shapes {missed} that it did not depend on when its parameters were looked "
+            "up, or that its parameters() do not hold: recompute would drop their gradients. Name what trains with "
+            "params=."
+        )
+    return v
 
 
 def _leaves_of(out: Tensor) -> tuple[Tensor, ...]:
+    """Return the leaves of a tensor's graph."""
+    if out.grad_fn is None:
+        return (out,) if out.requires_grad else ()
     stack: list[Any] = [out.grad_fn]
-    seen, leaves_found = set[Any](), list[Tensor]()
-    if out.grad_fn is None and out.requires_grad:
-        leaves_found.append(out)
+    seen: dict[Any, None] = {}
     while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            leaves_found.append(node.variable)
-        stack.extend(parent for parent, _ in node.next_functions)
-    return tuple(leaves_found)
+        if (node := stack.pop()) is not None and node not in seen:
+            seen[node] = None
+            stack.extend(parent for parent, _ in node.next_functions)
+    return tuple(node.variable for node in seen if hasattr(node, "variable"))

@@ -9,10 +9,11 @@ from trajsurgery.errors import PlanError
 from trajsurgery.plans.nodes import Node, Velocity
 from trajsurgery.plans.per_sample import PerSample
 from trajsurgery.plans.plan import Plan
-from trajsurgery.surgery.execution import Execution, check_trajectory, time_of
+from trajsurgery.surgery.execution import Execution, check_trajectory
 from trajsurgery.surgery.parameters import Fields
-from trajsurgery.surgery.trajectory import Generators, Trajectory
-from trajsurgery.surgery.velocity_calls import Call, Run, velocity_at
+from trajsurgery.surgery.trajectory import Trajectory
+from trajsurgery.surgery.validation import Generators
+from trajsurgery.surgery.velocity_calls import ModelCall, Run, Way, velocity_at
 
 
 def start_run(
@@ -45,23 +46,14 @@ class PerSampleExecution:
             )
         self.trajectory = trajectory
         self.samples = [Execution(each, trajectory.sample(i), generator, gradient) for i, each in enumerate(plan.plans)]
+        self.sources: list[Node] = [node for sample in self.samples for node in sample.sources]
 
-    @property
-    def live(self) -> set[Node]:
-        """The nodes of all plans that a gradient reaches."""
-        return set[Node]().union(*(sample.live for sample in self.samples))
-
-    @property
-    def calls(self) -> list[Velocity]:
-        """The calls of all plans that a gradient reaches."""
-        return [node for sample in self.samples for node in sample.calls]
-
-    def finish(self, fields: Fields, call: Call) -> tuple[Tensor, ...]:
-        """Return the outputs, [batch, *latent], using `call` for the model calls that the gradient reaches."""
+    def finish(self, fields: Fields, way: Way) -> tuple[Tensor, ...]:
+        """Return the outputs, [batch, *latent], making the model calls that the gradient reaches in this way."""
         while calls := self._wanted():
-            self._call(calls, fields, call)
+            self._call(calls, fields, way)
         rows = [[sample.tensors[output] for output in sample.plan.outputs] for sample in self.samples]
-        with torch.set_grad_enabled(bool(self.live)):
+        with torch.set_grad_enabled(bool(self.sources)):
             return tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
 
     def distances(self) -> dict[int, Tensor]:
@@ -77,19 +69,18 @@ class PerSampleExecution:
         names = [node.field for node in next_calls.values()]
         return {i: node for i, node in next_calls.items() if node.field == names[0]}
 
-    def _call(self, calls: dict[int, Velocity], fields: Fields, call: Call) -> None:
+    def _call(self, calls: dict[int, Velocity], fields: Fields, way: Way) -> None:
         """Make one model call for the samples that need one."""
         first = next(iter(calls.values()))
-        times = [time_of(calls.get(i, first)) for i in range(len(self.samples))]
+        times = [int(calls.get(i, first).t) for i in range(len(self.samples))]
         live = any(node in self.samples[i].live for i, node in calls.items())
         inputs = [s.tensors[calls[i].x] if i in calls else s.trajectory[times[i]] for i, s in enumerate(self.samples)]
         value = None
-        if all(self.samples[i].recorded(node) for i, node in calls.items()):
+        if all(self.samples[i].is_recorded(node) for i, node in calls.items()):
             value = torch.cat([s.trajectory.velocity(t) for s, t in zip(self.samples, times, strict=True)])
         t = times[0] if len(set(times)) == 1 else tuple(times)
-        sigma = self.trajectory.sigma(t) if isinstance(t, int) else torch.stack([*map(self.trajectory.sigma, t)])
-        recorded = self.trajectory.velocities.get(times[0])
+        call = ModelCall(fields, first.field, self.trajectory, t, value)
         with torch.set_grad_enabled(live):
-            v = velocity_at(fields, first.field, call, torch.cat(inputs), sigma, t, recorded, value, live)
+            v = velocity_at(call, way, torch.cat(inputs), live)
             for i, node in calls.items():
-                self.samples[i].take(node, v[i : i + 1])
+                self.samples[i].adopt(node, v[i : i + 1])

@@ -1,41 +1,25 @@
 """The closed form of a plan's gradient, evaluated term by term on a trajectory.
 
-It shares no code with the execution of plans: it computes values anew, and each term as a product of vector-Jacobian
-products of single model calls. So it can serve as a proof.
+Each term is a product of vector-Jacobian products of single model calls, made anew: no graph spans two calls. So it can
+serve as a proof of what the execution of plans makes of autograd.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trajsurgery.errors import PlanError
 from trajsurgery.plans.graph import faithful
-from trajsurgery.plans.interpolants import weights
-from trajsurgery.plans.nodes import (
-    Advance,
-    Connect,
-    Detach,
-    DetachVelocity,
-    Discount,
-    Latent,
-    Leap,
-    Node,
-    Noise,
-    Recorded,
-    Recover,
-    Renoise,
-    Scale,
-    Velocity,
-    walk,
-)
+from trajsurgery.plans.nodes import START, Node, Noise, Velocity, walk
 from trajsurgery.plans.tables import table
-from trajsurgery.surgery.parameters import Fields, Params, field_named, leaves, trainable_only
+from trajsurgery.surgery.node_values import node_value
+from trajsurgery.surgery.parameters import Fields, Params, field_named, leaves_of_calls
 from trajsurgery.surgery.validation import call_field
 
 
@@ -63,40 +47,34 @@ class Evaluation(Sequence[Tensor]):
 
         Terms of x_T, which are no gradients of parameters, are left out.
         """
-        sums: dict[str, list[Tensor]] = {}
-        for term, gradients in zip(self.expansion.terms, self.terms, strict=True):
+        sums: dict[str, tuple[Tensor, ...]] = {}
+        for term, gradient in zip(self.expansion.terms, self.terms, strict=True):
             if not isinstance(term.calls[-1], Noise):
-                sums_of_kind = sums.setdefault(term.kind, list(gradients))
-                sums[term.kind] = (
-                    sums_of_kind
-                    if sums_of_kind[0] is gradients[0]
-                    else [a + b for a, b in zip(sums_of_kind, gradients, strict=True)]
-                )
+                sums[term.kind] = _add(sums[term.kind], gradient) if term.kind in sums else gradient
         return {kind: _norm(total) for kind, total in sums.items()}
 
     def __rich__(self) -> Any:
         """The table of the expansion, with norms."""
         return table(self.expansion, self.norms)
 
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Tensor]: ...
-    def __getitem__(self, index: int | slice) -> Tensor | Sequence[Tensor]:
+    def __getitem__(self, index: Any) -> Any:
         return self.gradient[index]
 
     def __len__(self) -> int:
         return len(self.gradient)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.gradient)
 
 
 def _norm(gradient: Sequence[Tensor]) -> float:
     return math.hypot(*(float(g.norm()) for g in gradient))
 
 
-def evaluate(expansion: Any, trajectory: Any, fields: Fields, cotangent: Any, params: Params) -> Evaluation:
+def _add(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(x + y for x, y in zip(a, b, strict=True))
+
+
+def evaluate(
+    expansion: Any, trajectory: Any, fields: Fields, cotangents: Sequence[Tensor], params: Params
+) -> Evaluation:
     """See `Expansion.evaluate`."""
     numeric = expansion.numbers([float(s) for s in trajectory.sigmas.tolist()])
     free = set().union(*(term.coefficient.free_symbols for term in numeric.terms))
@@ -104,111 +82,56 @@ def evaluate(expansion: Any, trajectory: Any, fields: Fields, cotangent: Any, pa
         raise PlanError(
             f"unbound names {sorted(map(str, free))}: bind them with plan.at(name=...) before plan.gradient()."
         )
-    walker = _Walk(trajectory, fields)
-    trained = _trained(numeric, walker, params)
-    cotangents = (cotangent,) if isinstance(cotangent, Tensor) else tuple(cotangent)
-    total = [torch.zeros_like(p) for p in trained]
-    start: Tensor | None = None
+    calls = _Calls(expansion.outputs, trajectory, fields)
+    trained = leaves_of_calls(fields, [calls.bound[term.calls[-1]] for term in numeric.terms], trajectory, params)
+    total, start = tuple(torch.zeros_like(p) for p in trained), None
     terms: list[tuple[Tensor, ...]] = []
     for term in numeric.terms:
         c = float(term.coefficient) * cotangents[term.output]
         for call in term.calls[:-1]:
-            c = walker.pull_latent(call, c)
+            (c,) = calls.pull(call, c)
         if isinstance(term.calls[-1], Noise):
             start = c if start is None else start + c
             terms.append((c,))
         else:
-            terms.append(walker.pull_params(term.calls[-1], c, trained))
-            total = [a + b for a, b in zip(total, terms[-1], strict=True)]
-    return Evaluation(tuple(total), tuple(terms), start, numeric)
+            terms.append(calls.pull(term.calls[-1], c, trained))
+            total = _add(total, terms[-1])
+    return Evaluation(total, tuple(terms), start, numeric)
 
 
-def _trained(expansion: Any, walker: _Walk, params: Params) -> tuple[Tensor, ...]:
-    required = not any(isinstance(term.calls[-1], Noise) for term in expansion.terms)
-    if params is not None:
-        return trainable_only(params, required)
-    parameters: dict[int, Tensor] = {}
-    for call in dict.fromkeys(term.calls[-1] for term in expansion.terms):
-        if isinstance(call, Velocity):
-            field, x, sigma = walker.at(call)
-            parameters.update((id(leaf), leaf) for leaf in leaves(field, x, sigma, required=required))
-    return tuple(parameters.values())
+class _Calls:
+    """A plan's model calls on a trajectory, and products with the Jacobians of each."""
 
-
-class _Walk:
-    """Values of nodes without gradient, and products with the Jacobians of single calls."""
-
-    def __init__(self, trajectory: Any, fields: Fields) -> None:
+    def __init__(self, outputs: Sequence[Node], trajectory: Any, fields: Fields) -> None:
         self.trajectory, self.fields = trajectory, fields
+        self.bound: dict[Node, Any] = {}
+        """The plan's nodes, with "T" as a number."""
+        for node in walk(outputs):
+            parents = [self.bound[parent] for parent in node.parents]
+            self.bound[node] = node.replace(parents, lambda _, value: trajectory.steps if value == START else value)
+        self.faithful = faithful([*self.bound.values()], trajectory.is_step)
         self.values: dict[Node, Tensor] = {}
 
-    def at(self, call: Velocity) -> tuple[Any, Tensor, Tensor]:
-        """The field of a call, its input and its time."""
-        for node in walk([call.x]):
+    def pull(self, call: Node, cotangent: Tensor, params: tuple[Tensor, ...] | None = None) -> tuple[Tensor, ...]:
+        """Return (dv/dtheta)^T c, one for each parameter, or without parameters (dv/dx)^T c."""
+        node = self.bound[call]
+        x = self._value(node.x).clone().requires_grad_()
+        wrt = (x,) if params is None else params
+        with torch.enable_grad():
+            v = self._call(node, x)
+        return torch.autograd.grad(v, wrt, cotangent, allow_unused=True, materialize_grads=True) if wrt else ()
+
+    def _value(self, end: Node) -> Tensor:
+        for node in walk([end]):
             if node not in self.values:
                 with torch.no_grad():
-                    self.values[node] = self._value(node)
-        return field_named(self.fields, call.field), self.values[call.x].detach(), self._sigma(call.t)
-
-    def pull_latent(self, call: Any, cotangent: Tensor) -> Tensor:
-        """(dv/dx)^T c."""
-        x = self.at(call)[1].clone().requires_grad_()
-        with torch.enable_grad():
-            gradient = _allow_none(torch.autograd.grad(self._call(call, x), x, cotangent, allow_unused=True))[0]
-        return torch.zeros_like(x) if gradient is None else gradient
-
-    def pull_params(self, call: Any, cotangent: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """(dv/dtheta)^T c."""
-        if not params:
-            return ()
-        x = self.at(call)[1]
-        with torch.enable_grad():
-            gradients = _allow_none(torch.autograd.grad(self._call(call, x), params, cotangent, allow_unused=True))
-        return tuple(torch.zeros_like(p) if g is None else g for p, g in zip(params, gradients, strict=True))
+                    self.values[node] = (
+                        self._call(node, self.values[node.x])
+                        if isinstance(node, Velocity)
+                        else node_value(node, self.values, self.trajectory, node in self.faithful, None)
+                    )
+        return self.values[end].detach()
 
     def _call(self, call: Velocity, x: Tensor) -> Tensor:
-        """The model at a call's time."""
-        t = self._int(call.t)
-        return call_field(field_named(self.fields, call.field), x, self._sigma(t), t, self.trajectory.velocities.get(t))
-
-    def _sigma(self, t: Any) -> Tensor:
-        return self.trajectory.sigma(self._int(t))
-
-    def _int(self, t: Any) -> int:
-        return self.trajectory.steps if t == "T" else t
-
-    def _value(self, node: Node) -> Tensor:
-        of, interpolant = self.values, self.trajectory.interpolant
-        match node:
-            case Latent() | Noise() | Connect():
-                return self.trajectory[self._int(node.t)]
-            case Recorded():
-                return self.trajectory.velocity(self._int(node.t))
-            case Discount() | Detach() | Scale() | DetachVelocity():
-                return of[node.parents[0]]
-            case Velocity():
-                return self._call(node, of[node.x])
-            case Leap() if faithful([node], self.trajectory.is_step).issuperset([node]):
-                return self.trajectory[self._int(node.to)]
-            case Leap():
-                a, b = interpolant.leap(self._sigma(node.x.t), self._sigma(node.to), torch)
-                return a * of[node.x] + b * of[node.v]
-            case Advance():
-                order = sorted(node.velocities, key=lambda v: -self._int(v.t))
-                ws = weights(node.rule, [self._sigma(v.t) for v in order], self._sigma(node.x.t), self._sigma(node.to))
-                return of[node.x] + sum(w * of[v] for w, v in zip(ws, order, strict=True))
-            case Renoise():
-                sigma, eps = self._sigma(node.to), self.trajectory.noise(node.draw, self._int(node.to))
-                return interpolant.alpha(sigma, torch) * of[node.x] + interpolant.beta(sigma, torch) * eps
-            case Recover():
-                sigma = self._sigma(node.x.t)
-                drawn = [self._int(up.to) for up in walk([node]) if isinstance(up, Renoise) and up.draw == node.draw]
-                eps = self.trajectory.noise(node.draw, drawn[0] if drawn else self._int(node.x.t))
-                return (of[node.x] - interpolant.beta(sigma, torch) * eps) / interpolant.alpha(sigma, torch)
-            case _:
-                raise AssertionError(node)
-
-
-def _allow_none(gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    """torch.autograd.grad with allow_unused also returns None, which its stub does not say."""
-    return gradients
+        field, t = field_named(self.fields, call.field), call.t
+        return call_field(field, x, self.trajectory.sigma(t), int(t), self.trajectory.velocities.get(t))

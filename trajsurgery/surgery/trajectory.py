@@ -15,12 +15,9 @@ from trajsurgery.plans.interpolants import Interpolant, RectifiedFlow
 from trajsurgery.plans.nodes import START, Draw
 from trajsurgery.surgery.parameters import Fields, Params
 from trajsurgery.surgery.term_evaluation import Evaluation, evaluate
-from trajsurgery.surgery.validation import check_noise, match_cotangents
+from trajsurgery.surgery.validation import Generators, check_noise, match_cotangents
 
 _EPS = torch.finfo(torch.float32).eps
-
-Generators = torch.Generator | Sequence[torch.Generator] | None
-"""What draws a batch's noise: one generator, one for each sample (as in diffusers), or torch's global one."""
 
 
 def _draw_noise(like: Tensor, generator: Generators) -> Tensor:

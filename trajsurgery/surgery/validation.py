@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor
 
 from trajsurgery.errors import SamplerError
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+"""What draws a batch's noise: one generator, one for each sample (as in diffusers), or torch's global one."""
 
 
 def call_field(
@@ -69,28 +73,21 @@ def _call(field: Any, x: Tensor, sigma: Tensor, where: str) -> Any:
     try:
         return field(x, sigma)
     except TypeError as error:
-        if _takes_two(field):
-            raise
-        raise SamplerError(
-            f"the field can't be called as field(x, sigma){where}: {error}. Wrap it in a function of x and sigma, "
-            "lambda x, sigma: model(x, timestep=sigma, ...)."
-        ) from error
+        with contextlib.suppress(ValueError):  # a builtin without signature
+            try:
+                inspect.signature(field).bind(None, None)
+            except TypeError:
+                raise SamplerError(
+                    f"the field can't be called as field(x, sigma){where}: {error}. Wrap it in a function of x and "
+                    "sigma, lambda x, sigma: model(x, timestep=sigma, ...)."
+                ) from error
+        raise
     except RuntimeError as error:
         if "leaf Variable that requires grad" not in str(error):
             raise
         raise SamplerError(
             f"the field changed its input or a parameter in place{where}: {error} Work on a copy (x.clone())."
         ) from error
-
-
-def _takes_two(field: Any) -> bool:
-    try:
-        inspect.signature(field).bind(None, None)
-    except TypeError:
-        return False
-    except ValueError:  # a builtin without signature
-        return True
-    return True
 
 
 def change_count(x: Tensor) -> int:
@@ -100,12 +97,14 @@ def change_count(x: Tensor) -> int:
 
 def check_noise(noise: object) -> None:
     """Raise SamplerError unless x_T is a floating tensor with a batch."""
-    if not isinstance(noise, Tensor):
-        raise SamplerError(f"the noise received is a {type(noise).__name__}: x_T is a tensor, [batch, *latent].")
-    if noise.dim() == 0 or not noise.is_floating_point():
+    if not isinstance(noise, Tensor) or noise.dim() == 0 or not noise.is_floating_point():
+        kind = (
+            f"of shape {tuple(noise.shape)}, {noise.dtype}"
+            if isinstance(noise, Tensor)
+            else f"a {type(noise).__name__}"
+        )
         raise SamplerError(
-            f"the noise received has shape {tuple(noise.shape)} and dtype {noise.dtype}: x_T is [batch, *latent], of a "
-            "floating dtype (torch.randn)."
+            f"the noise received is {kind}: x_T is a tensor, [batch, *latent], of a floating dtype (torch.randn)."
         )
 
 

@@ -8,7 +8,8 @@ itself (split), or a leaf whose gradient the staged sweep uses.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
 import torch
@@ -16,16 +17,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trajsurgery.errors import PlanError, SamplerError
-from trajsurgery.plans.nodes import Node, Noise, Velocity
+from trajsurgery.plans.nodes import Node, Noise
 from trajsurgery.surgery import autograd_functions
 from trajsurgery.surgery.parameters import (
-    Field,
     Fields,
     Params,
-    checked_call,
+    check_leaves,
     field_named,
     has_trainable_parameters,
-    leaves,
+    leaves_by_field,
     trainable_only,
 )
 from trajsurgery.surgery.trajectory import Trajectory
@@ -35,26 +35,46 @@ Memory = Literal["retain", "recompute", "split"]
 IN_ROLLOUT: tuple[Memory, ...] = ("retain", "split")
 """Ways in which the plan's calls are the rollout's own, where a plan fits one pass."""
 
-Call = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor | None, str | None], Tensor]
-"""Replaces a model call: (model at one time, x [batch, *latent], recorded value if any, field's name) -> v."""
+
+@dataclass(frozen=True, eq=False)
+class ModelCall:
+    """One of a plan's model calls: `call(x)` is the velocity at x [batch, *latent]."""
+
+    fields: Fields
+    name: str | None
+    """The field's."""
+    trajectory: Trajectory
+    t: int | tuple[int, ...]
+    """The call's time, or each sample's own."""
+    value: Tensor | None
+    """The velocity, if the rollout recorded it."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        t, sigma_of, field = self.t, self.trajectory.sigma, field_named(self.fields, self.name)
+        first, sigma = (t, sigma_of(t)) if isinstance(t, int) else (t[0], torch.stack([*map(sigma_of, t)]))
+        v = call_field(field, x, sigma, t, self.trajectory.velocities.get(first))
+        lost = torch.is_grad_enabled() and not v.requires_grad and not _inside_torch_func()
+        if lost and has_trainable_parameters(field):
+            raise SamplerError(
+                f"the velocity at t = {t} carries no gradient, though the field has parameters that train. Either "
+                "it runs under no_grad or inference_mode: leave such blocks. Or its gradient checkpointing is the "
+                "reentrant one, which loses parameters where the input needs no gradient: use_reentrant=False."
+            )
+        return v
+
+
+Way = Callable[[ModelCall, Tensor], Tensor]
+"""What replaces a model call that a gradient reaches: (call, x [batch, *latent]) -> v."""
 
 
 class Run(Protocol):
     """A plan's run on a whole trajectory, or that of a plan for each sample (`PerSampleExecution`)."""
 
     trajectory: Trajectory
+    sources: list[Node]
+    """The calls that a gradient reaches, and `noise()`."""
 
-    @property
-    def live(self) -> set[Node]:
-        """The nodes that a gradient reaches."""
-        ...
-
-    @property
-    def calls(self) -> list[Velocity]:
-        """The calls that a gradient reaches."""
-        ...
-
-    def finish(self, fields: Fields, call: Call) -> tuple[Tensor, ...]:
+    def finish(self, fields: Fields, way: Way) -> tuple[Tensor, ...]:
         """Return the outputs."""
         ...
 
@@ -63,12 +83,13 @@ class Run(Protocol):
         ...
 
 
-def check_memory(memory: str, modules: Iterable[object] = ()) -> None:
-    """Raise PlanError unless `memory` is a known way to keep activations, SamplerError if these modules rule it out."""
+def check_memory(memory: str, fields: object = None) -> None:
+    """Raise PlanError unless `memory` is a known way to keep activations, SamplerError if a field rules it out."""
     if memory not in get_args(Memory):
         raise PlanError(
             f'memory={memory!r}: it is "retain", "recompute" or "split"; the staged sweep is trajsurgery.backward.'
         )
+    modules = [*fields.values()] if isinstance(fields, Mapping) else [fields]
     parts = (part for module in modules if isinstance(module, nn.Module) for part in module.modules())
     if memory == "split" and any(isinstance(part, DistributedDataParallel) for part in parts):
         raise SamplerError(
@@ -78,12 +99,7 @@ def check_memory(memory: str, modules: Iterable[object] = ()) -> None:
         )
 
 
-def modules_of(fields: Fields) -> Iterable[object]:
-    """Return the fields themselves, of which some may be modules."""
-    return fields.values() if isinstance(fields, Mapping) else (fields,)
-
-
-def retained_call(call: Callable[[Tensor], Tensor], x: Tensor, recorded: Tensor | None, name: str | None) -> Tensor:
+def retained_call(call: ModelCall, x: Tensor) -> Tensor:
     """Make the call itself, keeping its activations."""
     return call(x)
 
@@ -100,64 +116,24 @@ def split_call(x: Tensor, v: Tensor, start: Tensor, params: tuple[Tensor, ...] |
     return autograd_functions.split(x, (v, start), None, None, params)
 
 
-def velocity_at(
-    fields: Fields,
-    name: str | None,
-    call: Call,
-    x: Tensor,
-    sigma: Tensor,
-    t: int | tuple[int, ...],
-    recorded: Tensor | None,
-    value: Tensor | None,
-    live: bool,
-) -> Tensor:
-    """Return the velocity at x, through `call` where a gradient reaches it.
+def velocity_at(call: ModelCall, way: Way, x: Tensor, live: bool) -> Tensor:
+    """Return the velocity at x, in the way of the run if a gradient reaches the call."""
+    with torch.set_grad_enabled(live):
+        return way(call, x) if live else call(x)
 
-    Args:
-        sigma: 0-dim, or [batch].
-        recorded: the rollout's velocity at t, if there is one: its dtype is accepted.
-        value: the call's value, if the rollout recorded it.
+
+def run_outputs(fields: Fields, memory: Memory, run: Run, params: Params) -> tuple[Tensor, ...]:
+    """Return the outputs of a run, making the remaining calls in the way of `memory`.
+
+    Raises:
+        SamplerError: an output that has a gradient by the plan requires none; see `trajsurgery.apply`.
     """
-    field = field_named(fields, name)
-    if not live:
-        with torch.no_grad():
-            return call_field(field, x, sigma, t, recorded)
-    with torch.enable_grad():
-        return call(lambda x: check_trains(field, call_field(field, x, sigma, t, recorded), t), x, value, name)
-
-
-def run_outputs(fields: Fields, memory: Memory, execution: Run, params: Params) -> tuple[Tensor, ...]:
-    """Return the outputs of a run, making the remaining calls in the way of `memory`."""
-    check_memory(memory, modules_of(fields))
-    if params is not None:  # once: it may be an iterator
-        params = trainable_only(params, not any(isinstance(node, Noise) for node in execution.live))
-    if memory == "retain" or _inside_torch_func():
-        return _check_differentiable(execution.finish(fields, retained_call))
-    trained = functools.cache(lambda: trained_leaves(execution, fields, params))
-    if memory == "split":
-
-        def own_graph(call: Callable[[Tensor], Tensor], x: Tensor, recorded: Tensor | None, name: str | None) -> Tensor:
-            if recorded is not None:
-                train = trained()[name]
-                if not train and not x.requires_grad:
-                    return recorded
-                return autograd_functions.split(x, None, call, recorded, params, train)
-            start = cut(x)
-            v = call(start)
-            return split_call(x, v, start, params)
-
-        return _check_differentiable(execution.finish(fields, own_graph))
-    refuse_sharded(trained())
-
-    def recomputed(call: Callable[[Tensor], Tensor], x: Tensor, recorded: Tensor | None, name: str | None) -> Tensor:
-        checked = checked_call(call, trained()[name]) if params is None else call
-        return autograd_functions.recompute(checked, x, trained()[name], recorded)
-
-    return _check_differentiable(execution.finish(fields, recomputed))
-
-
-def _check_differentiable(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Return the outputs, or raise if one that has a gradient by the plan requires none."""
+    check_memory(memory, fields)
+    trained = None if params is None else trainable_only(params, required=Noise not in map(type, run.sources))
+    way = retained_call
+    if memory != "retain" and not _inside_torch_func():
+        way = _split(fields, run, trained) if memory == "split" else _recompute(fields, run, trained)
+    outputs = run.finish(fields, way)
     idle = [i for i, output in enumerate(outputs) if not output.requires_grad]
     if idle and not _inside_torch_func():
         raise SamplerError(
@@ -167,43 +143,34 @@ def _check_differentiable(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return outputs
 
 
-def check_trains(field: Field, v: Tensor, t: int | tuple[int, ...]) -> Tensor:
-    """Return the velocity if it carries a gradient or the field is frozen on purpose; else raise."""
-    lost = torch.is_grad_enabled() and not v.requires_grad and not _inside_torch_func()
-    if lost and has_trainable_parameters(field):
-        raise SamplerError(
-            f"the velocity at t = {t} carries no gradient, though the field has parameters that train. Either it runs "
-            "under no_grad or inference_mode: leave such blocks. Or its gradient checkpointing is the reentrant one, "
-            "which loses parameters where the input needs no gradient: use_reentrant=False."
-        )
-    return v
+def _split(fields: Fields, run: Run, params: tuple[Tensor, ...] | None) -> Way:
+    leaves_of = functools.cache(lambda: leaves_by_field(fields, run.sources, run.trajectory, params))
+
+    def split(call: ModelCall, x: Tensor) -> Tensor:
+        if call.value is None:
+            start = cut(x)
+            return split_call(x, call(start), start, params)
+        leaves = leaves_of()[call.name]
+        trains = leaves or x.requires_grad
+        return autograd_functions.split(x, None, call, call.value, params, leaves) if trains else call.value
+
+    return split
 
 
-def trained_leaves(execution: Run, fields: Fields, params: Params) -> dict[str | None, tuple[Tensor, ...]]:
-    """Return the leaves of every field that the plan calls with gradient, by the field's name; some fields may be
-    frozen.
-
-    Raises:
-        SamplerError: no field has any.
-    """
-    calls = execution.calls
-    leaves_by_field: dict[str | None, tuple[Tensor, ...]] = {}
-    for name in dict.fromkeys(node.field for node in calls):
-        t = next(node.t for node in calls if node.field == name and isinstance(node.t, int))
-        x, sigma = execution.trajectory[t], execution.trajectory.sigma(t)
-        leaves_by_field[name] = leaves(field_named(fields, name), x, sigma, params, required=False)
-    every = [leaf for part in leaves_by_field.values() for leaf in part]
-    trainable_only(every, required=not any(isinstance(node, Noise) for node in execution.live))
-    return leaves_by_field
-
-
-def refuse_sharded(leaves_by_field: Mapping[str | None, tuple[Tensor, ...]]) -> None:
-    """Raise SamplerError if recompute would drop the gradient of a leaf."""
-    if any(hasattr(leaf, "device_mesh") for part in leaves_by_field.values() for leaf in part):
+def _recompute(fields: Fields, run: Run, params: tuple[Tensor, ...] | None) -> Way:
+    leaves_of = leaves_by_field(fields, run.sources, run.trajectory, params)
+    if any(hasattr(leaf, "device_mesh") for leaves in leaves_of.values() for leaf in leaves):
         raise SamplerError(
             "memory='recompute' returns parameter gradients from an autograd.Function, which sharded (DTensor) "
             "parameters silently drop. Use trajsurgery.backward(plan, trajectory, field, cotangent), the staged sweep."
         )
+
+    def recompute(call: ModelCall, x: Tensor) -> Tensor:
+        leaves = leaves_of[call.name]
+        checked = call if params is not None else lambda x: check_leaves(call(x), x, leaves)
+        return autograd_functions.recompute(checked, x, leaves, call.value)
+
+    return recompute
 
 
 def _inside_torch_func() -> bool:
