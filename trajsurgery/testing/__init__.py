@@ -11,12 +11,14 @@ velocity_fields.py    small fields whose trajectories bend
 It may import everything up to `methods`.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from trajsurgery.testing.gradient_proof import Proof as Proof
+from trajsurgery.testing.gradient_proof import check_gradient as check_gradient
+from trajsurgery.testing.velocity_fields import MLP as MLP
+from trajsurgery.testing.velocity_fields import Gaussian as Gaussian
+
 if TYPE_CHECKING:
-    from trajsurgery.testing.gradient_proof import Proof as Proof
-    from trajsurgery.testing.gradient_proof import check_gradient as check_gradient
     from trajsurgery.testing.strategies import INTERPOLANTS as INTERPOLANTS
     from trajsurgery.testing.strategies import MOVES as MOVES
     from trajsurgery.testing.strategies import factors as factors
@@ -25,24 +27,18 @@ if TYPE_CHECKING:
     from trajsurgery.testing.strategies import plans as plans
     from trajsurgery.testing.strategies import sigmas as sigmas
     from trajsurgery.testing.strategies import trajectories as trajectories
-    from trajsurgery.testing.velocity_fields import MLP as MLP
-    from trajsurgery.testing.velocity_fields import Gaussian as Gaussian
 
-_HOME = {
-    "gradient_proof": ("Proof", "check_gradient"),
-    "strategies": ("INTERPOLANTS", "MOVES", "factors", "fields", "methods", "plans", "sigmas", "trajectories"),
-    "velocity_fields": ("MLP", "Gaussian"),
-}
-_MODULE = {name: module for module, names in _HOME.items() for name in names}
-
-__all__ = [*_MODULE]  # pyright: ignore[reportUnsupportedDunderAll]
+_STRATEGIES = ("INTERPOLANTS", "MOVES", "factors", "fields", "methods", "plans", "sigmas", "trajectories")
+__all__ = ["MLP", "Gaussian", "Proof", "check_gradient", *_STRATEGIES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULE:
+    if name not in _STRATEGIES:
         raise AttributeError(f"module 'trajsurgery.testing' has no attribute {name!r}")
-    return getattr(import_module(f"trajsurgery.testing.{_MODULE[name]}"), name)
+    from trajsurgery.testing import strategies
+
+    return getattr(strategies, name)
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_MODULE]
+    return [*globals(), *_STRATEGIES]

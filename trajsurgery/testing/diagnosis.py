@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from trajsurgery.errors import PlanError
-from trajsurgery.plans.nodes import Discount, LatentNode, Node, Noise, Scale
+from trajsurgery.plans.graph import passes_gradient
+from trajsurgery.plans.nodes import LatentNode, Node, Noise
 from trajsurgery.plans.plan import Plan
-from trajsurgery.testing.proof_cases import Case, is_stop
+from trajsurgery.testing.proof_cases import Case
 
 Measure = Callable[[Sequence[tuple[Tensor, ...]], Sequence[tuple[Tensor, ...]]], Tensor]
 """(cotangents, directions) -> [cotangents, directions]: <direction, gradient for the cotangent>."""
@@ -63,12 +64,10 @@ def _with_named_factors(case: Case) -> tuple[Plan, Any]:
     made: dict[Node, Any] = {}
     for node in case.plan.nodes:
         parents = [made[parent] for parent in node.parents]
-        if is_stop(node):
+        if parents and not passes_gradient(node):
             made[node] = parents[0].discount(STOP) if isinstance(node, LatentNode) else parents[0].scale(STOP)
-        elif isinstance(node, Discount | Scale):
-            made[node] = node.replace(parents, lambda name, value: called.get(value, value) if name == "a" else value)
         else:
-            made[node] = node.replace(parents, lambda _, value: value)
+            made[node] = node.replace(parents, lambda name, value: called.get(value, value) if name == "a" else value)
     try:
         plan = Plan(*(made[output] for output in case.plan.outputs), steps=case.plan.steps)
     except PlanError:
@@ -162,23 +161,25 @@ def _factor(case: Case, powers: dict[str, int], factor: float) -> str:
     """Describe a factor: missing, wrong sign, twice, a power of a discount, a time."""
     if abs(factor) < EXPLAINED:
         return "is missing (factor 0)"
-    if _is_near(factor, -1):
-        return "has the wrong sign (factor -1)"
+    near = (text for value, text in _usual_mistakes(case, powers) if math.isclose(factor, value, rel_tol=EXPLAINED))
+    return next(near, f"is off by a factor {factor:.6g}")
+
+
+def _usual_mistakes(case: Case, powers: dict[str, int]) -> Iterator[tuple[float, str]]:
+    """Yield the factors that a term has after a usual mistake, with what to say of each."""
+    yield -1, "has the wrong sign (factor -1)"
     for name, value in case.bound.factors.items():
+        has = powers.get(name, 0)
         for power, sign in product((1, -1, 2, -2), (1, -1)):
-            if _is_near(factor, sign * value**power):
-                has = powers.get(name, 0)
-                lead = "" if sign == 1 else "has the wrong sign, and "
-                text = f"{sign * value**power:.6g} = {'-' if sign < 0 else ''}{_power(name, power)}"
-                return f"{lead}carries {_power(name, has + power)} instead of {_power(name, has)}: a factor {text}"
-    if _is_near(factor, 2):
-        return "is counted twice (factor 2)"
+            factor, minus = sign * value**power, "" if sign == 1 else "-"
+            carries = f"carries {_power(name, has + power)} instead of {_power(name, has)}"
+            text = f"{carries}: a factor {factor:.6g} = {minus}{_power(name, power)}"
+            yield factor, text if sign == 1 else f"has the wrong sign, and {text}"
+    yield 2, "is counted twice (factor 2)"
     for name, value in _times(case):
         for power, sign in product((1, -1), (1, -1)):
-            if _is_near(factor, sign * value**power):
-                shown = f"{'-' if sign < 0 else ''}{'1 / ' if power < 0 else ''}{name}"
-                return f"is off by a factor {factor:.6g} = {shown}"
-    return f"is off by a factor {factor:.6g}"
+            factor, minus = sign * value**power, "" if sign == 1 else "-"
+            yield factor, f"is off by a factor {factor:.6g} = {minus}{'1 / ' if power < 0 else ''}{name}"
 
 
 def _times(case: Case) -> Iterator[tuple[str, float]]:
@@ -198,7 +199,3 @@ def _powers(term: Any) -> dict[str, int]:
 
 def _power(name: str, power: int) -> str:
     return f"no {name}" if power == 0 else name if power == 1 else f"{name}^{power}"
-
-
-def _is_near(a: float, b: float) -> bool:
-    return math.isclose(a, b, rel_tol=EXPLAINED, abs_tol=1e-12)

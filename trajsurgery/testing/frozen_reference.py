@@ -14,25 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trajsurgery.plans.nodes import (
-    Advance,
-    Connect,
-    Detach,
-    DetachVelocity,
-    Discount,
-    Latent,
-    Leap,
-    Node,
-    Noise,
-    Recorded,
-    Recover,
-    Renoise,
-    Scale,
-    Velocity,
-    walk,
-)
-from trajsurgery.surgery.parameters import field_named
-from trajsurgery.testing.proof_cases import Case, time_of
+from trajsurgery.plans import nodes
+from trajsurgery.plans.nodes import Node, walk
+from trajsurgery.testing.proof_cases import Case
 
 STENCIL = ((1, 4 / 5), (2, -1 / 5), (3, 4 / 105), (4, -1 / 280))
 """Central differences of eighth order."""
@@ -58,16 +42,15 @@ class FrozenPlan:
         derivatives = [torch.zeros_like(output) for output in self.outputs]
         for i, weight in STENCIL:
             for sign in (1, -1):
-                moved = self.moved(direction, sign * i * step)
-                derivatives = [f + sign * weight * m / step for f, m in zip(derivatives, moved, strict=True)]
+                moved = self._moved(direction, sign * i * step)
+                derivatives = [d + sign * weight * m / step for d, m in zip(derivatives, moved, strict=True)]
         return tuple(derivatives)
 
-    def moved(self, direction: Sequence[Tensor], by: float) -> tuple[Tensor, ...]:
+    def _moved(self, direction: Sequence[Tensor], by: float) -> tuple[Tensor, ...]:
         """Return the change of the outputs when the variables are moved."""
-        leaves, start = self.case.wrt, None
-        if len(leaves) > len(self.case.params):
-            start = leaves[-1].detach() + by * direction[-1]
-        with torch.no_grad(), _moved_parameters(self.case.params, direction, by):
+        leaves, params = self.case.wrt, self.case.params
+        start = leaves[-1].detach() + by * direction[-1] if len(leaves) > len(params) else None
+        with torch.no_grad(), _moved_parameters(params, direction, by):
             values = self.run(start)
         return tuple(values[output] - self.constants[output] for output in self.case.plan.outputs)
 
@@ -75,57 +58,46 @@ class FrozenPlan:
         """Return every node's value with the current parameters."""
         of: dict[Node, Tensor] = {}
         for node in walk(self.case.plan.outputs):
-            of[node] = self.value(node, of, start)
+            of[node] = self._value(node, of, start)
         return of
 
-    def value(self, node: Node, of: dict[Node, Tensor], start: Tensor | None) -> Tensor:
+    def _value(self, node: Node, of: dict[Node, Tensor], start: Tensor | None) -> Tensor:
         """Return a node's value by its definition; in the first run constants are set to the values."""
-        path, sigma = self.trajectory.interpolant, self._sigma
-        values = {parent: self.constants.get(parent, of[parent]) for parent in node.parents}
+        x: Any = self.trajectory  # whose times are ints: the case's plan is bound
+        path, sigma = x.interpolant, x.sigma
+        constant = {parent: self.constants.get(parent, of[parent]) for parent in node.parents}
         match node:
-            case Latent():
-                return self._x(node.t)
-            case Noise():
-                return self._x(node.t) if start is None else start
-            case Recorded():
-                return self.trajectory.velocities[self._t(node.t)]
-            case Velocity():
-                return field_named(self.case.fields, node.field)(of[node.x], sigma(node.t))
-            case Connect():
-                return self._x(node.t) + (of[node.x] - values[node.x])
-            case Discount() | Scale():
+            case nodes.Latent():
+                return x[node.t]
+            case nodes.Noise():
+                return x[node.t] if start is None else start
+            case nodes.Recorded():
+                return x.velocity(node.t)
+            case nodes.Velocity():
+                return self.case.fields[node.field](of[node.x], sigma(node.t))
+            case nodes.Connect():
+                return x[node.t] + (of[node.x] - constant[node.x])
+            case nodes.Discount() | nodes.Scale():
                 (y,) = node.parents
-                return values[y] + float(node.a) * (of[y] - values[y])
-            case Detach() | DetachVelocity():
-                return values[node.parents[0]]
-            case Leap():
+                return constant[y] + float(node.a) * (of[y] - constant[y])
+            case nodes.Detach() | nodes.DetachVelocity():
+                return constant[node.parents[0]]
+            case nodes.Leap():
                 return straight(path, of[node.x], of[node.v], sigma(node.x.t), sigma(node.to))
-            case Advance():
+            case nodes.Advance():
                 times = [float(sigma(v.t)) for v in node.velocities]
                 ws = quadrature(node.rule, times, float(sigma(node.x.t)), float(sigma(node.to)))
                 return of[node.x] + sum(w * of[v] for w, v in zip(ws, node.velocities, strict=True))
-            case Renoise():
+            case nodes.Renoise():
                 to = sigma(node.to)
-                return path.alpha(to, torch) * of[node.x] + path.beta(to, torch) * self._eps(node.draw, node.to)
-            case Recover():
+                return path.alpha(to, torch) * of[node.x] + path.beta(to, torch) * x.noise(node.draw, node.to)
+            case nodes.Recover():
                 at = sigma(node.x.t)
-                drawn = [up.to for up in walk([node]) if isinstance(up, Renoise) and up.draw == node.draw]
-                eps = self._eps(node.draw, drawn[0] if drawn else node.x.t)
+                drawn = [up.to for up in walk([node]) if isinstance(up, nodes.Renoise) and up.draw == node.draw]
+                eps = x.noise(node.draw, drawn[0] if drawn else node.x.t)
                 return (of[node.x] - path.beta(at, torch) * eps) / path.alpha(at, torch)
             case _:
                 raise AssertionError(node)
-
-    def _t(self, t: Any) -> int:
-        return time_of(t, self.trajectory.steps)
-
-    def _x(self, t: Any) -> Tensor:
-        return self.trajectory.latents[self._t(t)]
-
-    def _sigma(self, t: Any) -> Tensor:
-        return self.trajectory.sigmas[self.trajectory.steps - self._t(t)]
-
-    def _eps(self, draw: Any, to: Any) -> Tensor:
-        return self.trajectory.noise(draw, self._t(to))
 
 
 def straight(path: Any, x: Tensor, v: Tensor, k: Tensor, j: Tensor) -> Tensor:

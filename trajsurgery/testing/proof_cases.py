@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -13,15 +13,14 @@ from torch import Tensor
 
 from trajsurgery.errors import PlanError
 from trajsurgery.plans.graph import trained
-from trajsurgery.plans.nodes import START, Discount, Node, Noise, Scale, Velocity
+from trajsurgery.plans.nodes import Discount, Noise, Scale, Velocity
 from trajsurgery.plans.plan import Plan
 from trajsurgery.surgery.api import rollout
-from trajsurgery.surgery.parameters import Fields, field_named, leaves
+from trajsurgery.surgery.parameters import Field, Fields, field_named, leaves_of_calls
 from trajsurgery.surgery.trajectory import Trajectory
 from trajsurgery.testing.velocity_fields import MLP, Gaussian
 
-STEPS, SHAPE = 8, (6, 4)
-TRIES = 200
+STEPS, TRIES = 8, 200
 
 
 class Method(Protocol):
@@ -51,7 +50,7 @@ class Case:
 
     bound: Bound
     trajectory: Trajectory
-    fields: Fields
+    fields: Mapping[str | None, Field]
     params: tuple[Tensor, ...]
     values_only: bool = False
     """Whether the field is one of the built-in ones of lower precision, for which only values are checked."""
@@ -69,47 +68,36 @@ class Case:
 
     def cotangents(self, seed: int) -> tuple[Tensor, ...]:
         """A random cotangent for each output."""
-        generator, like = torch.Generator().manual_seed(seed), self.trajectory[0]
-        draw = lambda: torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)  # noqa: E731
-        return tuple(draw() for _ in self.plan.outputs)
+        generator = torch.Generator().manual_seed(seed)
+        return tuple(_normal(self.trajectory[0], generator) for _ in self.plan.outputs)
 
     def direction(self, seed: int) -> tuple[Tensor, ...]:
         """A random direction of `wrt`, each part as long as the variable."""
         generator = torch.Generator().manual_seed(seed)
-        parts: list[Tensor] = []
-        for leaf in self.wrt:
-            d = torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
-            size = float(leaf.detach().norm()) or 1.0
-            parts.append((d * size / max(float(d.norm()), 1e-12)).to(leaf))
-        return tuple(parts)
+        parts = [(leaf.detach(), _normal(leaf, generator)) for leaf in self.wrt]
+        return tuple(d * ((float(leaf.norm()) or 1.0) / max(float(d.norm()), 1e-12)) for leaf, d in parts)
 
 
 def cases(
-    plan: Drawable, fields: Fields | None, trajectory: Trajectory | None, steps: int | None, draws: int, shape: Any
+    plan: Drawable,
+    fields: Fields | None,
+    trajectory: Trajectory | None,
+    steps: int | None,
+    draws: int,
+    shape: Sequence[int],
 ) -> Iterator[Case]:
     """Yield the cases of a proof; without a field, an MLP in every dtype and the exact Gaussian field."""
-    if trajectory is not None:
-        steps = trajectory.steps
-    once = isinstance(plan, Plan) and not plan.names and fields is not None
+    steps = steps if trajectory is None else trajectory.steps
+    users = None if fields is None else fields if isinstance(fields, Mapping) else {None: fields}
+    once = isinstance(plan, Plan) and not plan.names and users is not None
     for seed in range(1 if once else draws):
         bound = bind_names(plan, steps, seed)
-        count = steps or max(STEPS, bound.plan.steps or _highest(bound.plan))
-        bound = Bound(bound.plan.prepared(count), bound.times, bound.factors)
-        for given in [fields] if fields is not None else _own(bound.plan, shape or SHAPE, seed):
-            rolled = trajectory or _random_rollout(given, count, shape or SHAPE, seed)
-            low = fields is None and rolled[0].dtype != torch.float64
-            yield Case(bound, rolled, given, parameters(bound.plan, rolled, given), low)
-
-
-def parameters(plan: Plan, trajectory: Trajectory, fields: Fields) -> tuple[Tensor, ...]:
-    """Return what trains in all fields that the plan calls."""
-    names = dict.fromkeys(node.field for node in plan.nodes if isinstance(node, Velocity))
-    t, required = trajectory.steps, not any(isinstance(node, Noise) for node in plan.nodes)
-    by_id: dict[int, Tensor] = {}
-    for name in names:
-        leaves_of_field = leaves(field_named(fields, name), trajectory[t], trajectory.sigma(t), required=required)
-        by_id.update((id(leaf), leaf) for leaf in leaves_of_field)
-    return tuple(by_id.values())
+        count = steps or _enough_steps(bound.plan)
+        bound = replace(bound, plan=bound.plan.prepared(count))
+        for by_name in _built_in_fields(bound.plan, shape, seed) if users is None else [users]:
+            rolled = trajectory or _random_rollout(by_name, count, shape, seed)
+            low = users is None and rolled[0].dtype != torch.float64
+            yield Case(bound, rolled, by_name, leaves_of_calls(by_name, bound.plan.nodes, rolled), low)
 
 
 def bind_names(plan: Drawable, steps: int | None, seed: int) -> Bound:
@@ -120,7 +108,7 @@ def bind_names(plan: Drawable, steps: int | None, seed: int) -> Bound:
     """
     generator = torch.Generator().manual_seed(seed)
     if isinstance(plan, Plan):
-        return _at_random(plan, steps or max(STEPS, plan.steps or _highest(plan)), {}, generator)
+        return _at_random(plan, steps or _enough_steps(plan), {}, generator)
     if hasattr(plan, "draw"):
         drawn = plan.draw(steps or STEPS, generator)  # pyright: ignore[reportFunctionMemberAccess,reportAttributeAccessIssue]
         settings = getattr(plan, "__dict__", {})
@@ -170,11 +158,11 @@ def _factors(plan: Plan, known: Mapping[str, float]) -> dict[str, float]:
     return {called[a] if a in called else next(n for n in free if n not in known): a for a in values}
 
 
-def _highest(plan: Plan) -> int:
-    return max((node.t for node in plan.nodes if isinstance(node.t, int)), default=1)
+def _enough_steps(plan: Plan) -> int:
+    return max(STEPS, plan.steps or max((node.t for node in plan.nodes if isinstance(node.t, int)), default=1))
 
 
-def _own(plan: Plan, shape: Sequence[int], seed: int) -> Iterator[Fields]:
+def _built_in_fields(plan: Plan, shape: Sequence[int], seed: int) -> Iterator[Mapping[str | None, Field]]:
     names = dict.fromkeys((None, *(node.field for node in plan.nodes if isinstance(node, Velocity))))
     dim = shape[-1]
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
@@ -188,20 +176,15 @@ def _random_rollout(fields: Fields, steps: int, shape: Sequence[int], seed: int)
     """Return a rollout over random times from random noise, in the field's dtype."""
     generator = torch.Generator().manual_seed(seed)
     widths = 1 + torch.rand(steps, generator=generator, dtype=torch.float64)
-    sigmas = torch.cat([widths.flip(0).cumsum(0).flip(0) / widths.sum(), widths.new_zeros(1)])
+    sigmas = torch.cat([widths.flip(0).cumsum(0).flip(0) / widths.sum(), widths.new_zeros(1)]).clamp(max=1)
     like = next(iter(getattr(field_named(fields, None), "parameters", lambda: ())()), widths)
-    start = torch.randn(*shape, generator=generator, dtype=torch.float64).to(like).detach().requires_grad_()
-    return rollout(fields, start, sigmas.clamp(max=1).to(start.device, torch.promote_types(like.dtype, torch.float32)))
+    start = _normal(like.detach().new_empty(*shape), generator).requires_grad_()
+    return rollout(fields, start, sigmas.to(start.device, torch.promote_types(like.dtype, torch.float32)))
 
 
-def is_stop(node: Node) -> bool:
-    """Whether the plan stops the gradient at this node."""
-    return node.op in ("detach", "detach_velocity") or (isinstance(node, Discount | Scale) and node.a == 0)
-
-
-def time_of(t: Any, steps: int) -> int:
-    """Return a time as a number."""
-    return steps if t == START else int(t)
+def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a random tensor like this one: the same numbers in every dtype."""
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
 
 
 def norm(tensors: Sequence[Tensor]) -> float:

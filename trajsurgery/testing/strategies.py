@@ -8,19 +8,7 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 
-from trajsurgery.methods import (
-    SRPO,
-    AlignProp,
-    DRaFT1,
-    DRaFTK,
-    DRaFTLV,
-    DRTune,
-    FlowBPBridge,
-    FlowBPLagrange,
-    FlowBPSparse,
-    LeapAlign,
-    ReFL,
-)
+from trajsurgery import methods as zoo
 from trajsurgery.plans.graph import passes_gradient, trained
 from trajsurgery.plans.interpolants import Interpolant, Polynomial, RectifiedFlow, Trigonometric
 from trajsurgery.plans.nodes import START, LatentNode, Node, Noise, Recover, Velocity, VelocityNode, walk
@@ -29,23 +17,10 @@ from trajsurgery.plans.rules import QUADRATURES, renoised
 from trajsurgery.surgery.api import rollout
 from trajsurgery.surgery.parameters import Field
 from trajsurgery.surgery.trajectory import Trajectory
+from trajsurgery.testing.proof_cases import Method
 from trajsurgery.testing.velocity_fields import MLP, Gaussian
 
 INTERPOLANTS: tuple[Interpolant, ...] = (RectifiedFlow(), Trigonometric(), Polynomial())
-
-Method = (
-    LeapAlign
-    | DRTune
-    | ReFL
-    | DRaFTLV
-    | DRaFT1
-    | DRaFTK
-    | AlignProp
-    | FlowBPSparse
-    | FlowBPBridge
-    | FlowBPLagrange
-    | SRPO
-)
 
 
 @dataclass
@@ -259,27 +234,27 @@ def methods(draw: st.DrawFn, steps: int = 8) -> Method:
     """Methods whose `draw(steps)` succeeds."""
     some, factor = st.integers(1, steps), factors()
     made: list[st.SearchStrategy[Method]] = [
-        st.builds(LeapAlign, factor, leaps=st.integers(1, min(3, steps)), straight=st.booleans()),
-        st.builds(ReFL, some),
-        st.builds(DRTune, some, some, st.booleans()),
-        st.builds(DRaFTLV, st.integers(0, 2)),
-        st.builds(DRaFT1),
-        st.builds(DRaFTK, st.integers(1, min(4, steps))),
-        st.builds(AlignProp, st.integers(1, min(4, steps))),
-        st.builds(FlowBPSparse, some, rescale=factor),
+        st.builds(zoo.LeapAlign, factor, leaps=st.integers(1, min(3, steps)), straight=st.booleans()),
+        st.builds(zoo.ReFL, some),
+        st.builds(zoo.DRTune, some, some, st.booleans()),
+        st.builds(zoo.DRaFTLV, st.integers(0, 2)),
+        st.builds(zoo.DRaFT1),
+        st.builds(zoo.DRaFTK, st.integers(1, min(4, steps))),
+        st.builds(zoo.AlignProp, st.integers(1, min(4, steps))),
+        st.builds(zoo.FlowBPSparse, some, rescale=factor),
     ]
     if steps > 1:
         made += [
-            st.builds(LeapAlign, factor, pairs=st.sampled_from(("midpoint", "midpoint-k"))),
-            st.builds(FlowBPBridge, st.integers(2, steps), alpha=factor, rescale=factor),
+            st.builds(zoo.LeapAlign, factor, pairs=st.sampled_from(("midpoint", "midpoint-k"))),
+            st.builds(zoo.FlowBPBridge, st.integers(2, steps), alpha=factor, rescale=factor),
         ]
     everywhere = st.just((0.0, 1.0))
     if steps > 2:
         made += [
-            st.builds(LeapAlign, factor, pairs=st.just("dirichlet")),
-            st.builds(FlowBPLagrange, factor, factor, rescale=factor),
-            st.builds(SRPO, step=st.integers(1, steps - 2), window=everywhere),
+            st.builds(zoo.LeapAlign, factor, pairs=st.just("dirichlet")),
+            st.builds(zoo.FlowBPLagrange, factor, factor, rescale=factor),
+            st.builds(zoo.SRPO, step=st.integers(1, steps - 2), window=everywhere),
         ]
     if steps > 3:
-        made.append(st.builds(SRPO, st.just(("real",)), step=st.integers(1, (steps - 2) // 2), window=everywhere))
+        made.append(st.builds(zoo.SRPO, st.just(("real",)), step=st.integers(1, (steps - 2) // 2), window=everywhere))
     return draw(st.one_of(made))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,36 +16,36 @@ from torch.utils.checkpoint import checkpoint
 
 from trajsurgery.plans.graph import exact, faithful, trained
 from trajsurgery.plans.nodes import Velocity
-from trajsurgery.surgery.api import apply, backward
-from trajsurgery.surgery.api import values as plain
-from trajsurgery.surgery.parameters import Field, Fields, field_named
+from trajsurgery.surgery.api import apply, backward, values
+from trajsurgery.surgery.parameters import Field
 from trajsurgery.testing.frozen_reference import FrozenPlan
 from trajsurgery.testing.proof_cases import Case, norm
 
 Gradient = tuple[Tensor, ...]
 
 
-def _applied(
-    case: Case, cotangents: Sequence[Tensor], memory: Any = "retain", fields: Fields | None = None
-) -> Gradient:
-    outputs = as_tuple(apply(case.plan, case.trajectory, fields or case.fields, memory, params=case.params))
-    gradients: Any = torch.autograd.grad(outputs, case.wrt, tuple(cotangents), allow_unused=True)
-    return tuple(torch.zeros_like(leaf) if g is None else g for leaf, g in zip(case.wrt, gradients, strict=True))
+def _outputs(case: Case, memory: Any = "retain", **other: Any) -> tuple[Tensor, ...]:
+    """Return the plan's outputs; `other`: another trajectory or other fields than the case's."""
+    arguments: dict[str, Any] = {"trajectory": case.trajectory, "field": case.fields, **other}
+    return _as_tuple(apply(case.plan, memory=memory, params=case.params, **arguments))
 
 
-def _staged(case: Case, cotangents: Sequence[Tensor]) -> Gradient:
-    def run() -> None:
-        backward(case.plan, case.trajectory, case.fields, list(cotangents), params=case.params)
-
-    return _into_grad(case, run)
+def _applied(case: Case, cotangents: Gradient, memory: Any = "retain", **other: Any) -> Gradient:
+    outputs = _outputs(case, memory, **other)
+    return torch.autograd.grad(outputs, case.wrt, cotangents, allow_unused=True, materialize_grads=True)
 
 
-def _split(case: Case, cotangents: Sequence[Tensor]) -> Gradient:
-    def run() -> None:
-        outputs = as_tuple(apply(case.plan, case.trajectory, case.fields, "split", params=case.params))
-        torch.autograd.backward(outputs, tuple(cotangents))
+def _checkpointed(case: Case, cotangents: Gradient) -> Gradient:
+    fields = {name: partial(checkpoint, field, use_reentrant=False) for name, field in case.fields.items()}
+    return _applied(case, cotangents, field=fields)
 
-    return _into_grad(case, run)
+
+def _staged(case: Case, cotangents: Gradient) -> Gradient:
+    return _into_grad(case, lambda: backward(case.plan, case.trajectory, case.fields, cotangents, params=case.params))
+
+
+def _split(case: Case, cotangents: Gradient) -> Gradient:
+    return _into_grad(case, lambda: torch.autograd.backward(_outputs(case, "split"), cotangents))
 
 
 def _into_grad(case: Case, run: Callable[[], None]) -> Gradient:
@@ -60,18 +61,9 @@ def _into_grad(case: Case, run: Callable[[], None]) -> Gradient:
             leaf.grad = grad
 
 
-def _checkpointed(case: Case, cotangents: Sequence[Tensor]) -> Gradient:
-    def wrapped(field: Field) -> Field:
-        return lambda x, sigma: checkpoint(field, x, sigma, use_reentrant=False)
-
-    fields = case.fields
-    inner: Any = {n: wrapped(f) for n, f in fields.items()} if isinstance(fields, Mapping) else wrapped(fields)
-    return _applied(case, cotangents, "retain", inner)
-
-
-GRADIENTS: dict[str, Callable[[Case, Sequence[Tensor]], Gradient]] = {
+GRADIENTS: dict[str, Callable[[Case, Gradient], Gradient]] = {
     "retain": _applied,
-    "recompute": lambda case, cotangents: _applied(case, cotangents, "recompute"),
+    "recompute": partial(_applied, memory="recompute"),
     "staged": _staged,
     "split": _split,
     "checkpointed": _checkpointed,
@@ -81,9 +73,8 @@ GRADIENTS: dict[str, Callable[[Case, Sequence[Tensor]], Gradient]] = {
 
 def forward_mode(case: Case) -> Callable[[Sequence[Tensor]], Sequence[Tensor]] | None:
     """Return a function from directions of `case.wrt` to tangents of outputs; None for fields that are no Modules."""
-    fields = case.fields
-    fields_by_name: dict[str | None, Any] = dict(fields) if isinstance(fields, Mapping) else {None: fields}
-    if not all(isinstance(field, nn.Module) for field in fields_by_name.values()):
+    modules = {name: field for name, field in case.fields.items() if isinstance(field, nn.Module)}
+    if len(modules) < len(case.fields):
         return None
 
     def push(direction: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -91,11 +82,9 @@ def forward_mode(case: Case) -> Callable[[Sequence[Tensor]], Sequence[Tensor]] |
         with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
             duals = [forward_ad.make_dual(leaf, d) for leaf, d in zip(case.wrt, direction, strict=True)]
             by_id = {id(leaf): dual for leaf, dual in zip(case.params, duals, strict=False)}  # x_T may follow
-            moved = {name: _called(field, by_id) for name, field in fields_by_name.items()}
-            trajectory = case.trajectory
-            if len(duals) > len(case.params):
-                trajectory = replace(trajectory, start=duals[-1])
-            outputs = as_tuple(apply(case.plan, trajectory, moved, params=case.params))
+            moved = {name: _called(module, by_id) for name, module in modules.items()}
+            start = duals[-1] if len(duals) > len(case.params) else case.trajectory.start
+            outputs = _outputs(case, trajectory=replace(case.trajectory, start=start), field=moved)
             tangents = [forward_ad.unpack_dual(output).tangent for output in outputs]
             return [torch.zeros_like(o) if t is None else t for o, t in zip(outputs, tangents, strict=True)]  # pyright: ignore[reportUnnecessaryComparison]
 
@@ -125,12 +114,11 @@ def check_values(case: Case, tolerance: float) -> float:
 
         return call
 
-    fields, x = case.fields, case.trajectory
-    watching: Any = {n: watched(f) for n, f in fields.items()} if isinstance(fields, Mapping) else watched(fields)
-    outputs = as_tuple(apply(case.plan, x, watching, params=case.params))
+    x = case.trajectory
+    outputs = _outputs(case, field={name: watched(field) for name, field in case.fields.items()})
     others = {
-        "recompute": as_tuple(apply(case.plan, x, case.fields, "recompute", params=case.params)),
-        "values()": as_tuple(plain(case.plan, x, case.fields)),
+        "recompute": _outputs(case, "recompute"),
+        "values()": _as_tuple(values(case.plan, x, case.fields)),
     }
     for name, outputs_of_way in others.items():
         for i, (a, b) in enumerate(zip(outputs_of_way, outputs, strict=True)):
@@ -157,7 +145,7 @@ def _on_the_rollout(case: Case, call: Velocity, seen: Sequence[tuple[float, Tens
         f"the call at t = {t} is not made on the rollout's x_{t}, bit for bit: a connector that rounds? {case.plan}"
     )
     with torch.no_grad():
-        v, recorded = field_named(case.fields, call.field)(x, sigma), case.trajectory.velocity(t)
+        v, recorded = case.fields[call.field](x, sigma), case.trajectory.velocity(t)
     miss = norm([v.double() - recorded.double()]) / max(norm([recorded]), 1e-300)
     assert miss <= tolerance, (
         f"the field misses the trajectory's velocity at t = {t} by {miss:.1e}: other weights made the rollout, or the "
@@ -165,11 +153,5 @@ def _on_the_rollout(case: Case, call: Velocity, seen: Sequence[tuple[float, Tens
     )
 
 
-def rounding(case: Case) -> float:
-    """Return the accuracy of eighth-order differences in the dtype of the latents."""
-    return 1e3 * float(torch.finfo(case.trajectory[0].dtype).eps ** (8 / 9))
-
-
-def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
-    """Return one output or several as a tuple."""
+def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
