@@ -16,10 +16,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from trajsurgery.errors import SamplerError
 from trajsurgery.pipelines.guidance import GuidanceGradient, GuidancePasses
-from trajsurgery.pipelines.scheduler import Schedule
+from trajsurgery.pipelines.scheduler import Schedule, shadow_attribute
 from trajsurgery.pipelines.timestep_inputs import TimestepInputs
-
-_MISSING = object()
 
 
 @dataclass
@@ -167,29 +165,6 @@ def encoder_methods(pipe: Any, base: type) -> Iterator[tuple[Any, str]]:
     for component in pipe.components.values():
         if isinstance(component, nn.Module) and callable(getattr(component, "encode", None)):
             yield component, "encode"
-
-
-@contextlib.contextmanager
-def shadow_attribute(thing: Any, name: str, value: Any) -> Generator[None]:
-    """Shadow an attribute of the class by one of the object."""
-    before = thing.__dict__.get(name, _MISSING)
-    thing.__dict__[name] = value
-    try:
-        yield
-    finally:
-        thing.__dict__.pop(name)
-        if before is not _MISSING:
-            thing.__dict__[name] = before
-
-
-def calling_first(action: Callable[..., None], function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a function: call `action` with the same arguments first."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        action(*args, **kwargs)
-        return function(*args, **kwargs)
-
-    return call
 
 
 @contextlib.contextmanager

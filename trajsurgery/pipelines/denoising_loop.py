@@ -11,10 +11,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from trajsurgery.errors import PlanError, SamplerError
-from trajsurgery.pipelines.call_record import CallRecord, calling_first, shadow_attribute, skipped_calls
+from trajsurgery.pipelines.call_record import CallRecord, skipped_calls
 from trajsurgery.pipelines.guidance import GuidanceGradient, GuidancePasses
 from trajsurgery.pipelines.pipeline_field import PipelineField
-from trajsurgery.pipelines.scheduler import Schedule, first_timetable_entry, reroute, step_output
+from trajsurgery.pipelines.scheduler import (
+    Schedule,
+    calling_first,
+    first_timetable_entry,
+    reroute,
+    shadow_attribute,
+    step_output,
+)
 from trajsurgery.plans import nodes
 from trajsurgery.plans.plan import Plan
 from trajsurgery.surgery.execution import Execution, first_call

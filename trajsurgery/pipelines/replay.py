@@ -18,15 +18,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from trajsurgery.errors import SamplerError
-from trajsurgery.pipelines.call_record import (
-    CallRecord,
-    calling_first,
-    encoder_methods,
-    shadow_attribute,
-    skipped_calls,
-)
+from trajsurgery.pipelines.call_record import CallRecord, encoder_methods, skipped_calls
 from trajsurgery.pipelines.guidance import GuidancePasses
-from trajsurgery.pipelines.scheduler import reroute, step_output
+from trajsurgery.pipelines.scheduler import calling_first, reroute, shadow_attribute, step_output
 
 
 class _Stop(BaseException):

@@ -1,4 +1,4 @@
-"""diffusers schedulers: which are flow matching, the times of their steps, and rerouting of their methods."""
+"""diffusers schedulers: which are flow matching, the times of their steps, and rerouting of an object's methods."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from torch import Tensor
 from trajsurgery.errors import SamplerError
 from trajsurgery.plans.interpolants import InvertedFlow, RectifiedFlow
 from trajsurgery.surgery.trajectory import check_sigmas
+
+_MISSING = object()
 
 
 def check_flow_matching(pipe: Any) -> None:
@@ -104,19 +106,37 @@ def step_output(sample: Tensor, return_dict: bool = True, **_: Any) -> Any:
 
 
 @contextlib.contextmanager
-def reroute(scheduler: Any, **around: Callable[..., Any]) -> Generator[None]:
-    """Call methods of this one scheduler as `around(method, ...)`; its class stays, since pipelines check it."""
-    shadows = {name: scheduler.__dict__.pop(name) for name in around if name in scheduler.__dict__}
-    for name in around:
-        function = shadows.get(name, getattr(scheduler, name))
-        function = function.function if isinstance(function, _Rerouted) else function
-        scheduler.__dict__[name] = _Rerouted(scheduler, function, around[name])
+def shadow_attribute(thing: Any, name: str, value: Any) -> Generator[None]:
+    """Shadow an attribute of the class by one of the object."""
+    before = thing.__dict__.get(name, _MISSING)
+    thing.__dict__[name] = value
     try:
         yield
     finally:
-        for name in around:
-            scheduler.__dict__.pop(name, None)
-        scheduler.__dict__.update(shadows)
+        thing.__dict__.pop(name, None)
+        if before is not _MISSING:
+            thing.__dict__[name] = before
+
+
+def calling_first(action: Callable[..., None], function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a function: call `action` with the same arguments first."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        action(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
+@contextlib.contextmanager
+def reroute(scheduler: Any, **around: Callable[..., Any]) -> Generator[None]:
+    """Call methods of this one scheduler as `around(method, ...)`; its class stays, since pipelines check it."""
+    with contextlib.ExitStack() as stack:
+        for name, call in around.items():
+            method = getattr(scheduler, name)
+            method = method.function if isinstance(method, _Rerouted) else method
+            stack.enter_context(shadow_attribute(scheduler, name, _Rerouted(scheduler, method, call)))
+        yield
 
 
 class _Rerouted:

@@ -15,24 +15,10 @@ from trajsurgery.tiny.scene import ABSENT, ANY, COLOURS, RELATIONS, SHAPES, SLOT
 Split = Literal["train", "validation", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "heldout")
 CATEGORIES = ("single object", "two objects", "counting", "colours", "position", "attribute binding")
-# Post-training draws its prompts in the paper's ratio 7:5:3:1:1:0.
-RATIO = {
-    "position": 7,
-    "counting": 5,
-    "attribute binding": 3,
-    "colours": 1,
-    "two objects": 1,
-    "single object": 0,
-}
+# Post-training draws its prompts in the paper's ratio, in the order of CATEGORIES.
+RATIO: dict[str, float] = dict(zip(CATEGORIES, (0, 1, 5, 1, 7, 3), strict=True))
 # Or in this one: a model of a million parameters forgets categories without prompts (benchmarks/world/README.md).
-EVEN_RATIO = {
-    "position": 4,
-    "counting": 2,
-    "attribute binding": 3,
-    "colours": 2,
-    "two objects": 2,
-    "single object": 2,
-}
+EVEN_RATIO: dict[str, float] = dict(zip(CATEGORIES, (2, 2, 2, 2, 4, 3), strict=True))
 HELDOUT, VALIDATION = 0.2, 0.15  # shares of each category's prompts
 
 
