@@ -39,7 +39,7 @@ NAMES = ((r"^model\.", "text."), (r"^visual\.", "visual."), (r"^rm_head\.", "hea
 
 rename_weights = functools.partial(state_dicts.rename_weights, "HPSv3", NAMES, r"^lm_head\.weight$")
 
-QUESTION = Path(__file__).with_name("hpsv3_question.txt").read_text()
+QUESTION = Path(__file__).with_name("hpsv3_question.txt").read_text("utf-8")
 """The authors' question, word for word, from the package hpsv3 (MIT License, Copyright (c) 2024 HPSv3 Team)."""
 
 REWARD = "<|Reward|>"
