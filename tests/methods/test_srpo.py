@@ -21,7 +21,7 @@ from trajsurgery.methods.srpo import GUIDED, relative
 from trajsurgery.training.components import PromptCache
 from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.srpo_support import velocity_fields
-from trajsurgery.training.step_gradient import add_gradient, draw_plans, plan_of_samples
+from trajsurgery.training.step_gradient import RolloutInputs, add_gradient, draw_plans, plan_of_samples
 
 AUTHORS = SRPO(("Real", "Detail"), ("Flat", "Oil", "Anime"))
 
@@ -140,6 +140,8 @@ def test_a_plan_without_a_named_field_uses_the_rollout_s_field(pipe: Any) -> Non
 
 
 METHOD = replace(AUTHORS, window=(0.0, 1.0), rollout_guidance=1.0)
+SHARED, SAMPLES = 3, (1, 4)
+"""Seeds of the words: of a plan that all samples share, and of each sample's plan. Each draws other words."""
 
 
 def short(tmp_path: Path, memory: Any = "retain", **changes: Any) -> Recipe:
@@ -162,9 +164,8 @@ def test_training_uses_the_relative_reward_s_gradient(tmp_path: Path, times: Any
         for weight in weights:
             weight.grad = None
         variant = replace(recipe, rollout=replace(recipe.rollout, memory=memory))
-        scores = add_gradient(
-            variant, world, plan, texts, {**cache(texts), "generator": seeded(2)}, seeded(3), (0.7, 1.0)
-        )
+        inputs = RolloutInputs(texts, {**cache(texts), "generator": seeded(2)}, list(map(seeded, SAMPLES)), SHARED, 1.0)
+        scores = add_gradient(variant, world, plan, inputs, 0.7)
         assert bool(scores.isfinite().all())
         by_memory[memory] = [p.grad for p in weights]
     expected = by_hand(recipe, world, each, texts, {**cache(texts), "generator": seeded(2)}, times == "per-sample")
@@ -202,13 +203,13 @@ def by_hand(recipe: Recipe, world: Any, plans: Any, texts: Any, inputs: Any, apa
 
 
 def _drawn(plans: Any, apart: bool) -> list[tuple[Any, tuple[str, str]]]:
-    """The words that the recipe's generator draws, for each sample."""
-    generator = seeded(3)
+    """The words that are drawn for each sample: with its seed, or with one seed for all."""
     pairs = []
-    for _ in plans if apart else plans[:1]:
+    for seed in SAMPLES if apart else [SHARED] * len(SAMPLES):
+        generator = seeded(seed)
         positive = METHOD.positive[int(torch.randint(2, (), generator=generator))]
         pairs.append((positive, METHOD.negative[int(torch.randint(3, (), generator=generator))]))
-    return list(zip(plans, pairs if apart else pairs * len(plans), strict=True))
+    return list(zip(plans, pairs, strict=True))
 
 
 def test_a_guidance_that_is_no_input_is_refused_before_the_first_image(tmp_path: Path) -> None:

@@ -21,18 +21,24 @@ from trajsurgery.surgery.parameters import Fields
 from trajsurgery.training.recipe import Recipe
 
 
-def output_rewards(recipe: Recipe, plan: Plan | PerSample, reward: Reward, seed: int) -> tuple[Reward, ...]:
+def output_rewards(
+    recipe: Recipe, plan: Plan | PerSample, reward: Reward, seed: int, sample_seeds: Sequence[int]
+) -> tuple[Reward, ...]:
     """Return the reward of each output: the recipe's, or what the method makes of it (`SRPO.graded`).
 
     Args:
-        seed: what the method draws follows from it.
+        seed: seed of what the method draws for a plan that all samples share.
+        sample_seeds: seeds of what it draws for each sample's plan.
     """
     make_rewards: Any = getattr(recipe.method, "graded", None)
     if make_rewards is None:
         return (reward,) * len(plan.plans[0].outputs if isinstance(plan, PerSample) else plan.outputs)
     if isinstance(plan, Plan):
         return make_rewards(plan, reward, torch.Generator().manual_seed(seed))
-    of_samples = [make_rewards(one, reward, torch.Generator().manual_seed(seed)) for one in plan.plans]
+    of_samples = [
+        make_rewards(one, reward, torch.Generator().manual_seed(sample_seed))
+        for one, sample_seed in zip(plan.plans, sample_seeds, strict=True)
+    ]
     return tuple(map(_reward_per_sample, zip(*of_samples, strict=True)))
 
 

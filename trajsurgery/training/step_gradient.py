@@ -30,9 +30,9 @@ class RolloutInputs:
     arguments: dict[str, Any]
     """Of the pipeline's call: encoded prompts, and a generator for each sample's noise."""
     renoise: Sequence[torch.Generator]
-    """A generator for each sample, for the noises that a plan draws."""
+    """A generator for each sample, for the noises that its plan draws; its seed is that of the plan's words."""
     seed: int
-    """The same for all rollouts of an iteration: what a method draws beside its plan follows from it (SRPO's words)."""
+    """The same for all rollouts of an iteration: seed of what a method draws beside a shared plan (SRPO's words)."""
     share: float
     """Of the iteration's batch."""
 
@@ -74,7 +74,8 @@ def add_gradient(
     texts, renoise, share = inputs.texts, inputs.renoise, inputs.share
     images, outputs, leap_distances, surgery, fields = _sample(recipe, world, plan, inputs)
     decoded = [images, *(surgery.decode(x) for x in outputs[1:])]
-    rewards = srpo_support.output_rewards(recipe, plan, world.reward, inputs.seed)
+    sample_seeds = [generator.initial_seed() for generator in renoise]
+    rewards = srpo_support.output_rewards(recipe, plan, world.reward, inputs.seed, sample_seeds)
     scores = [grade(_without_nan(image), texts) for image, grade in zip(decoded, rewards, strict=True)]
     weights = objective.weights(plan, surgery.trajectory, leap_distances, recipe.weights_at, recipe.objective.tau)
     loss = objective.loss(scores, weights.w, lambda_)
