@@ -8,7 +8,7 @@ from rich.console import Console
 
 from tests.builders.problems import problem
 from tests.tolerances import GRADIENT
-from trajsurgery import Plan, latent, leapalign, leaps, noise
+from trajsurgery import Plan, latent, leapalign, leaps, noise, reno
 from trajsurgery.testing import MLP
 
 ROLLED = problem(MLP(4, seed=11), 6)
@@ -96,3 +96,12 @@ def test_kinds_sum_to_the_gradient():
         torch.testing.assert_close(parts, whole, rtol=GRADIENT, atol=GRADIENT)
     assert set(gradient.by_kind) == {"single-step", "nested once", "nested twice"}
     assert gradient.by_kind["nested twice"] == pytest.approx(gradient.norms[-1], rel=GRADIENT)
+
+
+def test_kinds_of_a_frozen_field_are_zero():
+    """The noise trains alone: the terms of the weights hold no gradient at all."""
+    field = MLP(4).requires_grad_(False)
+    p = problem(field)
+    gradient = reno(3).gradient().evaluate(p.trajectory, field, torch.ones_like(p.noise))
+    assert len(gradient) == 0
+    assert gradient.by_kind == {"single-step": 0.0, "nested once": 0.0}

@@ -4,13 +4,14 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 from torch.func import functional_call, jacfwd, jacrev, jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.builders.problems import cotangents, distance, grads, outputs, problem
 from tests.builders.small_transformers import float64_throughout, flux, sd3
 from tests.tolerances import GRADIENT, STOCK
-from trajsurgery import Plan, apply, latent, leapalign
+from trajsurgery import Plan, apply, latent, leapalign, sample
 from trajsurgery.testing import INTERPOLANTS, MLP, plans, trajectories
 
 STEPS, DIM = 5, 4
@@ -103,3 +104,24 @@ def test_a_detached_plan_has_the_tangent_of_its_last_leap():
     _, (pushed,) = jvp(of_weights(stopped, ROLLED, FIELD), (theta,), (t,))
     _, expected = jvp(lambda w: -sigma * functional_call(FIELD, w, (x, sigma)), (theta,), (t,))
     torch.testing.assert_close(pushed, expected)
+
+
+@pytest.mark.parametrize("memory", ["retain", "split"])
+def test_sample_has_the_tangent_of_apply(memory):
+    """Split fell back to retain with the call's input cut off, and lost the tangent of earlier leaps."""
+    theta = {name: p.detach() for name, p in FIELD.named_parameters()}
+    plan, t = leapalign(4, 2, 0.3), directions(FIELD, 5)
+    p = problem(FIELD, STEPS)
+
+    def run(weights):
+        def field(x, sigma):
+            return functional_call(FIELD, weights, (x, sigma))
+
+        return sample(plan, field, p.noise.detach(), p.sigmas, memory=memory, check=False)[0]
+
+    _, expected = jvp(of_weights(plan, p.trajectory, FIELD), (theta,), (t,))
+    _, pushed = jvp(run, (theta,), (t,))
+    torch.testing.assert_close(pushed, expected[0])
+    with forward_ad.dual_level():
+        dual = run({name: forward_ad.make_dual(w, t[name]) for name, w in theta.items()})
+        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, expected[0])

@@ -7,7 +7,7 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from tests.builders.problems import cotangents, distance, problem
 from tests.tolerances import EXACT
-from trajsurgery import SamplerError, apply, backward, leapalign
+from trajsurgery import Plan, SamplerError, apply, backward, latent, leapalign, noise
 from trajsurgery.surgery.parameters import leaves
 from trajsurgery.testing import MLP
 
@@ -146,8 +146,6 @@ def test_whatever_has_a_device_mesh_is_sharded(rolled):
 def test_all_fields_of_a_mapping_train():
     a, b = MLP(4, seed=1), MLP(4, seed=2)
     p = problem(a)
-    from trajsurgery import Plan, latent
-
     plan = Plan(latent(5).leap(3).connect().leap(0, velocity=latent(3).velocity("b")))
     c = cotangents([p.trajectory[0]])
     both = [*a.parameters(), *b.parameters()]
@@ -155,3 +153,28 @@ def test_all_fields_of_a_mapping_train():
     actual = torch.autograd.grad(apply(plan, p.trajectory, {None: a, "b": b}, "recompute"), both, c)
     assert distance(actual, expected) <= EXACT
     assert all(g.abs().max() > 0 for g in actual)
+
+
+@pytest.mark.parametrize("memory", ["retain", "recompute", "split"])
+def test_a_field_unfrozen_after_its_first_run_trains(memory):
+    """Fields that are plain functions: the leaves of a frozen one were cached as none, and its gradient was lost."""
+    a, b = MLP(4, seed=1), MLP(4, seed=2)
+    fields = {None: lambda x, sigma: a(x, sigma), "b": lambda x, sigma: b(x, sigma)}
+    p = problem(a)
+    plan = Plan(latent(5).advance(0, [latent(5).velocity(), latent(3).velocity("b")]))
+    a.requires_grad_(False)
+    apply(plan, p.trajectory, fields, memory)
+    a.requires_grad_(True)
+    apply(plan, p.trajectory, fields, memory).sum().backward()
+    expected = torch.autograd.grad(apply(plan, p.trajectory, fields).sum(), list(a.parameters()))
+    assert distance([w.grad for w in a.parameters()], expected) <= EXACT
+
+
+def test_no_params_leave_the_gradient_to_the_noise(rolled):
+    """A call that nothing is asked of has no backward pass of its own."""
+    plan = Plan(noise().leap(0), latent(3).leap(0))
+    c = torch.ones_like(rolled.noise)
+    backward(plan, rolled.trajectory, rolled.field, [c, c], params=[])
+    (expected,) = torch.autograd.grad(apply(plan, rolled.trajectory, rolled.field)[0].sum(), rolled.noise)
+    assert distance([rolled.noise.grad], [expected]) <= EXACT
+    assert all(w.grad is None for w in rolled.params)

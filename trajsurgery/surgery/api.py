@@ -216,9 +216,9 @@ def _backward_of_call(
         v = call(x_leaf)
     if not v.requires_grad and required:
         raise SamplerError("the field's velocity requires no gradient: call requires_grad_() on what is to train.")
-    if not v.requires_grad:
-        return
     inputs = None if trained is None else [*trained, *([x_leaf] if x.requires_grad else [])]
+    if not v.requires_grad or inputs == []:  # torch takes no empty list
+        return
     torch.autograd.backward(v, cotangent.to(v.dtype), inputs=inputs)
     if x_leaf.grad is not None:
         _linear_gradients((x,), (x_leaf.grad,))

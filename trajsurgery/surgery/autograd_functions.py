@@ -171,7 +171,8 @@ class _Split(torch.autograd.Function):
         if v is None:
             v = _call_again(ctx, x)
         inputs = None if ctx.params is None else [*ctx.params, *([x] if x.requires_grad else [])]
-        torch.autograd.backward(v, grad.to(v.dtype), inputs=inputs)
+        if inputs != []:  # torch takes no empty list
+            torch.autograd.backward(v, grad.to(v.dtype), inputs=inputs)
         return None, x.grad, None, None, None, None, None
 
 

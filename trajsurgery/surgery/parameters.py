@@ -113,7 +113,7 @@ def trainable_only(params: Iterable[Tensor] | Mapping[str, Tensor], required: bo
 
 def _leaves_of_call(field: Field, x: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
     with contextlib.suppress(TypeError):  # neither hashable nor weakly referable: call it anew
-        if field in _leaves_of_fields:
+        if _leaves_of_fields.get(field):  # a field without any was frozen, and may train by now
             return _leaves_of_fields[field]
     with torch.enable_grad():
         leaves_of_field = _leaves_of(call_field(field, x.detach(), sigma))

@@ -105,8 +105,8 @@ def retained_call(call: ModelCall, x: Tensor) -> Tensor:
 
 
 def cut(x: Tensor) -> Tensor:
-    """Return the input of a call whose graph is to end there."""
-    return x.detach().requires_grad_(x.requires_grad)
+    """Return the input of a call whose graph is to end there; x itself where `split_call` leaves the graph whole."""
+    return x if _inside_torch_func() else x.detach().requires_grad_(x.requires_grad)
 
 
 def split_call(x: Tensor, v: Tensor, start: Tensor, params: tuple[Tensor, ...] | None = None) -> Tensor:
