@@ -157,6 +157,7 @@ def test_midpoints_lie_half_way():
         lambda: leaps((3,), reward_at="x_0"),
         lambda: LeapAlign(pairs="midpoint", leaps=3).draw(8),
         lambda: LeapAlign(pairs="halves").draw(8),
+        lambda: LeapAlign(leaps=-1).draw(8),
         lambda: LeapAlign(pairs="midpoint", distance=0.5).draw(8),
     ],
 )

@@ -185,4 +185,5 @@ def test_recorded_and_detached_calls_cost_nothing():
     plan = Plan(latent(5).leap(4, velocity=recorded(5)).leap(0, discount=0))
     assert plan.cost(P.trajectory).extra == 0
     assert draft_lv(2).cost(P.trajectory).extra == 2
+    assert draft_lv(2).cost(STEPS) == draft_lv(2).cost(P.trajectory)
     assert draft_lv(2).cost(P.trajectory).calls == 3

@@ -60,17 +60,6 @@ class MemoryPlan:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class _EulerSteps:
-    """A sampler of Euler steps, for `Plan.cost`."""
-
-    steps: int
-
-    def is_step(self, t: int) -> bool:
-        """Whether the sampler went from t to t - 1 by Euler."""
-        return 0 < t <= self.steps
-
-
 def plan_memory(
     recipe: Recipe,
     plan: Plan | None = None,
@@ -148,7 +137,7 @@ def _peak(held: dict[str, int], passing: dict[str, int]) -> int:
 def _operations(recipe: Recipe, plan: Plan, counted: ModelCosts, images: int) -> dict[str, int]:
     """Operations of an iteration, on all GPUs together."""
     rollout, call, decode = recipe.rollout, counted.call, counted.decode
-    cost, plans = plan.cost(_EulerSteps(rollout.steps)), rollout.plans
+    cost, plans = plan.cost(rollout.steps), rollout.plans
     after = plans > 1 or rollout.times == "per-sample"  # the calls are made once the rollout is over
     calls, extra, groups = cost.calls, cost.extra, math.ceil(rollout.batch / images)
     measured, live = recipe.weights_at != "none", needs_gradient(plan.outputs)
@@ -187,7 +176,7 @@ def _estimate(
     recipe: Recipe, spec: PipelineSpec, plan: Plan, images: int, counted: ModelCosts, kernels: Kernels
 ) -> MemoryPlan:
     hardware: Hardware = recipe.hardware
-    calls = plan.cost(_EulerSteps(recipe.rollout.steps)).calls
+    calls = plan.cost(recipe.rollout.steps).calls
     held = _persistent_bytes(recipe, spec, counted, hardware.gpus)
     passing = _transient_bytes(recipe, counted, calls, len(plan.outputs))
     flops, peak = _operations(recipe, plan, counted, images), _peak(held, passing)

@@ -113,10 +113,10 @@ class LeapAlign:
             return self._apart(allowed, steps, generator)
         if self.pairs != "uniform":
             return self._pair(steps, generator)
-        if len(allowed) < self.leaps:
+        if not 1 <= self.leaps <= len(allowed):
             raise PlanError(
-                f"LeapAlign(window={self.window}) leaves the times {list(allowed)} of {steps}, too few for "
-                f"{self.leaps} leaps. Widen the window, or take more steps."
+                f"LeapAlign(window={self.window}) leaves the times {list(allowed)} of {steps}, which allow 1 to "
+                f"{len(allowed)} leaps, not {self.leaps}. Widen the window, or take more steps."
             )
         return sorted(distinct(allowed, self.leaps, generator), reverse=True)
 

@@ -152,16 +152,21 @@ class Plan:
         return _prepared(self, steps)
 
     def cost(self, trajectory: Any) -> Cost:
-        """The model calls that the plan costs on a trajectory, and what is unfaithful to it; printed, it says so."""
+        """The model calls that the plan costs on a trajectory, and what is unfaithful to it; printed, it says so.
+
+        Args:
+            trajectory: what rollout() returns, or a number of steps: a sampler of as many Euler steps.
+        """
         from trajsurgery.plans.graph import faithful, own_step, trained
 
         plan = self.prepared(getattr(trajectory, "steps", trajectory))
-        known = faithful(plan.outputs, trajectory.is_step)
+        is_step = getattr(trajectory, "is_step", lambda _: True)
+        known = faithful(plan.outputs, is_step)
         calls = [node for node in trained(plan.outputs) if isinstance(node, Velocity)]
         extra = sum(isinstance(node, Velocity) and node not in known for node in plan.nodes)
         steps = [n for n in plan.nodes if isinstance(n, Leap) and own_step(n, lambda _: True)]
         times = {n.x.t for n in steps if isinstance(n.x.t, int)}
-        apart = sorted((t for t in times if not trajectory.is_step(t)), reverse=True)
+        apart = sorted((t for t in times if not is_step(t)), reverse=True)
         return Cost(len(calls), sum(call in known for call in calls), extra, tuple(apart))
 
     def gradient(
