@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.builders.toy_world import LikesRed
 from trajsurgery import RewardError
@@ -120,12 +120,14 @@ def test_the_command_prints_and_saves(folder: Path, capsys: pytest.CaptureFixtur
         (lambda f: [f / "b.png"], "3 prompts for 4 images"),
         (lambda f: ["--prompts", f / "bad.jsonl"], "a line is not"),
         (lambda f: ["--prompts", f / "few.jsonl"], r"no prompt for a.jpg and 1 further"),
+        (lambda f: ["--prompts", f / "latin.txt"], "no text in UTF-8"),
     ],
 )
 def test_invalid_arguments_are_refused(
     folder: Path, capsys: pytest.CaptureFixture[str], change: object, message: str
 ) -> None:
     (folder / "bad.jsonl").write_text('{"image": 3}\n')
+    (folder / "latin.txt").write_bytes("café".encode("latin-1"))
     (folder / "few.jsonl").write_text('{"image": "b.png", "prompt": "x"}\n')
     arguments = change(folder)  # type: ignore[operator]
     options = {"--prompts": folder / "notes.txt", "--reward": "tests.builders.toy_world:LikesRed"}
@@ -224,10 +226,15 @@ def make_red() -> object:
     return red
 
 
-RED = red
+class Red(nn.Module):
+    def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return red(images, prompts)
 
 
-@pytest.mark.parametrize("name", ["red", "make_red", "RED"])
+RED, RED_MODULE = red, Red()
+
+
+@pytest.mark.parametrize("name", ["red", "make_red", "RED", "Red", "RED_MODULE"])
 def test_a_module_name_is_a_reward_or_its_factory(name: str) -> None:
     reward = load_reward(f"{__name__}:{name}", CPU)
     assert torch.equal(reward(torch.ones(1, 3, 2, 2), ["a circle"]), torch.ones(1))

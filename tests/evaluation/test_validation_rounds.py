@@ -24,7 +24,7 @@ from trajsurgery.evaluation.held_out import evaluate
 from trajsurgery.reports import run_report, validation_report
 from trajsurgery.rewards.loading import mixture_weights
 from trajsurgery.training.checkpoint import CHECKPOINT, METRICS, Log, TrainingState, resume
-from trajsurgery.training.components import RunComponents
+from trajsurgery.training.components import RunComponents, load
 from trajsurgery.training.early_stopping import EarlyStopping
 from trajsurgery.training.prompts import Prompt
 from trajsurgery.training.recipe import Recipe, differences
@@ -305,3 +305,12 @@ def test_invalid_mixtures_are_refused(reward: str) -> None:
         mixture_weights(reward)
     with pytest.raises(RecipeError, match="a mixture is a weight and a scorer"):
         train_command.preflight.check_recipe(Recipe(reward=reward))
+
+
+def test_validation_prompts_are_a_file_s_or_the_embedded_world_s(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red circle\n", encoding="utf-8")
+    named, embedded, unnamed = (load(Recipe(guards=Guards(5, name))).validation for name in (str(file), "tiny", None))
+    assert named == (Prompt("a red circle"),)
+    assert len(embedded) > 1
+    assert embedded == unnamed

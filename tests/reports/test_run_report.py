@@ -61,6 +61,7 @@ def test_a_single_image_has_no_standard_error() -> None:
     statistics = paired(torch.zeros(1), torch.ones(1), ("a",))
     assert math.isnan(statistics.se)
     assert math.isnan(statistics.se_by_prompt)
+    assert run_report.verdict({"reward_gain": 1.0, "reward_gain_se": math.nan}) == "held-out reward +1.0000"
 
 
 def test_the_comparison_has_the_keys_that_ci_reads() -> None:

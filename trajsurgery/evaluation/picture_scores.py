@@ -41,7 +41,7 @@ def find_pictures(images: Sequence[Path], prompts: Path) -> tuple[Picture, ...]:
             the order of the images.
 
     Raises:
-        RewardError: no images, an image without a prompt, or more prompts than images.
+        RewardError: no images, an image without a prompt, or a text file with another number of prompts than images.
     """
     paths = [path for entry in images for path in (_pictures_in(entry) if entry.is_dir() else (entry,))]
     absent = [path for path in paths if not path.is_file()]
@@ -49,7 +49,10 @@ def find_pictures(images: Sequence[Path], prompts: Path) -> tuple[Picture, ...]:
         raise RewardError(f"there is no {absent[0]}." if absent else f"no images ({', '.join(KINDS)}) in {images[0]}.")
     if not prompts.is_file():
         raise RewardError(f"there is no file {prompts}: --prompts takes one prompt a line, or JSONL.")
-    lines = [line for line in prompts.read_text().splitlines() if line.strip()]
+    try:
+        lines = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise RewardError(f"{prompts} is no text in UTF-8 ({error}).") from error
     if prompts.suffix != ".jsonl":
         if len(lines) != len(paths):
             raise RewardError(

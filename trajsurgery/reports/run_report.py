@@ -257,5 +257,5 @@ def verdict(evaluation: Mapping[str, Any]) -> str:
 
 def _sentence(evaluation: Mapping[str, Any], name: str, label: str) -> str:
     gain, se = evaluation[f"{name}_gain"], evaluation[f"{name}_gain_se"]
-    size = f", {gain / se:+.1f} paired standard errors" if se else ""
+    size = f", {gain / se:+.1f} paired standard errors" if se and not math.isnan(se) else ""
     return f"{label} {gain:+.4f}{size}"

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trajsurgery.errors import RecipeError
 from trajsurgery.rewards import contract
@@ -101,6 +101,8 @@ def load_reward(name_of_reward: str, device: torch.device) -> Reward:
 
 def _makes_a_reward(target: Any) -> bool:
     """Whether this is a class or a function without required arguments, rather than a reward."""
+    if isinstance(target, nn.Module):  # whose signature names no argument
+        return False
     parameters = inspect.signature(target).parameters.values()
     needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return isinstance(target, type) or not needed

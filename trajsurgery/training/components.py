@@ -109,11 +109,12 @@ def load(recipe: Recipe) -> RunComponents:
 
 
 def _validation_prompts(recipe: Recipe, world: Any) -> tuple[Prompt, ...]:
-    """Return the prompts of validation rounds: of the recipe's file, else the embedded world's."""
+    """Return the prompts of validation rounds: those that `guards.prompts` names, else the embedded world's."""
+    source = recipe.guards.prompts
     if recipe.guards.every is None:
         return ()
-    if recipe.guards.prompts is not None:
-        return read_prompts(recipe.guards.prompts)
+    if source is not None and (world := _embedded_world(source)) is None:
+        return read_prompts(source)
     return () if world is None else tuple(Prompt(str(p.text), str(p.category)) for p in world.prompts("validation"))
 
 
