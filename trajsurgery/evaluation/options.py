@@ -38,9 +38,8 @@ class Evaluate:
     reward: UseAppendAction[tuple[str, ...]]
     """As in recipes; may be given several times. Images of the embedded world are also judged by its rules."""
     model: str | None = None
-    """tiny, tiny:sd3, a folder that diffusers can load, or a hub id that is cached; by default what the first --tuned
-    was
-    tuned from, or tiny.
+    """tiny, tiny:sd3, a folder that diffusers can load, or a hub id that is cached; by default the model that
+    the first --tuned was tuned from, or tiny.
     """
     tuned: UseAppendAction[tuple[str, ...]] = ()
     """What to compare: the folder of a run, its transformer folder, adapters (a folder or file that load_lora_weights

@@ -1,6 +1,6 @@
 """The primitives of the language, without tensors.
 
-Constructors accept whatever has the right type; whether a plan is legal is said by `check.py`.
+Constructors accept whatever has the right type; `legality.py` says whether a plan is legal.
 """
 
 from __future__ import annotations
@@ -262,7 +262,7 @@ PRIMITIVES: dict[str, type[Node]] = {
 
 
 def _velocity(v: Any) -> VelocityNode:
-    """A node, whose kind `check.py` looks at; tensors and names are none."""
+    """Return the node, whose kind `legality.py` checks; tensors and names are refused."""
     if not isinstance(v, Node):
         raise PlanError(
             f"a velocity of the plan received a {type(v).__name__}: it is a node, x.velocity() or recorded(t).",

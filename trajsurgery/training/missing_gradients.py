@@ -50,7 +50,7 @@ def warning(names: Sequence[str], count: int) -> str:
         also = "; among them" if not others else " Also"
         message += (
             f"{also} {len(waiting)} A matrices of LoRA: right in the first iteration if their B starts at zero, and "
-            "wrong if it does not. Nothing looks at them again: call training.missing_gradients.idle after a later one."
+            "wrong if it does not. Nothing looks at them again: call missing_gradients.without_gradient later on."
         )
     return message
 

@@ -35,9 +35,8 @@ class Objective:
     tau: float = 0.1
     """Lower bound of a leap's distance, a length in latent space; set it from measured distances."""
     weights_at: WeightsAt | None = None
-    """Where similarity is measured: "all" landings, "none", "j" (all but 0), or times such as 0; by default as the
-    method
-    says.
+    """Where similarity is measured: "all" landings, "none", "j" (all but 0), or times such as 0; by default where
+    the method measures it.
     """
 
     def __post_init__(self) -> None:

@@ -96,7 +96,7 @@ def _judge_problem(reward: str) -> str | None:
     try:
         judges = [name for name in mixture_weights(reward) or (reward,) if not is_differentiable(name)]
     except RecipeError:
-        return None  # `lacking_reward` says it
+        return None  # `reward_problem` reports it
     if not judges:
         return None
     return (

@@ -71,7 +71,7 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Optimiser:
-    """AdamW on all parameters of the transformer."""
+    """AdamW on what trains."""
 
     rate: float = 3e-5
     """The learning rate, constant."""

@@ -64,9 +64,7 @@ def rollout_guidance(recipe: Recipe) -> dict[str, float]:
 
 
 def check_guidance_is_input(recipe: Recipe, transformer: nn.Module) -> None:
-    """Raise if the rollout and the gradient step use different guidance scales and the model does not take guidance as
-    an
-    input.
+    """Raise if the rollout and the gradient step use different guidance scales on a model without guidance as input.
 
     Raises:
         RecipeError: guidance is no input of the model.

@@ -89,7 +89,7 @@ def train(
     Raises:
         DivergedError: three iterations in a row had no finite loss and gradient.
     """
-    embeddings = PromptCache(world.pipe, ())  # made ahead (world.encode), or when they are asked for
+    embeddings = PromptCache(world.pipe, ())  # filled by components.encode_prompts, or at first use
     lambda_, log = hinge_threshold(recipe, world), Log(recipe.output / METRICS)
     with catch_interruptions() as signals:
         while not ranks.any_rank(bool(signals)) and validate() and training.iteration < recipe.iterations:
