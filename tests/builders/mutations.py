@@ -130,7 +130,7 @@ MUTATIONS = (
     Mutation(
         "a staged sweep that drops the input's gradient",
         "surgery/api.py",
-        "if x_leaf.grad is not None:",
+        "if start.grad is not None:",
         "if False:",
         "surgery/test_run_ways.py",
     ),

@@ -13,6 +13,7 @@ from trajsurgery.plans.interpolants import Interpolant, RectifiedFlow
 from trajsurgery.plans.nodes import Noise
 from trajsurgery.plans.per_sample import PerSample
 from trajsurgery.plans.plan import Plan
+from trajsurgery.surgery.autograd_functions import backward_of_call
 from trajsurgery.surgery.execution import Execution
 from trajsurgery.surgery.parameters import Fields, Params, field_named, has_trainable_parameters, trainable_only
 from trajsurgery.surgery.per_sample_execution import start_run
@@ -196,32 +197,23 @@ def backward(
 
     required = Noise not in map(type, execution.sources)
     trained = None if params is None else trainable_only(params, required)
-    # Beside a field that trains another may be frozen; `ModelCall` looks after those that are not.
-    all_must_train = required and not (
-        isinstance(field, Mapping) and any(map(has_trainable_parameters, field.values()))
-    )
     outputs = execution.finish(field, stand_in)
     _linear_gradients(outputs, match_cotangents(cotangent, outputs, check))
+    # beside a field that trains another may be frozen; `ModelCall` checks those that are not
+    some_are_frozen = isinstance(field, Mapping) and any(map(has_trainable_parameters, field.values()))
     for call, x, leaf in reversed(stages):
         if leaf.grad is not None:
-            _backward_of_call(call, x, leaf.grad, trained, all_must_train)
-
-
-def _backward_of_call(
-    call: ModelCall, x: Tensor, cotangent: Tensor, trained: tuple[Tensor, ...] | None, required: bool
-) -> None:
-    """Run one model call and its backward pass; its input's gradient continues through the linear part of the plan."""
-    x_leaf = x.detach().requires_grad_(x.requires_grad)
-    with torch.enable_grad():
-        v = call(x_leaf)
-    if not v.requires_grad and required:
-        raise SamplerError("the field's velocity requires no gradient: call requires_grad_() on what is to train.")
-    inputs = None if trained is None else [*trained, *([x_leaf] if x.requires_grad else [])]
-    if not v.requires_grad or inputs == []:  # torch takes no empty list
-        return
-    torch.autograd.backward(v, cotangent.to(v.dtype), inputs=inputs)
-    if x_leaf.grad is not None:
-        _linear_gradients((x,), (x_leaf.grad,))
+            start = x.detach().requires_grad_(x.requires_grad)
+            with torch.enable_grad():
+                v = call(start)
+            if v.requires_grad:
+                backward_of_call(v, start, leaf.grad, trained)
+            elif required and not some_are_frozen:
+                raise SamplerError(
+                    "the field's velocity requires no gradient: call requires_grad_() on what is to train."
+                )
+            if start.grad is not None:
+                _linear_gradients((x,), (start.grad,))
 
 
 def _linear_gradients(roots: Sequence[Tensor], cotangents: Sequence[Tensor]) -> None:

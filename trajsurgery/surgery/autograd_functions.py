@@ -170,10 +170,15 @@ class _Split(torch.autograd.Function):
         ctx.kept = None
         if v is None:
             v = _call_again(ctx, x)
-        inputs = None if ctx.params is None else [*ctx.params, *([x] if x.requires_grad else [])]
-        if inputs != []:  # torch takes no empty list
-            torch.autograd.backward(v, grad.to(v.dtype), inputs=inputs)
+        backward_of_call(v, x, grad, ctx.params)
         return None, x.grad, None, None, None, None, None
+
+
+def backward_of_call(v: Tensor, x: Tensor, gradient: Tensor, params: Sequence[Tensor] | None) -> None:
+    """Run the backward pass of a call made on x into `.grad`: of x, and of `params` or every leaf of the call."""
+    inputs = None if params is None else [*params, *([x] if x.requires_grad else [])]
+    if inputs != []:  # torch takes no empty list
+        torch.autograd.backward(v, gradient.to(v.dtype), inputs=inputs)
 
 
 def _call_again(ctx: Any, x: Tensor) -> Tensor:

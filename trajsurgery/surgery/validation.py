@@ -98,13 +98,9 @@ def change_count(x: Tensor) -> int:
 def check_noise(noise: object) -> None:
     """Raise SamplerError unless x_T is a floating tensor with a batch."""
     if not isinstance(noise, Tensor) or noise.dim() == 0 or not noise.is_floating_point():
-        kind = (
-            f"of shape {tuple(noise.shape)}, {noise.dtype}"
-            if isinstance(noise, Tensor)
-            else f"a {type(noise).__name__}"
-        )
+        kind = f"{noise.dtype} of shape {tuple(noise.shape)}" if isinstance(noise, Tensor) else type(noise).__name__
         raise SamplerError(
-            f"the noise received is {kind}: x_T is a tensor, [batch, *latent], of a floating dtype (torch.randn)."
+            f"the noise received is a {kind}: x_T is a tensor, [batch, *latent], of a floating dtype (torch.randn)."
         )
 
 
@@ -142,13 +138,12 @@ def match_cotangents(cotangent: Any, outputs: Sequence[Tensor], check: bool = Tr
                 f"cotangent {i} is {c.dtype} on {c.device}, its output {output.dtype} on {output.device}: give it a "
                 "floating dtype, on the output's device."
             )
-    if check:
-        spoilt = [i for i, c in enumerate(cotangents) if _readable(c) and not bool(c.isfinite().all())]
-        if spoilt:
-            raise SamplerError(
-                f"cotangents {spoilt} hold NaN or Inf: every parameter would get NaN. Look at the reward and at the "
-                "decoder (bfloat16 overflows there), or skip this batch."
-            )
+    spoilt = [i for i, c in enumerate(cotangents) if check and _readable(c) and not bool(c.isfinite().all())]
+    if spoilt:
+        raise SamplerError(
+            f"cotangents {spoilt} hold NaN or Inf: every parameter would get NaN. Look at the reward and at the "
+            "decoder (bfloat16 overflows there), or skip this batch."
+        )
     return tuple(c.to(output.dtype) for c, output in zip(cotangents, outputs, strict=True))
 
 

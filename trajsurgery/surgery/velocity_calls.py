@@ -74,13 +74,9 @@ class Run(Protocol):
     sources: list[Node]
     """The calls that a gradient reaches, and `noise()`."""
 
-    def finish(self, fields: Fields, way: Way) -> tuple[Tensor, ...]:
-        """Return the outputs."""
-        ...
+    def finish(self, fields: Fields, way: Way) -> tuple[Tensor, ...]: ...
 
-    def distances(self) -> dict[int, Tensor]:
-        """Return {t: [batch]}."""
-        ...
+    def distances(self) -> dict[int, Tensor]: ...
 
 
 def check_memory(memory: str, fields: object = None) -> None:

@@ -60,7 +60,7 @@ def explain(case: Case, measure: Measure) -> str:
 
 def _with_named_factors(case: Case) -> tuple[Plan, Any]:
     """Return the plan with its stops as a factor named `stop` and its other factors named, and its closed form."""
-    called = {value: name for name, value in case.bound.factors.items()}
+    called = {value: name for name, value in case.factors.items()}
     made: dict[Node, Any] = {}
     for node in case.plan.nodes:
         parents = [made[parent] for parent in node.parents]
@@ -78,7 +78,7 @@ def _with_named_factors(case: Case) -> tuple[Plan, Any]:
 def _parts(case: Case, cotangents: Sequence[Any], directions: Sequence[Any]) -> list[Part]:
     """Evaluate every term for the cotangents and directions, with stops open."""
     plan, symbolic = _with_named_factors(case)
-    values = {name: value for name, value in {**case.bound.factors, STOP: 1.0}.items() if name in plan.names}
+    values = {name: value for name, value in {**case.factors, STOP: 1.0}.items() if name in plan.names}
     numeric = plan.at(**values).gradient(interpolant=case.trajectory.interpolant, limit=MOST_TERMS)
     listed = replace(numeric, count=len(numeric.terms))
     shown = symbolic if len(symbolic.terms) == len(numeric.terms) else numeric
@@ -152,7 +152,7 @@ def _term_text(case: Case, one: Any) -> str:
     """Return the term as the paper writes it, with the names that its times were bound to."""
     opened = replace(one.terms[0], coefficient=one.terms[0].coefficient.subs(STOP, 1))
     text = str(replace(one, terms=[opened])).splitlines()[opened.output].split(" = ", 1)[1]
-    for name, t in case.bound.times.items():
+    for name, t in case.times.items():
         text = re.sub(rf"\bsigma_{t}\b", name, re.sub(rf"(?<=x)_{t}\b", f"_{name}", text))
     return text
 
@@ -168,7 +168,7 @@ def _factor(case: Case, powers: dict[str, int], factor: float) -> str:
 def _usual_mistakes(case: Case, powers: dict[str, int]) -> Iterator[tuple[float, str]]:
     """Yield the factors that a term has after a usual mistake, with what to say of each."""
     yield -1, "has the wrong sign (factor -1)"
-    for name, value in case.bound.factors.items():
+    for name, value in case.factors.items():
         has = powers.get(name, 0)
         for power, sign in product((1, -1, 2, -2), (1, -1)):
             factor, minus = sign * value**power, "" if sign == 1 else "-"
@@ -184,7 +184,7 @@ def _usual_mistakes(case: Case, powers: dict[str, int]) -> Iterator[tuple[float,
 
 def _times(case: Case) -> Iterator[tuple[str, float]]:
     """Return the sigmas of the plan's times, and their differences."""
-    called = {t: name for name, t in case.bound.times.items()}
+    called = {t: name for name, t in case.times.items()}
     ts = sorted({n.t for n in case.plan.nodes if isinstance(n.t, int) and n.t > 0}, reverse=True)
     sigmas = [(called.get(t, f"sigma_{t}"), float(case.trajectory.sigma(t))) for t in ts]
     yield from sigmas

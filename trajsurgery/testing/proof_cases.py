@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -34,21 +34,17 @@ class Method(Protocol):
 Drawable = Plan | Method | Callable[..., Plan]
 
 
-@dataclass(frozen=True)
-class Bound:
-    """A plan without names, and the values of its names."""
-
-    plan: Plan
-    times: Mapping[str, int] = field(default_factory=dict[str, int])
-    factors: Mapping[str, float] = field(default_factory=dict[str, float])
-    """Every factor of the plan that is neither 0 nor 1, by name."""
+Bound = tuple[Plan, Mapping[str, int], Mapping[str, float]]
+"""A plan without names, and the values of its names: its times, and its factors that are neither 0 nor 1."""
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A plan on a trajectory of a field."""
+    """A plan, bound to the steps of a trajectory of a field."""
 
-    bound: Bound
+    plan: Plan
+    times: Mapping[str, int]
+    factors: Mapping[str, float]
     trajectory: Trajectory
     fields: Mapping[str | None, Field]
     params: tuple[Tensor, ...]
@@ -56,14 +52,9 @@ class Case:
     """Whether the field is one of the built-in ones of lower precision, for which only values are checked."""
 
     @property
-    def plan(self) -> Plan:
-        """The plan, bound to the trajectory's steps."""
-        return self.bound.plan
-
-    @property
     def wrt(self) -> tuple[Tensor, ...]:
         """The variables of the gradient: the parameters, and x_T if the plan passes it a gradient."""
-        start = self.trajectory.start if any(isinstance(node, Noise) for node in trained(self.plan.outputs)) else None
+        start = self.trajectory.start if Noise in map(type, trained(self.plan.outputs)) else None
         return self.params if start is None else (*self.params, start)
 
     def cotangents(self, seed: int) -> tuple[Tensor, ...]:
@@ -91,13 +82,13 @@ def cases(
     users = None if fields is None else fields if isinstance(fields, Mapping) else {None: fields}
     once = isinstance(plan, Plan) and not plan.names and users is not None
     for seed in range(1 if once else draws):
-        bound = bind_names(plan, steps, seed)
-        count = steps or _enough_steps(bound.plan)
-        bound = replace(bound, plan=bound.plan.prepared(count))
-        for by_name in _built_in_fields(bound.plan, shape, seed) if users is None else [users]:
-            rolled = trajectory or _random_rollout(by_name, count, shape, seed)
+        bound, times, factors = bind_names(plan, steps, seed)
+        bound = bound.prepared(steps or _enough_steps(bound))
+        for by_name in _built_in_fields(bound, shape, seed) if users is None else [users]:
+            rolled = trajectory or _random_rollout(by_name, steps or _enough_steps(bound), shape, seed)
+            params = leaves_of_calls(by_name, bound.nodes, rolled)
             low = users is None and rolled[0].dtype != torch.float64
-            yield Case(bound, rolled, by_name, leaves_of_calls(by_name, bound.plan.nodes, rolled), low)
+            yield Case(bound, times, factors, rolled, by_name, params, low)
 
 
 def bind_names(plan: Drawable, steps: int | None, seed: int) -> Bound:
@@ -112,7 +103,7 @@ def bind_names(plan: Drawable, steps: int | None, seed: int) -> Bound:
     if hasattr(plan, "draw"):
         drawn = plan.draw(steps or STEPS, generator)  # pyright: ignore[reportFunctionMemberAccess,reportAttributeAccessIssue]
         settings = getattr(plan, "__dict__", {})
-        return Bound(drawn, {}, _factors(drawn, {n: v for n, v in settings.items() if isinstance(v, float)}))
+        return drawn, {}, _factors(drawn, {n: v for n, v in settings.items() if isinstance(v, float)})
     named_plan, defaults = _of_names(plan)
     return _at_random(named_plan, steps or STEPS, defaults, generator)
 
@@ -146,7 +137,7 @@ def _at_random(plan: Plan, steps: int, defaults: Mapping[str, float], generator:
             bound = plan.at(**at, **factors)
         except PlanError:
             continue
-        return Bound(bound, at, _factors(bound, {str(name): a for name, a in factors.items()}))
+        return bound, at, _factors(bound, {str(name): a for name, a in factors.items()})
     raise PlanError(f"no times among 1..{steps} were found for {times} of {plan}: bind them with plan.at(...).")
 
 
@@ -190,3 +181,9 @@ def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
 def norm(tensors: Sequence[Tensor]) -> float:
     """Return the Euclidean norm of all tensors together."""
     return math.hypot(*(float(t.detach().double().norm()) for t in tensors))
+
+
+def distance(measured: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Return the norm of the difference, relative to that of what was expected."""
+    difference = [a.double() - b.double() for a, b in zip(measured, expected, strict=True)]
+    return norm(difference) / max(norm(expected), 1e-300)

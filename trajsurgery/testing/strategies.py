@@ -39,11 +39,9 @@ class Growth:
         """Return one of the newest latents at a time in `lowest`..`highest`, or a fresh one."""
         top = self.steps if highest is None else highest
         candidates = [x for x in self.latents if lowest <= self.t(x) <= top][:4]
-        return (
-            draw(st.sampled_from([*candidates[:1], *candidates]))
-            if candidates
-            else latent(draw(st.integers(lowest, top)))
-        )
+        if not candidates:
+            return latent(draw(st.integers(lowest, top)))
+        return draw(st.sampled_from([*candidates[:1], *candidates]))
 
     def velocities(self, t: int) -> list[VelocityNode]:
         """Return the velocities at that time."""
@@ -233,28 +231,21 @@ def trajectories(
 def methods(draw: st.DrawFn, steps: int = 8) -> Method:
     """Methods whose `draw(steps)` succeeds."""
     some, factor = st.integers(1, steps), factors()
-    made: list[st.SearchStrategy[Method]] = [
-        st.builds(zoo.LeapAlign, factor, leaps=st.integers(1, min(3, steps)), straight=st.booleans()),
-        st.builds(zoo.ReFL, some),
-        st.builds(zoo.DRTune, some, some, st.booleans()),
-        st.builds(zoo.DRaFTLV, st.integers(0, 2)),
-        st.builds(zoo.DRaFT1),
-        st.builds(zoo.DRaFTK, st.integers(1, min(4, steps))),
-        st.builds(zoo.AlignProp, st.integers(1, min(4, steps))),
-        st.builds(zoo.FlowBPSparse, some, rescale=factor),
+    everywhere, few = st.just((0.0, 1.0)), st.integers(1, min(4, steps))
+    made: list[tuple[int, st.SearchStrategy[Method]]] = [  # after the fewest steps that it can be drawn for
+        (1, st.builds(zoo.LeapAlign, factor, leaps=st.integers(1, min(3, steps)), straight=st.booleans())),
+        (1, st.builds(zoo.ReFL, some)),
+        (1, st.builds(zoo.DRTune, some, some, st.booleans())),
+        (1, st.builds(zoo.DRaFTLV, st.integers(0, 2))),
+        (1, st.builds(zoo.DRaFT1)),
+        (1, st.builds(zoo.DRaFTK, few)),
+        (1, st.builds(zoo.AlignProp, few)),
+        (1, st.builds(zoo.FlowBPSparse, some, rescale=factor)),
+        (2, st.builds(zoo.LeapAlign, factor, pairs=st.sampled_from(("midpoint", "midpoint-k")))),
+        (2, st.builds(zoo.FlowBPBridge, st.integers(2, steps), alpha=factor, rescale=factor)),
+        (3, st.builds(zoo.LeapAlign, factor, pairs=st.just("dirichlet"))),
+        (3, st.builds(zoo.FlowBPLagrange, factor, factor, rescale=factor)),
+        (3, st.builds(zoo.SRPO, step=st.integers(1, steps - 2), window=everywhere)),
+        (4, st.builds(zoo.SRPO, st.just(("real",)), step=st.integers(1, (steps - 2) // 2), window=everywhere)),
     ]
-    if steps > 1:
-        made += [
-            st.builds(zoo.LeapAlign, factor, pairs=st.sampled_from(("midpoint", "midpoint-k"))),
-            st.builds(zoo.FlowBPBridge, st.integers(2, steps), alpha=factor, rescale=factor),
-        ]
-    everywhere = st.just((0.0, 1.0))
-    if steps > 2:
-        made += [
-            st.builds(zoo.LeapAlign, factor, pairs=st.just("dirichlet")),
-            st.builds(zoo.FlowBPLagrange, factor, factor, rescale=factor),
-            st.builds(zoo.SRPO, step=st.integers(1, steps - 2), window=everywhere),
-        ]
-    if steps > 3:
-        made.append(st.builds(zoo.SRPO, st.just(("real",)), step=st.integers(1, (steps - 2) // 2), window=everywhere))
-    return draw(st.one_of(made))
+    return draw(st.one_of([strategy for fewest, strategy in made if steps >= fewest]))

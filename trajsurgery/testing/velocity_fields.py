@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -34,8 +32,8 @@ class MLP(nn.Module):
 class Gaussian(nn.Module):
     """The exact velocity of images distributed as N(mean, spread^2), for any interpolant: linear in x.
 
-    v(x) = alpha' E[x_0 | x] + beta' E[x_1 | x], with both expectations in `images` and `noises`. Mean and spread,
-    each [dim], are what trains. It needs beta > 0 or a spread > 0.
+    v(x) = alpha' E[x_0 | x] + beta' E[x_1 | x]. Mean and spread, each [dim], are what trains. It needs beta > 0 or a
+    spread > 0.
     """
 
     def __init__(self, mean: Tensor, spread: Tensor, interpolant: Interpolant | None = None) -> None:
@@ -43,20 +41,11 @@ class Gaussian(nn.Module):
         self.mean, self.spread = nn.Parameter(mean.clone()), nn.Parameter(spread.clone())
         self.interpolant = interpolant or RectifiedFlow()
 
-    def images(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """E[x_0 | x_sigma = x]."""
-        alpha, _, gain = self._gain(sigma)
-        return self.mean + gain * alpha * self.spread**2 * (x - alpha * self.mean)
-
-    def noises(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """E[x_1 | x_sigma = x]."""
-        alpha, beta, gain = self._gain(sigma)
-        return gain * beta * (x - alpha * self.mean)
-
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
-        rates = self.interpolant.alpha_rate(sigma, torch), self.interpolant.beta_rate(sigma, torch)
-        return rates[0] * self.images(x, sigma) + rates[1] * self.noises(x, sigma)
-
-    def _gain(self, sigma: Tensor) -> tuple[Any, Any, Tensor]:
-        alpha, beta = self.interpolant.alpha(sigma, torch), self.interpolant.beta(sigma, torch)
-        return alpha, beta, 1 / (alpha**2 * self.spread**2 + beta**2)
+        path = self.interpolant
+        alpha, beta, image_rate, noise_rate = (
+            share(sigma, torch) for share in (path.alpha, path.beta, path.alpha_rate, path.beta_rate)
+        )
+        miss = (x - alpha * self.mean) / (alpha**2 * self.spread**2 + beta**2)
+        image, noise = self.mean + alpha * self.spread**2 * miss, beta * miss
+        return image_rate * image + noise_rate * noise

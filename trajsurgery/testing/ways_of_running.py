@@ -19,7 +19,7 @@ from trajsurgery.plans.nodes import Velocity
 from trajsurgery.surgery.api import apply, backward, values
 from trajsurgery.surgery.parameters import Field
 from trajsurgery.testing.frozen_reference import FrozenPlan
-from trajsurgery.testing.proof_cases import Case, norm
+from trajsurgery.testing.proof_cases import Case, distance
 
 Gradient = tuple[Tensor, ...]
 
@@ -130,8 +130,7 @@ def check_values(case: Case, tolerance: float) -> float:
             _on_the_rollout(case, call, seen, tolerance)
     if case.values_only:
         return 0.0
-    defined = FrozenPlan(case).outputs
-    miss = norm([a.double() - b.double() for a, b in zip(outputs, defined, strict=True)]) / max(norm(defined), 1e-300)
+    miss = distance(outputs, FrozenPlan(case).outputs)
     assert miss <= tolerance, f"the outputs miss what their primitives define by {miss:.1e}: {case.plan}"
     return miss
 
@@ -145,8 +144,7 @@ def _on_the_rollout(case: Case, call: Velocity, seen: Sequence[tuple[float, Tens
         f"the call at t = {t} is not made on the rollout's x_{t}, bit for bit: a connector that rounds? {case.plan}"
     )
     with torch.no_grad():
-        v, recorded = case.fields[call.field](x, sigma), case.trajectory.velocity(t)
-    miss = norm([v.double() - recorded.double()]) / max(norm([recorded]), 1e-300)
+        miss = distance([case.fields[call.field](x, sigma)], [case.trajectory.velocity(t)])
     assert miss <= tolerance, (
         f"the field misses the trajectory's velocity at t = {t} by {miss:.1e}: other weights made the rollout, or the "
         "field is random (dropout: call eval())."
