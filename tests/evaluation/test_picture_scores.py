@@ -231,6 +231,12 @@ class Red(nn.Module):
         return red(images, prompts)
 
 
+class Weighs(Red):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+
 RED, RED_MODULE = red, Red()
 
 
@@ -238,3 +244,10 @@ RED, RED_MODULE = red, Red()
 def test_a_module_name_is_a_reward_or_its_factory(name: str) -> None:
     reward = load_reward(f"{__name__}:{name}", CPU)
     assert torch.equal(reward(torch.ones(1, 3, 2, 2), ["a circle"]), torch.ones(1))
+
+
+@pytest.mark.parametrize("name", ["tiny", f"{__name__}:Weighs", "0.5*tiny"])
+def test_a_reward_that_is_a_module_moves_to_the_device(name: str) -> None:
+    reward = load_reward(name, torch.device("meta"))
+    assert isinstance(reward, nn.Module)
+    assert all(p.is_meta for p in reward.parameters())

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from torch import Generator
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 from benchmarks.world.compose import compose
@@ -226,3 +227,17 @@ def test_the_world_is_imported_without_diffusers_or_open_clip():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_images_on_a_gpu_are_judged_on_the_cpu(monkeypatch):
+    class Segmented(Exception):  # noqa: N818
+        """The images have come to where the rules look at them."""
+
+    def tints(images):
+        raise Segmented(images.device.type)
+
+    monkeypatch.setattr("trajsurgery.tiny.segment.tints", tints)
+    with FakeTensorMode():
+        images = torch.zeros(1, 3, SIDE, SIDE, device="cuda")
+    with pytest.raises(Segmented, match=r"^cpu$"):
+        tiny.judge(images, ["a circle"])

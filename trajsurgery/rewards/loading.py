@@ -74,7 +74,7 @@ def mixture_parts(reward: Reward) -> dict[str, Reward]:
 
 
 def load_reward(name_of_reward: str, device: torch.device) -> Reward:
-    """Load the scorer of a name, or the weighted sum of a mixture.
+    """Load the scorer of a name, or the weighted sum of a mixture; modules move to the device.
 
     Raises:
         RecipeError: an unknown name.
@@ -85,13 +85,14 @@ def load_reward(name_of_reward: str, device: torch.device) -> Reward:
         return Weighted([(r if isinstance(r, contract.Reward) else WrappedReward(part, r), w) for part, r, w in mixed])
     name, _, rest = name_of_reward.partition(":")
     if name == "tiny":
-        return import_module("trajsurgery.tiny").Reward(rest or "scorer")
+        return import_module("trajsurgery.tiny").Reward(rest or "scorer").to(device)
     packaged = load_packaged(name_of_reward)
     if packaged is not None:
         return packaged.to(device)
     try:
         target = getattr(import_module(name), rest)
-        return target() if _makes_a_reward(target) else target
+        reward = target() if _makes_a_reward(target) else target
+        return reward.to(device) if isinstance(reward, nn.Module) else reward
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise RecipeError(
             f"reward = {name_of_reward!r} could not be made ({error}): it is tiny, tiny:SCORER, {KNOWN} or "

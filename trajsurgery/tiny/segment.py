@@ -76,7 +76,7 @@ def segment(images: Tensor) -> tuple[Scenes, Tensor]:
     Returns scenes with SLOTS + 1 slots, largest object first, and Float[batch] in [0, 1]. A blob that fits no template
     has shape UNKNOWN. Junk are pixels of a foreign colour and those of blobs too small or too odd to be an object.
     """
-    images = images.detach().float().clamp(0, 1)
+    images = images.detach().cpu().float().clamp(0, 1)  # the rules run on the CPU
     share, foreign = tints(images)
     solid = (share >= 0.5) & ~foreign[:, None]
     batch = images.shape[0]
