@@ -85,18 +85,18 @@ class Execution:
 
     def distances(self) -> dict[int, Tensor]:
         """Return {t: [batch]}: mean |x_t - prediction| of what lands on t; see `trajsurgery.distances`."""
-        misses: dict[int, list[Tensor]] = {}
-        for node in self.plan.nodes:
-            if isinstance(node, Leap | Advance) and node.t in self.trajectory.latents:  # the rollout may end before
-                misses_at = misses.setdefault(int(node.t), [])
-                if node not in self.faithful:
-                    real = self.trajectory[int(node.t)]
-                    wide = torch.promote_types(real.dtype, torch.float32)
-                    misses_at.append((real.to(wide) - self.tensors[node].detach()).abs().reshape(len(real), -1).mean(1))
-        return {
-            t: torch.stack(misses[t]).mean(0) if misses[t] else self.trajectory[t].new_zeros(len(self.trajectory[t]))
-            for t in sorted(misses, reverse=True)
-        }
+        landings = [node for node in self.plan.nodes if isinstance(node, Leap | Advance)]
+        distances: dict[int, Tensor] = {}
+        for t in sorted({int(node.t) for node in landings}, reverse=True):
+            if t in self.trajectory.latents:  # the rollout may end before
+                real = self.trajectory[t]
+                wide = real.to(torch.promote_types(real.dtype, torch.float32))
+                predictions = [
+                    self.tensors[node].detach() for node in landings if node.t == t and node not in self.faithful
+                ]
+                misses = [(wide - prediction).abs().reshape(len(real), -1).mean(1) for prediction in predictions]
+                distances[t] = torch.stack(misses).mean(0) if misses else real.new_zeros(len(real))
+        return distances
 
     def _is_ready(self, node: Node) -> bool:
         """Whether the node's parents are computed, and what it reads from the trajectory is recorded."""

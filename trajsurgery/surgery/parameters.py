@@ -64,12 +64,14 @@ def leaves_by_field(
     Raises:
         SamplerError: nothing trains.
     """
+    calls = {call.field: call for call in reversed(sources) if isinstance(call, Velocity)}  # the first of each field
     leaves_of: dict[str | None, tuple[Tensor, ...]] = {}
-    given = None if params is None else trainable_only(params, required=False)
-    for call in sources:
-        if isinstance(call, Velocity) and call.field not in leaves_of:
-            field, x, sigma = field_named(fields, call.field), trajectory[call.t], trajectory.sigma(call.t)
-            leaves_of[call.field] = leaves(field, x, sigma, required=False) if given is None else given
+    if params is not None:
+        leaves_of = dict.fromkeys(calls or [None], trainable_only(params, required=False))
+    else:
+        for name, call in calls.items():
+            field, x, sigma = field_named(fields, name), trajectory[call.t], trajectory.sigma(call.t)
+            leaves_of[name] = leaves(field, x, sigma, required=False)
     trainable_only([leaf for part in leaves_of.values() for leaf in part], Noise not in map(type, sources))
     return leaves_of
 
@@ -78,9 +80,7 @@ def leaves_of_calls(
     fields: Fields, sources: Sequence[Node], trajectory: Any, params: Params = None
 ) -> tuple[Tensor, ...]:
     """Return what trains in all fields together, each leaf once; see `leaves_by_field`."""
-    if params is not None:
-        return trainable_only(params, required=Noise not in map(type, sources))
-    parts = leaves_by_field(fields, sources, trajectory).values()
+    parts = leaves_by_field(fields, sources, trajectory, params).values()
     return tuple({id(leaf): leaf for part in parts for leaf in part}.values())
 
 
@@ -90,17 +90,13 @@ def trainable_only(params: Iterable[Tensor] | Mapping[str, Tensor], required: bo
     Raises:
         SamplerError: none does, and one is required.
     """
-    if isinstance(params, Tensor | nn.Module) or not isinstance(params, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+    several = isinstance(params, Iterable) and not isinstance(params, Tensor | nn.Module)  # pyright: ignore[reportUnnecessaryIsInstance]
+    parameters = tuple(params.values() if isinstance(params, Mapping) else params) if several else ()
+    others = [f"{type(p).__name__}s" for p in parameters if not isinstance(p, Tensor)]  # pyright: ignore[reportUnnecessaryIsInstance]
+    if others or not several:
         raise SamplerError(
-            f"params= received a {type(params).__name__}: it takes several tensors (model.parameters(), [weight]), "
-            "or a mapping of names to tensors."
-        )
-    parameters = tuple(params.values() if isinstance(params, Mapping) else params)
-    others = [type(p).__name__ for p in parameters if not isinstance(p, Tensor)]  # pyright: ignore[reportUnnecessaryIsInstance]
-    if others:
-        raise SamplerError(
-            f"params= received {others[0]}s: it takes tensors, or a mapping of names to tensors "
-            "(model.parameters(), dict(model.named_parameters()))."
+            f"params= received {others[0] if others else f'a {type(params).__name__}'}: it takes several tensors "
+            "(model.parameters(), [weight]), or a mapping of names to tensors (dict(model.named_parameters()))."
         )
     trained = tuple(p for p in parameters if p.requires_grad)
     if required and not trained:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -50,6 +51,8 @@ class Trajectory:
     noises: dict[tuple[Draw, int], Tensor] = field(default_factory=dict[tuple[Draw, int], Tensor])
     """{(draw, to): [batch, *latent]}: noises of renoised samples, each drawn once."""
     _measured: dict[int, bool] = field(default_factory=dict[int, bool])
+    _sample: int | None = None
+    """The one sample that latents, velocities and noises are read of; what is measured and drawn is the batch's."""
 
     def __post_init__(self) -> None:
         check_sigmas(self.sigmas)
@@ -70,8 +73,7 @@ class Trajectory:
         return len(self.sigmas) - 1
 
     def __getitem__(self, t: int) -> Tensor:
-        self._check(t, 0)
-        return self._held("x", self.latents, t)
+        return self._rows(self._recorded("x", t))
 
     def replace(self, t: int, x: Tensor) -> None:
         """Record another x_t: the sampler continued from it instead of the step's own result."""
@@ -82,8 +84,7 @@ class Trajectory:
 
     def velocity(self, t: int) -> Tensor:
         """Return v_t, [batch, *latent], for t in 1..T."""
-        self._check(t, 1)
-        return self._held("v", self.velocities, t)
+        return self._rows(self._recorded("v", t))
 
     def sigma(self, t: int) -> Tensor:
         """Return the time of t, 0-dim, in [0, 1]."""
@@ -92,18 +93,19 @@ class Trajectory:
 
     def is_step(self, t: int) -> bool:
         """Whether `leap(t - 1)` from x_t is the sampler's own step: Euler's, on a rectified flow."""
-        if self.euler is not None or not isinstance(self.interpolant, RectifiedFlow):
-            return bool(self.euler) and isinstance(self.interpolant, RectifiedFlow)
-        if t not in self._measured:
-            self._measured[t] = self._is_euler(t)
-        return self._measured[t]
+        if self.euler is None and isinstance(self.interpolant, RectifiedFlow):
+            if t not in self._measured:
+                self._measured[t] = self._is_euler(t)
+            return self._measured[t]
+        return bool(self.euler) and isinstance(self.interpolant, RectifiedFlow)
 
     def _is_euler(self, t: int) -> bool:
         """Whether x_t + dsigma v_t is x_{t-1} up to rounding, element by element. Waits for the device."""
-        x, v, landed = (a.double() for a in (self[t], self.velocity(t), self[t - 1]))
-        change = (self.sigma(t - 1) - self.sigma(t)).double() * v
+        x, v, landed = self._recorded("x", t), self._recorded("v", t), self._recorded("x", t - 1)
         # schedulers compute in float32 at best; dsigma v is rounded in v's dtype, the sum in that of x_{t-1}
-        step, end = (max(torch.finfo(a.dtype).eps, _EPS) for a in (self.velocity(t), self[t - 1]))
+        step, end = (max(torch.finfo(a.dtype).eps, _EPS) for a in (v, landed))
+        x, landed = x.double(), landed.double()
+        change = (self.sigma(t - 1) - self.sigma(t)).double() * v.double()
         rounding = step * change.abs() + end * landed.abs() + 2 * _EPS * (x.abs().max() + change.abs().max())
         return bool(((x + change - landed).abs() <= rounding).all().item())
 
@@ -112,12 +114,16 @@ class Trajectory:
         if draw == "rollout":
             return self[self.steps]
         if (draw, to) not in self.noises:
-            self.noises[draw, to] = _draw_noise(self[0], generator)
-        return self.noises[draw, to]
+            self.noises[draw, to] = _draw_noise(self._recorded("x", 0), generator)
+        return self._rows(self.noises[draw, to])
 
     def sample(self, i: int) -> Trajectory:
         """Return the trajectory of sample i alone, [1, *latent], as a view: noises are drawn for the batch."""
-        return _Sample(self, i)
+        part = copy.copy(self)
+        with torch.enable_grad():  # the gradient of `noise()` goes on to the batch's
+            start = None if self.start is None else self.start[i : i + 1]
+        vars(part).update(start=start, _sample=i)
+        return part
 
     def evaluate(self, expansion: Any, fields: Fields, cotangent: Any, params: Params = None) -> Evaluation:
         """Evaluate the closed form's terms on this trajectory; see `Expansion.evaluate`."""
@@ -130,35 +136,19 @@ class Trajectory:
                 f"t = {t!r} is outside {lowest}..{self.steps}: the trajectory has {self.steps} steps ({START})."
             )
 
-    def _held(self, letter: str, held: dict[int, Tensor], t: int) -> Tensor:
-        if t not in held:
+    def _recorded(self, letter: str, t: int) -> Tensor:
+        """Return what is recorded at t for the whole batch."""
+        recorded, lowest = (self.latents, 0) if letter == "x" else (self.velocities, 1)
+        self._check(t, lowest)
+        if t not in recorded:
             raise SamplerError(
-                f"the trajectory holds no {letter}_{t}, only those of t = {sorted(held, reverse=True)}: record all of "
-                "them, as rollout() does."
+                f"the trajectory holds no {letter}_{t}, only those of t = {sorted(recorded, reverse=True)}: record all "
+                "of them, as rollout() does."
             )
-        return held[t]
+        return recorded[t]
 
-
-class _Sample(Trajectory):
-    """One sample of a trajectory; what is measured and drawn is the batch's."""
-
-    def __init__(self, whole: Trajectory, i: int) -> None:
-        vars(self).update(vars(whole), whole=whole, i=i)
-        if whole.start is not None:
-            with torch.enable_grad():  # the gradient of `noise()` goes on to the batch's
-                vars(self)["start"] = whole.start[i : i + 1]
-
-    whole: Trajectory
-    i: int
-
-    def is_step(self, t: int) -> bool:
-        return self.whole.is_step(t)
-
-    def noise(self, draw: Draw, to: int, generator: Generators = None) -> Tensor:
-        return self.whole.noise(draw, to, generator)[self.i : self.i + 1]
-
-    def _held(self, letter: str, held: dict[int, Tensor], t: int) -> Tensor:
-        return self.whole._held(letter, held, t)[self.i : self.i + 1]
+    def _rows(self, batch: Tensor) -> Tensor:
+        return batch if self._sample is None else batch[self._sample : self._sample + 1]
 
 
 def _check_records(name: str, tensors: object, lowest: int, steps: int) -> None:

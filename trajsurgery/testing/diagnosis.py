@@ -46,7 +46,7 @@ def explain(case: Case, measure: Measure) -> str:
     cotangents = [case.cotangents(seed) for seed in range(10, 10 + count)]
     directions = [case.direction(seed) for seed in range(50, 50 + count)]
     parts = _parts(case, cotangents, directions)
-    missed = measure(cotangents, directions).double().flatten()
+    missed = measure(cotangents, directions).double().flatten().cpu()
     missed = missed - sum((part.wanted * part.column for part in parts), torch.zeros_like(missed))
     off, left = _factors(parts, missed)
     lines = [_sentence(case, parts[i], off[i]) for i in off]
@@ -85,7 +85,7 @@ def _parts(case: Case, cotangents: Sequence[Any], directions: Sequence[Any]) -> 
     evaluations = [listed.evaluate(case.trajectory, case.fields, list(c), case.params).terms for c in cotangents]
     parts: list[Part] = []
     for i, term in enumerate(shown.terms):
-        column = torch.stack([_inner(term, f[i], d) for f in evaluations for d in directions])
+        column = torch.stack([_inner(term, f[i], d) for f in evaluations for d in directions]).cpu()
         if float(column.norm()) > 0:
             _join(parts, Part(column, [replace(shown, terms=[term], count=1)], float(STOP not in _powers(term))))
     return parts
@@ -114,30 +114,26 @@ def _factors(parts: Sequence[Part], missed: Tensor) -> tuple[dict[int, float], f
     if not parts or size == 0:
         return {}, 1.0
     units = torch.stack([part.column / part.column.norm() for part in parts], 1)
-    shares = units.T @ missed
-    rest = [float((missed - shares[i] * units[:, i]).norm()) / size for i in range(len(parts))]
-    best = min(range(len(parts)), key=rest.__getitem__)
-    if rest[best] <= EXPLAINED:
-        shares_found, left = {best: float(shares[best])}, rest[best]
-    else:
-        solved = torch.linalg.lstsq(units, missed[:, None], driver="gelsd").solution[:, 0]
-        left = float((units @ solved - missed).norm()) / size
-        shares_found = {i: float(share) for i, share in enumerate(solved) if abs(float(share)) > EXPLAINED * size}
-    return {i: share / float(parts[i].column.norm()) for i, share in shares_found.items()}, left
+    nearest = int((units.T @ missed).abs().argmax())
+    shares, left = torch.zeros(0), 1.0
+    for chosen in ([nearest], [*range(len(parts))]):
+        solved = torch.linalg.lstsq(units[:, chosen], missed[:, None], driver="gelsd").solution[:, 0]
+        shares = missed.new_zeros(len(parts)).index_copy(0, torch.tensor(chosen), solved)
+        left = float((units @ shares - missed).norm()) / size
+        if left <= EXPLAINED:
+            break
+    wrong = [i for i, share in enumerate(shares.tolist()) if abs(share) > EXPLAINED * size]
+    return {i: float(shares[i] / parts[i].column.norm()) for i in wrong}, left
 
 
 def _sentence(case: Case, part: Part, off: float) -> str:
     """Return the sentence about one part."""
     same = [one for one in part.terms if STOP not in _powers(one.terms[0])] or part.terms
-    subject = _term(case, same[0])
-    if len(same) > 1:
-        subject = (
-            f"the sum of the terms {' and '.join(_term_text(case, one) for one in same)}, which have one direction,"
-        )
+    texts = " and ".join(_term_text(case, one) for one in same)
+    subject = _term(case, same[0]) if len(same) == 1 else f"the sum of the terms {texts}, which have one direction,"
     if abs(part.wanted) < EXPLAINED:
         return f"{subject} is there, {off:.6g} times, though the plan stops it (detach, or a factor 0)"
-    powers = _powers(same[0].terms[0])
-    return f"{subject} {_factor(case, powers, 1 + off / part.wanted)}"
+    return f"{subject} {_factor(case, _powers(same[0].terms[0]), 1 + off / part.wanted)}"
 
 
 def _term(case: Case, one: Any) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import torch
@@ -38,21 +39,17 @@ class FrozenPlan:
 
     def derivative(self, direction: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return d(outputs) along a direction of `case.wrt`, by finite differences."""
+        leaves, params, outputs = self.case.wrt, self.case.params, self.case.plan.outputs
         step = torch.finfo(self.outputs[0].dtype).eps ** (1 / 9) / 32
         derivatives = [torch.zeros_like(output) for output in self.outputs]
-        for i, weight in STENCIL:
-            for sign in (1, -1):
-                moved = self._moved(direction, sign * i * step)
-                derivatives = [d + sign * weight * m / step for d, m in zip(derivatives, moved, strict=True)]
+        for (i, weight), sign in product(STENCIL, (1, -1)):
+            by = sign * i * step
+            start = leaves[-1].detach() + by * direction[-1] if len(leaves) > len(params) else None
+            with torch.no_grad(), _moved_parameters(params, direction, by):
+                values = self.run(start)
+            changes = [values[output] - self.constants[output] for output in outputs]
+            derivatives = [d + sign * weight * change / step for d, change in zip(derivatives, changes, strict=True)]
         return tuple(derivatives)
-
-    def _moved(self, direction: Sequence[Tensor], by: float) -> tuple[Tensor, ...]:
-        """Return the change of the outputs when the variables are moved."""
-        leaves, params = self.case.wrt, self.case.params
-        start = leaves[-1].detach() + by * direction[-1] if len(leaves) > len(params) else None
-        with torch.no_grad(), _moved_parameters(params, direction, by):
-            values = self.run(start)
-        return tuple(values[output] - self.constants[output] for output in self.case.plan.outputs)
 
     def run(self, start: Tensor | None) -> dict[Node, Tensor]:
         """Return every node's value with the current parameters."""

@@ -53,8 +53,7 @@ Move = Callable[[st.DrawFn, Growth], LatentNode | None]
 
 def _leap(draw: st.DrawFn, grown: Growth) -> LatentNode:
     x = grown.latent(draw, 1)
-    to = draw(st.integers(0, grown.t(x) - 1))
-    return x.leap(to, discount=draw(factors())) if draw(st.booleans()) else x.leap(to)
+    return x.leap(draw(st.integers(0, grown.t(x) - 1)), discount=draw(st.none() | factors()))
 
 
 def _by(change: Callable[[st.DrawFn, Growth, LatentNode], VelocityNode]) -> Move:
