@@ -8,6 +8,8 @@ import subprocess
 import sys
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from trajsurgery.cli import train_command
 from trajsurgery.training import model_folder, preflight
 from trajsurgery.training.objective import Objective
 from trajsurgery.training.recipe import FREE, Method, Recipe, differences, paper, presets
-from trajsurgery.training.settings import Evaluation, Optimiser, Rollout
+from trajsurgery.training.settings import Evaluation, Optimiser, Rollout, Shard, Trained
 
 ROOT = Path(__file__).parents[2]
 TINY = presets(LeapAlign(), "outputs/x")
@@ -182,6 +184,26 @@ def test_everything_missing_is_reported_at_once() -> None:
         "without --preset paper",
     ):
         assert words in message
+
+
+@pytest.mark.parametrize(
+    "gpus, shard, what, fits",
+    [(1, "auto", "full", False), (2, "auto", "full", False), (4, "auto", "full", True), (4, "ddp", "full", False),
+     (4, "fsdp", "full", True), (1, "auto", "lora", True)],
+)  # fmt: skip
+def test_the_gpus_of_a_node_share_what_fsdp_shards(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, shard: Shard, what: Literal["full", "lora"], fits: bool
+) -> None:
+    """Four cards of 80 GB hold the 222 GiB that full training of FLUX.1-dev takes, and each copy of DDP needs all."""
+    card = SimpleNamespace(total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(gpus))
+    recipe = replace(paper(LeapAlign(), "x"), shard=shard, train=Trained(what=what))
+    with pytest.raises(RecipeError) as error:  # for want of weights and prompts
+        preflight.check_recipe(recipe)
+    assert ("the GPU has 80 GiB" in str(error.value)) is not fits
+    assert ("frozen weights" in str(error.value)) is (what == "lora")
 
 
 @pytest.mark.usefixtures("without_gpu_and_cache")

@@ -13,7 +13,7 @@ from trajsurgery.rewards.loading import mixture_weights
 from trajsurgery.rewards.packaged import KNOWN, is_differentiable, is_packaged, missing_weights
 from trajsurgery.tiny.pipe import FOLDERS
 from trajsurgery.tiny.scorer import shipped
-from trajsurgery.training import model_folder
+from trajsurgery.training import model_folder, ranks
 from trajsurgery.training.prompts import read_prompts
 from trajsurgery.training.recipe import EMBEDDED, Recipe
 
@@ -113,11 +113,14 @@ def _device_problem(recipe: Recipe) -> str | None:
         return (
             f"no GPU: torch {torch.__version__} sees no CUDA device, and {recipe.model} needs {needed:.0f} GiB on one."
         )
+    sharded = recipe.shard == "fsdp" or (recipe.shard == "auto" and recipe.train.what == "full")
+    gpus = ranks.on_this_node() if sharded else 1
     have = torch.cuda.get_device_properties(0).total_memory / 2**30
+    if have >= needed / gpus:
+        return None
     return (
-        None
-        if have >= needed
-        else f"the GPU has {have:.0f} GiB; training {recipe.model} on one device needs {needed:.0f}."
+        f"the GPU has {have:.0f} GiB; training {recipe.model} needs {needed:.0f}, on {gpus} of a node "
+        f"{needed / gpus:.0f} each. Start more processes (torchrun --nproc-per-node), or take --train.what lora."
     )
 
 
@@ -176,10 +179,10 @@ def prompts_problem(path: str) -> str | None:
 def _requirements(recipe: Recipe) -> list[str]:
     needed, count, lines = training_gib(recipe), parameter_count(recipe.model), list[str]()
     if needed is not None and count is not None and count > WITHOUT_GPU:
+        full = "weights, gradients, AdamW's two moments and EMA, shared by the GPUs of a node (the paper used 16)"
         lines.append(
-            f"What it needs: {count / 1e9:.1f} G parameters, all of them trained, in float32: "
-            f"{needed:.0f} GiB for weights, gradients, AdamW's two moments and EMA, on one device (the paper used 16 "
-            "GPUs; sharding is not there yet)."
+            f"What it needs: {count / 1e9:.1f} G parameters in float32: {needed:.0f} GiB for "
+            f"{full if recipe.train.what == 'full' else 'frozen weights, beside the adapters'}."
         )
     if count == PARAMETERS["black-forest-labs/FLUX.1-dev"]:
         lines.append(_FLUX)

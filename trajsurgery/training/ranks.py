@@ -25,6 +25,11 @@ def count() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def on_this_node() -> int:
+    """Return the number of processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", count()))
+
+
 def is_main() -> bool:
     """Whether this process writes the files and speaks."""
     return rank() == 0
