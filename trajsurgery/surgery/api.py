@@ -212,6 +212,7 @@ def backward(
                 raise SamplerError(
                     "the field's velocity requires no gradient: call requires_grad_() on what is to train."
                 )
+            del v  # what its graph holds is freed before the next call is made
             if start.grad is not None:
                 _linear_gradients((x,), (start.grad,))
 
