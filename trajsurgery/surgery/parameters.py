@@ -44,10 +44,8 @@ def has_trainable_parameters(field: Field) -> bool:
 def leaves(field: Field, x: Tensor, sigma: Tensor, required: bool = True) -> tuple[Tensor, ...]:
     """Return the leaves that the field trains: those among its own parameters, else those that its velocity depends on.
 
-    The latter are the leaves of the autograd graph of one call `field(x, sigma)`, made once for each field.
-
-    Raises:
-        SamplerError: no leaf requires a gradient, and one is required.
+    The latter are the leaves of the autograd graph of one call `field(x, sigma)`, made once for each field. It raises
+    SamplerError if one is required and there is none.
     """
     parameters: Callable[[], Iterable[Tensor]] | None = getattr(field, "parameters", None)
     return trainable_only(parameters() if parameters else _leaves_of_call(field, x, sigma), required)
@@ -58,11 +56,8 @@ def leaves_by_field(
 ) -> dict[str | None, tuple[Tensor, ...]]:
     """Return what trains in every field that is called, by the field's name: `params`, or the field's own leaves.
 
-    Args:
-        sources: the calls that a gradient reaches, and `noise()`, beside which all fields may be frozen (ReNO).
-
-    Raises:
-        SamplerError: nothing trains.
+    `sources` are the calls that a gradient reaches, and `noise()`, beside which all fields may be frozen (ReNO). It
+    raises SamplerError if nothing trains.
     """
     calls = {call.field: call for call in reversed(sources) if isinstance(call, Velocity)}  # the first of each field
     leaves_of: dict[str | None, tuple[Tensor, ...]] = {}
@@ -85,11 +80,7 @@ def leaves_of_calls(
 
 
 def trainable_only(params: Iterable[Tensor] | Mapping[str, Tensor], required: bool = True) -> tuple[Tensor, ...]:
-    """Return the parameters that require a gradient.
-
-    Raises:
-        SamplerError: none does, and one is required.
-    """
+    """Return the parameters that require a gradient, or raise SamplerError if one is required and there is none."""
     several = isinstance(params, Iterable) and not isinstance(params, Tensor | nn.Module)  # pyright: ignore[reportUnnecessaryIsInstance]
     parameters = tuple(params.values() if isinstance(params, Mapping) else params) if several else ()
     others = [f"{type(p).__name__}s" for p in parameters if not isinstance(p, Tensor)]  # pyright: ignore[reportUnnecessaryIsInstance]

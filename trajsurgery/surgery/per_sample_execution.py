@@ -30,9 +30,6 @@ class PerSampleExecution:
 
     The field is always called with the whole batch in order, since it may hold conditions of its samples. A sample
     whose plan has no call left gets the rollout's latent, and no gradient.
-
-    Raises:
-        PlanError: another number of plans than samples; a plan that does not fit the trajectory.
     """
 
     def __init__(

@@ -23,16 +23,14 @@ def call_field(
     t: int | tuple[int, ...] | None = None,
     recorded: Tensor | None = None,
 ) -> Tensor:
-    """Return field(x, sigma) after checking it: a new tensor like x, with x unchanged. Never waits for the device.
+    """Return field(x, sigma), or raise SamplerError unless it is a new tensor like x, with x unchanged.
+
+    Never waits for the device.
 
     Args:
         x: [batch, *latent].
         t: for the message, each sample's own if they differ; None while the field's leaves are looked up.
         recorded: the rollout's velocity at t, if there is one: its dtype is accepted.
-
-    Raises:
-        SamplerError: the field is no function of (x, sigma), or returns no tensor of x's shape and device, a dtype that
-            is not floating or wider than x's, or x itself; x was changed in place.
     """
     where = "" if t is None else f", at t = {t}"
     before = change_count(x)
@@ -115,13 +113,9 @@ def check_generator(generator: object) -> None:
 
 
 def match_cotangents(cotangent: Any, outputs: Sequence[Tensor], check: bool = True) -> tuple[Tensor, ...]:
-    """Return the cotangents as a tuple, one for each output, in its dtype.
+    """Return the cotangents as a tuple, one for each output, in its dtype, or raise SamplerError if one does not fit.
 
-    Args:
-        check: whether to look for NaN and Inf, which waits for the device.
-
-    Raises:
-        SamplerError: another number, shape or device; no floating tensors; NaN or Inf.
+    `check` looks for NaN and Inf too, which waits for the device.
     """
     several = isinstance(cotangent, Iterable) and not isinstance(cotangent, Tensor | str | Mapping)
     cotangents: tuple[Any, ...] = tuple(cotangent) if several else (cotangent,)

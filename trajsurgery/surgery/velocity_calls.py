@@ -119,11 +119,7 @@ def velocity_at(call: ModelCall, way: Way, x: Tensor, live: bool) -> Tensor:
 
 
 def run_outputs(fields: Fields, memory: Memory, run: Run, params: Params) -> tuple[Tensor, ...]:
-    """Return the outputs of a run, making the remaining calls in the way of `memory`.
-
-    Raises:
-        SamplerError: an output that has a gradient by the plan requires none; see `trajsurgery.apply`.
-    """
+    """Return the outputs of a run, making the remaining calls in the way of `memory`, or raise if one is detached."""
     check_memory(memory, fields)
     trained = None if params is None else trainable_only(params, required=Noise not in map(type, run.sources))
     way = retained_call

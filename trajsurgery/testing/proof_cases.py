@@ -92,11 +92,7 @@ def cases(
 
 
 def bind_names(plan: Drawable, steps: int | None, seed: int) -> Bound:
-    """Return a plan without names: a method's draw, or names bound at random.
-
-    Raises:
-        PlanError: it is neither, or no times suit it.
-    """
+    """Return a plan without names, a method's draw or names bound at random, or raise PlanError if no times suit it."""
     generator = torch.Generator().manual_seed(seed)
     if isinstance(plan, Plan):
         return _at_random(plan, steps or _enough_steps(plan), {}, generator)

@@ -9,11 +9,7 @@ from trajsurgery.plans.interpolants import Interpolant, RectifiedFlow
 
 
 class MLP(nn.Module):
-    """A random field that bends: one leap misses by the order of the latents. x is [batch, dim].
-
-    Args:
-        seed: of the weights.
-    """
+    """A field with random weights that bends: a leap misses by the order of the latents. x is [batch, dim]."""
 
     def __init__(self, dim: int, hidden: int = 8, seed: int = 0, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
