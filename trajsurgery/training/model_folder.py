@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from trajsurgery.rewards.weight_files import cached_file
+
 INDEX = "model_index.json"
 _WEIGHTS = ("*.safetensors", "*.bin")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece*.model")
@@ -35,14 +37,8 @@ def model_problem(model: str) -> str | None:
 
 def cached_snapshot(repo: str) -> Path | None:
     """Return the folder of a hub id in the local Hugging Face cache. Opens no connection."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        file = try_to_load_from_cache(repo, INDEX)
-    except HFValidationError:
-        return None
-    return Path(file).parent if isinstance(file, str) else None
+    file = cached_file(repo, INDEX)
+    return file and file.parent
 
 
 def missing_parts(folder: Path) -> list[str]:
