@@ -183,3 +183,8 @@ def test_the_parameters_are_as_before():
     assert all(torch.equal(a, b) for a, b in zip(before, field.parameters(), strict=True))
     trajectory = rollout(field, torch.randn(2, 4, dtype=torch.float64), torch.linspace(1, 0, 9))
     assert torch.equal(apply(leapalign(5, 2), trajectory, field), trajectory[0])
+
+
+def test_a_proof_of_nothing_is_refused():
+    with pytest.raises(PlanError, match="draws=0"):
+        check_gradient(leapalign, draws=0)

@@ -37,6 +37,8 @@ def test_text_files_hold_a_prompt_a_line(tmp_path: Path) -> None:
     assert pairs(tmp_path / "p.txt") == [("a cat", "all"), ("a dog", "all"), ("a cat", "all")]
     (tmp_path / "prompts").write_text('{"prompt": "not read as JSON"}\n')
     assert pairs(tmp_path / "prompts") == [('{"prompt": "not read as JSON"}', "all")]
+    (tmp_path / "marked.txt").write_text("a cat\n", encoding="utf-8-sig")
+    assert pairs(tmp_path / "marked.txt") == [("a cat", "all")]
 
 
 def test_jsonl_of_strings_and_objects(tmp_path: Path) -> None:
@@ -121,6 +123,8 @@ def test_without_pyarrow_the_error_names_the_extra(tmp_path: Path, monkeypatch: 
         ("p.json", '{"x": ["a"], "y": 3}', "'x' is .* no prompt"),
         ("p.json", '"a cat"', "holds str: JSON prompts are a list or an object"),
         ("p.json", "[]", "holds no prompt"),
+        ("p.JSON", "[7]", "row 0 is 7, which has no prompt"),
+        ("p.csv", "id,prompt", "p.csv' is a table"),
     ],
 )
 def test_a_row_without_a_prompt_is_refused_with_its_place(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trajsurgery.errors import PlanError
 from trajsurgery.plans.plan import Plan
 from trajsurgery.surgery.parameters import Fields
 from trajsurgery.surgery.trajectory import Trajectory
@@ -54,7 +55,7 @@ def check_gradient(
 
     - values: outputs connected at 0 are the rollout's x_0 bit for bit, calls on recorded latents receive exactly these,
       in float64, float32, bfloat16 and float16; in float64 every output is what the primitives define;
-    - retain, recompute, staged, checkpointed: autograd's gradient is the closed form's, each term by vjps of one call;
+    - retain, recompute, staged, split, checkpointed: autograd's gradient is the closed form's, term by term from vjps;
     - jvp: <J t, c> = <t, J^T c> in forward mode (for fields that are Modules);
     - differences: finite differences of the frozen reference (`trajsurgery.testing.frozen_reference`) agree.
 
@@ -73,8 +74,10 @@ def check_gradient(
 
     Raises:
         AssertionError: a check failed. For a gradient it says which term is wrong, at which times, by which factor.
-        PlanError: the plan or method can't be drawn.
+        PlanError: the plan or method can't be drawn; fewer draws than 1, which would prove nothing.
     """
+    if draws < 1:
+        raise PlanError(f"check_gradient received draws={draws}: at least one plan is proved.")
     if isinstance(field, Trajectory) or (trajectory is not None and not isinstance(trajectory, Trajectory)):
         field, trajectory = trajectory, field
     plans: dict[Plan, None] = {}

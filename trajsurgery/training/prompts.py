@@ -37,7 +37,7 @@ class Prompt:
 def read_prompts(path: str | Path) -> tuple[Prompt, ...]:
     """Return the prompts of a file in its order, or of all prompt files in a folder, by file name.
 
-    - Text: one prompt a line.
+    - Text, with any other ending than these but .csv and .tsv: one prompt a line.
     - JSONL: a string a line, or an object with `prompt` (or `text`, `caption`) and optionally `category` (or `tag`,
       `style`), as in GenEval's evaluation_metadata.jsonl.
     - JSON: a list of strings (HPDv2's benchmark) or objects (HPDv2's train.json and test.json; the pairs of a prompt
@@ -50,14 +50,17 @@ def read_prompts(path: str | Path) -> tuple[Prompt, ...]:
     """
     path = Path(path)
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in (*_READERS, ".txt"))
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in (*_READERS, ".txt"))
         if not files:
             raise RecipeError(f"{path} is a folder without prompts: there is no file that is {KINDS}.")
         return tuple(prompt for file in files for prompt in read_prompts(file))
+    suffix = path.suffix.lower()
     if not path.is_file():
         raise RecipeError(f"there is no file {str(path)!r}: prompts are tiny, or {KINDS}.")
+    if suffix in (".csv", ".tsv"):
+        raise RecipeError(f"{str(path)!r} is a table: prompts are {KINDS}.")
     try:
-        prompts = tuple(_READERS.get(path.suffix, _read_lines)(path))
+        prompts = tuple(_READERS.get(suffix, _read_lines)(path))
     except UnicodeDecodeError as error:
         raise RecipeError(f"{str(path)!r} is no text in UTF-8 ({error}): prompts are {KINDS}.") from error
     if not prompts:
@@ -66,7 +69,7 @@ def read_prompts(path: str | Path) -> tuple[Prompt, ...]:
 
 
 def _read_lines(path: Path) -> Iterator[Prompt]:
-    return (Prompt(line.strip()) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    return (Prompt(line.strip()) for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
 
 
 def _read_jsonl(path: Path) -> Iterator[Prompt]:
