@@ -8,7 +8,11 @@ from trajsurgery.cli.train_command import cli
 from trajsurgery.training.recipe import presets
 
 RECIPES = presets(FlowBPLagrange(alpha=0.1, scale=0.25), "outputs/flowbp_lagrange_flux")
-RECIPES["paper"] = replace(RECIPES["paper"], objective=replace(RECIPES["paper"].objective, tau=0.2))
+RECIPES |= {
+    name: replace(recipe, objective=replace(recipe.objective, tau=0.2))
+    for name, recipe in RECIPES.items()
+    if name != "tiny"
+}
 
 if __name__ == "__main__":
     sys.exit(cli(RECIPES, __doc__))

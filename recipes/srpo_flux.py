@@ -8,12 +8,14 @@ from trajsurgery.cli.train_command import cli
 from trajsurgery.training.recipe import presets
 
 WORDS = ("Natural-lighting", "Detail", "Detailed", "Real"), ("Concept art", "Painting", "Anime", "Flat", "Oil")
-METHODS = {  # the words are for HPSv2.1: the embedded scorer reads its own prompts alone, and its Flux has no guidance
-    "tiny": SRPO(),
-    "paper": SRPO(*WORDS, rollout_guidance=1.0),
-}
+# The words are for HPSv2.1: the embedded scorer reads its own prompts alone, and its Flux has no guidance.
+LARGE = SRPO(*WORDS, rollout_guidance=1.0)
 RECIPES = {
-    name: replace(recipe, method=METHODS[name], objective=replace(recipe.objective, threshold=0.7))
+    name: replace(
+        recipe,
+        method=SRPO() if name == "tiny" else LARGE,
+        objective=replace(recipe.objective, threshold=0.7),
+    )
     for name, recipe in presets(SRPO(), "outputs/srpo_flux").items()
 }
 

@@ -231,11 +231,13 @@ def test_memory_modes_differ_as_documented() -> None:
 def test_sharding_and_hardware() -> None:
     one = plan_memory(recipe("flux"), PLAN, found=small("flux"))
     hardware = Hardware(gpus=2, memory=one.peak - 1)
-    two = plan_memory(replace(recipe("flux"), hardware=hardware), PLAN, found=small("flux"))
+    two = plan_memory(replace(recipe("flux"), hardware=hardware, shard="fsdp"), PLAN, found=small("flux"))
     assert two.setting["images at once a GPU"] == 1
     assert two.held["optimiser"] == one.held["optimiser"] // 2 == 4 * one.trained
     assert two.seconds == pytest.approx(one.seconds / 2, rel=0.01)
     assert one.gpus_needed == 1
+    copies = plan_memory(replace(recipe("flux"), hardware=hardware), PLAN, found=small("flux"))
+    assert copies.held == one.held
     tight = plan_memory(replace(recipe("flux"), hardware=replace(hardware, memory=1.0)), PLAN, found=small("flux"))
     assert (tight.fits, tight.gpus_needed) == (False, None)
 

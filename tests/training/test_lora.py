@@ -82,7 +82,7 @@ def test_a_rank_is_at_least_one(rank: int) -> None:
 def test_a_run_trains_only_adapters_under_autocast(memory: Any, tmp_path: Path) -> None:
     short = toy_world.recipe(tmp_path / "run", iterations=3)
     rollout = replace(short.rollout, precision="bfloat16", memory=memory)
-    recipe = replace(short, rollout=rollout, train=Trained(what="lora", rank=2, targets=TARGETS))
+    recipe = replace(short, rollout=rollout, train=Trained(what="lora", rank=2, targets=TARGETS, base="float32"))
     world = toy_world.world(recipe)
     frozen = {n: p.detach().clone() for n, p in world.module.named_parameters() if not p.requires_grad}
     assert main(recipe, world) is not None

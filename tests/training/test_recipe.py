@@ -65,9 +65,9 @@ def test_help_names_and_explains_the_flags(capsys: pytest.CaptureFixture[str]) -
     text = capsys.readouterr().out
     for words in (
         "LeapAlign on Flux.",
-        "--preset {tiny,paper}",
+        "--preset {tiny,paper,lora-24gb,lora-80gb,full-80gb}",
         "--method.alpha",
-        "The learning rate, constant.",
+        "The learning rate, constant after the warm-up.",
         "tau",
     ):
         assert words in text

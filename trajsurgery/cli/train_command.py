@@ -23,7 +23,7 @@ from trajsurgery.evaluation import validation_rounds
 from trajsurgery.evaluation.held_out import HeldOutScores, evaluate, needed_prompts
 from trajsurgery.evaluation.paired_statistics import compare
 from trajsurgery.reports import run_report, validation_report
-from trajsurgery.training import components, lora, missing_gradients, preflight, ranks, sharding, srpo_support
+from trajsurgery.training import components, lora, missing_gradients, preflight, ranks, sharding, srpo_support, trial
 from trajsurgery.training.checkpoint import METRICS, Log, TrainingState, resume, save, write_atomically
 from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.training_loop import StepRecord, iteration_generator, train
@@ -108,6 +108,8 @@ def main(
     prompts = needed_prompts(parts.heldout, recipe.evaluation.images) + needed_prompts(
         parts.validation, recipe.guards.images
     )
+    with console.status("one model call forward and backward"):
+        trial.check_gradient_is_finite(recipe, parts, partial(console.print, highlight=False))
     with console.status("prompts are encoded"):
         components.encode_prompts(
             recipe, parts, prompts, (iteration_generator(recipe.seed, number, "prompts") for number in every)
@@ -148,7 +150,9 @@ def _save_results(
     """Put the averaged weights into the pipeline, save and evaluate them, and draw the pictures."""
     validation_rounds.restore_best(recipe, training)
     sharding.release(parts.module)
-    training.ema.copy_to(training.local)
+    with torch.no_grad():
+        for parameter, average in zip(training.local, training.ema.shadow_params, strict=True):
+            parameter.copy_(average)
     lora.save_trained(parts.pipe, recipe.train, recipe.output / "transformer")
     write_atomically(
         recipe.output / "recipe.json", lambda path: path.write_text(json.dumps(recipe.to_dict(), indent=1) + "\n")

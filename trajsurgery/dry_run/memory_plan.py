@@ -12,15 +12,16 @@ from torch import nn
 from trajsurgery.dry_run.fake_pipeline import PipelineSpec, find_spec
 from trajsurgery.dry_run.gpu_kernels import KERNELS
 from trajsurgery.dry_run.model_costs import ModelCosts, measure_model
+from trajsurgery.dry_run.weights import AVERAGE, base_name, persistent_bytes, will_shard
 from trajsurgery.plans.graph import needs_gradient, trained
 from trajsurgery.plans.nodes import Velocity
 from trajsurgery.plans.plan import Plan
 from trajsurgery.surgery.velocity_calls import IN_ROLLOUT
 from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.settings import Hardware
+from trajsurgery.training.sharding import choose
 
 Kernels = Literal["cuda", "cpu"]
-WORD = {"float32": 4, "bfloat16": 2}
 TEXT_WORD = 2
 """Bytes for each parameter of the text encoders (bfloat16), and for each number of an encoding."""
 
@@ -70,8 +71,7 @@ def plan_memory(
     """Return what an iteration of the recipe takes on its `hardware`. No weights are read and no GPU is needed.
 
     The model is built at its real size under fake tensors, its calls are those of the pipeline's own loop, and what
-    autograd saves is counted storage by storage. On one GPU the weights are float32 masters under bfloat16 autocast; on
-    several, FSDP keeps float32 shards and gathers blocks in the recipe's precision.
+    autograd saves is counted storage by storage.
 
     Args:
         plan: by default drawn by the recipe's method.
@@ -88,27 +88,8 @@ def plan_memory(
     share = math.ceil(rollout.batch / hardware.gpus)
     images = min(rollout.at_once or share, share)
     with KERNELS[kernels]():
-        counted = measure_model(recipe, spec, images, sharded=hardware.gpus > 1)
+        counted = measure_model(recipe, spec, images, sharded=will_shard(recipe, spec))
     return _estimate(recipe, spec, plan.prepared(rollout.steps), images, counted, kernels)
-
-
-def _persistent_bytes(recipe: Recipe, spec: PipelineSpec, counted: ModelCosts, gpus: int) -> dict[str, int]:
-    """Bytes a GPU that stay."""
-    every = list(counted.model.transformer.parameters())
-    total, adapted = sum(p.numel() for p in every), _trained(every)
-    buffers = sum(b.numel() * b.element_size() for b in counted.model.transformer.buffers())
-    word = WORD[recipe.rollout.precision]
-    parts = {
-        "weights": 4 * total // gpus + buffers,
-        "gradients": 4 * adapted // gpus,
-        "optimiser": 8 * adapted // gpus,
-        "ema": 4 * adapted // gpus,
-        "decoder, reward": counted.decoder_bytes + counted.reward_bytes,
-    }
-    if gpus > 1:  # the block in use and the next one, the gradient of one, and what belongs to no block
-        share = adapted / total
-        parts["gathered blocks"] = int(word * (2 * counted.block + share * counted.block + counted.loose))
-    return parts
 
 
 def _transient_bytes(recipe: Recipe, counted: ModelCosts, calls: int, outputs: int) -> dict[str, int]:
@@ -160,13 +141,13 @@ def _operations(recipe: Recipe, plan: Plan, counted: ModelCosts, images: int) ->
     }
 
 
-def _gpus_needed(recipe: Recipe, spec: PipelineSpec, counted: ModelCosts, passing: dict[str, int]) -> int | None:
+def _gpus_needed(recipe: Recipe, counted: ModelCosts, passing: dict[str, int]) -> int | None:
     """Return the fewest GPUs, from 1 up to one for each image; transient bytes are as counted."""
     return next(
         (
             n
             for n in range(1, max(1, recipe.rollout.batch, recipe.hardware.gpus) + 1)
-            if _peak(_persistent_bytes(recipe, spec, counted, n), passing) <= recipe.hardware.memory
+            if _peak(persistent_bytes(recipe, counted, n), passing) <= recipe.hardware.memory
         ),
         None,
     )
@@ -177,7 +158,7 @@ def _estimate(
 ) -> MemoryPlan:
     hardware: Hardware = recipe.hardware
     calls = plan.cost(recipe.rollout.steps).calls
-    held = _persistent_bytes(recipe, spec, counted, hardware.gpus)
+    held = persistent_bytes(recipe, counted, hardware.gpus)
     passing = _transient_bytes(recipe, counted, calls, len(plan.outputs))
     flops, peak = _operations(recipe, plan, counted, images), _peak(held, passing)
     every = list(counted.model.transformer.parameters())
@@ -197,6 +178,9 @@ def _estimate(
             "precision": recipe.rollout.precision,
             "checkpointing": recipe.rollout.checkpointing,
             "train": recipe.train.what,
+            "weights": base_name(recipe),
+            "optimiser": recipe.optimiser.name,
+            "shard": choose(recipe.shard, _trained(every), hardware.gpus),
             "memory": recipe.rollout.memory,
             "kernels": kernels,
             "gpus": hardware.gpus,
@@ -213,7 +197,7 @@ def _estimate(
         flops=flops,
         seconds=sum(flops.values()) / (hardware.gpus * hardware.flops * hardware.utilisation),
         fits=peak <= hardware.memory,
-        gpus_needed=_gpus_needed(recipe, spec, counted, passing),
+        gpus_needed=_gpus_needed(recipe, counted, passing),
         notes=_notes(recipe, spec, counted),
     )
 
@@ -238,10 +222,9 @@ def _notes(recipe: Recipe, spec: PipelineSpec, counted: ModelCosts) -> tuple[str
         )
     if counted.reward is None:
         notes.append(f"the reward {recipe.reward} is not counted: of rewards, hpsv2.1 is known.")
-    if recipe.hardware.gpus > 1:
-        notes.append("training shards nothing yet: the figures for several GPUs are a plan, not a run of this version.")
-    if recipe.hardware.gpus > 1 and recipe.rollout.memory != "staged":
-        notes.append("under FSDP gradients come through the staged sweep alone: --rollout.memory staged.")
-    if recipe.rollout.precision == "bfloat16" and recipe.hardware.gpus == 1:
+    if recipe.ema_on == "cpu":
+        size = AVERAGE * _trained(list(counted.model.transformer.parameters())) / 2**30
+        notes.append(f"the averages lie in the host's memory: {size:.0f} GiB.")
+    if recipe.rollout.precision == "bfloat16" and base_name(recipe) == "float32" and not will_shard(recipe, spec):
         notes.append("autocast keeps a bfloat16 copy of the weights that a call used, until its backward pass.")
     return tuple(notes)

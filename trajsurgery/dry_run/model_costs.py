@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +10,7 @@ from torch import Tensor, nn
 
 from trajsurgery.dry_run.fake_pipeline import FakePipeline, PipelineSpec, build_model, build_pipeline, latents
 from trajsurgery.dry_run.measure import MeasuredWork, measure
-from trajsurgery.training import lora, vae_decoding
+from trajsurgery.training import lora, precision, vae_decoding
 from trajsurgery.training.recipe import Recipe
 
 
@@ -34,23 +32,29 @@ class ModelCosts:
 
 
 def measure_model(recipe: Recipe, spec: PipelineSpec, images: int, sharded: bool) -> ModelCosts:
-    """Build the model for `images` at once and measure a step's calls, the decode and the reward."""
+    """Build the model for `images` at once and measure a step's calls, the decode and the reward.
+
+    Args:
+        sharded: whether FSDP gathers the weights, in the recipe's precision.
+    """
     rollout = recipe.rollout
-    half = rollout.precision == "bfloat16"
-    dtype = torch.bfloat16 if half and sharded else torch.float32
+    half, dtype = rollout.precision == "bfloat16", precision.kept_dtype(recipe)
+    autocast = half and dtype == torch.float32
+    if half and sharded:
+        dtype = torch.bfloat16
     model = build_pipeline(spec, rollout, images, dtype)
     transformer: Any = model.transformer
-    with model.mode, _default(dtype):
+    with model.mode:
         lora.set_trainable_fake(transformer, recipe.train)
         if rollout.checkpointing:
             transformer.enable_gradient_checkpointing()
-        with torch.autocast("cpu", torch.bfloat16, enabled=half and not sharded):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             call = measure(model.velocity, transformer.parameters(), model.chained)
     z = latents(model, rollout, images).requires_grad_()
     with model.mode:
         vae = _decoder(recipe, spec, model)
         decode = measure(lambda: [vae.decode(z).sample], vae.parameters())
-        pixels = _pictures(vae.decode(z).sample.detach()).requires_grad_()
+        pixels = _pictures(vae.decode(z).sample.detach()).float().requires_grad_()  # as rewards take them
         reward, size = _reward(recipe.reward, pixels)
     weights = sum(p.numel() * p.element_size() for p in vae.parameters())
     sizes = [sum(p.numel() for p in b.parameters()) for m in transformer.children() for b in _blocks(m)]
@@ -91,13 +95,3 @@ def _reward(name: str, pixels: Tensor) -> tuple[MeasuredWork | None, int]:
     side = int(clip.visual.image_size[0])
     costs = measure(lambda: [clip.encode_image(preprocess(pixels, side), normalize=True)], clip.parameters())
     return costs, 4 * sum(p.numel() for p in clip.parameters())
-
-
-@contextmanager
-def _default(dtype: torch.dtype) -> Generator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

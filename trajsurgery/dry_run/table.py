@@ -15,6 +15,11 @@ LABELS = {
     "second gradient": "second gradient, in autograd's buffers",
 }
 """What parts are called on the terminal, where more is to be said than in JSON."""
+SHARES = {
+    "none": "",
+    "ddp": ", each with all weights, and its share of the batch",
+    "fsdp": ", weights, gradients, moments and EMA sharded by FSDP",
+}
 KERNELS = {
     "cuda": "attention as flash attention keeps it, fused RMSNorm",
     "cpu": "attention as flash attention keeps it, other kernels as a CPU's",
@@ -30,11 +35,11 @@ def table(plan: MemoryPlan) -> Group:
         "plan": plan.plan,
         "images": f"{setting['size']} px, batch {setting['batch']}, {setting['images at once a GPU']} at once on each",
         "text": f"{setting['text tokens']} tokens",
-        "GPUs": f"{gpus} of {setting['memory bytes'] / 1e9:.0f} GB"
-        + (", weights, gradients, moments and EMA sharded by FSDP" if gpus > 1 else ""),
+        "GPUs": f"{gpus} of {setting['memory bytes'] / 1e9:.0f} GB" + SHARES[setting["shard"]],
         "kernels": KERNELS[setting["kernels"]],
         "precision": f"{setting['precision']}, checkpointing {'on' if setting['checkpointing'] else 'off'}",
-        "trains": f"{setting['train']}: {plan.trained:,} of {plan.parameters:,} parameters",
+        "trains": f"{setting['train']}: {plan.trained:,} of {plan.parameters:,} parameters, by {setting['optimiser']}",
+        "weights": setting["weights"],
         "gradient": f"{setting['memory']}, {plan.calls} velocity calls of {setting['steps']} steps",
         "configs": plan.source,
     }

@@ -25,27 +25,28 @@ _SEED = 2**42
 
 @contextmanager
 def swapped(module: nn.Module, others: Sequence[Tensor]) -> Generator[None]:
-    """Swap the values of what trains and `others` in place, for the block. It needs memory for one more tensor at most.
+    """Give what trains the values of `others` for the block.
+
+    It needs memory for a copy of what trains, where `others` lie.
 
     No graph from before the block may be run in it, and no graph made in it may be run after it.
 
     Args:
         others: for each parameter that trains, a tensor like this rank's shard of it.
     """
-    _swap(module, others)
+    values = [shard.to(other.device, copy=True) for shard, other in zip(_shards(module), others, strict=True)]
+    _set(module, others)
     try:
         yield
     finally:
-        _swap(module, others)
+        _set(module, values)
 
 
 @torch.no_grad()
-def _swap(module: nn.Module, others: Sequence[Tensor]) -> None:
+def _set(module: nn.Module, values: Sequence[Tensor]) -> None:
     sharding.release(module)
-    for parameter, other in zip(_shards(module), others, strict=True):
-        value = parameter.clone()
-        parameter.copy_(other)
-        other.copy_(value)
+    for parameter, value in zip(_shards(module), values, strict=True):
+        parameter.copy_(value)
 
 
 def _shards(module: nn.Module) -> list[Tensor]:

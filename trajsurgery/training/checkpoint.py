@@ -21,7 +21,9 @@ from torch import nn
 from trajsurgery.errors import RecipeError
 from trajsurgery.training import ranks, sharding
 from trajsurgery.training.anchor import Anchor
+from trajsurgery.training.averages import start_averages
 from trajsurgery.training.early_stopping import EarlyStopping
+from trajsurgery.training.optimisers import make_optimiser
 from trajsurgery.training.recipe import Recipe, differences
 
 CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
@@ -54,27 +56,22 @@ class TrainingState:
     def start(cls, recipe: Recipe, module: nn.Module) -> TrainingState:
         """Return the state of a run that has not begun."""
         parameters = [p for p in module.parameters() if p.requires_grad]
-        settings = recipe.optimiser
-        optimiser = torch.optim.AdamW(
-            parameters, settings.rate, settings.betas, weight_decay=settings.weight_decay, fused=True
-        )
+        optimiser = make_optimiser(recipe.optimiser, parameters)
         anchor = Anchor(module, recipe.guards.anchor, recipe.seed) if recipe.guards.anchor else None
-        state = cls(
-            module, optimiser, EMAModel([], decay=recipe.ema, foreach=True), parameters=parameters, anchor=anchor
-        )
-        state.ema.shadow_params = [p.detach().clone() for p in state.local]
+        state = cls(module, optimiser, EMAModel([]), parameters=parameters, anchor=anchor)
+        state.ema = start_averages(state.local, recipe.ema, recipe.ema_on == "cpu")
         return state
 
     @property
     def finite(self) -> bool:
         """Whether weights and their averages hold neither NaN nor Inf. Waits for the device."""
-        norm = torch.nn.utils.get_total_norm([x.detach() for x in (*self.local, *self.ema.shadow_params)])
-        return not ranks.any_rank(not bool(norm.isfinite()))
+        norms = [torch.nn.utils.get_total_norm(tensors).cpu() for tensors in (self.local, self.ema.shadow_params)]
+        return not ranks.any_rank(not bool(torch.stack(norms).isfinite().all()))
 
     @property
-    def local(self) -> list[nn.Parameter]:
+    def local(self) -> list[torch.Tensor]:
         """This rank's shards of the parameters, which share their memory."""
-        return [p if sharding.local(p) is p else nn.Parameter(sharding.local(p.detach())) for p in self.parameters]
+        return [sharding.local(p.detach()) for p in self.parameters]
 
     @property
     def averages(self) -> list[torch.Tensor]:
@@ -99,9 +96,10 @@ class TrainingState:
 
     def set_averages(self, values: Sequence[torch.Tensor]) -> None:
         """Set the averaged weights to whole tensors."""
+        averages = self.ema.shadow_params
         self.ema.shadow_params = [
-            sharding.local(sharding.shard_of(value, parameter)).to(parameter.device)
-            for value, parameter in zip(values, self.parameters, strict=True)
+            sharding.local(sharding.shard_of(value, parameter)).to(average.device, average.dtype)
+            for value, average, parameter in zip(values, averages, self.parameters, strict=True)
         ]
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -111,8 +109,10 @@ class TrainingState:
             for parameter, value in zip(self.parameters, state["weights"], strict=True):
                 parameter.copy_(sharding.shard_of(value, parameter))
         self.optimiser.load_state_dict(sharding.sharded_optimiser_state(state["optimiser"], self.parameters))
+        averages = self.ema.shadow_params
         self.ema.load_state_dict(state["ema"])
-        self.set_averages(self.ema.shadow_params)
+        values, self.ema.shadow_params = self.ema.shadow_params, averages
+        self.set_averages(values)
         self.before = state["before"]
         self.iteration, self.skipped, self.in_a_row = state["iteration"], state["skipped"], state["in_a_row"]
         self.looked = state.get("looked", False)  # checkpoints of 0.1.0 have none

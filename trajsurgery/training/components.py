@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,15 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from trajsurgery.errors import RecipeError
 from trajsurgery.rewards.loading import Reward, load_reward, mixture_weights, score_one
-from trajsurgery.training import lora, model_folder, ranks, sharding, vae_decoding
+from trajsurgery.training import attention, lora, model_folder, precision, ranks, sharding, vae_decoding
 from trajsurgery.training.objective import DETACHED
 from trajsurgery.training.prompt_cache import PromptCache, free_text_encoders
 from trajsurgery.training.prompts import Prompt, read_prompts
 from trajsurgery.training.recipe import EMBEDDED, Recipe
+from trajsurgery.training.settings import Trained
 
 Judge = Callable[[Tensor, Sequence[str]], tuple[Tensor, Tensor]]
 """judge(images, prompts) -> (correct Bool[batch], junk Float[batch], a share of pixels): rules no reward has seen."""
@@ -93,7 +92,7 @@ def load(recipe: Recipe) -> RunComponents:
         RecipeError: an unknown name; `preflight.check_recipe` reports all of them, and sooner.
     """
     with quiet():
-        pipe = prepare_pipeline(load_pipeline(recipe.model, ranks.choose_device(recipe.device)), recipe)
+        pipe = prepare_pipeline(load_pipeline(recipe.model, ranks.choose_device(recipe.device), recipe.train), recipe)
         scorers = {
             name: load_reward(name, pipe.transformer.device) for name in (recipe.reward, *held_out_scorers(recipe))
         }
@@ -160,47 +159,45 @@ def prepare_pipeline(pipe: Any, recipe: Recipe) -> Any:
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
-    lora.set_trainable(pipe.transformer, recipe.train)
+    if precision.kept_dtype(recipe) == torch.bfloat16 and not precision.is_quantised(recipe.train):
+        precision.to_bfloat16(pipe.transformer)
+    lora.set_trainable(pipe.transformer, recipe.train, recipe.seed)
     if recipe.rollout.checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
     sharding.distribute(pipe.transformer, recipe, device)
     pipe.to(device)
     if recipe.rollout.compile:
         pipe.transformer.forward = torch.compile(pipe.transformer.forward)
-    autocast = recipe.rollout.precision == "bfloat16"
-    if autocast:
-        _run_in_bfloat16(pipe.transformer)
+    low = recipe.rollout.precision == "bfloat16"
+    if low and precision.kept_dtype(recipe) == torch.float32:
+        precision.run_in_bfloat16(pipe.transformer)
+    if recipe.attention != "auto":
+        attention.choose(pipe.transformer, recipe.attention)
     if getattr(pipe, "vae", None) is not None:
-        vae_decoding.prepare_vae(pipe.vae, recipe.decoder, autocast)
+        vae_decoding.prepare_vae(pipe.vae, recipe.decoder, low)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def _run_in_bfloat16(module: nn.Module) -> None:
-    """Run a module under bfloat16 autocast over float32 weights, with float32 outputs."""
-    forward, kind = module.forward, next(module.parameters()).device.type
+def load_pipeline(model: str, device: torch.device | str = "cpu", trained: Trained | None = None) -> Any:
+    """Load the pipeline that a recipe names, on the CPU, in float32; for a GPU with text encoders in bfloat16.
 
-    @functools.wraps(forward)
-    def cast(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(kind, torch.bfloat16):
-            output = forward(*args, **kwargs)
-        return tree_map(lambda v: v.float() if isinstance(v, Tensor) else v, output)
-
-    module.forward = cast
-
-
-def load_pipeline(model: str, device: torch.device | str = "cpu") -> Any:
-    """Load the pipeline that a recipe names, on the CPU, in float32; for a GPU with text encoders in bfloat16."""
+    Args:
+        trained: quantises the transformer, if it says so.
+    """
     world, _, name = model.partition(":")
+    config = precision.quantisation(trained) if trained else None
     if world == "tiny":
+        if config is not None:
+            raise RecipeError(f"--train.base int8 and nf4 need a folder or hub id as --model; {model} is embedded.")
         return import_module("trajsurgery.tiny").pipeline(name or "flux")
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     if missing := model_folder.model_problem(model):  # of a missing tokenizer transformers makes an empty one
         raise RecipeError(missing)
     try:
-        dtypes = _component_dtypes(torch.device(device))
-        return DiffusionPipeline.from_pretrained(model, dtype=dtypes, local_files_only=True)
+        dtypes = _component_dtypes(torch.device(device)) | ({"transformer": torch.bfloat16} if config else {})
+        return DiffusionPipeline.from_pretrained(model, dtype=dtypes, quantization_config=config, local_files_only=True)
     except (OSError, ValueError) as error:
         raise RecipeError(f"{model} can't be loaded: {error} Fetch it anew with `hf download`.") from error
 

@@ -14,17 +14,18 @@ from trajsurgery.training import ranks, sharding
 from trajsurgery.training.settings import Trained
 
 
-def set_trainable(module: Any, trained: Trained) -> None:
+def set_trainable(module: Any, trained: Trained, seed: int = 0) -> None:
     """Set `requires_grad` for what the recipe trains: all weights, those matching a pattern, or new adapters.
 
-    Adapters are float32. Their B matrices start at zero, so the model's output does not change.
+    Adapters are float32. Their A matrices are drawn from `seed`, their B matrices are zero, so that the model's output
+    does not change.
 
     Raises:
         RecipeError: no parameter matches the pattern, no layer matches the targets, or the class takes no adapters.
     """
     module.requires_grad_(False)
     if trained.what == "lora":
-        _add_adapters(module, trained)
+        _add_adapters(module, trained, seed)
         return
     names = [name for name, _ in module.named_parameters()]
     chosen = {n for n in names if trained.pattern is None or re.search(trained.pattern, n)}
@@ -37,7 +38,7 @@ def set_trainable(module: Any, trained: Trained) -> None:
         parameter.requires_grad_(name in chosen)
 
 
-def _add_adapters(module: Any, trained: Trained) -> None:
+def _add_adapters(module: Any, trained: Trained, seed: int) -> None:
     from peft import LoraConfig
 
     layers = target_layers(module, trained.targets)
@@ -48,7 +49,9 @@ def _add_adapters(module: Any, trained: Trained) -> None:
         )
     if not hasattr(module, "add_adapter"):
         raise RecipeError(f"{type(module).__name__} takes no adapters (diffusers' PeftAdapterMixin): train.what full.")
-    module.add_adapter(LoraConfig(r=trained.rank, lora_alpha=trained.rank, target_modules=list(trained.targets)))
+    with torch.random.fork_rng(devices=[]):  # peft draws from torch's global generator
+        torch.manual_seed(seed)
+        module.add_adapter(LoraConfig(r=trained.rank, lora_alpha=trained.rank, target_modules=list(trained.targets)))
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -75,11 +78,11 @@ class CountedLoRA(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output plus the adapter's."""
         output = self.base(x)
-        return output + self.b(self.a(x.to(self.a.weight.dtype))) * 1.0
+        return (output + self.b(self.a(x.to(self.a.weight.dtype))) * 1.0).to(output.dtype)
 
 
 def set_trainable_fake(module: nn.Module, trained: Trained) -> None:
-    """As `set_trainable`, for a module of fake tensors; adapters have the default dtype."""
+    """As `set_trainable`, for a module of fake tensors."""
     if trained.what == "full":
         set_trainable(module, trained)
         return

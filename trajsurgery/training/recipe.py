@@ -35,8 +35,9 @@ Method = (
 class Recipe:
     """Fine-tunes a flow-matching pipeline by a reward's gradient, along the edges that the plan leaves open."""
 
-    preset: Literal["tiny", "paper"] = "tiny"
-    """Where defaults come from: tiny is the embedded world on a CPU, paper is FLUX.1-dev with the paper's numbers."""
+    preset: Literal["tiny", "paper", "lora-24gb", "lora-80gb", "full-80gb"] = "tiny"
+    """Where defaults come from: tiny is the embedded world on a CPU, paper is FLUX.1-dev with the paper's numbers on 16
+    GPUs of 80 GB; the others fit the same run on one card, with adapters or (full) with all weights."""
     method: Annotated[Method, tyro.conf.AvoidSubcommands] = field(default_factory=methods.LeapAlign)
     """Draws a plan for each iteration."""
     model: str = "tiny"
@@ -57,6 +58,9 @@ class Recipe:
     optimiser: Optimiser = field(default_factory=Optimiser)
     ema: float = 0.995
     """Decay of the moving average of the weights, which is what is evaluated and saved."""
+    ema_on: Literal["device", "cpu"] = "device"
+    """Where the averages are kept, in float32. cpu frees 4 bytes a trained parameter on the device, for a copy an
+    iteration."""
     iterations: int = 225
     """Steps of the optimiser. A finished run goes on if there are more of them."""
     evaluation: Evaluation = field(default_factory=Evaluation)
@@ -72,6 +76,9 @@ class Recipe:
     gather: Literal["iteration", "layer"] = "iteration"
     """When fsdp gathers weights. iteration: once, kept until the last backward pass. layer: block by block, in every
     call, where a gathered model does not fit."""
+    attention: str = "auto"
+    """The attention kernel, by diffusers' names: native, _native_flash, _native_cudnn, flash, _flash_3, ... auto is
+    diffusers' own, or the first of torch's kernels whose gradient is finite in a trial before the run."""
     threads: int = 1
     """Threads of torch on the CPU. The embedded Flux gains little from a second one, and loses on a busy machine."""
     save_every: int = 10
@@ -126,6 +133,7 @@ class Recipe:
             f"rollout.per_prompt = {shared}": (self.rollout.batch % shared == 0, "it divides rollout.batch"),
             f"ema = {self.ema}": (0 <= self.ema < 1, "a decay lies in [0, 1)"),
             f"rollout.guidance = {guidance}": (math.isfinite(guidance), "it is finite"),
+            f"optimiser.warmup = {here.warmup}": (here.warmup >= 0, "it is at least 0"),
             f"optimiser.rate = {here.rate}": (0 < here.rate < math.inf, "it is finite and above 0"),
             f"optimiser.betas = {here.betas}": (all(0 <= b < 1 for b in here.betas), "decays lie in [0, 1)"),
             f"optimiser.weight_decay = {here.weight_decay}": (
@@ -169,6 +177,7 @@ FREE = (
     "shard",
     "gather",
     "threads",
+    "ema_on",
     "evaluation.pictures",
     "dry_run",
     "hardware.gpus",
@@ -215,8 +224,37 @@ def paper(method: Method, output: str) -> Recipe:
     )
 
 
+def on_one_card(large: Recipe) -> dict[str, Recipe]:
+    """Return a large recipe as presets for one GPU, which `--dry-run` finds to fit."""
+    rollout = replace(large.rollout, at_once=1, memory="split")
+    decoder = Decoder(precision="bfloat16", checkpointing=True)
+    one = replace(large, rollout=rollout, decoder=decoder, hardware=Hardware())
+    adapters = replace(one, train=Trained("lora", rank=32), optimiser=replace(large.optimiser, rate=1e-4))
+    cards: dict[Any, Recipe] = {
+        "lora-24gb": replace(
+            adapters,
+            train=replace(adapters.train, base="nf4"),
+            rollout=replace(rollout, memory="staged"),
+            decoder=replace(decoder, tiling=512),
+            hardware=Hardware(memory=24e9, flops=165e12),
+        ),
+        "lora-80gb": adapters,
+        "full-80gb": replace(
+            one,
+            train=Trained(weights="bfloat16"),
+            optimiser=replace(large.optimiser, name="adamw8bit"),
+            ema_on="cpu",
+            hardware=Hardware(memory=83e9),
+        ),
+    }
+    return {
+        name: replace(card, preset=name, output=large.output.with_name(f"{large.output.name}_{name}"))
+        for name, card in cards.items()
+    }
+
+
 def presets(method: Method, output: str) -> dict[str, Recipe]:
-    """The two recipes of a method: on the embedded world, and the paper's.
+    """The recipes of a method: on the embedded world, the paper's on 16 GPUs, and the same on one.
 
     The embedded world's settings were chosen on validation prompts (benchmarks/demo/choose_settings.py): its rate in
     this world.
@@ -231,6 +269,7 @@ def presets(method: Method, output: str) -> dict[str, Recipe]:
             output=Path(output),
         ),
         "paper": paper(method, f"{output}_paper"),
+        **on_one_card(paper(method, output)),
     }
 
 

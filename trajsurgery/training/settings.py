@@ -41,7 +41,7 @@ class Rollout:
     checkpointing: bool = False
     """Gradient checkpointing inside the transformer."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 runs the transformer under autocast; weights, latents, decoder and reward stay float32."""
+    """What the transformer computes in: float32 weights under autocast, or as --train.weights and --train.base say."""
     compile: bool = False
     """torch.compile of the transformer's forward. With split and retain the rollout is the compiled plain call's, bit
     for bit."""
@@ -71,10 +71,14 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Optimiser:
-    """AdamW on what trains."""
+    """What steps the parameters that train."""
 
+    name: Literal["adamw", "adamw8bit", "adafactor"] = "adamw"
+    """adamw; adamw8bit (torchao), whose moments take a quarter of the memory; adafactor, whose moments take none."""
     rate: float = 3e-5
-    """The learning rate, constant."""
+    """The learning rate, constant after the warm-up."""
+    warmup: int = 0
+    """Iterations over which the rate rises linearly."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of the mean gradient and of the mean square."""
     weight_decay: float = 1e-4
@@ -95,6 +99,12 @@ class Trained:
     """The linear layers that get adapters, by the end of their names."""
     pattern: str | None = None
     """With full: a regular expression that is found in the names of the weights that train; all of them if left out."""
+    weights: Literal["float32", "bfloat16"] = "float32"
+    """What the weights that train are kept in, with full. bfloat16 (with --optimiser.name adamw8bit) takes half the
+    memory, and the model computes in it without autocast."""
+    base: Literal["auto", "float32", "bfloat16", "int8", "nf4"] = "auto"
+    """What the frozen weights beside adapters are kept in: auto is --rollout.precision; int8 (torchao) and nf4
+    (bitsandbytes) are quantised as the model is loaded."""
     keep_encoders: bool = False
     """Keeps the text encoders in memory; they are else let go once the run's prompts are encoded."""
 

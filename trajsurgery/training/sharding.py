@@ -28,20 +28,23 @@ SMALL = 10**9
 """Parameters up to which "auto" keeps a whole copy on each rank."""
 
 
-def choose(shard: Shard, module: nn.Module) -> Shard:
+def choose(shard: Shard, trained: int, count: int) -> Shard:
     """Return what "auto" stands for: nothing for one rank, copies for small models and adapters, else FSDP.
+
+    Args:
+        trained: how many parameters train.
+        count: how many ranks there are.
 
     Raises:
         RecipeError: several ranks would each train a model of their own.
     """
-    if ranks.count() == 1:
+    if count == 1:
         return "none"
     if shard == "none":
         raise RecipeError(
-            f"--shard none, and {ranks.count()} processes were started: each would train a model of its own. Take "
+            f"--shard none, and {count} processes were started: each would train a model of its own. Take "
             "auto, fsdp or ddp, or start one process."
         )
-    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     if shard == "auto":
         return "ddp" if trained <= SMALL else "fsdp"
     return shard
@@ -53,7 +56,8 @@ def distribute(module: nn.Module, recipe: Recipe, device: torch.device) -> None:
     Adapters beside a frozen base stay whole on each rank: FSDP wants one dtype a group, and they are small. Blocks are
     gathered in the recipe's precision; gradients are reduced in float32.
     """
-    way, by_layer = choose(recipe.shard, module), recipe.gather == "layer"
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    way, by_layer = choose(recipe.shard, trained, ranks.count()), recipe.gather == "layer"
     if way != "fsdp":
         module.to(device)
         _copy_from_main(module.parameters() if way == "ddp" else ())

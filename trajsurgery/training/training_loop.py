@@ -15,8 +15,10 @@ import torch
 from trajsurgery.errors import DivergedError, RecipeError
 from trajsurgery.plans.nodes import Velocity
 from trajsurgery.training import missing_gradients, ranks, sharding
+from trajsurgery.training.averages import update_averages
 from trajsurgery.training.checkpoint import METRICS, Log, TrainingState, save
 from trajsurgery.training.components import PromptCache, RunComponents, draw_batch_prompts, hinge_threshold
+from trajsurgery.training.optimisers import set_rate
 from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.step_gradient import (
     RolloutInputs,
@@ -176,8 +178,9 @@ def _idle(training: TrainingState) -> tuple[str, ...]:
 def _step(recipe: Recipe, training: TrainingState, healthy: bool) -> bool:
     """Step optimizer and EMA unless loss or gradient are not finite; return whether the step was skipped."""
     if healthy:
+        set_rate(training.optimiser, recipe.optimiser, training.iteration + 1)
         training.optimiser.step()
-        training.ema.step(training.local)
+        update_averages(training.ema, training.local)
     # These add into gradients that exist, and never hold a second one.
     # Shards get a new gradient from FSDP each time.
     adds = recipe.rollout.memory in ("staged", "split") and not sharding.is_sharded(training.module)

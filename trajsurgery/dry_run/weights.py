@@ -1,0 +1,63 @@
+"""Bytes a GPU that stay during a run: weights, gradients, optimiser, averages, and what FSDP gathers."""
+
+from __future__ import annotations
+
+import torch
+
+from trajsurgery.dry_run.fake_pipeline import PipelineSpec, build_model
+from trajsurgery.dry_run.model_costs import ModelCosts
+from trajsurgery.training.recipe import Recipe
+from trajsurgery.training.sharding import choose
+
+KEPT = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "nf4": 0.5 + 4 / 64}
+"""Bytes a weight; nf4 has a float32 scale for each 64 of them."""
+MOMENTS = {"adamw": 8.0, "adamw8bit": 2 * (1 + 4 / 256), "adafactor": 0.0}
+"""Bytes a trained parameter; 8-bit moments have a float32 scale for each 256 of them."""
+AVERAGE = 4
+"""Bytes of a parameter's moving average."""
+
+
+def base_name(recipe: Recipe) -> str:
+    """Return what the weights are kept in: those that train, or the frozen ones beside adapters."""
+    trained = recipe.train
+    name = trained.weights if trained.what == "full" else trained.base
+    return recipe.rollout.precision if name == "auto" else name
+
+
+def will_shard(recipe: Recipe, spec: PipelineSpec) -> bool:
+    """Whether FSDP shards the transformer on the recipe's hardware."""
+    if recipe.train.what == "lora":
+        return recipe.shard == "fsdp" and recipe.hardware.gpus > 1
+    with torch.device("meta"):
+        trained = sum(p.numel() for p in build_model(spec.transformer, torch.float32).parameters())
+    return choose(recipe.shard, trained, recipe.hardware.gpus) == "fsdp"
+
+
+def persistent_bytes(recipe: Recipe, counted: ModelCosts, gpus: int) -> dict[str, int]:
+    """Return bytes a GPU that stay on `gpus` of them."""
+    every = list(counted.model.transformer.parameters())
+    total, adapted = sum(p.numel() for p in every), sum(p.numel() for p in every if p.requires_grad)
+    buffers = sum(b.numel() * b.element_size() for b in counted.model.transformer.buffers())
+    adapters, sharded = recipe.train.what == "lora", choose(recipe.shard, adapted, gpus) == "fsdp"
+    shards = gpus if sharded else 1
+    of_trained = 1 if adapters else shards  # adapters stay whole
+    word, trained_word = KEPT[base_name(recipe)], 4.0 if adapters else KEPT[recipe.train.weights]
+    parts = {
+        "weights": word * (total - adapted) / shards + trained_word * adapted / of_trained + buffers,
+        "gradients": trained_word * adapted / of_trained,
+        "optimiser": MOMENTS[recipe.optimiser.name] * adapted / of_trained,
+        "ema": AVERAGE * adapted / of_trained if recipe.ema_on == "device" else 0,
+        "decoder, reward": counted.decoder_bytes + counted.reward_bytes,
+    }
+    if sharded:
+        parts["gathered blocks"] = _gathered(recipe, counted, total, 0 if adapters else adapted / total)
+    return {name: int(size) for name, size in parts.items()}
+
+
+def _gathered(recipe: Recipe, counted: ModelCosts, total: int, share: float) -> float:
+    """Return bytes of gathered weights, and of one block's gradient before it is reduced."""
+    word = min(KEPT[base_name(recipe)], KEPT[recipe.rollout.precision])
+    gradient = share * counted.block
+    if recipe.gather == "iteration":
+        return word * (total + gradient)
+    return word * (2 * counted.block + gradient + counted.loose)  # the block in use and the next one

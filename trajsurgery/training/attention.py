@@ -1,0 +1,45 @@
+"""Attention kernels by diffusers' names."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from typing import Any
+
+from torch import nn
+
+from trajsurgery.errors import RecipeError
+
+KERNELS = {"cuda": ("_native_flash", "_native_efficient", "_native_math"), "cpu": ("_native_math",)}
+"""Torch's kernels that are tried in turn where diffusers' default gives a gradient that is not finite."""
+
+
+def choose(module: Any, name: str) -> None:
+    """Let a diffusers transformer attend with the kernel of this name.
+
+    Raises:
+        RecipeError: no kernel of this name, or it does not run here.
+    """
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    names = [str(backend.value) for backend in AttentionBackendName]
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"Did you mean {near[0]}? " if near else ""
+        raise RecipeError(f"--attention {name}: diffusers has no such kernel. {hint}It is auto, {', '.join(names)}.")
+    if not hasattr(module, "set_attention_backend"):
+        raise RecipeError(f"--attention {name}: diffusers lets nobody choose the kernel of {type(module).__name__}.")
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # "an experimental feature"
+    try:
+        module.set_attention_backend(name)
+    except (RuntimeError, ValueError, ImportError) as error:
+        raise RecipeError(f"--attention {name} does not run here: {error}") from error
+    finally:
+        logger.setLevel(level)
+
+
+def alternatives(module: nn.Module, device: str) -> tuple[str, ...]:
+    """Return the names of the kernels that may be tried in place of the default."""
+    return KERNELS.get(device, ()) if hasattr(module, "set_attention_backend") else ()

@@ -1,0 +1,103 @@
+"""One model call forward and backward with the recipe's settings, before anything long starts.
+
+It finds what would otherwise be found after the first evaluation: an attention kernel whose gradient is not finite, a
+loop that can't be replayed, a transformer that nothing trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trajsurgery.errors import RecipeError
+from trajsurgery.methods.refl import refl
+from trajsurgery.pipelines.operate import operate
+from trajsurgery.surgery.api import backward
+from trajsurgery.training import attention, ranks, sharding
+from trajsurgery.training.components import PromptCache, RunComponents, pipeline_arguments
+from trajsurgery.training.recipe import Recipe
+
+STEPS = 2
+
+
+def check_gradient_is_finite(recipe: Recipe, world: RunComponents, tell: Callable[[str], None]) -> None:
+    """Make the trial; with --attention auto, take the first kernel whose gradient is finite.
+
+    Args:
+        tell: shows a line to the user.
+
+    Raises:
+        RecipeError: no parameter that trains gets a gradient, or one that is not finite with every kernel.
+        SamplerError: the pipeline's loop can't be replayed.
+    """
+    if _is_finite(recipe, world):
+        return
+    kernels = attention.alternatives(world.module, world.device.type) if recipe.attention == "auto" else ()
+    for name in kernels:
+        try:
+            attention.choose(world.module, name)
+            finite = _is_finite(recipe, world)
+        except (RecipeError, RuntimeError):  # it does not run on this card, or not in this dtype
+            continue
+        if finite:
+            tell(f"attention: {name}, since the gradient of diffusers' default kernel is not finite here")
+            return
+    with _first_not_finite(world.module) as places:
+        _is_finite(recipe, world)
+    tried = f" Nor is it with {', '.join(kernels)}." if kernels else ""
+    where = f": the first that is not is {places[0]}" if places else ""
+    raise RecipeError(
+        f"the gradient of one model call is not finite{where}.{tried} Try --attention with another kernel, "
+        "--rollout.precision float32, or other weights."
+    )
+
+
+def _is_finite(recipe: Recipe, world: RunComponents) -> bool:
+    """Whether one call at the last step of a short rollout gives every parameter a finite gradient, on all ranks."""
+    share = ranks.rows(recipe.rollout.batch)
+    texts = [world.texts[0]] * min(recipe.rollout.at_once or len(share), len(share))
+    arguments = {**pipeline_arguments(recipe), **PromptCache(world.pipe, texts[:1], pipeline_arguments(recipe))(texts)}
+    generators = [torch.Generator().manual_seed(i) for i in share[: len(texts)]]
+    with operate(world.pipe) as surgery:
+        world.pipe(**arguments, num_inference_steps=STEPS, generator=generators, output_type="latent")
+    parameters = [p for p in world.module.parameters() if p.requires_grad]
+    try:
+        backward(refl(1), surgery.trajectory, surgery.field, torch.ones_like(surgery.trajectory[0]))
+        sharding.release(world.module)
+        gradients = [sharding.local(p.grad) for p in world.module.parameters() if p.grad is not None]
+        if not gradients:
+            raise RecipeError("no parameter that trains gets a gradient from a model call: see --train.")
+        return not ranks.any_rank(not bool(torch.nn.utils.get_total_norm(gradients).isfinite()))
+    finally:
+        for parameter in parameters:
+            parameter.grad = None
+
+
+@contextmanager
+def _first_not_finite(module: nn.Module) -> Generator[list[str]]:
+    """Collect, in the order in which they run, the modules whose output or gradient is not finite."""
+    places = list[str]()
+
+    def look(name: str, _: nn.Module, __: Any, values: Any) -> None:
+        for value in values if isinstance(values, tuple) else (values,):
+            if isinstance(value, Tensor) and value.is_floating_point():
+                note(f"the output of {name}", value)
+                if value.requires_grad:
+                    value.register_hook(partial(note, f"the gradient at the output of {name}"))
+
+    def note(place: str, value: Tensor) -> None:
+        if not bool(value.isfinite().all()):
+            places.append(place)
+
+    leaves = [(name, part) for name, part in module.named_modules() if name and not any(True for _ in part.children())]
+    handles = [part.register_forward_hook(partial(look, name)) for name, part in leaves]
+    try:
+        yield places
+    finally:
+        for handle in handles:
+            handle.remove()
