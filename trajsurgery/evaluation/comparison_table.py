@@ -23,19 +23,19 @@ class Comparison:
     models: tuple[str, ...]
     """The first is the base that the others are compared with."""
     rewards: tuple[str, ...]
-    asked: Sequence[Sample]
+    samples: Sequence[Sample]
     scores: Mapping[str, Mapping[str, Sequence[float]]]
     """By model and reward, image by image."""
 
     @property
     def categories(self) -> tuple[str, ...]:
         """The prompts' categories, in order."""
-        return tuple(dict.fromkeys(sample.prompt.category for sample in self.asked))
+        return tuple(dict.fromkeys(sample.prompt.category for sample in self.samples))
 
     def values(self, model: str, reward: str, category: str | None = None) -> list[float]:
         """Return the scores of a category's images, or of all."""
         scores = self.scores[model][reward]
-        return [v for v, s in zip(scores, self.asked) if category in (None, s.prompt.category)]
+        return [v for v, s in zip(scores, self.samples) if category in (None, s.prompt.category)]
 
     def gain(self, model: str, reward: str, category: str | None = None) -> Gain:
         """Return a model's gain over the base, paired image by image; images of one prompt are not independent."""
@@ -48,7 +48,7 @@ class Comparison:
         return paired(torch.zeros_like(values), values, self._texts(category))
 
     def _texts(self, category: str | None) -> tuple[str, ...]:
-        return tuple(s.prompt.text for s in self.asked if category in (None, s.prompt.category))
+        return tuple(s.prompt.text for s in self.samples if category in (None, s.prompt.category))
 
     def to_dict(self) -> dict[str, Any]:
         """Return a plain dict (JSON); undefined figures are None."""
@@ -69,7 +69,7 @@ class Comparison:
         return _finite_or_none({"mean": mean.after, **errors, "images": len(self._texts(category))})
 
     def _rows(self) -> Iterator[dict[str, Any]]:
-        for i, s in enumerate(self.asked):
+        for i, s in enumerate(self.samples):
             scores = {model: {r: self.scores[model][r][i] for r in self.rewards} for model in self.models}
             text = {"prompt": s.prompt.text, "category": s.prompt.category}
             yield {"number": s.number, "index": s.index, "seed": s.seed, **text, "scores": scores}
@@ -79,15 +79,15 @@ def _finite_or_none(figures: dict[str, Any]) -> dict[str, Any]:
     return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in figures.items()}
 
 
-def category_rows(standing: Comparison) -> Iterator[tuple[str, ...]]:
+def category_rows(comparison: Comparison) -> Iterator[tuple[str, ...]]:
     """Yield the cells of the table: all images first, then category by category."""
-    categories = (None, *(standing.categories if len(standing.categories) > 1 else ()))
+    categories = (None, *(comparison.categories if len(comparison.categories) > 1 else ()))
     for category in categories:
-        for reward in standing.rewards:
-            base = standing.mean(standing.models[0], reward, category)
+        for reward in comparison.rewards:
+            base = comparison.mean(comparison.models[0], reward, category)
             cells = [f"{base.after:.4f}{_error(base)}"]
-            for model in standing.models[1:]:
-                gain = standing.gain(model, reward, category)
+            for model in comparison.models[1:]:
+                gain = comparison.gain(model, reward, category)
                 cells += [f"{gain.after:.4f}", f"{gain.gain:+.4f}{_error(gain)}"]
             yield reward if category is None else f"{category}: {reward}", *cells
 
@@ -97,42 +97,42 @@ def _error(gain: Gain) -> str:
     return "" if math.isnan(gain.se_by_prompt) else f" ± {gain.se_by_prompt:.4f}"
 
 
-def column_names(standing: Comparison) -> tuple[str, ...]:
+def column_names(comparison: Comparison) -> tuple[str, ...]:
     """Return the headings of `category_rows`."""
-    return ("", standing.models[0], *(head for model in standing.models[1:] for head in (model, "gain")))
+    return ("", comparison.models[0], *(head for model in comparison.models[1:] for head in (model, "gain")))
 
 
-def title(standing: Comparison) -> str:
+def title(comparison: Comparison) -> str:
     """Return the table's title."""
-    numbers = {sample.number for sample in standing.asked}
-    paired_by = "; gains are paired image by image" if len(standing.models) > 1 else ""
-    return f"{len(standing.asked)} images of {len(numbers)} prompts, ± standard errors over prompts{paired_by}"
+    numbers = {sample.number for sample in comparison.samples}
+    paired_by = "; gains are paired image by image" if len(comparison.models) > 1 else ""
+    return f"{len(comparison.samples)} images of {len(numbers)} prompts, ± standard errors over prompts{paired_by}"
 
 
-def to_table(standing: Comparison) -> Table:
+def to_table(comparison: Comparison) -> Table:
     """Return the table for the terminal."""
-    table = Table(title=title(standing))
-    for heading in column_names(standing):
+    table = Table(title=title(comparison))
+    for heading in column_names(comparison):
         table.add_column(heading, justify="left" if not heading else "right", overflow="fold")
-    for i, row in enumerate(category_rows(standing)):
-        table.add_row(*row, style="bold" if i < len(standing.rewards) else "dim")
+    for i, row in enumerate(category_rows(comparison)):
+        table.add_row(*row, style="bold" if i < len(comparison.rewards) else "dim")
     return table
 
 
-def to_markdown(standing: Comparison) -> str:
+def to_markdown(comparison: Comparison) -> str:
     """Return the same table as Markdown."""
-    lines = [column_names(standing), tuple("---" for _ in column_names(standing)), *category_rows(standing)]
+    lines = [column_names(comparison), tuple("---" for _ in column_names(comparison)), *category_rows(comparison)]
     text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-    return f"{title(standing)}\n\n{text}\n"
+    return f"{title(comparison)}\n\n{text}\n"
 
 
-def to_csv(standing: Comparison) -> str:
+def to_csv(comparison: Comparison) -> str:
     """Return a CSV with one line for each image and model."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["model", "number", "index", "seed", "category", "prompt", *standing.rewards])
-    for model in standing.models:
-        for i, s in enumerate(standing.asked):
-            scores = [standing.scores[model][reward][i] for reward in standing.rewards]
+    writer.writerow(["model", "number", "index", "seed", "category", "prompt", *comparison.rewards])
+    for model in comparison.models:
+        for i, s in enumerate(comparison.samples):
+            scores = [comparison.scores[model][reward][i] for reward in comparison.rewards]
             writer.writerow([model, s.number, s.index, s.seed, s.prompt.category, s.prompt.text, *scores])
     return text.getvalue()
