@@ -241,3 +241,9 @@ def test_images_on_a_gpu_are_judged_on_the_cpu(monkeypatch):
         images = torch.zeros(1, 3, SIDE, SIDE, device="cuda")
     with pytest.raises(Segmented, match=r"^cpu$"):
         tiny.judge(images, ["a circle"])
+
+
+@pytest.mark.parametrize("ratio", [{"postion": 1, "counting": 1}, {"counting": 0}, {}])
+def test_a_ratio_of_no_category_is_refused(ratio):
+    with pytest.raises(ValueError, match="it weighs some of the categories single object"):
+        tiny.prompts("train", Generator(), 1, ratio)

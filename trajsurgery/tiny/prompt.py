@@ -149,7 +149,12 @@ def understand(prompts: Sequence[Prompt | str]) -> list[Prompt]:
 
 
 def draw_prompts(split: Split, count: int, weights: Mapping[str, float], generator: Generator) -> list[Prompt]:
-    """`count` prompts of a split: the category by weight, then one of its prompts, all equally likely."""
+    """`count` prompts of a split: the category by weight, then one of its prompts, all equally likely.
+
+    Raises ValueError for another category, or without a weight above 0.
+    """
+    if not set(weights) <= set(CATEGORIES) or not any(weights.values()):
+        raise ValueError(f"a ratio of {dict(weights)}: it weighs some of the categories {', '.join(CATEGORIES)}")
     groups = {c: [prompt for prompt in split_prompts(split) if prompt.category == c] for c in CATEGORIES}
     odds = torch.tensor([float(weights.get(c, 0)) for c in CATEGORIES])
     categories = torch.multinomial(odds, count, replacement=True, generator=generator).tolist()

@@ -54,7 +54,7 @@ class StepRecord:
     skipped: bool
     """Whether loss or gradient were not finite, so that nothing changed."""
     times: tuple[int, ...]
-    """Times at which the plan called the model with gradient."""
+    """Times of the plan's model calls."""
     seconds: float
     idle: tuple[str, ...] | None = None
     """Trained parameters without gradient (missing_gradients.py); looked for once, in the first iteration with a loss.
