@@ -27,14 +27,14 @@ BASE = Optimiser(rate=1e-3, weight_decay=0.0)
 
 @pytest.fixture(autouse=True)
 def eager() -> Iterator[None]:
-    """Torchao's step without its compilation, which takes a minute here."""
+    """Torchao's step without compilation, which takes a minute."""
     with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
         warnings.simplefilter("ignore")
         yield
 
 
-def trained(settings: Optimiser, dtype: torch.dtype = torch.float32) -> tuple[float, Tensor]:
-    """The loss after 200 steps, relative to the first, and the way that the weights went."""
+def train_200_steps(settings: Optimiser, dtype: torch.dtype = torch.float32) -> tuple[float, Tensor]:
+    """Train 200 steps: the last loss relative to the first, and the change of the weights."""
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64)).to(dtype)
@@ -52,38 +52,40 @@ def trained(settings: Optimiser, dtype: torch.dtype = torch.float32) -> tuple[fl
     return losses[-1] / losses[0], torch.cat([p.detach().float().flatten() for p in model.parameters()]) - start
 
 
-def apart(a: Tensor, b: Tensor) -> float:
+def relative_distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def test_what_optimisers_do_to_a_small_model() -> None:
-    loss, way = trained(BASE)
+def test_optimisers_agree_on_a_small_model() -> None:
+    loss, change = train_200_steps(BASE)
     assert loss < 0.1
-    eight, eight_way = trained(replace(BASE, name="adamw8bit"))
+    eight, eight_change = train_200_steps(replace(BASE, name="adamw8bit"))
     assert eight < 1.2 * loss
-    assert 1e-4 < apart(eight_way, way) < 0.2
-    low, low_way = trained(replace(BASE, name="adamw8bit"), torch.bfloat16)
+    assert 1e-4 < relative_distance(eight_change, change) < 0.2
+    low, low_change = train_200_steps(replace(BASE, name="adamw8bit"), torch.bfloat16)
     assert low < 1.5 * loss
-    assert 1e-2 < apart(low_way, way) < 0.4
-    factored, factored_way = trained(replace(BASE, name="adafactor", rate=1e-2))
+    assert 1e-2 < relative_distance(low_change, change) < 0.4
+    factored, factored_change = train_200_steps(replace(BASE, name="adafactor", rate=1e-2))
     assert factored < 0.3
-    assert apart(factored_way, way) > 0.1  # it is another method
+    assert relative_distance(factored_change, change) > 0.1  # Adafactor is another method
 
 
-def test_stochastic_rounding_is_what_lets_bfloat16_weights_take_small_steps() -> None:
-    """At a rate far below bfloat16's precision rounding to nearest moves nothing; on average the steps count."""
+def test_stochastic_rounding_lets_bfloat16_weights_take_small_steps() -> None:
+    """At a rate far below bfloat16's precision, rounding to nearest changes no weight; stochastic rounding does on
+    average.
+    """
     small = replace(BASE, name="adamw8bit", rate=1e-5)
-    loss, way = trained(small)
-    low, low_way = trained(small, torch.bfloat16)
+    loss, change = train_200_steps(small)
+    low, low_change = train_200_steps(small, torch.bfloat16)
     assert abs(low - loss) < 0.1
-    assert torch.dot(low_way, way) / way.dot(way) == pytest.approx(1, abs=0.15)
+    assert torch.dot(low_change, change) / change.dot(change) == pytest.approx(1, abs=0.15)
 
 
 def test_bfloat16_weights_without_stochastic_rounding_are_refused() -> None:
     for name in ("adamw", "adafactor"):
         settings: Any = replace(BASE, name=name)
         with pytest.raises(RecipeError, match="adamw8bit, which rounds stochastically"):
-            trained(settings, torch.bfloat16)
+            train_200_steps(settings, torch.bfloat16)
 
 
 def test_the_rate_rises_over_the_warm_up() -> None:
@@ -97,7 +99,7 @@ def test_the_rate_rises_over_the_warm_up() -> None:
         assert rates == [0.125, 0.25, 0.375, 0.5, 0.5, 0.5]
 
 
-def test_averages_are_those_of_diffusers_in_float32_wherever_they_are_kept() -> None:
+def test_averages_are_those_of_diffusers_in_float32_on_any_device() -> None:
     from diffusers.training_utils import EMAModel
 
     weights = [nn.Parameter(torch.randn(5, 3, generator=torch.Generator().manual_seed(0)))]
@@ -131,7 +133,7 @@ def recipe_with(tmp_path: Path, **trained_settings: Any) -> Any:
     ],
     ids=str,
 )
-def test_weights_are_kept_as_the_recipe_says_and_a_step_moves_them(
+def test_weights_have_the_recipe_s_dtype_and_a_step_changes_them(
     settings: dict[str, Any], frozen: Any, training: Any, tmp_path: Path
 ) -> None:
     from trajsurgery.training.checkpoint import TrainingState
@@ -174,7 +176,7 @@ def test_an_int8_base_trains_adapters(tmp_path: Path) -> None:
         load_pipeline("tiny", "cpu", recipe.train)
 
 
-def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "find_spec", lambda _: None)
     with pytest.raises(RecipeError, match=r"--train\.base nf4 needs bitsandbytes: pip install"):
         precision.quantisation(Trained("lora", base="nf4"))

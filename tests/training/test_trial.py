@@ -1,4 +1,4 @@
-"""The trial before a run: a kernel with a gradient that is not finite is replaced, other faults end the run at once."""
+"""The trial step before a run: a kernel with non-finite gradients is replaced, other faults end the run at once."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def faulty(kernel: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def kernels() -> Iterator[Any]:
-    """Diffusers' kernels, which are global."""
+    """Diffusers' attention kernels, which are global settings."""
     active, backends = REGISTRY._active_backend, dict(REGISTRY._backends)
     yield REGISTRY._backends
     REGISTRY._backends.clear()
@@ -57,7 +57,7 @@ def lines_of(recipe: Any) -> list[str]:
     return lines
 
 
-def test_a_sound_model_passes_in_silence_and_keeps_no_gradient(tmp_path: Path) -> None:
+def test_a_correct_model_passes_without_a_warning_and_without_a_gradient_left(tmp_path: Path) -> None:
     recipe = toy_world.recipe(tmp_path)
     world = toy_world.world(recipe)
     weights = [p.clone() for p in world.module.parameters()]
@@ -66,7 +66,7 @@ def test_a_sound_model_passes_in_silence_and_keeps_no_gradient(tmp_path: Path) -
     assert all(map(torch.equal, world.module.parameters(), weights))
 
 
-def test_another_kernel_is_taken_and_named(tmp_path: Path, kernels: Any) -> None:
+def test_a_faulty_kernel_is_replaced_and_the_new_one_named(tmp_path: Path, kernels: Any) -> None:
     kernels[NATIVE] = faulty(kernels[NATIVE])
     recipe = toy_world.recipe(tmp_path)
     world, lines = toy_world.world(recipe), list[str]()
@@ -76,13 +76,13 @@ def test_another_kernel_is_taken_and_named(tmp_path: Path, kernels: Any) -> None
     trial.check_gradient_is_finite(recipe, world, lambda line: pytest.fail(line))
 
 
-def test_a_kernel_that_the_user_named_is_not_replaced(tmp_path: Path, kernels: Any) -> None:
+def test_a_kernel_of_the_recipe_is_not_replaced(tmp_path: Path, kernels: Any) -> None:
     kernels[NATIVE] = faulty(kernels[NATIVE])
     with pytest.raises(RecipeError, match=r"not finite: the first that is not is the gradient at the output of .*attn"):
         lines_of(toy_world.recipe(tmp_path, attention="native"))
 
 
-def test_no_sound_kernel_ends_the_run_before_any_image(
+def test_a_run_without_a_working_kernel_ends_before_any_image(
     tmp_path: Path, kernels: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernels[NATIVE], kernels[MATH] = faulty(kernels[NATIVE]), faulty(kernels[MATH])
@@ -92,12 +92,12 @@ def test_no_sound_kernel_ends_the_run_before_any_image(
         train_command.main(recipe, toy_world.world(recipe))
 
 
-def test_an_unknown_kernel_is_told_with_the_nearest(tmp_path: Path) -> None:
+def test_an_unknown_kernel_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="Did you mean _native_math"):
         toy_world.world(toy_world.recipe(tmp_path, attention="native_math"))
 
 
-def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
+def test_non_finite_weights_are_named(tmp_path: Path) -> None:
     recipe = toy_world.recipe(tmp_path)
     world = toy_world.world(recipe)
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
         trial.check_gradient_is_finite(recipe, world, lambda line: pytest.fail(line))
 
 
-def test_a_loop_that_cannot_be_replayed_is_told_before_any_image(
+def test_a_loop_that_cannot_be_replayed_is_refused_before_any_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train_command, "evaluate", lambda *_: pytest.fail("images were sampled"))
