@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from trajsurgery.errors import PlanError
-from trajsurgery.methods.draws import check_steps, uniform
+from trajsurgery.methods.draws import Method, uniform
 from trajsurgery.plans.plan import Plan, latent
 
 
@@ -65,52 +65,33 @@ def draft_lv(n: int = 2) -> Plan:
 
 
 @dataclass(frozen=True)
-class DRaFT1:
+class DRaFT1(Method):
     """DRaFT-1: the last step. Nothing is drawn."""
 
-    weights_at = "none"
-    """The gradient is plain backpropagation's."""
-
-    def draw(self, steps: int, generator: torch.Generator | None = None) -> Plan:
-        """A plan for a sampler of `steps` steps."""
-        check_steps(steps)
-        return Plan(*draft_k(1).outputs, steps=steps)
+    def _draw(self, steps: int, generator: torch.Generator | None) -> Plan:
+        return draft_k(1)
 
 
 @dataclass(frozen=True)
-class WholeTrajectory:
+class WholeTrajectory(Method):
     """Backpropagation through all steps. Nothing is drawn."""
 
-    weights_at = "none"
-    """The gradient is plain backpropagation's."""
-
-    def draw(self, steps: int, generator: torch.Generator | None = None) -> Plan:
-        """A plan for a sampler of `steps` steps."""
-        check_steps(steps)
+    def _draw(self, steps: int, generator: torch.Generator | None) -> Plan:
         return whole_trajectory(steps)
 
 
 @dataclass(frozen=True)
-class DRaFTK:
+class DRaFTK(Method):
     """DRaFT-K: the last `k` steps; 1 is DRaFT-1, None the whole trajectory. Nothing is drawn."""
 
     k: int | None = 1
 
-    weights_at = "none"
-    """The gradient is plain backpropagation's."""
-
-    def draw(self, steps: int, generator: torch.Generator | None = None) -> Plan:
-        """A plan for a sampler of `steps` steps.
-
-        Raises:
-            PlanError: more steps than the sampler has.
-        """
-        check_steps(steps)
-        return Plan(*draft_k(steps if self.k is None else self.k).outputs, steps=steps)
+    def _draw(self, steps: int, generator: torch.Generator | None) -> Plan:
+        return draft_k(steps if self.k is None else self.k)
 
 
 @dataclass(frozen=True)
-class AlignProp:
+class AlignProp(Method):
     """AlignProp: DRaFT-K with K drawn uniformly from 1..`most` in each iteration; None is T.
 
     Gradient: as `draft_k`'s. Deviation: the original keeps activations by checkpointing, here `memory` says how.
@@ -118,32 +99,18 @@ class AlignProp:
 
     most: int | None = None
 
-    weights_at = "none"
-    """The gradient is plain backpropagation's."""
-
-    def draw(self, steps: int, generator: torch.Generator | None = None) -> Plan:
-        """A plan for a sampler of `steps` steps.
-
-        Raises:
-            PlanError: `most` does not lie in 1..`steps`.
-        """
-        check_steps(steps)
+    def _draw(self, steps: int, generator: torch.Generator | None) -> Plan:
         most = steps if self.most is None else self.most
         if not 1 <= most <= steps:
             raise PlanError(f"AlignProp(most={most}) on {steps} steps: the gradient runs through 1..{steps} of them.")
-        return Plan(*draft_k(1 + uniform(most, generator)).outputs, steps=steps)
+        return draft_k(1 + uniform(most, generator))
 
 
 @dataclass(frozen=True)
-class DRaFTLV:
+class DRaFTLV(Method):
     """DRaFT-LV with `n` renoised samples (2 in appendix E). Nothing is drawn but the noises."""
 
     n: int = 2
 
-    weights_at = "none"
-    """Algorithm 1, line 40: w = 1."""
-
-    def draw(self, steps: int, generator: torch.Generator | None = None) -> Plan:
-        """A plan for a sampler of `steps` steps."""
-        check_steps(steps)
-        return Plan(*draft_lv(self.n).outputs, steps=steps)
+    def _draw(self, steps: int, generator: torch.Generator | None) -> Plan:
+        return draft_lv(self.n)

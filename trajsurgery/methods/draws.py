@@ -1,22 +1,51 @@
-"""Random draws of times."""
+"""What the methods share: their base class, and random draws of times."""
 
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from trajsurgery.errors import PlanError
+from trajsurgery.plans.plan import Plan
 
 
-def check_steps(steps: object) -> None:
-    """Raise PlanError unless this is a number of steps."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+class Method(ABC):
+    """Base of the frozen dataclasses that draw a plan's times: a subclass holds settings and defines `_draw`."""
+
+    weights_at: ClassVar[str] = "none"
+    """Where the loss is weighted by trajectory similarity if the objective does not say; Algorithm 1, line 40: w = 1."""
+
+    def draw(self, steps: int, generator: torch.Generator | None = None) -> Plan:
+        """A plan for a sampler of `steps` steps.
+
+        Raises:
+            PlanError: `steps` is no positive int, or the settings make no plan of so many steps.
+        """
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise PlanError(
+                f"draw received steps={steps!r}: it is the sampler's number of steps, an int of at least 1, 25."
+            )
+        return Plan(*self._draw(steps, generator).outputs, steps=steps)
+
+    @abstractmethod
+    def _draw(self, steps: int, generator: torch.Generator | None) -> Plan: ...
+
+
+def window_times(window: tuple[float, float], steps: int) -> range:
+    """Return the times of a window of the trajectory: shares of T, (0, 0.5) the later half.
+
+    Raises:
+        PlanError: the window is no part of [0, 1].
+    """
+    if not 0 <= window[0] < window[1] <= 1:
         raise PlanError(
-            f"draw received steps={steps!r}: it is the sampler's number of steps, an int of at least 1, 25."
+            f"window={window}: it is two shares of T, rising, in [0, 1]; (0, 0.5) is the later half of the steps."
         )
+    return range(max(1, 1 + round(window[0] * steps)), round(window[1] * steps) + 1)
 
 
 def uniform(count: int, generator: torch.Generator | None) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from trajsurgery.errors import PlanError
-from trajsurgery.methods.draws import check_steps, late_time, uniform
+from trajsurgery.methods.draws import Method, late_time, uniform
 from trajsurgery.plans.plan import Plan, latent, recorded
 
 
@@ -37,7 +37,7 @@ def drtune(steps: int, stop: int, train: Collection[int]) -> Plan:
 
 
 @dataclass(frozen=True)
-class DRTune:
+class DRTune(Method):
     """Draws DRTune's times: `train` equally spaced ones, and an early stop among the last `last` steps.
 
     A draw with no training time at or above the stop would train nothing, and is drawn again.
@@ -53,16 +53,7 @@ class DRTune:
     last: int = 11
     connected: bool = False
 
-    weights_at = "none"
-    """Algorithm 1, line 40: w = 1."""
-
-    def draw(self, steps: int, generator: torch.Generator | None = None) -> Plan:
-        """A plan for a sampler of `steps` steps.
-
-        Raises:
-            PlanError: more training times than steps; `last` is below 1.
-        """
-        check_steps(steps)
+    def _draw(self, steps: int, generator: torch.Generator | None) -> Plan:
         if not 1 <= self.train <= steps:
             raise PlanError(
                 f"DRTune(train={self.train}) on {steps} steps: the number of training times lies in 1..{steps}."
@@ -74,4 +65,4 @@ class DRTune:
             times = {first + i * apart for i in range(self.train)}
             if max(times) >= stop:
                 plan = drtune(steps, stop, times)
-                return Plan(plan.outputs[0].connect(), steps=steps) if self.connected else plan
+                return Plan(plan.outputs[0].connect()) if self.connected else plan

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from trajsurgery.errors import PlanError
-from trajsurgery.methods.draws import biased_distinct, check_steps, dirichlet_pair
+from trajsurgery.methods.draws import Method, biased_distinct, dirichlet_pair
 from trajsurgery.plans.interpolants import weights
-from trajsurgery.plans.nodes import Factor, LatentNode, VelocityNode
+from trajsurgery.plans.nodes import Factor, LatentNode
 from trajsurgery.plans.plan import Plan, latent, recorded
 
 
@@ -71,7 +71,8 @@ def flowbp_bridge(
         PlanError: no active time above j; another number of sigmas.
     """
     gain = _gain(_lengths(steps, sigmas), {*active, j}, rescale)
-    _nested(j, active)
+    if not any(t > j for t in active):
+        raise PlanError(f"no active time above j = {j}: received active={sorted(active)}. Each part needs one.")
     x = latent(steps)
     for t in range(steps, 0, -1):
         x = x.connect() if t == j else x
@@ -126,11 +127,7 @@ def _advance(
     whole = weights("lagrange", points, first, last)
     gain = _gain(dict(zip(times, map(abs, whole), strict=True)), times[:2], rescale)
     fresh = [seen.velocity(), *(latent(t).velocity().scale(scale) for t in times[1:2])]
-    return x.advance(to, [*(_scaled(v, gain) for v in fresh), *map(recorded, times[2:])])
-
-
-def _scaled(v: VelocityNode, gain: float) -> VelocityNode:
-    return v if gain == 1 else v.scale(gain)
+    return x.advance(to, [*(v if gain == 1 else v.scale(gain) for v in fresh), *map(recorded, times[2:])])
 
 
 def _lengths(steps: int, sigmas: Sequence[float] | None) -> dict[int, float]:
@@ -153,13 +150,8 @@ def _gain(lengths: dict[int, float], active: Collection[int], rescale: float) ->
     return 1 + rescale * (sum(lengths.values()) / sum(lengths[t] for t in chosen) - 1)
 
 
-def _nested(j: int, active: Collection[int]) -> None:
-    if not any(t > j for t in active):
-        raise PlanError(f"no active time above j = {j}: received active={sorted(active)}. Each part needs one.")
-
-
 @dataclass(frozen=True)
-class FlowBPSparse:
+class FlowBPSparse(Method):
     """Draws FlowBP-Sparse's `active` times, late ones more often: the odds of t are (T + 1 - t)^bias.
 
     `sigmas` and `rescale` as in `flowbp_sparse`. Without `sigmas` the steps count as evenly long: give a sampler's that
@@ -171,16 +163,7 @@ class FlowBPSparse:
     rescale: float = 1.0
     sigmas: tuple[float, ...] | None = None
 
-    weights_at = "none"
-    """The trajectory is the sampler's own."""
-
-    def draw(self, steps: int, generator: torch.Generator | None = None) -> Plan:
-        """A plan for a sampler of `steps` steps.
-
-        Raises:
-            PlanError: more active times than steps.
-        """
-        check_steps(steps)
+    def _draw(self, steps: int, generator: torch.Generator | None) -> Plan:
         if not 1 <= self.active <= steps:
             raise PlanError(f"FlowBPSparse(active={self.active}) on {steps} steps: it lies in 1..{steps}.")
         active = biased_distinct(range(steps, 0, -1), self.active, self.bias, generator)
@@ -188,7 +171,7 @@ class FlowBPSparse:
 
 
 @dataclass(frozen=True)
-class FlowBPBridge:
+class FlowBPBridge(Method):
     """Draws FlowBP-Bridge's meeting point j, the later of a uniform pair, and `active` - 1 times beside it.
 
     They are shared out in proportion to the parts' lengths, at least one above j, and in each part drawn as
@@ -201,16 +184,7 @@ class FlowBPBridge:
     rescale: float = 1.0
     sigmas: tuple[float, ...] | None = None
 
-    weights_at = "none"
-    """The trajectory is the sampler's own."""
-
-    def draw(self, steps: int, generator: torch.Generator | None = None) -> Plan:
-        """A plan for a sampler of `steps` steps.
-
-        Raises:
-            PlanError: fewer than two active times, or more than steps.
-        """
-        check_steps(steps)
+    def _draw(self, steps: int, generator: torch.Generator | None) -> Plan:
         if not 2 <= self.active <= steps:
             raise PlanError(f"FlowBPBridge(active={self.active}) on {steps} steps: it lies in 2..{steps}.")
         j = 1 + min(torch.randperm(steps, generator=generator)[:2].tolist())
@@ -221,7 +195,7 @@ class FlowBPBridge:
 
 
 @dataclass(frozen=True)
-class FlowBPLagrange:
+class FlowBPLagrange(Method):
     """Draws FlowBP-Lagrange's k and j from a Dirichlet split of the trajectory: shares below j, between, and above k.
 
     `alpha`, `scale`, `sigmas` and `rescale` as in `flowbp_lagrange`. Its tau is 0.2, a setting of the objective.
@@ -236,14 +210,7 @@ class FlowBPLagrange:
     weights_at = "all"
     """As LeapAlign's."""
 
-    def draw(self, steps: int, generator: torch.Generator | None = None) -> Plan:
-        """A plan for a sampler of `steps` steps.
-
-        Raises:
-            PlanError: fewer than three steps; another number of sigmas.
-        """
-        check_steps(steps)
+    def _draw(self, steps: int, generator: torch.Generator | None) -> Plan:
         _lengths(steps, self.sigmas)
         k, j = dirichlet_pair(self.shares, steps, generator)
-        drawn = flowbp_lagrange(k, j, self.alpha, self.scale, self.sigmas, self.rescale)
-        return Plan(*drawn.outputs, steps=steps)
+        return flowbp_lagrange(k, j, self.alpha, self.scale, self.sigmas, self.rescale)

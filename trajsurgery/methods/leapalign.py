@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from trajsurgery.errors import PlanError
-from trajsurgery.methods.draws import check_steps, dirichlet_pair, distinct, midpoint_pair, uniform
+from trajsurgery.methods.draws import Method, dirichlet_pair, distinct, midpoint_pair, uniform, window_times
 from trajsurgery.plans.nodes import Factor, Time
 from trajsurgery.plans.plan import Plan, latent
 
@@ -64,7 +64,7 @@ def leaps(times: Sequence[Time], alpha: Factor = 0.3, reward_at: RewardAt = "ima
 
 
 @dataclass(frozen=True)
-class LeapAlign:
+class LeapAlign(Method):
     """Draws LeapAlign's times: `leaps` distinct ones, uniform, once an iteration (Algorithm 1, line 7).
 
     Args:
@@ -90,25 +90,11 @@ class LeapAlign:
     weights_at = "all"
     """Trajectory-similarity weights at every connected prediction (Eq. 12) that is not the sampler's own step."""
 
-    def draw(self, steps: int, generator: torch.Generator | None = None) -> Plan:
-        """A plan for a sampler of `steps` steps.
+    def _draw(self, steps: int, generator: torch.Generator | None) -> Plan:
+        return leaps(self._times(steps, generator), self.alpha, self.reward_at, self.straight)
 
-        Raises:
-            PlanError: the window is no part of (0, 1), or holds fewer times than leaps, or no pair at the distance;
-                settings that exclude one another.
-        """
-        check_steps(steps)
-        if not 0 <= self.window[0] < self.window[1] <= 1:
-            raise PlanError(
-                f"LeapAlign(window={self.window}): a window is two shares of T, rising, in [0, 1]: (0, 0.5) is the "
-                "later half of the steps."
-            )
-        low = max(1, 1 + round(self.window[0] * steps))
-        allowed = range(low, round(self.window[1] * steps) + 1)
-        drawn = leaps(self._times(allowed, steps, generator), self.alpha, self.reward_at, self.straight)
-        return Plan(*drawn.outputs, steps=steps)
-
-    def _times(self, allowed: range, steps: int, generator: torch.Generator | None) -> Sequence[int]:
+    def _times(self, steps: int, generator: torch.Generator | None) -> Sequence[int]:
+        allowed = window_times(self.window, steps)
         if self.distance is not None:
             return self._apart(allowed, steps, generator)
         if self.pairs != "uniform":

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trajsurgery.methods.draws import check_steps, late_time
+from trajsurgery.methods.draws import Method, late_time
 from trajsurgery.plans.nodes import Time
 from trajsurgery.plans.plan import Plan, latent
 
@@ -20,19 +20,10 @@ def refl(t: Time) -> Plan:
 
 
 @dataclass(frozen=True)
-class ReFL:
+class ReFL(Method):
     """Draws the early-stop time uniformly among the last `last` steps (11 of 25 in appendix E)."""
 
     last: int = 11
 
-    weights_at = "none"
-    """Algorithm 1, line 40: w = 1."""
-
-    def draw(self, steps: int, generator: torch.Generator | None = None) -> Plan:
-        """A plan for a sampler of `steps` steps.
-
-        Raises:
-            PlanError: `last` is below 1.
-        """
-        check_steps(steps)
-        return Plan(*refl(late_time(self.last, steps, generator)).outputs, steps=steps)
+    def _draw(self, steps: int, generator: torch.Generator | None) -> Plan:
+        return refl(late_time(self.last, steps, generator))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trajsurgery.methods.draws import check_steps
+from trajsurgery.methods.draws import Method
 from trajsurgery.plans.nodes import Time
 from trajsurgery.plans.plan import Plan, noise
 
@@ -28,13 +28,8 @@ def reno(*through: Time) -> Plan:
 
 
 @dataclass(frozen=True)
-class ReNO:
+class ReNO(Method):
     """The noise's gradient through every step of the sampler. Nothing is drawn, and no weight trains: see ascent.py."""
 
-    weights_at = "none"
-    """The trajectory is the sampler's own."""
-
-    def draw(self, steps: int, generator: torch.Generator | None = None) -> Plan:
-        """A plan for a sampler of `steps` steps."""
-        check_steps(steps)
-        return Plan(*reno(*range(steps - 1, 0, -1)).outputs, steps=steps)
+    def _draw(self, steps: int, generator: torch.Generator | None) -> Plan:
+        return reno(*range(steps - 1, 0, -1))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from trajsurgery.errors import PlanError
-from trajsurgery.methods.draws import check_steps, uniform
+from trajsurgery.methods.draws import Method, uniform, window_times
 from trajsurgery.plans.nodes import Draw, Leap, Recover, Time
 from trajsurgery.plans.plan import Plan, latent
 
@@ -41,16 +41,14 @@ def relative(reward: Any, positive: str, negative: str, k: float) -> Callable[[A
         reward: r(images, prompts) -> scores.
     """
 
-    def said(word: str, prompts: Sequence[str]) -> list[str]:
-        return [f"{word}. {prompt}" if word else str(prompt) for prompt in prompts]
+    def score(word: str, images: Any, prompts: Sequence[str]) -> Any:
+        return reward(images, [f"{word}. {prompt}" if word else str(prompt) for prompt in prompts])
 
-    return lambda images, prompts: (
-        (1 + k) * reward(images, said(positive, prompts)) - reward(images, said(negative, prompts))
-    )
+    return lambda images, prompts: (1 + k) * score(positive, images, prompts) - score(negative, images, prompts)
 
 
 @dataclass(frozen=True)
-class SRPO:
+class SRPO(Method):
     """Draws a time m of the window; the step lands there, from `step` above and, in the inversion, from `step` below.
 
     With control words the outputs' rewards are relative: (1 + k) r(p+) - r(p-) after the step down, and, as the
@@ -84,18 +82,9 @@ class SRPO:
     window: tuple[float, float] = (0.5, 0.9)
     rollout_guidance: float | None = None
 
-    weights_at = "none"
-    """SRPO has no trajectory to be near to."""
-
-    def draw(self, steps: int, generator: torch.Generator | None = None) -> Plan:
-        """A plan for a sampler of `steps` steps.
-
-        Raises:
-            PlanError: no time is left between the step and T; settings that are out of their ranges.
-        """
-        check_steps(steps)
+    def _draw(self, steps: int, generator: torch.Generator | None) -> Plan:
         self._check()
-        both, times = self.inversion and self._relative, self._times(steps)
+        both, times = self.inversion and self._relative, window_times(self.window, steps)
         free = [m for m in times if m + self.step < steps and m > self.step * both]  # at T nothing of the image is left
         if not free:
             raise PlanError(
@@ -105,7 +94,7 @@ class SRPO:
             )
         m, field = free[uniform(len(free), generator)], None if self.rollout_guidance is None else GUIDED
         down, up = srpo(m + self.step, m, field), srpo(m - self.step, m, field) if both else None
-        return Plan(*down.outputs, *(up.outputs if up else ()), steps=steps)
+        return Plan(*down.outputs, *(up.outputs if up else ()))
 
     def graded(self, plan: Plan, reward: Any, generator: torch.Generator | None = None) -> tuple[Any, ...]:
         """What grades each output of a plan that was drawn here: (images, prompts) -> scores."""
@@ -118,7 +107,7 @@ class SRPO:
         assert isinstance(output, Recover), "a plan of SRPO ends in a recovery"
         assert isinstance(output.x, Leap), "of a step"
         start, to = int(output.x.x.t), int(output.x.to)
-        times = self._times(steps)
+        times = window_times(self.window, steps)
         share = (min(start, to) - times[0]) / max(1, times[-1] - times[0])
         first, last = self.discount if to < start else self.discount_inversion
         k = first + (last - first) * min(max(share, 0.0), 1.0)
@@ -129,15 +118,8 @@ class SRPO:
     def _relative(self) -> bool:
         return bool(self.positive or self.negative)
 
-    def _times(self, steps: int) -> range:
-        return range(max(1, 1 + round(self.window[0] * steps)), round(self.window[1] * steps) + 1)
-
     def _check(self) -> None:
-        wrong = self.step < 1 or not 0 <= self.window[0] < self.window[1] <= 1
-        if wrong or not all(0 <= k < float("inf") for k in (*self.discount, *self.discount_inversion)):
-            raise PlanError(
-                f"{self}: the step is at least 1; the window two shares of T, rising, in [0, 1]; the discounts are "
-                "finite and at least 0."
-            )
+        if self.step < 1 or not all(0 <= k < float("inf") for k in (*self.discount, *self.discount_inversion)):
+            raise PlanError(f"{self}: the step is at least 1; the discounts are finite and at least 0.")
         if self._relative and set(self.positive or ("",)) == set(self.negative or ("",)):
             raise PlanError(f"{self}: the control words that are wanted and those that are not are the same.")
