@@ -11,7 +11,7 @@ import torch
 
 from trajsurgery import Plan, Polynomial, RectifiedFlow, Trigonometric, latent, leapalign, noise, recorded
 from trajsurgery.plans.derivatives import QuadratureWeight, simplify
-from trajsurgery.plans.interpolants import finite_leap, weights
+from trajsurgery.plans.interpolants import Interpolant, weights
 
 SIGMAS = [1.0, 0.75, 0.5, 0.0]
 S = dict(zip("kjts", sympy.symbols("k j t s"), strict=True))
@@ -34,7 +34,7 @@ def test_coefficients_of_interpolants() -> None:
         (Polynomial(), ((1 - 0.0625 + 0.375) / (1 + 0.5625), ((1 - 0.5625) * 0.25 - 0.75 * (1 - 0.0625)) / 1.5625)),
     ):
         assert path.leap(0.75, 0.25) == pytest.approx(leap, rel=1e-13)
-        assert finite_leap(path, 0.75, 0.25) == pytest.approx(leap, rel=1e-13)
+        assert Interpolant.leap(path, 0.75, 0.25) == pytest.approx(leap, rel=1e-13)
 
 
 def test_weights_of_advances() -> None:

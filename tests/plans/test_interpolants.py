@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trajsurgery import Polynomial, RectifiedFlow, Trigonometric
-from trajsurgery.plans.interpolants import finite_leap
+from trajsurgery.plans.interpolants import Interpolant
 from trajsurgery.testing import INTERPOLANTS, Gaussian
 
 TIMES = st.floats(0, 1)
@@ -33,7 +33,7 @@ def closed(interpolant, a, b):
 def test_all_forms_of_a_leap_agree(interpolant, a, b):
     expected = pytest.approx(closed(interpolant, a, b), rel=1e-12, abs=1e-14)
     assert interpolant.leap(a, b) == expected
-    assert finite_leap(interpolant, a, b) == expected
+    assert Interpolant.leap(interpolant, a, b) == expected
     tensors = interpolant.leap(torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64), torch)
     assert [float(x) for x in tensors] == expected
     symbols = interpolant.leap(k, j, sympy)
@@ -42,7 +42,7 @@ def test_all_forms_of_a_leap_agree(interpolant, a, b):
 
 @pytest.mark.parametrize("interpolant", INTERPOLANTS)
 def test_the_finite_form_is_the_closed_form_symbolically(interpolant):
-    for mine, general in zip(interpolant.leap(k, j, sympy), finite_leap(interpolant, k, j, sympy), strict=True):
+    for mine, general in zip(interpolant.leap(k, j, sympy), Interpolant.leap(interpolant, k, j, sympy), strict=True):
         assert sympy.simplify(sympy.sympify(mine - general)) == 0
 
 
@@ -57,7 +57,7 @@ def test_the_finite_form_is_eq_20_where_that_is_finite(interpolant):
         a_j * (1 - b_k * noise_x) / a_k + b_j * noise_x,
         -a_j * b_k * noise_v / a_k + b_j * noise_v,
     )
-    for mine, theirs in zip(finite_leap(interpolant, k, j, sympy), printed, strict=True):
+    for mine, theirs in zip(Interpolant.leap(interpolant, k, j, sympy), printed, strict=True):
         assert sympy.simplify(sympy.sympify(mine - theirs)) == 0
 
 

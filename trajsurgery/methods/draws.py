@@ -17,7 +17,7 @@ class Method(ABC):
     """Base of the frozen dataclasses that draw a plan's times: a subclass holds settings and defines `_draw`."""
 
     weights_at: ClassVar[str] = "none"
-    """Where the loss is weighted by trajectory similarity if the objective does not say; Algorithm 1, line 40: w = 1."""
+    """Where trajectory similarity weights the loss if the objective does not say; Algorithm 1, line 40: w = 1."""
 
     def draw(self, steps: int, generator: torch.Generator | None = None) -> Plan:
         """A plan for a sampler of `steps` steps.

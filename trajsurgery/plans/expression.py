@@ -6,8 +6,9 @@ identity of nodes.
 
 from __future__ import annotations
 
+import re
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar, dataclass_transform
 
@@ -24,6 +25,9 @@ Draw = int | str
 
 START = "T"
 """The name that a run binds to the trajectory's length."""
+
+PARENTS = ("x", "v", "velocities")
+"""The fields of a node that hold nodes."""
 
 N = TypeVar("N", bound="Node")
 
@@ -49,48 +53,50 @@ class _HashConsed(type):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Node(metaclass=_HashConsed):
-    """A value of the plan. Hash and equality are identity: equal nodes are the same object."""
+    """A value of the plan. Hash and equality are identity: equal nodes are the same object.
+
+    Every subclass is a frozen dataclass, `op` its name in snake case. Its parents are the fields `x` (a latent), `v` (a
+    velocity) and `velocities`; its time is the field `time` or `to`, else that of its first parent.
+    """
 
     op: ClassVar[str]
+
+    def __init_subclass__(cls) -> None:
+        dataclass(frozen=True, eq=False, repr=False)(cls)
+        cls.op = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower()
 
     @property
     def t(self) -> Time:
         """The time at which the value lives."""
-        raise NotImplementedError
+        values = vars(self)
+        return values["time"] if "time" in values else values["to"] if "to" in values else self.parents[0].t
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The fields that are nodes."""
+        return {name: value for name, value in vars(self).items() if name in PARENTS}
 
     @property
     def parents(self) -> tuple[Node, ...]:
         """The nodes that this one is computed from, in the order of the fields."""
-        found: list[Node] = []
-        for field in fields(self):
-            value = getattr(self, field.name)
-            found.extend(value if field.name == "velocities" else [value] if isinstance(value, Node) else [])
-        return tuple(found)
+        values = self.inputs.values()
+        return tuple(node for value in values for node in (value if isinstance(value, tuple) else (value,)))
 
     def settings(self) -> dict[str, Any]:
         """The fields that are not nodes."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("x", "v", "velocities")}
+        return {name: value for name, value in vars(self).items() if name not in PARENTS}
 
-    def replace(self: N, parents: Sequence[Node], rename: Callable[[str, Any], Any]) -> N:
+    def replace(self: N, new: Mapping[Node, Node], rename: Callable[[str, Any], Any]) -> N:
         """The same node on other parents, with `rename(field, value)` for its settings."""
-        queue = iter(parents)
-        values: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name == "velocities":
-                values[field.name] = tuple(next(queue) for _ in value)
-            else:
-                values[field.name] = next(queue) if isinstance(value, Node) else rename(field.name, value)
-        return type(self)(**values)
+        inputs = {name: tuple(new[v] for v in value) if name == "velocities" else new[value]
+                  for name, value in self.inputs.items()}  # fmt: skip
+        return type(self)(**inputs, **{name: rename(name, value) for name, value in self.settings().items()})
 
     def __repr__(self) -> str:
         return f"<{self.op} at t={self.t}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), tuple(getattr(self, f.name) for f in fields(self))
-
-    def __copy__(self: N) -> N:
-        return self
 
     def __deepcopy__(self: N, memo: Any) -> N:
         return self

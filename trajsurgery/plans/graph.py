@@ -73,13 +73,8 @@ def needs_gradient(outputs: Sequence[Node]) -> set[Node]:
 
 def exact(outputs: Sequence[Node]) -> bool:
     """Whether every output is connected at 0: its value is the rollout's x_0, bit for bit."""
-    return all(output.t == 0 and _recorded(output) for output in outputs)
-
-
-def _recorded(node: Node) -> bool:
-    while isinstance(node, Discount | Detach):
-        node = node.x
-    return isinstance(node, Connect | Latent | Noise)
+    recorded_values = faithful(outputs, lambda _: False)
+    return all(output.t == 0 and output in recorded_values for output in outputs)
 
 
 def faithful(outputs: Sequence[Node], is_step: Callable[[int], bool]) -> set[Node]:

@@ -32,22 +32,16 @@ class Interpolant(ABC):
     def beta_rate(self, t: Any, xp: Any = math) -> Any:
         """d beta / dt."""
 
-    @abstractmethod
     def leap(self, k: Any, j: Any, xp: Any = math) -> tuple[Any, Any]:
-        """A and B of the one-step prediction x_j = A x_k + B v_k (LeapAlign, Eq. 20)."""
+        """A and B of the one-step prediction x_j = A x_k + B v_k: LeapAlign's Eq. 20, in a form finite at both ends.
 
-
-def finite_leap(interpolant: Interpolant, k: Any, j: Any, xp: Any = math) -> tuple[Any, Any]:
-    """A and B of any interpolant, in the form of Eq. 20 that stays finite at both ends.
-
-    As printed, Eq. 20 divides by alpha_k, which is 0 at k = T; multiplied out, only the determinant
-    alpha_k beta'_k - alpha'_k beta_k is left below, which no interpolant lets vanish.
-    """
-    a_k, b_k = interpolant.alpha(k, xp), interpolant.beta(k, xp)
-    a_j, b_j = interpolant.alpha(j, xp), interpolant.beta(j, xp)
-    a_rate, b_rate = interpolant.alpha_rate(k, xp), interpolant.beta_rate(k, xp)
-    determinant = a_k * b_rate - a_rate * b_k
-    return (a_j * b_rate - b_j * a_rate) / determinant, (a_k * b_j - b_k * a_j) / determinant
+        As printed, Eq. 20 divides by alpha_k, which is 0 at k = T; multiplied out, only the determinant
+        alpha_k beta'_k - alpha'_k beta_k is left below, which no interpolant lets vanish.
+        """
+        a_k, b_k, a_j, b_j = self.alpha(k, xp), self.beta(k, xp), self.alpha(j, xp), self.beta(j, xp)
+        a_rate, b_rate = self.alpha_rate(k, xp), self.beta_rate(k, xp)
+        determinant = a_k * b_rate - a_rate * b_k
+        return (a_j * b_rate - b_j * a_rate) / determinant, (a_k * b_j - b_k * a_j) / determinant
 
 
 @dataclass(frozen=True)
@@ -123,9 +117,6 @@ class Polynomial(Interpolant):
 
     def beta_rate(self, t: Any, xp: Any = math) -> Any:
         return 1
-
-    def leap(self, k: Any, j: Any, xp: Any = math) -> tuple[Any, Any]:
-        return finite_leap(self, k, j, xp)
 
 
 def weights(rule: str, supports: Sequence[Any], start: Any, to: Any) -> list[Any]:

@@ -6,8 +6,7 @@ Constructors accept whatever has the right type; `legality.py` says whether a pl
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 from trajsurgery.errors import PlanError
 from trajsurgery.plans.expression import START as START
@@ -88,162 +87,91 @@ class VelocityNode(Node):
         return DetachVelocity(self)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class Latent(LatentNode):
     """x_t of the rollout: a constant."""
 
-    op: ClassVar[str] = "latent"
     time: Time
 
-    @property
-    def t(self) -> Time:
-        return self.time
 
-
-@dataclass(frozen=True, eq=False, repr=False)
 class Noise(LatentNode):
     """x_T of the rollout, with a gradient to x_T itself (ReNO)."""
 
-    op: ClassVar[str] = "noise"
     time: Time = START
 
-    @property
-    def t(self) -> Time:
-        return self.time
 
-
-@dataclass(frozen=True, eq=False, repr=False)
 class Recorded(VelocityNode):
     """v_t of the rollout: a constant."""
 
-    op: ClassVar[str] = "recorded"
     time: Time
 
-    @property
-    def t(self) -> Time:
-        return self.time
 
-
-@dataclass(frozen=True, eq=False, repr=False)
-class _OnLatent(LatentNode):
-    """A latent made of another one at the same time."""
+class Connect(LatentNode):
+    """The rollout's x_t with the gradient of the prediction."""
 
     x: LatentNode
 
-    @property
-    def t(self) -> Time:
-        return self.x.t
 
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Connect(_OnLatent):
-    """The rollout's x_t with the gradient of the prediction."""
-
-    op: ClassVar[str] = "connect"
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Discount(_OnLatent):
+class Discount(LatentNode):
     """The same latent, its gradient times a."""
 
-    op: ClassVar[str] = "discount"
+    x: LatentNode
     a: Factor
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Detach(_OnLatent):
+class Detach(LatentNode):
     """The same latent without gradient."""
 
-    op: ClassVar[str] = "detach"
+    x: LatentNode
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class Velocity(VelocityNode):
     """A call of the model."""
 
-    op: ClassVar[str] = "velocity"
     x: LatentNode
     field: str | None = None
 
-    @property
-    def t(self) -> Time:
-        return self.x.t
 
-
-@dataclass(frozen=True, eq=False, repr=False)
-class _OnVelocity(VelocityNode):
-    """A velocity made of another one at the same time."""
-
-    v: VelocityNode
-
-    @property
-    def t(self) -> Time:
-        return self.v.t
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Scale(_OnVelocity):
+class Scale(VelocityNode):
     """The same velocity, its gradient times a."""
 
-    op: ClassVar[str] = "scale"
+    v: VelocityNode
     a: Factor
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class DetachVelocity(_OnVelocity):
+class DetachVelocity(VelocityNode):
     """The same velocity without gradient."""
 
-    op: ClassVar[str] = "detach_velocity"
+    v: VelocityNode
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class Leap(LatentNode):
     """A x + B v at an earlier time."""
 
-    op: ClassVar[str] = "leap"
     x: LatentNode
     v: VelocityNode
     to: Time
 
-    @property
-    def t(self) -> Time:
-        return self.to
 
-
-@dataclass(frozen=True, eq=False, repr=False)
 class Advance(LatentNode):
     """x + sum_i w_i v_i at an earlier time."""
 
-    op: ClassVar[str] = "advance"
     x: LatentNode
     velocities: tuple[VelocityNode, ...]
     to: Time
     rule: str = "lagrange"
 
-    @property
-    def t(self) -> Time:
-        return self.to
 
-
-@dataclass(frozen=True, eq=False, repr=False)
 class Renoise(LatentNode):
     """alpha_to x + beta_to eps at a later time."""
 
-    op: ClassVar[str] = "renoise"
     x: LatentNode
     to: Time
     draw: Draw = 0
 
-    @property
-    def t(self) -> Time:
-        return self.to
 
-
-@dataclass(frozen=True, eq=False, repr=False)
 class Recover(LatentNode):
     """(x - beta_t eps) / alpha_t at t = 0."""
 
-    op: ClassVar[str] = "recover"
     x: LatentNode
     draw: Draw = 0
 
@@ -252,13 +180,7 @@ class Recover(LatentNode):
         return 0
 
 
-PRIMITIVES: dict[str, type[Node]] = {
-    kind.op: kind
-    for kind in (
-        *(Latent, Noise, Recorded, Velocity, Leap, Advance, Connect),
-        *(Discount, Detach, Scale, DetachVelocity, Renoise, Recover),
-    )
-}
+PRIMITIVES = {kind.op: kind for kind in (*LatentNode.__subclasses__(), *VelocityNode.__subclasses__())}
 
 
 def _velocity(v: Any) -> VelocityNode:

@@ -79,23 +79,22 @@ def _chain(node: Node) -> list[str]:
 
 def _arrow(leap: Leap) -> str:
     """A plain arrow for the model's velocity at the leap's start, a labelled one for any other."""
-    plain = isinstance(leap.v, Velocity) and leap.v.field is None and leap.v.x in _same(leap.x, leap.v.x)
+    plain = isinstance(leap.v, Velocity) and leap.v.field is None and _is_discounted(leap.v.x, leap.x)
     return " -> " if plain else f" -[{_velocity(leap.v, leap.x)}]-> "
 
 
-def _same(x: Node, y: Node) -> tuple[Node, ...]:
-    """y itself if it is x behind discounts, and x."""
-    inner = y
-    while isinstance(inner, Discount):
-        inner = inner.x
-    return (x, y) if inner is x else (x,)
+def _is_discounted(y: Node, x: Node | None) -> bool:
+    """Whether y is x, or x behind discounts."""
+    while y is not x and isinstance(y, Discount):
+        y = y.x
+    return y is x
 
 
 def _velocity(v: Node, start: LatentNode | None) -> str:
     match v:
         case Velocity():
             name = "v" if v.field is None else f"v.{v.field}"
-            if start is not None and (v.x is start or v.x in _same(start, v.x)):
+            if _is_discounted(v.x, start):
                 return f"{name}_{v.t}"
             if isinstance(v.x, Detach) and v.x.x is start:
                 return f"{name}(sg x_{v.t})"
@@ -115,12 +114,11 @@ def _code(node: Node, written: dict[Node, str]) -> str:
         case Noise():
             return "noise()"
         case Leap():
-            default = isinstance(node.v, Velocity) and node.v.field is None
-            if default and isinstance(node.v, Velocity) and node.v.x is node.x:
-                return f"{written[node.x]}.leap({node.to!r})"
-            if default and isinstance(node.v, Velocity) and isinstance(node.v.x, Discount) and node.v.x.x is node.x:
-                return f"{written[node.x]}.leap({node.to!r}, discount={node.v.x.a!r})"
-            return f"{written[node.x]}.leap({node.to!r}, velocity={written[node.v]})"
+            called = node.v.x if isinstance(node.v, Velocity) and node.v.field is None else None
+            velocity = f", velocity={written[node.v]}"
+            if isinstance(called, Discount) and called.x is node.x:
+                velocity = f", discount={called.a!r}"
+            return f"{written[node.x]}.leap({node.to!r}{'' if called is node.x else velocity})"
         case Advance():
             velocities = ", ".join(written[v] for v in node.velocities)
             return f"{written[node.x]}.advance({node.to!r}, [{velocities}], rule={node.rule!r})"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trajsurgery.errors import PlanError
-from trajsurgery.plans import legality, notation
+from trajsurgery.plans import graph, legality, notation
 from trajsurgery.plans.interpolants import Interpolant, RectifiedFlow
 from trajsurgery.plans.nodes import (
     PRIMITIVES,
@@ -99,23 +99,19 @@ class Plan:
     @cached_property
     def names(self) -> tuple[str, ...]:
         """The names still to bind, in order of appearance; "T" is bound by the run."""
-        found = [value for node in self.nodes for key, value in node.settings().items()
+        names = [value for node in self.nodes for key, value in node.settings().items()
                  if key in ("time", "to", "a") and isinstance(value, str) and value != START]  # fmt: skip
-        return tuple(dict.fromkeys(found))
+        return tuple(dict.fromkeys(names))
 
     @property
     def exact(self) -> bool:
         """Whether every output is connected at 0, so that its value is the rollout's x_0, bit for bit."""
-        from trajsurgery.plans.graph import exact
-
-        return exact(self.outputs)
+        return graph.exact(self.outputs)
 
     @cached_property
     def graph(self) -> nx.DiGraph[Any]:
         """The networkx DAG: nodes with `op`, `t`, `output`, edges with `gradient`."""
-        from trajsurgery.plans.graph import build
-
-        return build(self.outputs)
+        return graph.build(self.outputs)
 
     def at(self, **values: Any) -> Plan:
         """The plan with names bound: times to ints, factors to numbers (or either to another name).
@@ -138,7 +134,7 @@ class Plan:
 
         renamed: dict[Node, Any] = {}
         for node in self.nodes:
-            renamed[node] = node.replace([renamed[parent] for parent in node.parents], rename)
+            renamed[node] = node.replace(renamed, rename)
         return Plan(*(renamed[output] for output in self.outputs), steps=self.steps)
 
     def prepared(self, steps: int) -> Plan:
@@ -157,17 +153,15 @@ class Plan:
         Args:
             trajectory: what rollout() returns, or a number of steps: a sampler of as many Euler steps.
         """
-        from trajsurgery.plans.graph import faithful, own_step, trained
-
         plan = self.prepared(getattr(trajectory, "steps", trajectory))
         is_step = getattr(trajectory, "is_step", lambda _: True)
-        known = faithful(plan.outputs, is_step)
-        calls = [node for node in trained(plan.outputs) if isinstance(node, Velocity)]
-        extra = sum(isinstance(node, Velocity) and node not in known for node in plan.nodes)
-        steps = [n for n in plan.nodes if isinstance(n, Leap) and own_step(n, lambda _: True)]
+        recorded_values = graph.faithful(plan.outputs, is_step)
+        calls = [node for node in graph.trained(plan.outputs) if isinstance(node, Velocity)]
+        extra = sum(isinstance(node, Velocity) and node not in recorded_values for node in plan.nodes)
+        steps = [n for n in plan.nodes if isinstance(n, Leap) and graph.own_step(n, lambda _: True)]
         times = {n.x.t for n in steps if isinstance(n.x.t, int)}
         apart = sorted((t for t in times if not is_step(t)), reverse=True)
-        return Cost(len(calls), sum(call in known for call in calls), extra, tuple(apart))
+        return Cost(len(calls), sum(call in recorded_values for call in calls), extra, tuple(apart))
 
     def gradient(
         self, sigmas: Sequence[float] | None = None, interpolant: Interpolant | None = None, limit: int = 1000
@@ -206,12 +200,9 @@ class Plan:
         index = {node: i for i, node in enumerate(self.nodes)}
         nodes: list[dict[str, Any]] = []
         for node in self.nodes:
-            entry: dict[str, Any] = {"op": node.op, **node.settings()}
-            for name in ("x", "v", "velocities"):
-                value = getattr(node, name, None) if name in type(node).__dataclass_fields__ else None
-                if value is not None:
-                    entry[name] = [index[v] for v in value] if name == "velocities" else index[value]
-            nodes.append(entry)
+            inputs = {name: [index[v] for v in value] if name == "velocities" else index[value]
+                      for name, value in node.inputs.items()}  # fmt: skip
+            nodes.append({"op": node.op, **node.settings(), **inputs})
         return {"steps": self.steps, "nodes": nodes, "outputs": [index[output] for output in self.outputs]}
 
     @classmethod
