@@ -19,15 +19,14 @@ def rewritten(plan: Plan, ops: dict[str, str | None], a: float) -> tuple[Plan, P
     """The plan with every factor set to a, and the plan with the nodes in `ops` replaced by a detach or, for None,
     removed.
     """
-    first, second, made = {}, {}, {}
+    first, second = {}, {}
     for node in plan.nodes:
-        ours, theirs = ([made[parent][i] for parent in node.parents] for i in (0, 1))
-        made[node] = (
-            node.replace(ours, lambda field, value: a if field == "a" else value),
-            getattr(theirs[0], "detach")() if ops.get(node.op) == "detach" else  # noqa: B009
-            theirs[0] if node.op in ops else node.replace(theirs, lambda _, value: value),
-        )  # fmt: skip
-        first[node], second[node] = made[node]
+        first[node] = node.replace(first, lambda field, value: a if field == "a" else value)
+        if node.op in ops:
+            parent = second[node.parents[0]]
+            second[node] = parent.detach() if ops[node.op] == "detach" else parent
+        else:
+            second[node] = node.replace(second, lambda _, value: value)
     return Plan(*(first[o] for o in plan.outputs)), Plan(*(second[o] for o in plan.outputs))
 
 

@@ -63,11 +63,11 @@ def _with_named_factors(case: Case) -> tuple[Plan, Any]:
     called = {value: name for name, value in case.factors.items()}
     made: dict[Node, Any] = {}
     for node in case.plan.nodes:
-        parents = [made[parent] for parent in node.parents]
-        if parents and not passes_gradient(node):
-            made[node] = parents[0].discount(STOP) if isinstance(node, LatentNode) else parents[0].scale(STOP)
+        if node.parents and not passes_gradient(node):
+            parent = made[node.parents[0]]
+            made[node] = parent.discount(STOP) if isinstance(node, LatentNode) else parent.scale(STOP)
         else:
-            made[node] = node.replace(parents, lambda name, value: called.get(value, value) if name == "a" else value)
+            made[node] = node.replace(made, lambda name, value: called.get(value, value) if name == "a" else value)
     try:
         plan = Plan(*(made[output] for output in case.plan.outputs), steps=case.plan.steps)
     except PlanError:
