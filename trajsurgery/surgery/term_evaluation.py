@@ -107,8 +107,7 @@ class _Calls:
         self.bound: dict[Node, Any] = {}
         """The plan's nodes, with "T" as a number."""
         for node in walk(outputs):
-            parents = [self.bound[parent] for parent in node.parents]
-            self.bound[node] = node.replace(parents, lambda _, value: trajectory.steps if value == START else value)
+            self.bound[node] = node.replace(self.bound, lambda _, value: trajectory.steps if value == START else value)
         self.faithful = faithful([*self.bound.values()], trajectory.is_step)
         self.values: dict[Node, Tensor] = {}
 
