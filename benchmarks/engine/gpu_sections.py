@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.engine import gpu_presets
 from benchmarks.engine.gpu_measure import GIB, Meter, Record, attempted, clock, compare, gradient_difference
 from benchmarks.engine.gpu_models import Bench, Scale
 from trajsurgery import leapalign
@@ -226,6 +227,9 @@ SECTIONS: dict[str, tuple[Callable[[Scale, Record], None], int]] = {
     "lora": (lora, 80),
     "compiled": (compiled, 120),
     "attention": (attention, 60),
+    "lora_80gb": (gpu_presets.lora_80gb, 140),
+    "full_80gb": (gpu_presets.full_80gb, 170),
+    "demo": (gpu_presets.demo, 90),
     "predicted": (predicted, 400),
 }
 """Each section's work and its limit in seconds, by importance. `predicted` runs on the CPU beside all others."""

@@ -102,7 +102,7 @@ def anywhere(flags: Tensor) -> Tensor:
 
 def any_rank(flag: bool) -> bool:
     """Return whether a flag is set on any rank."""
-    return bool(anywhere(torch.tensor([flag])))
+    return bool(anywhere(torch.tensor([flag], device="cpu"))) if count() > 1 else flag
 
 
 def gathered(value: Any) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable, Generator
@@ -148,7 +149,7 @@ def training_step(
     sums = ranks.total(sums)
     numbers = torch.cat([sums, norm.reshape(1).to(sums)]).tolist()  # the iteration's one wait for the device
     reward, loss, clamped, weight, closed, _, anchor_figure, grad_norm = numbers
-    finite = bool(torch.tensor(numbers).isfinite().all())
+    finite = all(map(math.isfinite, numbers))
     idle = _idle(training) if finite and loss > 0 and not training.looked else None
     skipped = _step(recipe, training, finite)
     nodes = {n for plan in plans for n in plan.nodes}
