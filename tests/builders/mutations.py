@@ -179,22 +179,22 @@ MUTATIONS = (
     Mutation(
         "a straight path without its factor A",
         "plans/derivatives.py",
-        "return interpolant.leap(times(node.x.t), times(node.to), times.xp)",
-        "return 1, interpolant.leap(times(node.x.t), times(node.to), times.xp)[1]",
+        "interpolant.leap(times(node.x.t), times(node.to), times.xp),",
+        "(1, interpolant.leap(times(node.x.t), times(node.to), times.xp)[1]),",
         "plans/test_closed_form_paper.py",
     ),
     Mutation(
         "a discount left out of the closed form",
         "plans/derivatives.py",
-        "Discount: _factor,",
+        "Discount: lambda node, times, _: [times.factor(node.a)],",
         "Discount: lambda *_: [1],",
         "plans/test_closed_form_paper.py",
     ),
     Mutation(
         "a renoise without alpha in the closed form",
         "plans/derivatives.py",
-        "return [interpolant.alpha(times(node.to), times.xp)]",
-        "return [1]",
+        "[interpolant.alpha(times(node.to), times.xp)],",
+        "[1],",
         "surgery/test_closed_form.py",
     ),
     Mutation(

@@ -16,7 +16,7 @@ from typing import Any
 import sympy
 
 from trajsurgery.errors import PlanError
-from trajsurgery.plans import formula, tables
+from trajsurgery.plans import formula
 from trajsurgery.plans.derivatives import TimeSymbols, derivative, simplify
 from trajsurgery.plans.graph import passes_gradient
 from trajsurgery.plans.interpolants import Interpolant
@@ -79,7 +79,7 @@ class Expansion:
 
     def __rich__(self) -> Any:
         """A table of the terms: coefficient, Jacobians, source, kind."""
-        return tables.table(self)
+        return formula.table(self)
 
     def evaluate(self, trajectory: Any, field: Any, cotangent: Any, params: Any = None) -> Any:
         """The gradient on a trajectory: every term is evaluated by itself, with products of one call each.

@@ -29,8 +29,9 @@ class TimeSymbols:
         exact = sigmas is not None and all(isinstance(sigma, Rational) for sigma in sigmas)
         self.xp: Any = sympy if sigmas is None or exact else math
         """The namespace of the arithmetic."""
-        number = _rational if exact else float
-        self.sigmas = None if sigmas is None else [number(sigma) for sigma in sigmas]
+        self.sigmas: list[Any] | None = None
+        if sigmas is not None:
+            self.sigmas = [sympy.Rational(int(s.numerator), int(s.denominator)) if exact else float(s) for s in sigmas]
 
     def __call__(self, t: Time) -> Any:
         if t == START and self.sigmas is not None:
@@ -90,10 +91,6 @@ class QuadratureWeight(sympy.Function):
         return rf"w_{{{at}}}^{{{start} \to {to}}}"
 
 
-def _leap(node: Leap, times: TimeSymbols, interpolant: Interpolant) -> Sequence[Any]:
-    return interpolant.leap(times(node.x.t), times(node.to), times.xp)
-
-
 def _advance(node: Advance, times: TimeSymbols, interpolant: Interpolant) -> Sequence[Any]:
     order = list(node.velocities)
     ranks = {v: math.inf if v.t == START else v.t for v in order}
@@ -108,29 +105,13 @@ def _advance(node: Advance, times: TimeSymbols, interpolant: Interpolant) -> Seq
     return [1, *(ws[v] for v in node.velocities)]
 
 
-def _factor(node: Discount | Scale, times: TimeSymbols, interpolant: Interpolant) -> Sequence[Any]:
-    return [times.factor(node.a)]
-
-
-def _renoise(node: Renoise, times: TimeSymbols, interpolant: Interpolant) -> Sequence[Any]:
-    return [interpolant.alpha(times(node.to), times.xp)]
-
-
-def _recover(node: Recover, times: TimeSymbols, interpolant: Interpolant) -> Sequence[Any]:
-    return [1 / interpolant.alpha(times(node.x.t), times.xp)]
-
-
-def _rational(sigma: Any) -> Any:
-    return sympy.Rational(int(sigma.numerator), int(sigma.denominator))
-
-
 _WEIGHTS: dict[type[Node], Callable[[Any, TimeSymbols, Interpolant], Sequence[Any]]] = {
-    Leap: _leap,
+    Leap: lambda node, times, interpolant: interpolant.leap(times(node.x.t), times(node.to), times.xp),
     Advance: _advance,
     Connect: lambda *_: [1],
-    Discount: _factor,
-    Scale: _factor,
-    Renoise: _renoise,
-    Recover: _recover,
+    Discount: lambda node, times, _: [times.factor(node.a)],
+    Scale: lambda node, times, _: [times.factor(node.a)],
+    Renoise: lambda node, times, interpolant: [interpolant.alpha(times(node.to), times.xp)],
+    Recover: lambda node, times, interpolant: [1 / interpolant.alpha(times(node.x.t), times.xp)],
 }
 """d(node)/d(parent) of each primitive that passes gradients on."""

@@ -1,17 +1,22 @@
-"""An expansion as the paper writes it: text and LaTeX."""
+"""An expansion as the paper writes it, text and LaTeX, and as a table on a terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import sympy
+from rich.table import Table
 from sympy.printing.latex import LatexPrinter
+from sympy.printing.printer import Printer
 from sympy.printing.str import StrPrinter
 
 from trajsurgery.plans.nodes import Noise, walk
+
+COLOURS = {"single-step": "green", "straight": "green", "nested once": "yellow"}
+DEEPER = "red"
 
 
 def text(expansion: Any) -> str:
@@ -37,6 +42,32 @@ def left_side(expansion: Any) -> str:
     by = ["x_T" if noise else "theta" for noise in (False, True)
           if any(isinstance(term.calls[-1], Noise) == noise for term in expansion.terms)]  # fmt: skip
     return ", ".join(f"dx_{t}/d{b}" for t in dict.fromkeys(o.t for o in expansion.outputs) for b in by)
+
+
+def table(expansion: Any, norms: Sequence[float] | None = None) -> Table:
+    """Coefficient, Jacobians, source and kind of each term listed; with norms, each one's and a bar of its size.
+
+    Args:
+        norms: one for each term listed.
+    """
+    listed, count = len(expansion.terms), expansion.count
+    caption = f"{count} terms" if listed == count else f"{count} terms, {listed} of them listed"
+    rows = Table(title=left_side(expansion), caption=caption)
+    several = len(expansion.outputs) > 1
+    for name in (*(["output"] if several else []), "coefficient", "Jacobians", "source", "order"):
+        rows.add_column(name, justify="right" if name == "coefficient" else "left")
+    if norms is not None:
+        rows.add_column("norm", justify="right")
+        rows.add_column("")
+    largest = max(norms or (), default=0.0)
+    for i, term in enumerate(expansion.terms):
+        source = "x_T" if isinstance(term.calls[-1], Noise) else f"dv(x_{term.source})/dtheta"
+        jacobians = " ".join(f"dv/dx_{t}" for t in term.jacobians)
+        cells = [coefficient(expansion, term), jacobians, source, term.kind]
+        if norms is not None:
+            cells += [f"{norms[i]:.3g}", "\u2588" * round(10 * norms[i] / largest) if largest else ""]
+        rows.add_row(*([str(term.output)] if several else []), *cells, style=COLOURS.get(term.kind, DEEPER))
+    return rows
 
 
 @dataclass(frozen=True)
@@ -94,8 +125,8 @@ def _braced(terms: Sequence[Any]) -> list[tuple[str, list[Any]]]:
 def _label(kind: str, terms: Sequence[Any]) -> str:
     if kind == "straight":
         return "straight path"
-    words = "nested gradient" if kind == "nested once" else f"{kind} gradient" if kind == "single-step" else kind
-    words += "s" if len(terms) > 1 and words.endswith("gradient") else ""
+    plural = "s" if len(terms) > 1 else ""
+    words = {"nested once": f"nested gradient{plural}", "single-step": f"single-step gradient{plural}"}.get(kind, kind)
     if kind != "single-step" or len(terms) > 3:
         return words
     *others, last = (f"${term.source}$" for term in reversed(terms))
@@ -104,12 +135,8 @@ def _label(kind: str, terms: Sequence[Any]) -> str:
 
 def _noisiest_first(expansion: Any) -> dict[Any, int]:
     """The rank of each time's symbol: as in the paper, k comes before j in k - j."""
-    symbols = [
-        sympy.Symbol(t if isinstance(t, str) else f"sigma_{t}")
-        for t in (n.t for n in walk(expansion.outputs))
-        if t != 0
-    ]
-    return {symbol: i for i, symbol in enumerate(dict.fromkeys(symbols))}
+    times = dict.fromkeys(node.t for node in walk(expansion.outputs))
+    return {sympy.Symbol(t if isinstance(t, str) else f"sigma_{t}"): i for i, t in enumerate(times) if t != 0}
 
 
 def _signed(coefficient: Any, order: dict[Any, int]) -> tuple[bool, Any]:
@@ -119,17 +146,13 @@ def _signed(coefficient: Any, order: dict[Any, int]) -> tuple[bool, Any]:
         if factor.is_number:
             negative ^= bool(factor < 0)
             factors.append(abs(factor))
-        elif factor.is_Add and _lead(factor, order).as_coeff_Mul()[0] < 0:
+        elif factor.is_Add and _ordered(factor, order)[0].as_coeff_Mul()[0] < 0:
             negative ^= True
             factors.append(-factor)
         else:
             factors.append(factor)
     apart = len(factors) == 2 and factors[0].is_number and factors[0] != 1  # else 0.3 (k - j) would be multiplied out
     return negative, sympy.Mul(*factors, evaluate=not apart)
-
-
-def _lead(expression: Any, order: dict[Any, int]) -> Any:
-    return _ordered(expression, order)[0]
 
 
 def _ordered(expression: Any, order: dict[Any, int]) -> list[Any]:
@@ -139,28 +162,27 @@ def _ordered(expression: Any, order: dict[Any, int]) -> list[Any]:
     return sorted(sympy.Add.make_args(expression), key=rank)
 
 
-def _sum(expression: Any, order: dict[Any, int], shown: Callable[[Any], str]) -> str:
-    """A sum with its signs, the noisier times first: k - j, not -j + k."""
-    pieces: list[str] = []
-    for term in _ordered(expression, order):
-        minus = bool(term.as_coeff_Mul()[0] < 0)
-        sign = (" - " if minus else " + ") if pieces else ("-" if minus else "")
-        pieces.append(sign + shown(-term if minus else term))
-    return "".join(pieces)
-
-
-class _StrTimes(StrPrinter):
-    """Sums in the order of times; products without stars; floats with six digits."""
+class _Times(Printer):
+    """Sums in the order of times, the noisier first: k - j, not -j + k."""
 
     def __init__(self, order: dict[Any, int]) -> None:
         super().__init__()
         self._times = order
 
+    def _print_Add(self, expr: Any, order: Any = None) -> str:  # noqa: N802  # sympy's name
+        pieces: list[str] = []
+        for term in _ordered(expr, self._times):
+            minus = bool(term.as_coeff_Mul()[0] < 0)
+            sign = (" - " if minus else " + ") if pieces else ("-" if minus else "")
+            pieces.append(sign + self._print(-term if minus else term))
+        return "".join(pieces)
+
+
+class _StrTimes(_Times, StrPrinter):
+    """Products without stars; floats with six digits."""
+
     def _print_Float(self, expr: Any) -> str:  # noqa: N802  # sympy's name
         return f"{float(expr):.6g}"
-
-    def _print_Add(self, expr: Any, order: Any = None) -> str:  # noqa: N802  # sympy's name
-        return _sum(expr, self._times, lambda term: self.parenthesize(term, 30))
 
     def _print_Mul(self, expr: Any) -> str:  # noqa: N802  # sympy's name
         if any(factor.is_Pow and factor.exp.is_negative for factor in expr.args):
@@ -169,15 +191,8 @@ class _StrTimes(StrPrinter):
         return " ".join(f"({self.doprint(f)})" if f.is_Add else self.doprint(f) for f in parts)
 
 
-class _LatexTimes(LatexPrinter):
-    """The same order of times in LaTeX."""
-
-    def __init__(self, order: dict[Any, int]) -> None:
-        super().__init__()
-        self._times = order
-
-    def _print_Add(self, expr: Any, order: Any = None) -> str:  # noqa: N802  # sympy's name
-        return _sum(expr, self._times, self._print)
+class _LatexTimes(_Times, LatexPrinter):
+    """The same in LaTeX."""
 
     def _print_Float(self, expr: Any) -> str:  # noqa: N802  # sympy's name
         mantissa, _, exponent = f"{float(expr):.6g}".partition("e")

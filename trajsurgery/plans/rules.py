@@ -25,6 +25,7 @@ from trajsurgery.plans.nodes import (
 )
 
 QUADRATURES = ("lagrange", "adams-bashforth", "euler")
+Predicate = Callable[[Any, int | None], Iterator[str]]
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Rule:
     id: str
     on: tuple[type[Node], ...]
     demand: str
-    broken: Callable[[Any, int | None], Iterator[str]]
+    broken: Predicate
     repair: str
 
 
@@ -62,11 +63,6 @@ def _time_range(node: Node, steps: int | None) -> Iterator[str]:
             yield f"the time {t}, of {'T' if steps is None else steps} steps"
 
 
-def _model_time(node: Node, steps: int | None) -> Iterator[str]:
-    if node.t == 0:
-        yield f"{node.op} at t = 0"
-
-
 def _falling(node: Leap | Advance, steps: int | None) -> Iterator[str]:
     start, to = _bound(node.x.t, steps), _bound(node.to, steps)
     rises = isinstance(node, Leap) and isinstance(node.x, Renoise)  # no latent of the rollout: SRPO's inversion
@@ -90,39 +86,21 @@ def _factor_type(node: Discount | Scale, steps: int | None) -> Iterator[str]:
         yield f"the factor {node.a!r}"
 
 
-def _number(a: object) -> float | None:
-    return float(a) if isinstance(a, int | float) and not isinstance(a, bool) else None
+def _number(is_wrong: Callable[[float], bool], received: str) -> Predicate:
+    """A predicate on factors that are numbers."""
 
+    def broken(node: Discount | Scale, steps: int | None) -> Iterator[str]:
+        if isinstance(node.a, int | float) and not isinstance(node.a, bool) and is_wrong(node.a):
+            yield received.format(float(node.a))
 
-def _finite(node: Discount | Scale, steps: int | None) -> Iterator[str]:
-    a = _number(node.a)
-    if a is not None and not math.isfinite(a):
-        yield f"the factor {a}"
-
-
-def _discount_range(node: Discount, steps: int | None) -> Iterator[str]:
-    a = _number(node.a)
-    if a is not None and math.isfinite(a) and not 0 <= a <= 1:
-        yield f"discount({a})"
-
-
-def _scale_range(node: Scale, steps: int | None) -> Iterator[str]:
-    a = _number(node.a)
-    if a is not None and math.isfinite(a) and a < 0:
-        yield f"scale({a})"
+    return broken
 
 
 def _kinds(node: Node, steps: int | None) -> Iterator[str]:
-    for parent, kind in zip(node.parents, _expected(node), strict=True):
-        if not isinstance(parent, kind):
-            yield f"{node.op} of a {'velocity' if kind is LatentNode else 'latent'}"
-
-
-def _expected(node: Node) -> list[type[Node]]:
-    if isinstance(node, Leap | Advance):
-        return [LatentNode, *[VelocityNode] * (len(node.parents) - 1)]
-    takes_velocity = isinstance(node, VelocityNode) and not isinstance(node, Velocity)
-    return [VelocityNode if takes_velocity else LatentNode] * len(node.parents)
+    for i, parent in enumerate(node.parents):
+        takes_latent = i == 0 and "x" in node.inputs
+        if not isinstance(parent, LatentNode if takes_latent else VelocityNode):
+            yield f"{node.op} of a {'velocity' if takes_latent else 'latent'}"
 
 
 def _field_name(node: Velocity, steps: int | None) -> Iterator[str]:
@@ -136,14 +114,14 @@ def _renoise_start(node: Renoise, steps: int | None) -> Iterator[str]:
         yield f"renoise from t = {start}"
 
 
-def _renoise_to(node: Renoise, steps: int | None) -> Iterator[str]:
-    if _bound(node.to, steps) == 0:
-        yield "renoise to t = 0"
+def _at_zero(received: str, time: Callable[[Any], Any]) -> Predicate:
+    """A predicate on nodes one of whose times may not be 0."""
 
+    def broken(node: Node, steps: int | None) -> Iterator[str]:
+        if time(node) == 0:
+            yield f"{node.op} {received} t = 0"
 
-def _recover_start(node: Recover, steps: int | None) -> Iterator[str]:
-    if _bound(node.x.t, steps) == 0:
-        yield "recover from t = 0"
+    return broken
 
 
 def _draw(node: Renoise | Recover, steps: int | None) -> Iterator[str]:
@@ -199,7 +177,7 @@ RULES: dict[str, Rule] = {
              "Give a step index 0..T, or an identifier to bind later with plan.at(name=...)."),
         Rule("time-range", (Node,), "times lie in 0..T", _time_range,
              "T is the sampler's number of steps (noise), 0 the image: lower the time, or run with more steps."),
-        Rule("model-time", (Velocity, Recorded), "the model is called at 1..T", _model_time,
+        Rule("model-time", (Velocity, Recorded), "the model is called at 1..T", _at_zero("at", lambda node: node.t),
              "The sampler never calls the model at t = 0; use a velocity at a later time."),
         Rule("falling", (Leap, Advance), "time falls along every leap and advance", _falling,
              "Leap to a smaller t, or swap the two times."),
@@ -207,17 +185,20 @@ RULES: dict[str, Rule] = {
              "Take the velocity at the latent's own time, or use advance(to, [velocities]) for several times."),
         Rule("factor-type", (Discount, Scale), "a factor is a number or a name", _factor_type,
              "Give a float, or an identifier other than \"T\" to bind later with plan.at(name=...)."),
-        Rule("finite", (Discount, Scale), "factors are finite", _finite, "Give a finite number."),
-        Rule("discount-range", (Discount,), "a discount lies in [0, 1]", _discount_range,
+        Rule("finite", (Discount, Scale), "factors are finite",
+             _number(lambda a: not math.isfinite(a), "the factor {}"), "Give a finite number."),
+        Rule("discount-range", (Discount,), "a discount lies in [0, 1]",
+             _number(lambda a: -math.inf < a < 0 or 1 < a < math.inf, "discount({})"),
              "Scale a velocity instead (v.scale(a)) if its gradient is to grow; use detach() for 0."),
-        Rule("scale-range", (Scale,), "a scale is >= 0", _scale_range,
+        Rule("scale-range", (Scale,), "a scale is >= 0", _number(lambda a: -math.inf < a < 0, "scale({})"),
              "A negative scale would climb down the reward: change the sign of the loss instead."),
         Rule("field-name", (Velocity,), "a field is named by a string", _field_name,
              "Name one of the entries of the mapping of fields that the plan is run with, or leave it out."),
         Rule("renoise-start", (Renoise,), "renoise starts at t = 0", _renoise_start,
              "Renoise the image: latent(0).renoise(to), or leap(0) first."),
-        Rule("renoise-to", (Renoise,), "renoise goes to a t in 1..T", _renoise_to, "Give a later time."),
-        Rule("recover-start", (Recover,), "recover starts at a t in 1..T", _recover_start,
+        Rule("renoise-to", (Renoise,), "renoise goes to a t in 1..T", _at_zero("to", lambda node: node.to),
+             "Give a later time."),
+        Rule("recover-start", (Recover,), "recover starts at a t in 1..T", _at_zero("from", lambda node: node.x.t),
              "The latent is an image already: drop the recover."),
         Rule("draw", (Renoise, Recover), 'a draw is an int >= 0 or "rollout"', _draw,
              'Number the noises 0, 1, ..., or name the rollout\'s own with draw="rollout".'),

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from trajsurgery.errors import PlanError
+from trajsurgery.plans.formula import table
 from trajsurgery.plans.graph import faithful
 from trajsurgery.plans.nodes import START, Node, Noise, Velocity, walk
-from trajsurgery.plans.tables import table
 from trajsurgery.surgery.node_values import node_value
 from trajsurgery.surgery.parameters import Fields, Params, field_named, leaves_of_calls
 from trajsurgery.surgery.validation import call_field
