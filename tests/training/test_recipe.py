@@ -206,6 +206,22 @@ def test_the_gpus_of_a_node_share_what_fsdp_shards(
     assert ("frozen weights" in str(error.value)) is (what == "lora")
 
 
+@pytest.mark.parametrize(
+    "preset, gib, fits",
+    [("paper", 79, False), ("full-80gb", 79, True), ("full-80gb", 40, False), ("lora-80gb", 79, True),
+     ("lora-24gb", 23, True)],
+)  # fmt: skip
+def test_presets_fit_the_cards_that_they_are_for(
+    monkeypatch: pytest.MonkeyPatch, preset: str, gib: int, fits: bool
+) -> None:
+    card = SimpleNamespace(total_memory=gib * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    with pytest.raises(RecipeError) as error:  # for want of weights and prompts
+        preflight.check_recipe(TINY[preset])
+    assert (f"the GPU has {gib} GiB" in str(error.value)) is not fits
+
+
 @pytest.mark.usefixtures("without_gpu_and_cache")
 def test_a_complete_recipe_is_accepted(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text("{}")

@@ -12,11 +12,13 @@ from torch import nn
 from trajsurgery.dry_run.fake_pipeline import PipelineSpec, find_spec
 from trajsurgery.dry_run.gpu_kernels import KERNELS
 from trajsurgery.dry_run.model_costs import ModelCosts, measure_model
-from trajsurgery.dry_run.weights import AVERAGE, base_name, persistent_bytes, will_shard
+from trajsurgery.dry_run.weights import persistent_bytes, will_shard
 from trajsurgery.plans.graph import needs_gradient, trained
 from trajsurgery.plans.nodes import Velocity
 from trajsurgery.plans.plan import Plan
 from trajsurgery.surgery.velocity_calls import IN_ROLLOUT
+from trajsurgery.training.averages import AVERAGE
+from trajsurgery.training.precision import kept_in
 from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.settings import Hardware
 from trajsurgery.training.sharding import choose
@@ -178,7 +180,7 @@ def _estimate(
             "precision": recipe.rollout.precision,
             "checkpointing": recipe.rollout.checkpointing,
             "train": recipe.train.what,
-            "weights": base_name(recipe),
+            "weights": kept_in(recipe),
             "optimiser": recipe.optimiser.name,
             "shard": choose(recipe.shard, _trained(every), hardware.gpus),
             "memory": recipe.rollout.memory,
@@ -225,6 +227,6 @@ def _notes(recipe: Recipe, spec: PipelineSpec, counted: ModelCosts) -> tuple[str
     if recipe.ema_on == "cpu":
         size = AVERAGE * _trained(list(counted.model.transformer.parameters())) / 2**30
         notes.append(f"the averages lie in the host's memory: {size:.0f} GiB.")
-    if recipe.rollout.precision == "bfloat16" and base_name(recipe) == "float32" and not will_shard(recipe, spec):
+    if recipe.rollout.precision == "bfloat16" and kept_in(recipe) == "float32" and not will_shard(recipe, spec):
         notes.append("autocast keeps a bfloat16 copy of the weights that a call used, until its backward pass.")
     return tuple(notes)

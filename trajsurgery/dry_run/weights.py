@@ -6,22 +6,11 @@ import torch
 
 from trajsurgery.dry_run.fake_pipeline import PipelineSpec, build_model
 from trajsurgery.dry_run.model_costs import ModelCosts
+from trajsurgery.training.averages import AVERAGE
+from trajsurgery.training.optimisers import MOMENTS
+from trajsurgery.training.precision import KEPT, kept_in
 from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.sharding import choose
-
-KEPT = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "nf4": 0.5 + 4 / 64}
-"""Bytes a weight; nf4 has a float32 scale for each 64 of them."""
-MOMENTS = {"adamw": 8.0, "adamw8bit": 2 * (1 + 4 / 256), "adafactor": 0.0}
-"""Bytes a trained parameter; 8-bit moments have a float32 scale for each 256 of them."""
-AVERAGE = 4
-"""Bytes of a parameter's moving average."""
-
-
-def base_name(recipe: Recipe) -> str:
-    """Return what the weights are kept in: those that train, or the frozen ones beside adapters."""
-    trained = recipe.train
-    name = trained.weights if trained.what == "full" else trained.base
-    return recipe.rollout.precision if name == "auto" else name
 
 
 def will_shard(recipe: Recipe, spec: PipelineSpec) -> bool:
@@ -41,7 +30,7 @@ def persistent_bytes(recipe: Recipe, counted: ModelCosts, gpus: int) -> dict[str
     adapters, sharded = recipe.train.what == "lora", choose(recipe.shard, adapted, gpus) == "fsdp"
     shards = gpus if sharded else 1
     of_trained = 1 if adapters else shards  # adapters stay whole
-    word, trained_word = KEPT[base_name(recipe)], 4.0 if adapters else KEPT[recipe.train.weights]
+    word, trained_word = KEPT[kept_in(recipe)], 4.0 if adapters else KEPT[recipe.train.weights]
     parts = {
         "weights": word * (total - adapted) / shards + trained_word * adapted / of_trained + buffers,
         "gradients": trained_word * adapted / of_trained,
@@ -56,7 +45,7 @@ def persistent_bytes(recipe: Recipe, counted: ModelCosts, gpus: int) -> dict[str
 
 def _gathered(recipe: Recipe, counted: ModelCosts, total: int, share: float) -> float:
     """Return bytes of gathered weights, and of one block's gradient before it is reduced."""
-    word = min(KEPT[base_name(recipe)], KEPT[recipe.rollout.precision])
+    word = min(KEPT[kept_in(recipe)], KEPT[recipe.rollout.precision])
     gradient = share * counted.block
     if recipe.gather == "iteration":
         return word * (total + gradient)

@@ -9,6 +9,9 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
+AVERAGE = 4
+"""Bytes of a parameter's moving average."""
+
 
 def start_averages(parameters: Sequence[Tensor], decay: float, on_cpu: bool) -> EMAModel:
     """Return averages that begin at the parameters' values.

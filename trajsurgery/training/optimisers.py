@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from trajsurgery.errors import RecipeError
 from trajsurgery.training.settings import Optimiser
 
+MOMENTS = {"adamw": 8.0, "adamw8bit": 2 * (1 + 4 / 256), "adafactor": 0.0}
+"""Bytes of a parameter's moments; those of 8 bits have a float32 scale for each 256 of them."""
+
 EIGHT_BIT = "torchao is not installed, which has the 8-bit AdamW: pip install 'trajsurgery[quantised]'."
 
 

@@ -20,13 +20,20 @@ PACKAGES = {"int8": "torchao", "nf4": "bitsandbytes"}
 """Which package quantises to what."""
 
 
-def kept_dtype(recipe: Recipe) -> torch.dtype:
-    """Return the dtype of the transformer's weights, of the frozen ones where adapters train."""
+KEPT = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "nf4": 0.5 + 4 / 64}
+"""Bytes a weight; nf4 has a float32 scale for each 64 of them."""
+
+
+def kept_in(recipe: Recipe) -> str:
+    """Return what the transformer's weights are kept in, the frozen ones where adapters train: a key of `KEPT`."""
     trained = recipe.train
     name = trained.weights if trained.what == "full" else trained.base
-    if name == "auto":
-        name = recipe.rollout.precision
-    return torch.float32 if name == "float32" else torch.bfloat16
+    return recipe.rollout.precision if name == "auto" else name
+
+
+def kept_dtype(recipe: Recipe) -> torch.dtype:
+    """Return the dtype of the transformer's weights, of the frozen ones where adapters train."""
+    return torch.float32 if kept_in(recipe) == "float32" else torch.bfloat16
 
 
 def to_bfloat16(module: nn.Module) -> None:

@@ -14,6 +14,9 @@ from trajsurgery.rewards.packaged import KNOWN, is_differentiable, is_packaged, 
 from trajsurgery.tiny.pipe import FOLDERS
 from trajsurgery.tiny.scorer import shipped
 from trajsurgery.training import model_folder, ranks
+from trajsurgery.training.averages import AVERAGE
+from trajsurgery.training.optimisers import MOMENTS
+from trajsurgery.training.precision import KEPT, kept_in
 from trajsurgery.training.prompts import read_prompts
 from trajsurgery.training.recipe import EMBEDDED, Recipe
 
@@ -22,9 +25,6 @@ PARAMETERS = {"black-forest-labs/FLUX.1-dev": 11_901_408_320, "stabilityai/stabl
 
 WITHOUT_GPU = 10**9
 """The most parameters that may be trained on a CPU."""
-
-COPIES = 5
-"""Float32 copies of the parameters in training: weights, gradients, AdamW's two moments, EMA."""
 
 _FLUX = (
     "One image of it at 720 px (bfloat16, measured under fake tensors) adds 33.3 GiB for the activations of "
@@ -56,9 +56,13 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def training_gib(recipe: Recipe) -> float | None:
-    """Return GiB for parameters, gradients, optimizer and EMA, if the model's size is known."""
-    count, copies = parameter_count(recipe.model), COPIES if recipe.train.what == "full" else 1
-    return None if count is None else copies * 4 * count / 2**30
+    """Return GiB for weights, gradients, optimiser and averages, if the model's size is known; for frozen weights alone
+    where adapters train.
+    """
+    count, weight = parameter_count(recipe.model), KEPT[kept_in(recipe)]
+    averages = AVERAGE if recipe.ema_on == "device" else 0
+    trained = weight + MOMENTS[recipe.optimiser.name] + averages if recipe.train.what == "full" else 0
+    return None if count is None else (weight + trained) * count / 2**30
 
 
 def parameter_count(model: str) -> int | None:
@@ -179,9 +183,9 @@ def prompts_problem(path: str) -> str | None:
 def _requirements(recipe: Recipe) -> list[str]:
     needed, count, lines = training_gib(recipe), parameter_count(recipe.model), list[str]()
     if needed is not None and count is not None and count > WITHOUT_GPU:
-        full = "weights, gradients, AdamW's two moments and EMA, shared by the GPUs of a node (the paper used 16)"
+        full = "weights, gradients, moments and averages, shared by the GPUs of a node (the paper used 16)"
         lines.append(
-            f"What it needs: {count / 1e9:.1f} G parameters in float32: {needed:.0f} GiB for "
+            f"What it needs: {count / 1e9:.1f} G parameters kept in {kept_in(recipe)}: {needed:.0f} GiB for "
             f"{full if recipe.train.what == 'full' else 'frozen weights, beside the adapters'}."
         )
     if count == PARAMETERS["black-forest-labs/FLUX.1-dev"]:
