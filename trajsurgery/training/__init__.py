@@ -1,8 +1,13 @@
 """Training: from a recipe to tuned weights, with one loop for all methods.
 
-recipe.py, settings.py, presets.py    a run as one frozen value; defaults are the demo's settings
+recipe.py, settings.py                a run as one frozen value; its presets for Flux (`presets`), the demo's among them
+presets.py                            the presets for SD3 and Wan
 preflight.py, model_folder.py         checks before anything is loaded
+trial.py                              one model call forward and backward before a run
 components.py                         loads pipeline, rewards and prompts
+ranks.py, sharding.py                 several processes; FSDP or copies
+precision.py, attention.py            what weights are kept in; attention kernels
+optimisers.py, averages.py            AdamW and others by name; moving averages of the weights
 prompts.py, prompt_cache.py           prompt files; encodings, made once
 vae_decoding.py, lora.py              decoding with gradient; what trains
 objective.py, srpo_support.py         the loss; SRPO's rewards and guidance
