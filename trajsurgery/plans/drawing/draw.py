@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from trajsurgery.errors import SurgeryError
-from trajsurgery.plans.drawing.layout import Placing
+from trajsurgery.plans.drawing.layout import LANE, Placing
 from trajsurgery.plans.drawing.mermaid import mermaid
 from trajsurgery.plans.drawing.scene import Edge, Mark, Scene
-from trajsurgery.plans.nodes import Node
+from trajsurgery.plans.nodes import Node, Noise
 
 LIVE, IDLE, GREY, RAIL, INK, PAPER = "#c8321f", "#a9b0b8", "#7d858d", "#3b5b7a", "#20262d", "#ffffff"
+CENTRED: dict[str, Any] = {"ha": "center", "va": "center", "math_fontfamily": "cm"}
 
 
 def draw(outputs: Sequence[Node], steps: int | None, path: Path) -> Path:
@@ -83,9 +84,9 @@ class _Painter:
         self.axes.plot([first, last], [0, 0], color=RAIL, lw=1.3, zorder=1, solid_capstyle="round")
         for x in self.at.between():
             self.axes.plot([x], [0], "o", color=RAIL, ms=3, zorder=1)
-        for label, y in (("rollout", 0.0), ("surgery", self.at.lane(1))):
-            x = first - 0.42
-            self.axes.text(x, y, label, ha="right", va="center", fontsize=9, color=INK, alpha=0.65, style="italic")
+        for label, y in (("rollout", 0.0), ("surgery", -LANE)):
+            look: dict[str, Any] = {"fontsize": 9, "color": INK, "alpha": 0.65, "style": "italic"}
+            self.axes.text(first - 0.42, y, label, ha="right", va="center", **look)
 
     def _mark(self, mark: Mark) -> None:
         from matplotlib.patches import Circle, FancyBboxPatch
@@ -95,41 +96,22 @@ class _Painter:
         lit = mark in self.scene.lit
         edge = {"real": LIVE if lit else RAIL, "reward": INK, "copy": RAIL}.get(mark.kind, LIVE if lit else IDLE)
         fill = LIVE if mark.kind == "call" and lit else INK if mark.kind == "reward" else PAPER
-        if not self.at.labelled(mark) and mark.kind != "recorded":
-            patch: Any = Circle((x, y), width / 2, facecolor=edge, edgecolor=edge, lw=1, zorder=4)
-        elif mark.kind != "recorded" and width == height:
-            patch = Circle((x, y), width / 2, facecolor=fill, edgecolor=edge, lw=1.2, zorder=4)
+        if mark.kind != "recorded" and width == height:
+            patch: Any = Circle((x, y), width / 2)
         else:
-            corner = 0.02 if mark.kind == "recorded" else height / 2
-            box = f"round,pad=0,rounding_size={corner}"
-            patch = FancyBboxPatch((x - width / 2, y - height / 2), width, height, boxstyle=box, zorder=4)
-            style = (0, (2, 1.5)) if mark.kind == "copy" else "-"
-            patch.set(facecolor=fill, edgecolor=edge, linewidth=1.2, linestyle=style, mutation_aspect=1)
-        self.axes.add_patch(patch)
-        self.patches[mark] = patch
+            box = f"round,pad=0,rounding_size={0.02 if mark.kind == 'recorded' else height / 2}"
+            patch = FancyBboxPatch((x - width / 2, y - height / 2), width, height, boxstyle=box)
+        if not self.at.labelled(mark) and mark.kind != "recorded":
+            fill = edge
+        style = (0, (2, 1.5)) if mark.kind == "copy" else "-"
+        patch.set(facecolor=fill, edgecolor=edge, linewidth=1.2, linestyle=style, zorder=4)
+        self.patches[mark] = self.axes.add_patch(patch)
         if self.at.labelled(mark):
-            ink = (
-                PAPER
-                if fill != PAPER
-                else (INK if mark.kind in ("real", "predicted", "copy") else GREY if edge == IDLE else edge)
-            )
-            self._text(x, y, f"${mark.name}$", ink, 11 if mark.kind != "recorded" else 9.5, 5)
+            ink = INK if mark.kind in ("real", "predicted", "copy") else GREY if edge == IDLE else edge
+            look = {"color": ink if fill == PAPER else PAPER, "fontsize": 9.5 if mark.kind == "recorded" else 11}
+            self.axes.text(x, y, f"${mark.name}$", zorder=5, **look, **CENTRED)
         if mark.note:
-            self.axes.text(x, y - 0.3, mark.note, ha="center", va="center", fontsize=8, color=GREY, style="italic")
-
-    def _text(self, x: float, y: float, text: str, color: str, size: float, zorder: float, **kwargs: Any) -> None:
-        self.axes.text(
-            x,
-            y,
-            text,
-            ha="center",
-            va="center",
-            fontsize=size,
-            color=color,
-            math_fontfamily="cm",
-            zorder=zorder,
-            **kwargs,
-        )
+            self.axes.text(x, y - 0.3, mark.note, fontsize=8, color=GREY, style="italic", **CENTRED)
 
     def _edge(self, edge: Edge) -> None:
         from matplotlib.patches import FancyArrowPatch
@@ -137,13 +119,12 @@ class _Painter:
         color = LIVE if edge.live else IDLE
         width = weight_width(edge.weight) if edge.live else 0.9
         style = {"connect": (0, (3, 2)), "renoise": (0, (1, 1.5)), "recover": (0, (1, 1.5))}.get(edge.kind, "-")
-        bend = self.at.bend(edge)
         arrow = FancyArrowPatch(
             self.at.point(edge.start),
             self.at.point(edge.end),
             patchA=self.patches[edge.start],
             patchB=self.patches[edge.end],
-            connectionstyle="angle3,angleA=-90,angleB=0" if self.at.under(edge) else f"arc3,rad={bend}",
+            connectionstyle="angle3,angleA=-90,angleB=0" if self.at.under(edge) else f"arc3,rad={self.at.bend(edge)}",
             arrowstyle="-|>,head_length=0.35,head_width=0.18",
             mutation_scale=9 + 1.8 * width,
             shrinkA=1,
@@ -156,42 +137,41 @@ class _Painter:
         self.axes.add_patch(arrow)
         text = ", ".join([*(f"${note}$" for note in edge.notes), *(["sg"] if edge.stopped else [])])
         if text:
-            x, y = self.at.middle(edge)
             box = {"facecolor": PAPER, "edgecolor": "none", "pad": 1.0, "alpha": 0.9}
-            self._text(x, y, text, color if edge.live else GREY, 9, 6, bbox=box)
+            look = {"color": color if edge.live else GREY, "fontsize": 9, "bbox": box}
+            self.axes.text(*self.at.middle(edge), text, zorder=6, **look, **CENTRED)
 
     def _legend(self) -> None:
         from matplotlib.lines import Line2D
 
-        kinds, marks = {edge.kind for edge in self.scene.edges}, {mark.kind for mark in self.scene.marks}
-        calls = {mark in self.scene.lit for mark in self.scene.marks if mark.kind == "call"}
+        edges, marks = self.scene.edges, self.scene.marks
+        kinds = {edge.kind for edge in edges} | {mark.kind for mark in marks}
+        calls = {mark in self.scene.lit for mark in marks if mark.kind == "call"}
+        noise = any(isinstance(node, Noise) for node in self.scene.live)
         dot: dict[str, Any] = {"marker": "o", "ls": "", "ms": 8}
-        dashes, dots = {"color": LIVE, "lw": 1.6, "ls": (0, (3, 2))}, {"color": LIVE, "lw": 1.6, "ls": (0, (1, 1.5))}
-        notes = "".join(note for edge in self.scene.edges for note in edge.notes)
-        weak = any(edge.live and edge.weight <= 0.6 for edge in self.scene.edges)
+        line: dict[str, Any] = {"color": LIVE, "lw": 1.6}
+        sg: dict[str, Any] = {**dot, "color": GREY, "marker": r"$\mathrm{sg}$", "ms": 11, "mew": 0}
+        notes = "".join(note for edge in edges for note in edge.notes)
+        weak = any(edge.live and edge.weight <= 0.6 for edge in edges)
         entries: list[tuple[bool, dict[str, Any], str]] = [
             (True, {"color": LIVE, "lw": weight_width(1)}, "gradient, coefficient 1" if weak else "carries gradient"),
             (weak, {"color": LIVE, "lw": weight_width(0.3)}, "0.3"),
-            (any(not edge.live for edge in self.scene.edges), {"color": IDLE, "lw": 1}, "no gradient"),
+            (any(not edge.live for edge in edges), {"color": IDLE, "lw": 1}, "no gradient"),
             (True in calls, {"color": LIVE, **dot}, "model call, trained"),
             (False in calls, {"color": IDLE, "mfc": PAPER, **dot}, "model call, not trained"),
-            (self.scene.noise, {"color": LIVE, "mfc": PAPER, **dot}, "noise, trained"),
-            ("recorded" in marks, {"color": IDLE, "mfc": PAPER, **dot, "marker": "s", "ms": 6}, "recorded velocity"),
-            ("connect" in kinds, dashes, "connector"),
-            (bool(kinds & {"renoise", "recover"}), dots, "noise put on or off"),
+            (noise, {"color": LIVE, "mfc": PAPER, **dot}, "noise, trained"),
+            ("recorded" in kinds, {"color": IDLE, "mfc": PAPER, **dot, "marker": "s", "ms": 6}, "recorded velocity"),
+            ("connect" in kinds, {**line, "ls": (0, (3, 2))}, "connector"),
+            (bool(kinds & {"renoise", "recover"}), {**line, "ls": (0, (1, 1.5))}, "noise put on or off"),
             (r"\alpha" in notes, {"color": LIVE, **dot, "marker": r"$\alpha$"}, "gradient discounted"),
             (r"\times" in notes, {"color": LIVE, **dot, "marker": r"$\times$"}, "gradient scaled"),
-            (
-                any(edge.stopped for edge in self.scene.edges),
-                {"color": GREY, **dot, "marker": "$\\mathrm{sg}$", "ms": 11, "mew": 0},
-                "gradient stopped",
-            ),
+            (any(edge.stopped for edge in edges), sg, "gradient stopped"),
         ]
         shown = [(Line2D([], [], **look), label) for used, look, label in entries if used]
         self.axes.legend(
             *zip(*shown, strict=True),
             loc="lower center",
-            ncol=min(len(shown), self.at.legend_columns),
+            ncol=min(len(shown), max(2, int((self.at.x(0) + 2.5) / 1.75))),
             frameon=False,
             fontsize=8.5,
             handlelength=1.8,

@@ -40,15 +40,6 @@ class Placing:
         """A time's column."""
         return self._x.get(t, 0.0)
 
-    def lane(self, lane: int) -> float:
-        """A lane's height, 0 for the rollout and negative below it."""
-        return -LANE * lane
-
-    @property
-    def legend_columns(self) -> int:
-        """How many entries of the legend fit on a line."""
-        return max(2, int((self.x(0) + 2.5) / 1.75))
-
     @property
     def extent(self) -> tuple[float, float, float, float]:
         """Left, right, bottom, top."""
@@ -57,7 +48,7 @@ class Placing:
 
     def point(self, mark: Mark) -> tuple[float, float]:
         """A mark's middle."""
-        x, y = self.x(mark.column), self.lane(mark.lane)
+        x, y = self.x(mark.column), -LANE * mark.lane
         if mark.kind == "reward":
             return (x + 0.95, y) if mark.column == 0 else (x, y - 0.62)
         if mark.kind == "copy":
@@ -68,7 +59,7 @@ class Placing:
         if towards is None:  # a support of an advance, beside the arrows that leave its latent straight down
             after = [place for place in self._x.values() if place > x]
             return x + min(0.55, 0.35 * (min(after) - x) if after else 0.55), y - 0.45 * LANE
-        end, low = self.x(towards.column), self.lane(towards.lane)
+        end, low = self.x(towards.column), -LANE * towards.lane
         if mark.lane == towards.lane or mark.kind == "recorded":
             return (x + end) / 2, low - 0.42 * LANE
         return (x, y - 0.5 * LANE) if end - x < 1.1 else (x + 0.3 * (end - x), low + 0.12 * LANE)
@@ -85,11 +76,8 @@ class Placing:
 
     def labelled(self, mark: Mark) -> bool:
         """Whether a mark is large enough to carry its name."""
-        if not self.dense or mark.kind == "reward" or (mark.kind == "call" and mark in self.scene.lit):
-            return True
-        if mark.kind in ("recorded", "call"):
-            return False
-        return mark in self._named
+        shown = mark.kind == "reward" or (mark.kind == "call" and mark in self.scene.lit) or mark in self._named
+        return shown or not self.dense
 
     def _roomy(self) -> Iterator[Mark]:
         """The latents that keep their names where columns are dense: the ends and the inputs of calls, with room."""
@@ -108,8 +96,7 @@ class Placing:
         if edge.kind == "input" and y1 < y0 and abs(x1 - x0) > 0.05:
             return 0.22
         if edge.kind == "velocity":
-            support = edge.start not in self.scene.towards
-            return 0.0 if support else 0.12
+            return 0.12 if edge.start in self.scene.towards else 0.0  # straight from the supports of an advance
         if edge.kind == "renoise" and x1 < x0:
             return 0.04 if x0 - x1 > 3 else -0.12  # flat ones pass above what lies between, steep ones beside it
         return 0.0

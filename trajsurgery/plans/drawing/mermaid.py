@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 
 from trajsurgery.plans.drawing.scene import Edge, Mark, Scene
@@ -13,7 +14,7 @@ _SHAPES = {
     "recorded": '["{}"]',
     "reward": '[["{}"]]',
 }
-_ARROWS = {"connect": "-.->", "renoise": "-.->", "recover": "-.->"}
+_DOTTED = ("connect", "renoise", "recover")
 
 
 def mermaid(scene: Scene) -> str:
@@ -26,7 +27,7 @@ def mermaid(scene: Scene) -> str:
     styles: list[str] = []
     for i, edge in enumerate(scene.edges):
         label = _label(edge)
-        arrow = _ARROWS.get(edge.kind, "-->") + (f'|"{label}"|' if label else "")
+        arrow = ("-.->" if edge.kind in _DOTTED else "-->") + (f'|"{label}"|' if label else "")
         lines.append(f"  {name[edge.start]} {arrow} {name[edge.end]}")
         width = f"{1 + 3 * min(1.0, edge.weight) if edge.live else 1:.1f}px"
         styles.append(f"  linkStyle {i} stroke:{'#c8321f' if edge.live else '#a9b0b8'},stroke-width:{width}")
@@ -44,11 +45,5 @@ def _title(mark: Mark) -> str:
 
 
 def _label(edge: Edge) -> str:
-    notes = [_plain(note) for note in edge.notes] + (["sg"] if edge.stopped else [])
-    return ", ".join([*([edge.kind] if edge.kind in ("connect", "renoise", "recover") else []), *notes])
-
-
-def _plain(latex: str) -> str:
-    for written, meant in ((r"\mathrm", ""), (r"\times", "x"), (r"\,", ""), ("\\", ""), ("{", ""), ("}", "")):
-        latex = latex.replace(written, meant)
-    return latex
+    notes = [re.sub(r"\\mathrm|\\,|[\\{}]", "", note.replace(r"\times", "x")) for note in edge.notes]
+    return ", ".join([*([edge.kind] if edge.kind in _DOTTED else []), *notes, *(["sg"] if edge.stopped else [])])

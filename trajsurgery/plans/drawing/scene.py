@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
-from trajsurgery.plans.drawing.columns import column_order
+import networkx as nx
+
 from trajsurgery.plans.graph import needs_gradient, reached
 from trajsurgery.plans.nodes import (
+    START,
     Advance,
     Connect,
     Detach,
     DetachVelocity,
     Discount,
-    Factor,
     Latent,
     Leap,
     Node,
@@ -93,8 +95,6 @@ class Scene:
         """The marks that a gradient reaches and that train something."""
         self.towards: dict[Mark, Mark] = {}
         """Where a velocity leads first."""
-        self.noise = False
-        """Whether x_T trains."""
         self._taken: list[tuple[int, float, float, Mark]] = []
         self.real(self.columns[0])
         self.real(0)
@@ -121,10 +121,8 @@ class Scene:
         here, there = self.at(node.t), self.at(start.column)
         low, high = (there + 0.5, here + 0.25) if here > there else (here - 0.25, here + 0.6)
         lane = max(1, start.lane + (here <= there))
-        while any(
-            lane == other and low < right and left < high and owner != start
-            for other, left, right, owner in self._taken
-        ):
+        while any(lane == taken and low < right and left < high and owner != start
+                  for taken, left, right, owner in self._taken):  # fmt: skip
             lane += 1
         mark = self.add(Mark("predicted", node.t, lane, name, plain, node, note), node in self.live)
         self._taken.append((lane, low, high, mark))
@@ -146,9 +144,32 @@ class Scene:
         return (start - to) / longest if isinstance(start, int) and isinstance(to, int) else 1.0
 
 
-def _real(scene: Scene, node: Latent | Noise) -> Value:
-    scene.noise |= isinstance(node, Noise) and node in scene.live
-    return Value(scene.real(node.t, isinstance(node, Noise) and node in scene.live), node)
+def column_order(outputs: Sequence[Node], steps: int | None) -> list[Time]:
+    """The times of the plan from noise to image, with T first and 0 last; named ones as its leaps order them."""
+    first: Time = START if steps is None else steps
+
+    def column(t: Time) -> Time:
+        return first if t == START else t
+
+    times = list(dict.fromkeys([first, *(column(node.t) for node in walk(outputs)), 0]))
+    later = nx.DiGraph()
+    later.add_nodes_from(times)
+    later.add_edges_from(pairwise(sorted((t for t in times if isinstance(t, int)), reverse=True)))
+    later.add_edges_from((first, t) for t in times if t != first)
+    later.add_edges_from((t, 0) for t in times if t != 0)
+    hops = [node for node in walk(outputs) if isinstance(node, Leap | Advance)]
+    later.add_edges_from((column(hop.x.t), column(hop.to)) for hop in hops)
+    try:
+        return list(nx.lexicographical_topological_sort(later, key=times.index))
+    except nx.NetworkXUnfeasible:  # names whose order is open until they are bound
+        return [first, *(t for t in times if t not in (first, 0)), 0]
+
+
+def _real(scene: Scene, node: Latent | Noise | Connect) -> Value:
+    mark = scene.real(node.t, node in scene.live)
+    for parent in node.parents:
+        scene.edge("connect", scene.values[parent], mark, node)
+    return Value(mark, node)
 
 
 def _recorded(scene: Scene, node: Recorded) -> Value:
@@ -164,39 +185,23 @@ def _call(scene: Scene, node: Velocity) -> Value:
     return Value(mark, node)
 
 
-def _leap(scene: Scene, node: Leap) -> Value:
-    x, v = scene.values[node.x], scene.values[node.v]
-    t = node.x.t
-    mark = scene.predicted(node, x.mark, rf"\hat{{x}}_{{{node.to}|{t}}}", f"x^_{node.to}|{t}")
-    if not _said(scene, x, v):
+def _hop(scene: Scene, node: Leap | Advance) -> Value:
+    x, velocities = scene.values[node.x], [scene.values[v] for v in node.parents[1:]]
+    t, note = node.x.t, node.rule if isinstance(node, Advance) else ""
+    mark = scene.predicted(node, x.mark, rf"\hat{{x}}_{{{node.to}|{t}}}", f"x^_{node.to}|{t}", note)
+    if not any(_starts_at(scene, x, v) for v in velocities):
         scene.edge("straight", x, mark, node)
-    scene.towards.setdefault(v.mark, mark)
-    scene.edge("velocity", v, mark, node, scene.share(t, node.to))
+    for v in velocities:
+        if isinstance(node, Leap):
+            scene.towards.setdefault(v.mark, mark)
+        scene.edge("velocity", v, mark, node, scene.share(t, node.to) / len(velocities))
     return Value(mark, node)
 
 
-def _advance(scene: Scene, node: Advance) -> Value:
-    x, t = scene.values[node.x], node.x.t
-    mark = scene.predicted(node, x.mark, rf"\hat{{x}}_{{{node.to}|{t}}}", f"x^_{node.to}|{t}", node.rule)
-    if not any(_said(scene, x, scene.values[v]) for v in node.velocities):
-        scene.edge("straight", x, mark, node)
-    for v in node.velocities:
-        scene.edge("velocity", scene.values[v], mark, node, scene.share(t, node.to) / len(node.velocities))
-    return Value(mark, node)
-
-
-def _said(scene: Scene, x: Value, v: Value) -> bool:
-    """Whether the arrow through the call says that the hop starts at x: nothing happens on the straight path."""
+def _starts_at(scene: Scene, x: Value, v: Value) -> bool:
+    """Whether the arrow through the call shows that the hop starts at x: nothing happens on the straight path."""
     idle = x.node not in scene.trainable and not x.stopped
-    return idle and any(
-        e.kind == "input" and e.end is v.mark and e.start is x.mark and not e.stopped for e in scene.edges
-    )
-
-
-def _connect(scene: Scene, node: Connect) -> Value:
-    mark = scene.real(node.t, node in scene.live)
-    scene.edge("connect", scene.values[node.x], mark, node)
-    return Value(mark, node)
+    return idle and any((e.kind, e.start, e.end, e.stopped) == ("input", x.mark, v.mark, False) for e in scene.edges)
 
 
 def _renoise(scene: Scene, node: Renoise) -> Value:
@@ -215,20 +220,15 @@ def _recover(scene: Scene, node: Recover) -> Value:
     return Value(mark, node)
 
 
-def _factor(a: Factor, sign: str) -> tuple[float, str]:
-    if isinstance(a, str):
-        return 0.4, rf"\{a}" if a in ("alpha", "beta", "gamma") else rf"\mathrm{{{a}}}"
-    return a, f"{sign} {a:g}"
-
-
-def _weaker(scene: Scene, node: Discount | Scale) -> Value:
-    value = scene.values[node.parents[0]]
-    size, note = _factor(node.a, r"\alpha =" if isinstance(node, Discount) else r"\times")
-    return replace(value, node=node, weight=value.weight * size, notes=(*value.notes, note))
-
-
-def _stopped(scene: Scene, node: Detach | DetachVelocity) -> Value:
-    return replace(scene.values[node.parents[0]], node=node, stopped=True)
+def _changed(scene: Scene, node: Discount | Scale | Detach | DetachVelocity) -> Value:
+    value = replace(scene.values[node.parents[0]], node=node)
+    if isinstance(node, Detach | DetachVelocity):
+        return replace(value, stopped=True)
+    if isinstance(node.a, str):
+        size, note = 0.4, rf"\{node.a}" if node.a in ("alpha", "beta", "gamma") else rf"\mathrm{{{node.a}}}"
+    else:
+        size, note = node.a, rf"\alpha = {node.a:g}" if isinstance(node, Discount) else rf"\times {node.a:g}"
+    return replace(value, weight=value.weight * size, notes=(*value.notes, note))
 
 
 PICTURES: dict[type[Node], Callable[[Scene, Any], Value]] = {
@@ -236,13 +236,13 @@ PICTURES: dict[type[Node], Callable[[Scene, Any], Value]] = {
     Noise: _real,
     Recorded: _recorded,
     Velocity: _call,
-    Leap: _leap,
-    Advance: _advance,
-    Connect: _connect,
-    Discount: _weaker,
-    Scale: _weaker,
-    Detach: _stopped,
-    DetachVelocity: _stopped,
+    Leap: _hop,
+    Advance: _hop,
+    Connect: _real,
+    Discount: _changed,
+    Scale: _changed,
+    Detach: _changed,
+    DetachVelocity: _changed,
     Renoise: _renoise,
     Recover: _recover,
 }
