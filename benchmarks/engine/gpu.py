@@ -59,7 +59,7 @@ def run_section(options: Options) -> int:
     """Run one section in this process."""
     assert options.section is not None
     assert options.record is not None
-    if torch.cuda.is_available() and options.section not in ("attention", "lora_80gb"):  # which try the default
+    if torch.cuda.is_available() and options.section != "attention":
         torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients were not finite at 2537 tokens on an H100
     work, _ = SECTIONS[options.section]
     work(Scale(options.small), Record(options.record, options.section))

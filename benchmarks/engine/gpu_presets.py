@@ -16,6 +16,7 @@ from benchmarks.engine.gpu_recipe import RandomHPSv2, text_parts
 from trajsurgery import LeapAlign, tiny
 from trajsurgery.cli.train_command import main
 from trajsurgery.training import trial
+from trajsurgery.training.averages import update_averages
 from trajsurgery.training.checkpoint import TrainingState
 from trajsurgery.training.components import PromptCache, RunComponents, pipeline_arguments, prepare_pipeline
 from trajsurgery.training.prompts import Prompt
@@ -24,16 +25,16 @@ from trajsurgery.training.training_loop import training_step
 
 
 def shortened(name: str, scale: Scale) -> Recipe:
-    """Return a preset with four images an iteration."""
+    """Return a preset with two images an iteration."""
     large = presets(LeapAlign(alpha=0.3), "outputs/gpu")[name]
-    rollout: Any = replace(large.rollout, batch=4)
+    rollout: Any = replace(large.rollout, batch=2)
     if scale.small:
         rollout = replace(rollout, steps=scale.steps[0], size=64)
     return replace(large, rollout=rollout, device=scale.device)
 
 
 def preset(name: str, scale: Scale, record: Record) -> None:
-    """Make the trial and three iterations of four images with random weights and HPSv2.1's architecture."""
+    """Make the trial and three iterations of two images with random weights and HPSv2.1's architecture."""
     recipe, texts = shortened(name, scale), tuple(str(prompt.text) for prompt in tiny.prompts("train"))[:8]
     reward = RandomHPSv2("ViT-B-32" if scale.small else "ViT-H-14", scale.device)
     pipe = prepare_pipeline(pipeline("flux_1_dev", scale, **text_parts(scale)), recipe)
@@ -46,11 +47,12 @@ def preset(name: str, scale: Scale, record: Record) -> None:
     cache = PromptCache(pipe, texts, pipeline_arguments(recipe))
     training = TrainingState.start(recipe, world.module)
     record.add("trained", sum(p.numel() for p in training.parameters))
+    record.add("averages alone", meter.run(lambda: update_averages(training.ema, training.local)))
     for number in range(3):
         rows: list[Any] = []
         figures = meter.run(lambda rows=rows: rows.append(training_step(recipe, world, cache, training, 0.55)))
         row = {key: getattr(rows[0], key) for key in ("reward", "loss", "grad_norm", "skipped")}
-        record.add(f"iteration {number + 1}, 4 images", figures | row)
+        record.add(f"iteration {number + 1}, 2 images", figures | row)
 
 
 def lora_80gb(scale: Scale, record: Record) -> None:

@@ -228,7 +228,7 @@ SECTIONS: dict[str, tuple[Callable[[Scale, Record], None], int]] = {
     "compiled": (compiled, 120),
     "attention": (attention, 60),
     "lora_80gb": (gpu_presets.lora_80gb, 140),
-    "full_80gb": (gpu_presets.full_80gb, 170),
+    "full_80gb": (gpu_presets.full_80gb, 320),
     "demo": (gpu_presets.demo, 90),
     "predicted": (predicted, 400),
 }

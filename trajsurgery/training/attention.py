@@ -6,6 +6,7 @@ import difflib
 import logging
 from typing import Any
 
+import torch
 from torch import nn
 
 from trajsurgery.errors import RecipeError
@@ -14,12 +15,19 @@ KERNELS = {"cuda": ("_native_flash", "_native_efficient", "_native_math"), "cpu"
 """Torch's kernels that are tried in turn where diffusers' default gives a gradient that is not finite."""
 
 
-def choose(module: Any, name: str) -> None:
-    """Let a diffusers transformer attend with the kernel of this name.
+def choose(module: Any, name: str, device: torch.device) -> None:
+    """Let a diffusers transformer attend with the kernel of this name; "auto" is torch's choice but for cuDNN's.
+
+    On an H100 with torch 2.11 cuDNN's kernel gave gradients that were not finite, or an illegal memory access, at
+    FLUX.1-dev's 2537 tokens, where torch's flash attention was right.
 
     Raises:
         RecipeError: no kernel of this name, or it does not run here.
     """
+    if name == "auto":
+        if device.type == "cuda":
+            torch.backends.cuda.enable_cudnn_sdp(False)
+        return
     from diffusers.models.attention_dispatch import AttentionBackendName
 
     names = [str(backend.value) for backend in AttentionBackendName]

@@ -39,4 +39,4 @@ def update_averages(averages: EMAModel, parameters: Sequence[Tensor]) -> None:
         lerp(averages.shadow_params, [p.detach() for p in parameters], share)
         return
     for average, parameter in pairs:
-        average.lerp_(parameter.detach().to(average), share)
+        average.lerp_(parameter.detach().to(average.device).to(average.dtype), share)

@@ -171,8 +171,7 @@ def prepare_pipeline(pipe: Any, recipe: Recipe) -> Any:
     low = recipe.rollout.precision == "bfloat16"
     if low and precision.kept_dtype(recipe) == torch.float32:
         precision.run_in_bfloat16(pipe.transformer)
-    if recipe.attention != "auto":
-        attention.choose(pipe.transformer, recipe.attention)
+    attention.choose(pipe.transformer, recipe.attention, device)
     if getattr(pipe, "vae", None) is not None:
         vae_decoding.prepare_vae(pipe.vae, recipe.decoder, low)
     pipe.set_progress_bar_config(disable=True)

@@ -54,8 +54,10 @@ def _torchao() -> Any:
 
 
 def set_rate(optimiser: torch.optim.Optimizer, settings: Optimiser, iteration: int) -> None:
-    """Set the learning rate of an iteration (from 1): rising linearly over the warm-up, then constant."""
-    rate = settings.rate * min(1.0, iteration / max(1, settings.warmup))
+    """Set the learning rate of an iteration (from 1): rising linearly over the warm-up, then left as it is."""
+    if iteration > settings.warmup:
+        return
+    rate = settings.rate * iteration / settings.warmup
     for group in optimiser.param_groups:
         if isinstance(group["lr"], Tensor):  # torchao's, so that its compiled step is not compiled anew
             group["lr"].fill_(rate)

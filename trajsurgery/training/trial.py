@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trajsurgery.errors import RecipeError
+from trajsurgery.errors import RecipeError, SurgeryError
 from trajsurgery.methods.refl import refl
 from trajsurgery.pipelines.operate import operate
 from trajsurgery.surgery.api import backward
@@ -35,12 +35,20 @@ def check_gradient_is_finite(recipe: Recipe, world: RunComponents, tell: Callabl
         RecipeError: no parameter that trains gets a gradient, or one that is not finite with every kernel.
         SamplerError: the pipeline's loop can't be replayed.
     """
-    if _is_finite(recipe, world):
-        return
+    try:
+        if _is_finite(recipe, world):
+            return
+    except (SurgeryError, torch.OutOfMemoryError):
+        raise
+    except RuntimeError as error:  # after a failed kernel CUDA runs nothing more in this process
+        raise RecipeError(
+            f"one model call forward and backward failed: {error} If a kernel failed, attention's is the likely one: "
+            "try --attention _native_flash, _native_efficient or _native_math."
+        ) from error
     kernels = attention.alternatives(world.module, world.device.type) if recipe.attention == "auto" else ()
     for name in kernels:
         try:
-            attention.choose(world.module, name)
+            attention.choose(world.module, name, world.device)
             finite = _is_finite(recipe, world)
         except (RecipeError, RuntimeError):  # it does not run on this card, or not in this dtype
             continue
