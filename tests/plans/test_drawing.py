@@ -78,7 +78,7 @@ def test_the_svg_has_the_paper_s_labels(tmp_path: Path) -> None:
 
 
 def test_mermaid_shows_what_carries_gradient() -> None:
-    from trajsurgery.plans.drawing.mermaid import mermaid
+    from trajsurgery.plans.drawing.draw import mermaid
 
     text = mermaid(Scene(leapalign("k", "j", "alpha").outputs, None))
     assert "x^_j|k" in text
@@ -100,7 +100,7 @@ def test_what_carries_gradient_is_what_trains() -> None:
 
 def test_renoised_samples_show_x_0_beside_them() -> None:
     """Arrows from the rollout crossed the predictions in between."""
-    from trajsurgery.plans.drawing.mermaid import mermaid
+    from trajsurgery.plans.drawing.draw import mermaid
 
     scene = Scene(draft_lv(3).outputs, None)
     renoised = [edge for edge in scene.edges if edge.kind == "renoise"]

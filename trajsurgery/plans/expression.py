@@ -10,7 +10,7 @@ import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, TypeVar, dataclass_transform
+from typing import Any, ClassVar, Self, dataclass_transform
 
 from trajsurgery.errors import PlanError
 
@@ -28,8 +28,6 @@ START = "T"
 
 PARENTS = ("x", "v", "velocities")
 """The fields of a node that hold nodes."""
-
-N = TypeVar("N", bound="Node")
 
 
 @dataclass_transform(frozen_default=True)
@@ -86,7 +84,7 @@ class Node(metaclass=_HashConsed):
         """The fields that are not nodes."""
         return {name: value for name, value in vars(self).items() if name not in PARENTS}
 
-    def replace(self: N, new: Mapping[Node, Node], rename: Callable[[str, Any], Any]) -> N:
+    def replace(self, new: Mapping[Node, Node], rename: Callable[[str, Any], Any]) -> Self:
         """The same node on other parents, with `rename(field, value)` for its settings."""
         inputs = {name: tuple(new[v] for v in value) if name == "velocities" else new[value]
                   for name, value in self.inputs.items()}  # fmt: skip
@@ -98,7 +96,7 @@ class Node(metaclass=_HashConsed):
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), tuple(getattr(self, f.name) for f in fields(self))
 
-    def __deepcopy__(self: N, memo: Any) -> N:
+    def __deepcopy__(self, memo: Any) -> Self:
         return self
 
 

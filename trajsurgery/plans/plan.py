@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -250,17 +251,12 @@ def _prepared(plan: Plan, steps: int) -> Plan:
 
 def _plain(value: Any) -> Time | Factor:
     """Numbers of other libraries (numpy's, 0-dim tensors) as Python's."""
-    if isinstance(value, str | float):
-        return value if isinstance(value, str) else float(value)
-    try:
-        return value if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            raise PlanError(
-                f"plan.at received a {type(value).__name__}: names stand for numbers, or for other names."
-            ) from None
+    if isinstance(value, str | bool):
+        return value
+    for number in (operator.index, float):
+        with suppress(TypeError, ValueError):
+            return number(value)
+    raise PlanError(f"plan.at received a {type(value).__name__}: names stand for numbers, or for other names.")
 
 
 def _index(value: Any, count: int) -> int:

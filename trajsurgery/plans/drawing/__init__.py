@@ -2,6 +2,5 @@
 
 scene.py     the marks and edges of a picture
 layout.py    where they go
-draw.py      drawing them
-mermaid.py   the same as a Mermaid flowchart
+draw.py      drawing them, or writing them as a Mermaid flowchart
 """

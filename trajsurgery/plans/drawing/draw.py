@@ -6,18 +6,27 @@ and the gradient runs against them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from trajsurgery.errors import SurgeryError
 from trajsurgery.plans.drawing.layout import LANE, Placing
-from trajsurgery.plans.drawing.mermaid import mermaid
 from trajsurgery.plans.drawing.scene import Edge, Mark, Scene
 from trajsurgery.plans.nodes import Node, Noise
 
 LIVE, IDLE, GREY, RAIL, INK, PAPER = "#c8321f", "#a9b0b8", "#7d858d", "#3b5b7a", "#20262d", "#ffffff"
 CENTRED: dict[str, Any] = {"ha": "center", "va": "center", "math_fontfamily": "cm"}
+_SHAPES = {
+    "real": '(["{}"])',
+    "predicted": '("{}")',
+    "call": '{{{{"{}"}}}}',
+    "recorded": '["{}"]',
+    "reward": '[["{}"]]',
+}
+_DOTTED = ("connect", "renoise", "recover")
 
 
 def draw(outputs: Sequence[Node], steps: int | None, path: Path) -> Path:
@@ -36,10 +45,6 @@ def draw(outputs: Sequence[Node], steps: int | None, path: Path) -> Path:
     return path
 
 
-def _mermaid(scene: Scene, path: Path) -> None:
-    path.write_text(mermaid(scene))
-
-
 def _image(scene: Scene, path: Path) -> None:
     import matplotlib as mpl
 
@@ -50,7 +55,10 @@ def _image(scene: Scene, path: Path) -> None:
         figure.savefig(path, dpi=160, bbox_inches="tight", pad_inches=0.12, metadata=dates, facecolor=PAPER)
 
 
-WRITERS: dict[str, Callable[[Scene, Path], None]] = {".svg": _image, ".png": _image, ".pdf": _image, ".mmd": _mermaid}
+WRITERS: dict[str, Callable[[Scene, Path], object]] = {
+    **dict.fromkeys((".svg", ".png", ".pdf"), _image),
+    ".mmd": lambda scene, path: path.write_text(mermaid(scene)),
+}
 
 
 def weight_width(weight: float) -> float:
@@ -179,3 +187,35 @@ class _Painter:
             labelcolor=INK,
             borderaxespad=0.2,
         )
+
+
+def mermaid(scene: Scene) -> str:
+    """The text of a .mmd file: gradient-carrying arrows are red, stopped ones grey."""
+    shown = [mark for mark in scene.marks if mark.kind != "copy"]
+    name = {mark: f"n{i}" for i, mark in enumerate(shown)}
+    name |= {mark: name[scene.real(mark.column)] for mark in scene.marks if mark.kind == "copy"}
+    lines = ["flowchart LR"]
+    lines += [f"  {name[mark]}{_SHAPES[mark.kind].format(_title(mark))}" for mark in shown]
+    styles: list[str] = []
+    for i, edge in enumerate(scene.edges):
+        label = _label(edge)
+        arrow = ("-.->" if edge.kind in _DOTTED else "-->") + (f'|"{label}"|' if label else "")
+        lines.append(f"  {name[edge.start]} {arrow} {name[edge.end]}")
+        width = f"{1 + 3 * min(1.0, edge.weight) if edge.live else 1:.1f}px"
+        styles.append(f"  linkStyle {i} stroke:{LIVE if edge.live else IDLE},stroke-width:{width}")
+    real = sorted((mark for mark in scene.marks if mark.kind == "real"), key=lambda mark: scene.at(mark.column))
+    for i, (mark, after) in enumerate(pairwise(real), len(scene.edges)):
+        lines.append(f"  {name[mark]} --- {name[after]}")
+        styles.append(f"  linkStyle {i} stroke:{RAIL},stroke-width:1.5px")
+    live = ",".join(name[mark] for mark in scene.marks if mark in scene.lit)
+    lines += [*styles, f"  classDef live stroke:{LIVE},stroke-width:2px"]
+    return "\n".join([*lines, *([f"  class {live} live"] if live else [])]) + "\n"
+
+
+def _title(mark: Mark) -> str:
+    return f"{mark.plain} ({mark.note})" if mark.note else mark.plain
+
+
+def _label(edge: Edge) -> str:
+    notes = [re.sub(r"\\mathrm|\\,|[\\{}]", "", note.replace(r"\times", "x")) for note in edge.notes]
+    return ", ".join([*([edge.kind] if edge.kind in _DOTTED else []), *notes, *(["sg"] if edge.stopped else [])])
