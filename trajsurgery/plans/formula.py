@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -21,19 +20,19 @@ DEEPER = "red"
 
 def text(expansion: Any) -> str:
     """`dx_0/dtheta = - j dv(x_j)/dtheta - (k - j) dv(x_k)/dtheta + ...`, one line an output; x_T's on its own."""
-    return _written(expansion, _TEXT, False)
+    return _Text(expansion).write()
 
 
 def latex(expansion: Any, braces: bool) -> str:
     """The same in LaTeX; `braces` name the kinds of terms, as below Eq. 8."""
-    return _written(expansion, _LATEX, braces)
+    return _Latex(expansion).write(braces)
 
 
 def coefficient(expansion: Any, term: Any) -> str:
     """A term's coefficient with its sign, as it stands in the text."""
-    order = _noisiest_first(expansion)
-    negative, size = _signed(term.coefficient, order)
-    written = _TEXT.printer(order).doprint(size)
+    printer = _Text(expansion)
+    negative, size = printer.split_sign(term.coefficient)
+    written = printer.doprint(size)
     return ("- " if negative else "") + (f"({written})" if size.is_Add else written)
 
 
@@ -70,11 +69,9 @@ def table(expansion: Any, norms: Sequence[float] | None = None) -> Table:
     return rows
 
 
-@dataclass(frozen=True)
-class _Form:
-    """How one of the two writes."""
+class _Printer(Printer):
+    """Writes an expansion; sums in the order of times, the noisier first: k - j, not -j + k."""
 
-    printer: Any
     head: str
     tail: str
     jacobian: str
@@ -85,101 +82,77 @@ class _Form:
     """x_T."""
     one: str
 
-
-def _written(expansion: Any, form: _Form, braces: bool) -> str:
-    order = _noisiest_first(expansion)
-    lines: list[str] = []
-    for i, output in enumerate(expansion.outputs):
-        ours = [term for term in expansion.terms if term.output == i]
-        for by in (form.theta, form.start):
-            terms = [term for term in ours if isinstance(term.calls[-1], Noise) == (by == form.start)]
-            if terms or (by == form.theta and not ours):
-                groups = _braced(terms) if braces else [("", terms)]
-                written = " + ".join(_sum_of(group, label, form, order) for label, group in groups)
-                lines.append(form.head.format(t=output.t, by=by) + (written or "0"))
-    hidden = expansion.count - len(expansion.terms)
-    more = form.tail.format(hidden=hidden, count=expansion.count) if hidden else ""
-    return "\n".join(lines) + more
-
-
-def _sum_of(terms: Sequence[Any], label: str, form: _Form, order: dict[Any, int]) -> str:
-    pieces: list[str] = []
-    for term in terms:
-        negative, size = _signed(term.coefficient, order)
-        shown = "" if size == sympy.Integer(1) else form.printer(order).doprint(size)
-        parts = [f"({shown})" if size.is_Add else shown, *(form.jacobian.format(t=t) for t in term.jacobians)]
-        if not isinstance(term.calls[-1], Noise):
-            parts.append(form.parameters.format(t=term.source))
-        body = " ".join(part for part in parts if part) or form.one
-        pieces.append((" - " if negative else " + ") + body if pieces else ("- " if negative else "") + body)
-    written = "".join(pieces)
-    return rf"\underbrace{{{written}}}_{{\text{{{label}}}}}" if label else written
-
-
-def _braced(terms: Sequence[Any]) -> list[tuple[str, list[Any]]]:
-    """The terms by kind, each with its label."""
-    groups = [(kind, list(group)) for kind, group in groupby(terms, key=lambda term: term.kind)]
-    return [(_label(kind, group), group) for kind, group in groups]
-
-
-def _label(kind: str, terms: Sequence[Any]) -> str:
-    if kind == "straight":
-        return "straight path"
-    plural = "s" if len(terms) > 1 else ""
-    words = {"nested once": f"nested gradient{plural}", "single-step": f"single-step gradient{plural}"}.get(kind, kind)
-    if kind != "single-step" or len(terms) > 3:
-        return words
-    *others, last = (f"${term.source}$" for term in reversed(terms))
-    return f"{words} at {', '.join(others)}{' and ' if others else ''}{last}"
-
-
-def _noisiest_first(expansion: Any) -> dict[Any, int]:
-    """The rank of each time's symbol: as in the paper, k comes before j in k - j."""
-    times = dict.fromkeys(node.t for node in walk(expansion.outputs))
-    return {sympy.Symbol(t if isinstance(t, str) else f"sigma_{t}"): i for i, t in enumerate(times) if t != 0}
-
-
-def _signed(coefficient: Any, order: dict[Any, int]) -> tuple[bool, Any]:
-    """Whether the coefficient is written with a minus, and what follows: factors k - j lead with the noisier time."""
-    negative, factors = False, []
-    for factor in sympy.Mul.make_args(coefficient):
-        if factor.is_number:
-            negative ^= bool(factor < 0)
-            factors.append(abs(factor))
-        elif factor.is_Add and _ordered(factor, order)[0].as_coeff_Mul()[0] < 0:
-            negative ^= True
-            factors.append(-factor)
-        else:
-            factors.append(factor)
-    apart = len(factors) == 2 and factors[0].is_number and factors[0] != 1  # else 0.3 (k - j) would be multiplied out
-    return negative, sympy.Mul(*factors, evaluate=not apart)
-
-
-def _ordered(expression: Any, order: dict[Any, int]) -> list[Any]:
-    def rank(term: Any) -> tuple[int, str]:
-        return min((order.get(s, len(order)) for s in term.free_symbols), default=-1), str(term)
-
-    return sorted(sympy.Add.make_args(expression), key=rank)
-
-
-class _Times(Printer):
-    """Sums in the order of times, the noisier first: k - j, not -j + k."""
-
-    def __init__(self, order: dict[Any, int]) -> None:
+    def __init__(self, expansion: Any) -> None:
         super().__init__()
-        self._times = order
+        self._expansion = expansion
+        times = dict.fromkeys(node.t for node in walk(expansion.outputs))
+        self._rank = {sympy.Symbol(t if isinstance(t, str) else f"sigma_{t}"): i for i, t in enumerate(times) if t != 0}
+
+    def write(self, braces: bool = False) -> str:
+        """The whole expansion, one line an output; x_T's on its own."""
+        lines: list[str] = []
+        for i, output in enumerate(self._expansion.outputs):
+            of_output = [term for term in self._expansion.terms if term.output == i]
+            for by in (self.theta, self.start):
+                terms = [term for term in of_output if isinstance(term.calls[-1], Noise) == (by == self.start)]
+                if terms or (by == self.theta and not of_output):
+                    written = self._write_kinds(terms) if braces else self._write_terms(terms)
+                    lines.append(self.head.format(t=output.t, by=by) + (written or "0"))
+        count = self._expansion.count
+        hidden = count - len(self._expansion.terms)
+        return "\n".join(lines) + (self.tail.format(hidden=hidden, count=count) if hidden else "")
+
+    def _write_kinds(self, terms: Sequence[Any]) -> str:
+        groups = [(kind, list(group)) for kind, group in groupby(terms, key=lambda term: term.kind)]
+        sums = [(self._write_terms(group), _label(kind, group)) for kind, group in groups]
+        return " + ".join(rf"\underbrace{{{written}}}_{{\text{{{label}}}}}" for written, label in sums)
+
+    def _write_terms(self, terms: Sequence[Any]) -> str:
+        addends: list[tuple[bool, str]] = []
+        for term in terms:
+            negative, size = self.split_sign(term.coefficient)
+            shown = "" if size == sympy.Integer(1) else self.doprint(size)
+            parts = [f"({shown})" if size.is_Add else shown, *(self.jacobian.format(t=t) for t in term.jacobians)]
+            if not isinstance(term.calls[-1], Noise):
+                parts.append(self.parameters.format(t=term.source))
+            addends.append((negative, " ".join(part for part in parts if part) or self.one))
+        return _join(addends, "- ")
+
+    def split_sign(self, coefficient: Any) -> tuple[bool, Any]:
+        """Whether the coefficient is negative, and its size: factors k - j lead with the noisier time."""
+        negative, factors = False, []
+        for factor in sympy.Mul.make_args(coefficient):
+            if factor.is_number:
+                minus = bool(factor < 0)
+            else:
+                minus = bool(factor.is_Add and self._by_time(factor)[0].as_coeff_Mul()[0] < 0)
+            negative ^= minus
+            factors.append(-factor if minus else factor)
+        # else 0.3 (k - j) would be multiplied out
+        apart = len(factors) == 2 and factors[0].is_number and factors[0] != 1
+        return negative, sympy.Mul(*factors, evaluate=not apart)
+
+    def _by_time(self, expression: Any) -> list[Any]:
+        def rank(term: Any) -> tuple[int, str]:
+            return min((self._rank.get(s, len(self._rank)) for s in term.free_symbols), default=-1), str(term)
+
+        return sorted(sympy.Add.make_args(expression), key=rank)
 
     def _print_Add(self, expr: Any, order: Any = None) -> str:  # noqa: N802  # sympy's name
-        pieces: list[str] = []
-        for term in _ordered(expr, self._times):
-            minus = bool(term.as_coeff_Mul()[0] < 0)
-            sign = (" - " if minus else " + ") if pieces else ("-" if minus else "")
-            pieces.append(sign + self._print(-term if minus else term))
-        return "".join(pieces)
+        addends = [(bool(term.as_coeff_Mul()[0] < 0), term) for term in self._by_time(expr)]
+        return _join([(minus, self._print(-term if minus else term)) for minus, term in addends], "-")
 
 
-class _StrTimes(_Times, StrPrinter):
+class _Text(_Printer, StrPrinter):
     """Products without stars; floats with six digits."""
+
+    head = "dx_{t}/d{by} = "
+    tail = " + {hidden} more terms ({count} in all)"
+    jacobian = "dv/dx_{t}"
+    parameters = "dv(x_{t})/dtheta"
+    theta = "theta"
+    start = "x_T"
+    one = "1"
 
     def _print_Float(self, expr: Any) -> str:  # noqa: N802  # sympy's name
         return f"{float(expr):.6g}"
@@ -191,31 +164,34 @@ class _StrTimes(_Times, StrPrinter):
         return " ".join(f"({self.doprint(f)})" if f.is_Add else self.doprint(f) for f in parts)
 
 
-class _LatexTimes(_Times, LatexPrinter):
+class _Latex(_Printer, LatexPrinter):
     """The same in LaTeX."""
+
+    head = r"\frac{{\partial x_{{{t}}}}}{{\partial{by}}} = "
+    tail = r" + \cdots (+{hidden})"
+    jacobian = r"\frac{{\partial v_\theta(x_{{{t}}})}}{{\partial x_{{{t}}}}}"
+    parameters = r"\frac{{\partial v_\theta(x_{{{t}}})}}{{\partial\theta}}"
+    theta = r"\theta"
+    start = " x_{T}"
+    one = "I"
 
     def _print_Float(self, expr: Any) -> str:  # noqa: N802  # sympy's name
         mantissa, _, exponent = f"{float(expr):.6g}".partition("e")
         return rf"{mantissa} \cdot 10^{{{int(exponent)}}}" if exponent else mantissa
 
 
-_TEXT = _Form(
-    printer=_StrTimes,
-    head="dx_{t}/d{by} = ",
-    tail=" + {hidden} more terms ({count} in all)",
-    jacobian="dv/dx_{t}",
-    parameters="dv(x_{t})/dtheta",
-    theta="theta",
-    start="x_T",
-    one="1",
-)
-_LATEX = _Form(
-    printer=_LatexTimes,
-    head=r"\frac{{\partial x_{{{t}}}}}{{\partial{by}}} = ",
-    tail=r" + \cdots (+{hidden})",
-    jacobian=r"\frac{{\partial v_\theta(x_{{{t}}})}}{{\partial x_{{{t}}}}}",
-    parameters=r"\frac{{\partial v_\theta(x_{{{t}}})}}{{\partial\theta}}",
-    theta=r"\theta",
-    start=" x_{T}",
-    one="I",
-)
+def _join(addends: Sequence[tuple[bool, str]], minus: str) -> str:
+    """A sum of sizes, each with whether it is negative; `minus` stands before the first one if it is."""
+    written = "".join((" - " if negative else " + ") + size for negative, size in addends)
+    return (minus if written.startswith(" - ") else "") + written[3:]
+
+
+def _label(kind: str, terms: Sequence[Any]) -> str:
+    if kind == "straight":
+        return "straight path"
+    plural = "s" if len(terms) > 1 else ""
+    words = {"nested once": f"nested gradient{plural}", "single-step": f"single-step gradient{plural}"}.get(kind, kind)
+    if kind != "single-step" or len(terms) > 3:
+        return words
+    *others, last = (f"${term.source}$" for term in reversed(terms))
+    return f"{words} at {', '.join(others)}{' and ' if others else ''}{last}"
