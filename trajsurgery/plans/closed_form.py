@@ -71,11 +71,11 @@ class Expansion:
     interpolant: Interpolant
 
     def __str__(self) -> str:
-        return formula.text(self)
+        return formula.Text(self).write()
 
     def latex(self, braces: bool = False) -> str:
         """The sum in LaTeX, one line an output; `braces` name the kinds of terms below them, as Eq. 8 does."""
-        return formula.latex(self, braces)
+        return formula.Latex(self).write(braces)
 
     def __rich__(self) -> Any:
         """A table of the terms: coefficient, Jacobians, source, kind."""

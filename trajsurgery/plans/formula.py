@@ -18,31 +18,6 @@ COLOURS = {"single-step": "green", "straight": "green", "nested once": "yellow"}
 DEEPER = "red"
 
 
-def text(expansion: Any) -> str:
-    """`dx_0/dtheta = - j dv(x_j)/dtheta - (k - j) dv(x_k)/dtheta + ...`, one line an output; x_T's on its own."""
-    return _Text(expansion).write()
-
-
-def latex(expansion: Any, braces: bool) -> str:
-    """The same in LaTeX; `braces` name the kinds of terms, as below Eq. 8."""
-    return _Latex(expansion).write(braces)
-
-
-def coefficient(expansion: Any, term: Any) -> str:
-    """A term's coefficient with its sign, as it stands in the text."""
-    printer = _Text(expansion)
-    negative, size = printer.split_sign(term.coefficient)
-    written = printer.doprint(size)
-    return ("- " if negative else "") + (f"({written})" if size.is_Add else written)
-
-
-def left_side(expansion: Any) -> str:
-    """What is differentiated: `dx_0/dtheta`, and by x_T where it trains."""
-    by = ["x_T" if noise else "theta" for noise in (False, True)
-          if any(isinstance(term.calls[-1], Noise) == noise for term in expansion.terms)]  # fmt: skip
-    return ", ".join(f"dx_{t}/d{b}" for t in dict.fromkeys(o.t for o in expansion.outputs) for b in by)
-
-
 def table(expansion: Any, norms: Sequence[float] | None = None) -> Table:
     """Coefficient, Jacobians, source and kind of each term listed; with norms, each one's and a bar of its size.
 
@@ -51,7 +26,10 @@ def table(expansion: Any, norms: Sequence[float] | None = None) -> Table:
     """
     listed, count = len(expansion.terms), expansion.count
     caption = f"{count} terms" if listed == count else f"{count} terms, {listed} of them listed"
-    rows = Table(title=left_side(expansion), caption=caption)
+    by = ["x_T" if noise else "theta" for noise in (False, True)
+          if any(isinstance(term.calls[-1], Noise) == noise for term in expansion.terms)]  # fmt: skip
+    title = ", ".join(f"dx_{t}/d{b}" for t in dict.fromkeys(output.t for output in expansion.outputs) for b in by)
+    rows, printer = Table(title=title, caption=caption), Text(expansion)
     several = len(expansion.outputs) > 1
     for name in (*(["output"] if several else []), "coefficient", "Jacobians", "source", "order"):
         rows.add_column(name, justify="right" if name == "coefficient" else "left")
@@ -62,7 +40,7 @@ def table(expansion: Any, norms: Sequence[float] | None = None) -> Table:
     for i, term in enumerate(expansion.terms):
         source = "x_T" if isinstance(term.calls[-1], Noise) else f"dv(x_{term.source})/dtheta"
         jacobians = " ".join(f"dv/dx_{t}" for t in term.jacobians)
-        cells = [coefficient(expansion, term), jacobians, source, term.kind]
+        cells = [printer.coefficient(term), jacobians, source, term.kind]
         if norms is not None:
             cells += [f"{norms[i]:.3g}", "\u2588" * round(10 * norms[i] / largest) if largest else ""]
         rows.add_row(*([str(term.output)] if several else []), *cells, style=COLOURS.get(term.kind, DEEPER))
@@ -143,8 +121,8 @@ class _Printer(Printer):
         return _join([(minus, self._print(-term if minus else term)) for minus, term in addends], "-")
 
 
-class _Text(_Printer, StrPrinter):
-    """Products without stars; floats with six digits."""
+class Text(_Printer, StrPrinter):
+    """`dx_0/dtheta = - j dv(x_j)/dtheta - (k - j) dv(x_k)/dtheta + ...`: no stars, floats of six digits."""
 
     head = "dx_{t}/d{by} = "
     tail = " + {hidden} more terms ({count} in all)"
@@ -153,6 +131,12 @@ class _Text(_Printer, StrPrinter):
     theta = "theta"
     start = "x_T"
     one = "1"
+
+    def coefficient(self, term: Any) -> str:
+        """A term's coefficient with its sign, as it stands in the text."""
+        negative, size = self.split_sign(term.coefficient)
+        written = self.doprint(size)
+        return ("- " if negative else "") + (f"({written})" if size.is_Add else written)
 
     def _print_Float(self, expr: Any) -> str:  # noqa: N802  # sympy's name
         return f"{float(expr):.6g}"
@@ -164,7 +148,7 @@ class _Text(_Printer, StrPrinter):
         return " ".join(f"({self.doprint(f)})" if f.is_Add else self.doprint(f) for f in parts)
 
 
-class _Latex(_Printer, LatexPrinter):
+class Latex(_Printer, LatexPrinter):
     """The same in LaTeX."""
 
     head = r"\frac{{\partial x_{{{t}}}}}{{\partial{by}}} = "

@@ -14,6 +14,7 @@ from trajsurgery.errors import PlanError
 from trajsurgery.plans import graph, legality, notation
 from trajsurgery.plans.interpolants import Interpolant, RectifiedFlow
 from trajsurgery.plans.nodes import (
+    PARENTS,
     PRIMITIVES,
     START,
     Factor,
@@ -215,9 +216,9 @@ class Plan:
         """
         made: list[Any] = []
         try:
-            for i, entry in enumerate(data["nodes"]):
-                made.append(_node(dict(entry), made, i))
-            return cls(*(made[_index(o, len(made))] for o in data["outputs"]), steps=data.get("steps"))
+            for entry in data["nodes"]:
+                made.append(_node(dict(entry), made))
+            return cls(*(_at(index, made) for index in data["outputs"]), steps=data.get("steps"))
         except PlanError as error:
             if error.rules == ("setting",):
                 raise PlanError(f"{error} Write the dict with plan.to_dict().", error.rules) from None
@@ -259,21 +260,19 @@ def _plain(value: Any) -> Time | Factor:
     raise PlanError(f"plan.at received a {type(value).__name__}: names stand for numbers, or for other names.")
 
 
-def _index(value: Any, count: int) -> int:
-    if not isinstance(value, int) or not 0 <= value < count:
-        raise ValueError(f"index {value!r} of {count} nodes")
-    return value
+def _at(index: Any, made: list[Any]) -> Any:
+    if not isinstance(index, int) or not 0 <= index < len(made):
+        raise ValueError(f"index {index!r} of {len(made)} nodes")
+    return made[index]
 
 
-def _node(entry: dict[str, Any], made: list[Any], i: int) -> Node:
+def _node(entry: dict[str, Any], made: list[Any]) -> Node:
     kind = PRIMITIVES.get(entry.pop("op"))
     if kind is None:
         raise ValueError(f"unknown op; known: {', '.join(PRIMITIVES)}")
-    for name in ("x", "v"):
-        if name in entry:
-            entry[name] = made[_index(entry[name], i)]
-    if "velocities" in entry:
-        entry["velocities"] = tuple(made[_index(v, i)] for v in entry["velocities"])
+    for name in entry.keys() & PARENTS:
+        value = entry[name]
+        entry[name] = tuple(_at(v, made) for v in value) if name == "velocities" else _at(value, made)
     if "discount" in entry:
         return entry["x"].leap(entry["to"], discount=entry["discount"], velocity=entry.get("v"))
     return kind(**entry)
