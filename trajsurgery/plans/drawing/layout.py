@@ -29,12 +29,12 @@ class Placing:
         numbers = [t for t in columns if isinstance(t, int)]
         least = max(0.55, min(1.75, 15.0 / max(1, len(columns) - 1)))
         span = max(1, max(numbers, default=1))
-        x, found = 0.0, [0.0]
+        positions = [0.0]
         for a, b in pairwise(columns):
             steps = a - b if isinstance(a, int) and isinstance(b, int) else None
-            x += max(least, min(6.0, 7.0 * steps / span)) if steps and steps > 1 else least
-            found.append(x)
-        return found
+            gap = max(least, min(6.0, 7.0 * steps / span)) if steps and steps > 1 else least
+            positions.append(positions[-1] + gap)
+        return positions
 
     def x(self, t: Time) -> float:
         """A time's column."""
@@ -83,9 +83,9 @@ class Placing:
         """The latents that keep their names where columns are dense: the ends and the inputs of calls, with room."""
         calls = {e.start for e in self.scene.edges if e.kind == "input" and e.end in self.scene.lit}
         ends = (0, self.scene.columns[0])
-        wanted = [m for m in self.scene.marks if m in calls or m.column in ends]
+        named = [m for m in self.scene.marks if m in calls or m.column in ends]
         placed: list[tuple[float, int]] = []
-        for mark in sorted(wanted, key=lambda m: (m.column not in ends, self.x(m.column))):
+        for mark in sorted(named, key=lambda m: (m.column not in ends, self.x(m.column))):
             if all(lane != mark.lane or abs(x - self.x(mark.column)) > DENSE for x, lane in placed):
                 placed.append((self.x(mark.column), mark.lane))
                 yield mark

@@ -204,19 +204,16 @@ def _starts_at(scene: Scene, x: Value, v: Value) -> bool:
     return idle and any((e.kind, e.start, e.end, e.stopped) == ("input", x.mark, v.mark, False) for e in scene.edges)
 
 
-def _renoise(scene: Scene, node: Renoise) -> Value:
-    x = scene.values[node.x]
-    mark = scene.predicted(node, x.mark, rf"x_{{{node.to}}}^{{({node.draw})}}", f"x_{node.to}^({node.draw})")
-    if x.mark.kind == "real" and mark.lane > 1:  # an arrow from the rollout would cross the lanes between
+def _noised(scene: Scene, node: Renoise | Recover) -> Value:
+    x, adds = scene.values[node.x], isinstance(node, Renoise)
+    if adds:
+        name, plain = rf"x_{{{node.t}}}^{{({node.draw})}}", f"x_{node.t}^({node.draw})"
+    else:
+        name, plain = rf"\hat{{x}}_{{0|{node.x.t}}}", f"x^_0|{node.x.t}"
+    mark = scene.predicted(node, x.mark, name, plain)
+    if adds and x.mark.kind == "real" and mark.lane > 1:  # an arrow from the rollout would cross the lanes between
         x = replace(x, mark=scene.add(replace(x.mark, kind="copy", lane=mark.lane, node=node), False))
-    scene.edge("renoise", x, mark, node, note=rf"+\,\epsilon_{{\mathrm{{{node.draw}}}}}")
-    return Value(mark, node)
-
-
-def _recover(scene: Scene, node: Recover) -> Value:
-    x, t = scene.values[node.x], node.x.t
-    mark = scene.predicted(node, x.mark, rf"\hat{{x}}_{{0|{t}}}", f"x^_0|{t}")
-    scene.edge("recover", x, mark, node, note=rf"-\,\epsilon_{{\mathrm{{{node.draw}}}}}")
+    scene.edge(node.op, x, mark, node, note=rf"{'+' if adds else '-'}\,\epsilon_{{\mathrm{{{node.draw}}}}}")
     return Value(mark, node)
 
 
@@ -243,7 +240,7 @@ PICTURES: dict[type[Node], Callable[[Scene, Any], Value]] = {
     Scale: _changed,
     Detach: _changed,
     DetachVelocity: _changed,
-    Renoise: _renoise,
-    Recover: _recover,
+    Renoise: _noised,
+    Recover: _noised,
 }
 """How each primitive is shown."""
