@@ -8,6 +8,7 @@ pass through no other call, the gradient of an output is the sum over chains of 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -178,20 +179,14 @@ class CallChains:
 
     def terms(self) -> Iterator[Term]:
         """Every chain, shortest first."""
-        level = [Term(1, (), i) for i in range(len(self.outputs))]
-        while level:
-            longer: list[Term] = []
-            for term in level:
-                for call, c in self._next(term).items():
-                    longer.append(Term(_multiply(term.coefficient, c), (*term.calls, call), term.output))
-                    yield replace(longer[-1], coefficient=sympy.sympify(longer[-1].coefficient))
-            level = longer
-
-    def _next(self, term: Term) -> Linear:
-        if not term.calls:
-            return self.linear(self.outputs[term.output])
-        last = term.calls[-1]
-        return self.linear(last.x) if isinstance(last, Velocity) else {}
+        chains = deque(Term(1, (), i) for i in range(len(self.outputs)))
+        while chains:
+            term = chains.popleft()
+            starts = term.calls[-1].parents if term.calls else (self.outputs[term.output],)
+            for node in starts:  # the last call's input: none if it is the noise
+                for call, c in self.linear(node).items():
+                    chains.append(Term(_multiply(term.coefficient, c), (*term.calls, call), term.output))
+                    yield replace(chains[-1], coefficient=sympy.sympify(chains[-1].coefficient))
 
 
 def _multiply(a: Any, b: Any) -> Any:
