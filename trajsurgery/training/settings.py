@@ -114,8 +114,7 @@ class Hardware:
     """The machine that --dry-run plans for."""
 
     gpus: int = 1
-    """The weights, gradients, moments and averages are sharded over them (FSDP), the batch is divided: a plan for the
-    dry run, training itself runs on one device."""
+    """How many, which divide the batch and hold the transformer as --shard says."""
     memory: float = 80e9
     """Bytes a GPU can use: an 80 GB card has about 85e9, less its context and what fragmentation wastes."""
     flops: float = 989e12
