@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from trajsurgery import FlowBPLagrange
 from trajsurgery.cli.train_command import cli
-from trajsurgery.training.recipe import presets
+from trajsurgery.training.presets import presets
 
 RECIPES = presets(FlowBPLagrange(alpha=0.1, scale=0.25), "outputs/flowbp_lagrange_flux")
 RECIPES |= {

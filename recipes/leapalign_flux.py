@@ -7,7 +7,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while t
 
 from trajsurgery import LeapAlign
 from trajsurgery.cli.train_command import cli
-from trajsurgery.training.recipe import presets
+from trajsurgery.training.presets import presets
 
 RECIPES = presets(LeapAlign(alpha=0.3), "outputs/leapalign_flux")
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from trajsurgery import SRPO
 from trajsurgery.cli.train_command import cli
-from trajsurgery.training.recipe import presets
+from trajsurgery.training.presets import presets
 
 WORDS = ("Natural-lighting", "Detail", "Detailed", "Real"), ("Concept art", "Painting", "Anime", "Flat", "Oil")
 # The words are for HPSv2.1: the embedded scorer reads its own prompts alone, and its Flux has no guidance.

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from trajsurgery import WholeTrajectory
 from trajsurgery.cli.train_command import cli
-from trajsurgery.training.recipe import presets
+from trajsurgery.training.presets import presets
 
 RECIPES = {
     name: replace(recipe, rollout=replace(recipe.rollout, memory="staged"))

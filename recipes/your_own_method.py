@@ -8,7 +8,7 @@ import torch
 from trajsurgery import Plan, latent
 from trajsurgery.cli.train_command import cli
 from trajsurgery.testing import check_gradient
-from trajsurgery.training.recipe import presets
+from trajsurgery.training.presets import presets
 
 
 @dataclass(frozen=True)

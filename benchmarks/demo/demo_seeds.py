@@ -30,8 +30,8 @@ from trajsurgery.cli.train_command import main as run
 from trajsurgery.evaluation.paired_statistics import in_standard_errors
 from trajsurgery.methods import DRaFTLV, DRTune, LeapAlign, ReFL
 from trajsurgery.reports.run_report import table_rows
-from trajsurgery.training.presets import sd3, wan
-from trajsurgery.training.recipe import Recipe, presets
+from trajsurgery.training.presets import presets, sd3, wan
+from trajsurgery.training.recipe import Recipe
 
 RESULTS = Path(__file__).parent / "results"
 METHODS = {"leapalign": LeapAlign(), "drtune": DRTune(), "refl": ReFL(), "draft_lv": DRaFTLV()}

@@ -19,8 +19,9 @@ from trajsurgery.training import trial
 from trajsurgery.training.averages import update_averages
 from trajsurgery.training.checkpoint import TrainingState
 from trajsurgery.training.components import PromptCache, RunComponents, pipeline_arguments, prepare_pipeline
+from trajsurgery.training.presets import presets
 from trajsurgery.training.prompts import Prompt
-from trajsurgery.training.recipe import Recipe, presets
+from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.training_loop import training_step
 
 

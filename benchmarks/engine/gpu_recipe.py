@@ -17,8 +17,9 @@ from trajsurgery.cli.train_command import main
 from trajsurgery.rewards.contract import Reward
 from trajsurgery.rewards.hpsv2 import HPSv2
 from trajsurgery.training.components import RunComponents, prepare_pipeline
+from trajsurgery.training.presets import paper
 from trajsurgery.training.prompts import Prompt
-from trajsurgery.training.recipe import Recipe, paper
+from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.settings import Evaluation, Trained
 
 

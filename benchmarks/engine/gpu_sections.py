@@ -154,7 +154,7 @@ def predicted(scale: Scale, record: Record) -> None:
     Two GPUs in the recipe stand for weights in bfloat16: on one the dry run counts float32 masters.
     """
     from trajsurgery import LeapAlign, plan_memory
-    from trajsurgery.training.recipe import paper
+    from trajsurgery.training.presets import paper
 
     base = paper(LeapAlign(alpha=0.3), "unused")
     hardware = replace(base.hardware, gpus=2)

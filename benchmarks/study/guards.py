@@ -32,7 +32,8 @@ from trajsurgery.cli.train_command import main as run
 from trajsurgery.methods import LeapAlign
 from trajsurgery.training.checkpoint import METRICS, Log
 from trajsurgery.training.objective import Objective
-from trajsurgery.training.recipe import Recipe, presets
+from trajsurgery.training.presets import presets
+from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.settings import Evaluation, Guards, Optimiser
 
 RESULTS = Path(__file__).parent / "results"

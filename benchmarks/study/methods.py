@@ -9,7 +9,8 @@ from typing import Literal
 
 from benchmarks.study.runs import Task
 from trajsurgery import methods
-from trajsurgery.training.recipe import Method, Recipe, presets
+from trajsurgery.training.presets import presets
+from trajsurgery.training.recipe import Method, Recipe
 
 METHODS: dict[str, Method] = {
     "refl": methods.ReFL(),

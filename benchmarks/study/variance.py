@@ -32,7 +32,8 @@ from benchmarks.study.variance_runs import METHODS, Trainings, compare_rewards
 from trajsurgery import PerSample, Plan, backward, distances, operate
 from trajsurgery.training import objective
 from trajsurgery.training.components import PromptCache, RunComponents, hinge_threshold, load, pipeline_arguments
-from trajsurgery.training.recipe import Recipe, presets
+from trajsurgery.training.presets import presets
+from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.training_loop import iteration_generator
 
 RESULTS = Path(__file__).parent / "results"

@@ -15,7 +15,8 @@ from trajsurgery.evaluation.held_out import evaluate
 from trajsurgery.methods import DRTune, LeapAlign
 from trajsurgery.training.checkpoint import TrainingState, write_atomically
 from trajsurgery.training.components import PromptCache, hinge_threshold, load, pipeline_arguments
-from trajsurgery.training.recipe import Recipe, presets
+from trajsurgery.training.presets import presets
+from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.training_loop import training_step
 
 METHODS: dict[str, Any] = {"leapalign": LeapAlign(alpha=0.3), "drtune": DRTune(connected=True)}

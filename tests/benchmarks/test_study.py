@@ -18,7 +18,7 @@ from tests.builders.study_runs import invented
 from trajsurgery.errors import RecipeError, SurgeryError
 from trajsurgery.methods import DRTune
 from trajsurgery.training import components
-from trajsurgery.training.recipe import presets
+from trajsurgery.training.presets import presets
 from trajsurgery.training.training_loop import iteration_generator
 
 # -- one run ----------------------------------------------------------------------------------------------------------

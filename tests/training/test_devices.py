@@ -16,7 +16,7 @@ from torch.utils._device import _device_constructors
 from trajsurgery import LeapAlign, RecipeError
 from trajsurgery.cli import train_command
 from trajsurgery.training import ranks
-from trajsurgery.training.recipe import presets
+from trajsurgery.training.presets import presets
 from trajsurgery.training.settings import Guards
 
 ROOT = Path(train_command.__file__).parents[1]

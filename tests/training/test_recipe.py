@@ -18,7 +18,8 @@ from trajsurgery import DRaFTLV, DRTune, LeapAlign, RecipeError, ReFL
 from trajsurgery.cli import train_command
 from trajsurgery.training import model_folder, preflight
 from trajsurgery.training.objective import Objective
-from trajsurgery.training.recipe import FREE, Method, Recipe, differences, paper, presets
+from trajsurgery.training.presets import paper, presets
+from trajsurgery.training.recipe import FREE, Method, Recipe, differences
 from trajsurgery.training.settings import Evaluation, Optimiser, Rollout, Shard, Trained
 
 ROOT = Path(__file__).parents[2]

@@ -1,7 +1,7 @@
 """Training: from a recipe to tuned weights, with one loop for all methods.
 
-recipe.py, settings.py                a run as one frozen value; its presets for Flux (`presets`), the demo's among them
-presets.py                            the presets for SD3 and Wan
+recipe.py, settings.py                a run as one frozen value
+presets.py                            the demo's settings, the paper's, and those for one card
 preflight.py, model_folder.py         checks before anything is loaded
 trial.py                              one model call forward and backward before a run
 components.py                         loads pipeline, rewards and prompts

@@ -1,13 +1,91 @@
-"""The recipes of the other backbones: a Stable Diffusion 3, and a Wan that makes videos."""
+"""The presets of recipes: Flux on the embedded world (the demo), the paper's run, one card; SD3, and Wan for videos."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from trajsurgery.training.objective import Objective
-from trajsurgery.training.recipe import Method, Recipe, paper
-from trajsurgery.training.settings import Evaluation, Optimiser, Rollout
+from trajsurgery.training.recipe import Method, Recipe
+from trajsurgery.training.settings import Decoder, Evaluation, Hardware, Optimiser, Rollout, Trained
+
+
+def paper(method: Method, output: str) -> Recipe:
+    """FLUX.1-dev with the paper's numbers (section 6.1, appendix E), HPSv2.1 as the reward."""
+    return Recipe(
+        preset="paper",
+        method=method,
+        model="black-forest-labs/FLUX.1-dev",
+        reward="hpsv2.1",
+        prompts="prompts/hpdv2_train.txt",
+        heldout="prompts/hpdv2_test.txt",
+        objective=Objective(threshold=0.55, tau=0.1),
+        rollout=Rollout(
+            steps=25,
+            batch=64,
+            at_once=2,  # what the float32 decode leaves room for on 16 GPUs of 80 GB: the dry run
+            size=720,
+            guidance=3.5,
+            memory="staged",
+            checkpointing=True,
+            precision="bfloat16",
+        ),
+        optimiser=Optimiser(rate=1e-5, betas=(0.9, 0.999), weight_decay=1e-4),
+        iterations=300,
+        evaluation=Evaluation(images=1600, steps=50, batch=4),
+        hardware=Hardware(gpus=16),
+        output=Path(output),
+    )
+
+
+def on_one_card(large: Recipe) -> dict[str, Recipe]:
+    """Return a large recipe as presets for one GPU, which `--dry-run` finds to fit."""
+    rollout = replace(large.rollout, at_once=1, memory="split")
+    decoder = Decoder(precision="bfloat16", checkpointing=True)
+    one = replace(large, rollout=rollout, decoder=decoder, hardware=Hardware())
+    adapters = replace(one, train=Trained("lora", rank=32), optimiser=replace(large.optimiser, rate=1e-4))
+    cards: dict[Any, Recipe] = {
+        "lora-24gb": replace(
+            adapters,
+            train=replace(adapters.train, base="nf4"),
+            rollout=replace(rollout, memory="staged"),
+            decoder=replace(decoder, tiling=512),
+            hardware=Hardware(memory=24e9, flops=165e12),
+        ),
+        "lora-80gb": adapters,
+        "full-80gb": replace(
+            one,
+            train=Trained(weights="bfloat16"),
+            optimiser=replace(large.optimiser, name="adamw8bit"),
+            ema_on="cpu",
+            hardware=Hardware(memory=83e9),
+        ),
+    }
+    return {
+        name: replace(card, preset=name, output=large.output.with_name(f"{large.output.name}_{name}"))
+        for name, card in cards.items()
+    }
+
+
+def presets(method: Method, output: str) -> dict[str, Recipe]:
+    """The recipes of a method: on the embedded world, the paper's on 16 GPUs, and the same on one.
+
+    The embedded world's settings were chosen on validation prompts (benchmarks/demo/choose_settings.py): its rate in
+    this world.
+    """
+    return {
+        "tiny": replace(
+            Recipe(),
+            method=method,
+            prompts="tiny:even",
+            objective=Objective(threshold=0.45, tau=0.02),
+            evaluation=Evaluation(pictures=480),
+            output=Path(output),
+        ),
+        "paper": paper(method, f"{output}_paper"),
+        **on_one_card(paper(method, output)),
+    }
 
 
 def sd3(method: Method, output: str) -> dict[str, Recipe]:
