@@ -73,7 +73,6 @@ def _is_finite(recipe: Recipe, world: RunComponents) -> bool:
     generators = [torch.Generator().manual_seed(i) for i in share[: len(texts)]]
     with operate(world.pipe) as surgery:
         world.pipe(**arguments, num_inference_steps=STEPS, generator=generators, output_type="latent")
-    parameters = [p for p in world.module.parameters() if p.requires_grad]
     try:
         backward(refl(1), surgery.trajectory, surgery.field, torch.ones_like(surgery.trajectory[0]))
         sharding.release(world.module)
@@ -82,7 +81,8 @@ def _is_finite(recipe: Recipe, world: RunComponents) -> bool:
             raise RecipeError("no parameter that trains gets a gradient from a model call: see --train.")
         return not ranks.any_rank(not bool(torch.nn.utils.get_total_norm(gradients).isfinite()))
     finally:
-        for parameter in parameters:
+        sharding.release(world.module)  # FSDP's gradients are the shards'
+        for parameter in world.module.parameters():
             parameter.grad = None
 
 
