@@ -44,12 +44,12 @@ def swapped(module: nn.Module, others: Sequence[Tensor]) -> Generator[None]:
 
 @torch.no_grad()
 def _set(module: nn.Module, values: Sequence[Tensor]) -> None:
-    sharding.release(module)
     for parameter, value in zip(_shards(module), values, strict=True):
         parameter.copy_(value)
 
 
 def _shards(module: nn.Module) -> list[Tensor]:
+    sharding.release(module)  # a module whose weights are gathered has others
     return [sharding.local(p.detach()) for p in module.parameters() if p.requires_grad]
 
 
