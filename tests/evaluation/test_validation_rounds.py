@@ -23,6 +23,7 @@ from trajsurgery.evaluation import validation_rounds
 from trajsurgery.evaluation.held_out import evaluate
 from trajsurgery.reports import run_report, validation_report
 from trajsurgery.rewards.loading import mixture_weights
+from trajsurgery.training import training_loop
 from trajsurgery.training.checkpoint import CHECKPOINT, METRICS, Log, TrainingState, resume
 from trajsurgery.training.components import RunComponents, load
 from trajsurgery.training.early_stopping import EarlyStopping
@@ -115,21 +116,14 @@ def test_a_falling_score_stops_the_run_and_the_best_weights_are_saved(tmp_path: 
     settings = recipe(tmp_path)
     components = world(settings, until=0.12)
     first, averaged = [p.detach().clone() for p in components.module.parameters()], dict[int, list[Tensor]]()
-    start = TrainingState.start
+    update = training_loop.update_averages
 
-    def recording_start(*arguments: Any) -> TrainingState:
-        training = start(*arguments)
-        step = training.ema.step
-
-        def recording_step(parameters: Any) -> None:
-            step(parameters)
-            averaged[training.iteration + 1] = [p.clone() for p in training.ema.shadow_params]
-
-        training.ema.step = recording_step
-        return training
+    def recording_update(averages: Any, parameters: Any) -> None:
+        update(averages, parameters)
+        averaged[averages.optimization_step] = [p.clone() for p in averages.shadow_params]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainingState, "start", recording_start)
+        patch.setattr(training_loop, "update_averages", recording_update)
         summary = main(settings, components)
     assert summary is not None
     held = {look["iteration"]: look["metrics"]["held"] for look in validation_lines(tmp_path)}

@@ -62,10 +62,7 @@ def on_one_card(large: Recipe) -> dict[str, Recipe]:
             hardware=Hardware(memory=83e9),
         ),
     }
-    return {
-        name: replace(card, preset=name, output=large.output.with_name(f"{large.output.name}_{name}"))
-        for name, card in cards.items()
-    }
+    return {name: replace(card, preset=name, output=Path(f"{large.output}_{name}")) for name, card in cards.items()}
 
 
 def presets(method: Method, output: str) -> dict[str, Recipe]:
