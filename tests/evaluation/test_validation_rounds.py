@@ -22,7 +22,6 @@ from trajsurgery.cli.train_command import main
 from trajsurgery.evaluation import validation_rounds
 from trajsurgery.evaluation.held_out import evaluate
 from trajsurgery.reports import run_report, validation_report
-from trajsurgery.rewards.loading import mixture_weights
 from trajsurgery.training import training_loop
 from trajsurgery.training.checkpoint import CHECKPOINT, METRICS, Log, TrainingState, resume
 from trajsurgery.training.components import RunComponents, load
@@ -275,30 +274,6 @@ def test_the_picture_has_validation_and_anchor_below_the_curve(tmp_path: Path) -
     with_anchor = [{**line, "anchor": 0.1} if line["kind"] == "iteration" else line for line in lines]
     both = imread(run_report.draw_curve(tmp_path / "both.png", "title", with_anchor)).shape
     assert plain[0] < watched[0] < both[0]
-
-
-@pytest.mark.parametrize(
-    "reward, weights",
-    [
-        ("hpsv2.1", {}),
-        ("a.b:C", {}),
-        ("hpsv2.1:weights/2*3.pt", {}),
-        ("0.7*hpsv2.1+0.3*pickscore", {"hpsv2.1": 0.7, "pickscore": 0.3}),
-        (" 1e-1 * a.b:C - 2*tiny:scorer_b + .5*x ", {"a.b:C": 0.1, "tiny:scorer_b": -2.0, "x": 0.5}),
-        ("-1*tiny", {"tiny": -1.0}),
-        ("1*hpsv2.1:a+b.pt+2.*remote:here:1", {"hpsv2.1:a+b.pt": 1.0, "remote:here:1": 2.0}),
-    ],
-)
-def test_mixtures_are_parsed(reward: str, weights: dict[str, float]) -> None:
-    assert mixture_weights(reward) == weights
-
-
-@pytest.mark.parametrize("reward", ["0.7*", "1*tiny+2*tiny", "1*tiny+2*"])
-def test_invalid_mixtures_are_refused(reward: str) -> None:
-    with pytest.raises(RecipeError, match="a mixture is a weight and a scorer"):
-        mixture_weights(reward)
-    with pytest.raises(RecipeError, match="a mixture is a weight and a scorer"):
-        train_command.preflight.check_recipe(Recipe(reward=reward))
 
 
 def test_validation_prompts_are_a_file_s_or_the_embedded_world_s(tmp_path: Path) -> None:

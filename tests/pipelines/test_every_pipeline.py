@@ -10,6 +10,7 @@ from tests.builders.pipelines.every import BUILDERS
 from tests.tolerances import STOCK, VALUE
 from trajsurgery import apply, backward, leapalign, operate
 from trajsurgery.plans.plan import Plan
+from trajsurgery.training.training_loop import as_argument
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -25,6 +26,16 @@ def test_operate_is_exact_and_gives_the_whole_gradient(name: str) -> None:
     assert measurements.recompute < tolerance
     assert measurements.split < tolerance
     assert measurements.staged < tolerance
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_generators_are_taken_as_training_passes_them(name: str) -> None:
+    """One for each sample, and of a single sample no list, which Wan VACE refuses."""
+    small = BUILDERS[name]()
+    with operate(small.pipe) as surgery:
+        small()
+    generators = [torch.Generator().manual_seed(i) for i in range(len(surgery.trajectory[0]))]
+    small.pipe(**small.arguments | {"generator": as_argument(generators)})
 
 
 TURNS = {leapalign(4, 1): (True, True), leapalign(4, 3): (True, False), leapalign(2, 1): (False, True)}

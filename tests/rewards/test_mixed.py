@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from tests.tolerances import EXACT, STOCK
-from trajsurgery import RewardError
+from trajsurgery import RecipeError, RewardError
 from trajsurgery.rewards.contract import Reward
-from trajsurgery.rewards.loading import mixture_parts
+from trajsurgery.rewards.loading import mixture_parts, mixture_weights
 from trajsurgery.rewards.mixtures import Relative, Weighted
+from trajsurgery.training import preflight
+from trajsurgery.training.recipe import Recipe
 
 
 class Wave(Reward):
@@ -103,3 +105,27 @@ def test_parts_with_one_name_are_both_listed() -> None:
     """A mixture of two weights files of one reward."""
     a, b = Wave(1.0), Wave(1.0)
     assert mixture_parts(Weighted([(a, 0.5), (b, 0.5)])) == {"0.5*wave 1": a, "0.5*wave 1 (2)": b}
+
+
+@pytest.mark.parametrize(
+    "reward, weights",
+    [
+        ("hpsv2.1", {}),
+        ("a.b:C", {}),
+        ("hpsv2.1:weights/2*3.pt", {}),
+        ("0.7*hpsv2.1+0.3*pickscore", {"hpsv2.1": 0.7, "pickscore": 0.3}),
+        (" 1e-1 * a.b:C - 2*tiny:scorer_b + .5*x ", {"a.b:C": 0.1, "tiny:scorer_b": -2.0, "x": 0.5}),
+        ("-1*tiny", {"tiny": -1.0}),
+        ("1*hpsv2.1:a+b.pt+2.*remote:here:1", {"hpsv2.1:a+b.pt": 1.0, "remote:here:1": 2.0}),
+    ],
+)
+def test_mixtures_are_parsed(reward: str, weights: dict[str, float]) -> None:
+    assert mixture_weights(reward) == weights
+
+
+@pytest.mark.parametrize("reward", ["0.7*", "1*tiny+2*tiny", "1*tiny+2*"])
+def test_names_that_are_no_mixture_are_refused(reward: str) -> None:
+    with pytest.raises(RecipeError, match="a mixture is a weight and a scorer"):
+        mixture_weights(reward)
+    with pytest.raises(RecipeError, match="a mixture is a weight and a scorer"):
+        preflight.check_recipe(Recipe(reward=reward))

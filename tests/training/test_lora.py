@@ -95,3 +95,16 @@ def test_a_run_trains_only_adapters_under_autocast(memory: Any, tmp_path: Path) 
     adapters = {n: p for n, p in plain.transformer.named_parameters() if "lora_B" in n}
     assert adapters
     assert all(p.abs().sum() > 0 for p in adapters.values())
+
+
+def test_adapters_follow_from_the_seed_and_draw_nothing_from_the_global_generator() -> None:
+    def drawn(global_seed: int, seed: int) -> list[torch.Tensor]:
+        module = PIPELINES["flux"]().pipe.transformer
+        torch.manual_seed(global_seed)
+        state = torch.get_rng_state()
+        lora.set_trainable(module, Trained(what="lora", rank=2, targets=TARGETS), seed)
+        assert torch.equal(torch.get_rng_state(), state)
+        return [p for n, p in module.named_parameters() if "lora_A" in n]
+
+    assert all(map(torch.equal, drawn(1, 7), drawn(2, 7)))
+    assert not any(map(torch.equal, drawn(1, 7), drawn(1, 8)))

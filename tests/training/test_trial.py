@@ -13,10 +13,11 @@ from diffusers.models import attention_dispatch
 from torch import Tensor
 
 from tests.builders import toy_world
-from trajsurgery import RecipeError, SamplerError
+from trajsurgery import DRaFTLV, RecipeError, SamplerError
 from trajsurgery.cli import train_command
 from trajsurgery.training import trial
 from trajsurgery.training.components import check_reward
+from trajsurgery.training.settings import Guards
 
 REGISTRY = attention_dispatch._AttentionBackendRegistry
 NATIVE, MATH = attention_dispatch.AttentionBackendName.NATIVE, attention_dispatch.AttentionBackendName._NATIVE_MATH
@@ -106,21 +107,39 @@ def test_non_finite_weights_are_named(tmp_path: Path) -> None:
         trial.check_gradient_is_finite(recipe, world, lambda line: pytest.fail(line))
 
 
-def test_a_loop_that_cannot_be_replayed_is_refused_before_any_image(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(train_command, "evaluate", lambda *_: pytest.fail("images were sampled"))
-    recipe = toy_world.recipe(tmp_path)
-    world = toy_world.world(recipe)
-    calls: list[int] = []
+def drifting_world(settings: Any) -> Any:
+    """The toy world with a model that sees other latents from call to call, which no replay can repeat."""
+    components, calls = toy_world.world(settings), list[int]()
 
-    def drifting(module: Any, args: Any, kwargs: Any) -> Any:
+    def drift(module: Any, args: Any, kwargs: Any) -> Any:
         calls.append(1)
         return args, {**kwargs, "hidden_states": kwargs["hidden_states"] * (1 + 0.3 * len(calls))}
 
-    world.module.register_forward_pre_hook(drifting, with_kwargs=True)
+    components.module.register_forward_pre_hook(drift, with_kwargs=True)
+    return components
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"rollout": {"memory": "staged"}}, {"method": DRaFTLV(n=1)}, {"guards": Guards(anchor=0.1)}],
+    ids=str,
+)
+def test_a_loop_that_cannot_be_replayed_is_refused_before_any_image_if_the_run_replays_it(
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_command, "evaluate", lambda *_: pytest.fail("images were sampled"))
+    recipe = toy_world.recipe(tmp_path)
+    rollout = replace(recipe.rollout, **changes.get("rollout", {}))
+    recipe = replace(recipe, **{**changes, "rollout": rollout})
     with pytest.raises(SamplerError, match="gives another velocity than in its rollout"):
-        train_command.main(recipe, world)
+        train_command.main(recipe, drifting_world(recipe))
+
+
+@pytest.mark.parametrize("memory", ["split", "retain"])
+def test_a_loop_that_cannot_be_replayed_trains_if_the_run_does_not_replay_it(memory: Any, tmp_path: Path) -> None:
+    recipe = toy_world.recipe(tmp_path)
+    recipe = replace(recipe, rollout=replace(recipe.rollout, memory=memory))
+    trial.check_gradient_is_finite(recipe, drifting_world(recipe), pytest.fail)
 
 
 def test_settings_in_bfloat16_and_with_adapters_pass(tmp_path: Path) -> None:

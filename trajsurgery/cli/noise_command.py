@@ -30,7 +30,7 @@ from trajsurgery.training.recipe import EMBEDDED
 from trajsurgery.training.training_loop import catch_interruptions
 
 STATE, INTERRUPTED, THUMBNAIL = "noise_state.pt", 130, 256
-FREE = ("iterations", "save_every", "pictures", "threads", "output", "overwrite")
+FREE = ("iterations", "save_every", "pictures", "threads", "device", "output", "overwrite")
 """Settings that may differ between a search and its resumption."""
 
 
@@ -116,7 +116,7 @@ def check_noise_recipe(recipe: NoiseRecipe) -> None:
 
 def _load_components(recipe: NoiseRecipe) -> tuple[Any, Reward]:
     with components.quiet():
-        device = ranks.choose_device("auto")
+        device = ranks.choose_device(recipe.device)
         pipe = components.load_pipeline(recipe.model, device).to(device)
         return pipe, load_reward(recipe.reward, pipe.transformer.device)
 

@@ -31,6 +31,7 @@ from trajsurgery.training.checkpoint import write_atomically
 from trajsurgery.training.components import quiet
 from trajsurgery.training.preflight import reward_problem
 from trajsurgery.training.prompts import Prompt, read_prompts
+from trajsurgery.training.ranks import choose_device
 from trajsurgery.training.recipe import EMBEDDED
 
 SETTINGS, FIGURES = "settings.json", "evaluation.json"
@@ -44,12 +45,12 @@ def evaluate_models(options: Evaluate, console: Console) -> int:
     Raises:
         RecipeError, RewardError: invalid options, before an image is made.
     """
+    device = choose_device(options.device)
     prompts, variants = _load_prompts(options), find_variants(options)
     call = _pipeline_arguments(options)
     rewards = _load_rewards(options, variants, call)
     samples = list_samples(prompts, options.images, options.seed)
     _record_or_check_settings(options, variants, call, samples)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for variant in variants:
         _make_images(options, variant, call, samples, console)
     scores = {variant.name: dict[str, list[float]]() for variant in variants}
@@ -202,7 +203,7 @@ def _make_images(
     if not missing:
         return
     with console.status(f"loading {variant.where}"):
-        pipe = variant.load(base_model(options), options.precision)
+        pipe = variant.load(base_model(options), options.precision, options.device)
     accepted = inspect.signature(pipe.__call__).parameters
     unknown = [name for name in call if name not in accepted]
     if unknown and any(getattr(options, {"guidance_scale": "guidance"}.get(name, name), None) for name in unknown):

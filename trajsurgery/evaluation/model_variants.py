@@ -35,18 +35,17 @@ class ModelVariant:
     where: str
     """Name or path of a whole model, of a transformer alone, or of adapters for the base."""
 
-    def load(self, base: str, precision: Literal["float32", "bfloat16"]) -> Any:
+    def load(self, base: str, precision: Literal["float32", "bfloat16"], device: str = "auto") -> Any:
         """Load its pipeline, in eval mode and without progress bars."""
-        device = ranks.choose_device("auto")
         with components.quiet():
-            pipe = components.load_pipeline(self.where if self.kind == "model" else base, device)
+            pipe = components.load_pipeline(self.where if self.kind == "model" else base, ranks.choose_device(device))
             if self.kind == "transformer":
                 transformer = type(pipe.transformer).from_pretrained(self.where, torch_dtype=pipe.transformer.dtype)
                 pipe.register_modules(transformer=transformer.to(pipe.transformer.device))
             elif self.kind == "adapters":
                 file = _adapter_file(Path(self.where)) or Path(self.where) / LORA
                 pipe.load_lora_weights(str(file.parent), weight_name=file.name, local_files_only=True)
-        return components.prepare_pipeline(pipe, Recipe(rollout=Rollout(precision=precision)))
+        return components.prepare_pipeline(pipe, Recipe(rollout=Rollout(precision=precision), device=device))
 
     def fingerprint(self) -> str | None:
         """Return a hash that changes if the weight files do; None for what has no folder of its own."""

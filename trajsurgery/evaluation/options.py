@@ -23,6 +23,8 @@ class Score:
     """Where the scores are written, as JSON; scores.json beside the prompts if left out."""
     batch: int = 1
     """Pictures at once, of those that have one size."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class Evaluate:
     """Images at once. It changes an image slightly: other batch sizes round differently."""
     seed: int = 0
     """Determines all noise; the seed of each image is in evaluation.json."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     output: Path = Path("outputs/evaluation")
     """Folder for images and figures."""
     overwrite: bool = False

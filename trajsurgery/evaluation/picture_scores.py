@@ -21,6 +21,7 @@ from trajsurgery.rewards.loading import Reward, load_reward
 from trajsurgery.training.checkpoint import write_atomically
 from trajsurgery.training.components import quiet
 from trajsurgery.training.preflight import reward_problem
+from trajsurgery.training.ranks import choose_device
 
 KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -156,7 +157,7 @@ def score_command(options: Score, console: Console) -> int:
     if problems := [problem for name in options.reward if (problem := reward_problem(name))]:
         raise RewardError("\n".join(problems))
     pictures = find_pictures(options.images, options.prompts)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(options.device)
     scores, facts = dict[str, list[float]](), dict[str, dict[str, Any]]()
     for name in dict.fromkeys(options.reward):
         with quiet():

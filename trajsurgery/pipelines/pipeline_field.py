@@ -96,6 +96,18 @@ class PipelineField:
         if not self._unchanged() or not torch.equal(x, self._trajectory[t]):
             return
         self._checked.add(t)
+        self._compare(t, v)
+
+    @torch.no_grad()
+    def check_replay(self, t: int) -> None:
+        """Raise SamplerError if the pipeline, entered again at t, gives another velocity than in its rollout.
+
+        The first call at each time checks this by itself, but not where FSDP holds the weights. They must be the
+        rollout's. Waits for the device.
+        """
+        self._compare(t, self(self._trajectory[t], self._trajectory.sigma(t)))
+
+    def _compare(self, t: int, v: Tensor) -> None:
         expected = self._trajectory.velocity(t).double()
         apart = (v.double() - expected).norm() / expected.norm().clamp_min(1e-30)
         if float(apart) > (0.01 if v.dtype in (torch.float32, torch.float64) else 0.1):

@@ -27,25 +27,31 @@ _SEED = 2**42
 def swapped(module: nn.Module, others: Sequence[Tensor]) -> Generator[None]:
     """Give what trains the values of `others` for the block.
 
-    It needs memory for a copy of what trains, where `others` lie.
+    Both swap their values in place, with memory for one more tensor. Where `others` have another dtype, which a swap
+    would round, they stay as they are, and a copy of what trains is held where they lie.
 
     No graph from before the block may be run in it, and no graph made in it may be run after it.
 
     Args:
         others: for each parameter that trains, a tensor like this rank's shard of it.
     """
-    values = [shard.to(other.device, copy=True) for shard, other in zip(_shards(module), others, strict=True)]
-    _set(module, others)
+    pairs = list(zip(_shards(module), others, strict=True))
+    swap = all(shard.dtype == other.dtype for shard, other in pairs)
+    weights = others if swap else [shard.to(other.device, copy=True) for shard, other in pairs]
+    _give(module, others, swap)
     try:
         yield
     finally:
-        _set(module, values)
+        _give(module, weights, swap)
 
 
 @torch.no_grad()
-def _set(module: nn.Module, values: Sequence[Tensor]) -> None:
-    for parameter, value in zip(_shards(module), values, strict=True):
-        parameter.copy_(value)
+def _give(module: nn.Module, values: Sequence[Tensor], swap: bool) -> None:
+    for shard, value in zip(_shards(module), values, strict=True):
+        before = shard.clone() if swap else None
+        shard.copy_(value)
+        if before is not None:
+            value.copy_(before)
 
 
 def _shards(module: nn.Module) -> list[Tensor]:

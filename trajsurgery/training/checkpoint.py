@@ -58,9 +58,8 @@ class TrainingState:
         parameters = [p for p in module.parameters() if p.requires_grad]
         optimiser = make_optimiser(recipe.optimiser, parameters)
         anchor = Anchor(module, recipe.guards.anchor, recipe.seed) if recipe.guards.anchor else None
-        state = cls(module, optimiser, EMAModel([]), parameters=parameters, anchor=anchor)
-        state.ema = start_averages(state.local, recipe.ema, recipe.ema_on == "cpu")
-        return state
+        ema = start_averages([sharding.local(p.detach()) for p in parameters], recipe.ema, recipe.ema_on == "cpu")
+        return cls(module, optimiser, ema, parameters=parameters, anchor=anchor)
 
     @property
     def finite(self) -> bool:
@@ -96,11 +95,8 @@ class TrainingState:
 
     def set_averages(self, values: Sequence[torch.Tensor]) -> None:
         """Set the averaged weights to whole tensors."""
-        averages = self.ema.shadow_params
-        self.ema.shadow_params = [
-            sharding.local(sharding.shard_of(value, parameter)).to(average.device, average.dtype)
-            for value, average, parameter in zip(values, averages, self.parameters, strict=True)
-        ]
+        for average, value, parameter in zip(self.ema.shadow_params, values, self.parameters, strict=True):
+            average.copy_(sharding.local(sharding.shard_of(value, parameter)))
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Restore what `state` returned, on any number of ranks."""
@@ -109,10 +105,8 @@ class TrainingState:
             for parameter, value in zip(self.parameters, state["weights"], strict=True):
                 parameter.copy_(sharding.shard_of(value, parameter))
         self.optimiser.load_state_dict(sharding.sharded_optimiser_state(state["optimiser"], self.parameters))
-        averages = self.ema.shadow_params
-        self.ema.load_state_dict(state["ema"])
-        values, self.ema.shadow_params = self.ema.shadow_params, averages
-        self.set_averages(values)
+        self.ema.load_state_dict({name: value for name, value in state["ema"].items() if name != "shadow_params"})
+        self.set_averages(state["ema"]["shadow_params"])
         self.before = state["before"]
         self.iteration, self.skipped, self.in_a_row = state["iteration"], state["skipped"], state["in_a_row"]
         self.looked = state.get("looked", False)  # checkpoints of 0.1.0 have none

@@ -37,11 +37,11 @@ def kept_dtype(recipe: Recipe) -> torch.dtype:
 
 
 def to_bfloat16(module: nn.Module) -> None:
-    """Convert a transformer's weights, but for the modules that diffusers keeps in float32."""
+    """Convert a transformer's weights, but for the modules that diffusers keeps in float32, as it does in loading."""
     exempt: set[str] = set(getattr(module, "_keep_in_fp32_modules", None) or [])
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if tensor.is_floating_point() and exempt.isdisjoint(name.split(".")):
-            tensor.data = tensor.data.to(torch.bfloat16)
+    for name, parameter in module.named_parameters():
+        if exempt.isdisjoint(name.split(".")):
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def is_quantised(trained: Trained) -> bool:

@@ -176,7 +176,6 @@ FREE = (
     "device",
     "shard",
     "gather",
-    "threads",
     "ema_on",
     "evaluation.pictures",
     "dry_run",

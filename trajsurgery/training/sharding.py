@@ -6,7 +6,6 @@ anchor work on a rank's own shards, `local(parameter)`.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -87,7 +86,7 @@ def distribute(module: nn.Module, recipe: Recipe, device: torch.device) -> None:
 
 def _mesh(device: torch.device) -> DeviceMesh:
     """Shards within a node, copies across nodes (HSDP)."""
-    within = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.count()))
+    within = ranks.on_this_node()
     nodes = ranks.count() // within
     if nodes > 1:
         return init_device_mesh(device.type, (nodes, within), mesh_dim_names=("replicate", "shard"))

@@ -76,6 +76,11 @@ def sample_generators(generator: torch.Generator, batch: int) -> list[torch.Gene
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
+def as_argument(generators: list[torch.Generator]) -> torch.Generator | list[torch.Generator]:
+    """Return a pipeline's `generator`. A single one is no list: some pipelines (Wan VACE) take none."""
+    return generators[0] if len(generators) == 1 else generators
+
+
 def train(
     recipe: Recipe,
     world: RunComponents,
@@ -132,7 +137,7 @@ def training_step(
         for start in rows[::at_once]:
             end = min(start + at_once, rows.stop)
             part = texts[start:end]
-            arguments = {**embeddings(part), "generator": noise[start:end]}
+            arguments = {**embeddings(part), "generator": as_argument(noise[start:end])}
             inputs = RolloutInputs(part, arguments, renoise[start:end], seed, len(part) / len(texts))
             part_plans = [plan_of_samples(plan, start, end) for plan in plans]
             sharding.reduce_in(world.module, last=end == rows.stop)

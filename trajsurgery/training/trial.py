@@ -18,9 +18,11 @@ from trajsurgery.errors import RecipeError, SurgeryError
 from trajsurgery.methods.refl import refl
 from trajsurgery.pipelines.operate import operate
 from trajsurgery.surgery.api import backward
-from trajsurgery.training import attention, ranks, sharding
+from trajsurgery.surgery.velocity_calls import IN_ROLLOUT
+from trajsurgery.training import attention, ranks, sharding, srpo_support
 from trajsurgery.training.components import PromptCache, RunComponents, pipeline_arguments
 from trajsurgery.training.recipe import Recipe
+from trajsurgery.training.training_loop import as_argument
 
 STEPS = 2
 
@@ -67,14 +69,21 @@ def check_gradient_is_finite(recipe: Recipe, world: RunComponents, tell: Callabl
 
 def _is_finite(recipe: Recipe, world: RunComponents) -> bool:
     """Whether one call at the last step of a short rollout gives every parameter a finite gradient, on all ranks."""
-    share = ranks.rows(recipe.rollout.batch)
+    share, memory = ranks.rows(recipe.rollout.batch), recipe.rollout.memory
     texts = [world.texts[0]] * min(recipe.rollout.at_once or len(share), len(share))
     arguments = {**pipeline_arguments(recipe), **PromptCache(world.pipe, texts[:1], pipeline_arguments(recipe))(texts)}
-    generators = [torch.Generator().manual_seed(i) for i in share[: len(texts)]]
-    with operate(world.pipe) as surgery:
-        world.pipe(**arguments, num_inference_steps=STEPS, generator=generators, output_type="latent")
+    generator = as_argument([torch.Generator().manual_seed(i) for i in share[: len(texts)]])
+    call = {**arguments, "num_inference_steps": STEPS, "generator": generator, "output_type": "latent"}
     try:
-        backward(refl(1), surgery.trajectory, surgery.field, torch.ones_like(surgery.trajectory[0]))
+        if memory == "staged" or _enters_again(recipe):
+            with operate(world.pipe) as surgery:
+                world.pipe(**call)
+            surgery.field.check_replay(1)
+            backward(refl(1), surgery.trajectory, surgery.field, torch.ones_like(surgery.trajectory[0]))
+        else:
+            with operate(world.pipe, refl(1), memory) as surgery:
+                world.pipe(**call)
+            torch.autograd.backward(surgery.outputs, [torch.ones_like(output) for output in surgery.outputs])
         sharding.release(world.module)
         gradients = [sharding.local(p.grad) for p in world.module.parameters() if p.grad is not None]
         if not gradients:
@@ -84,6 +93,15 @@ def _is_finite(recipe: Recipe, world: RunComponents) -> bool:
         sharding.release(world.module)  # FSDP's gradients are the shards'
         for parameter in world.module.parameters():
             parameter.grad = None
+
+
+def _enters_again(recipe: Recipe) -> bool:
+    """Whether the recipe's plans make model calls after the rollout, through the pipeline's replayed loop."""
+    rollout, plan = recipe.rollout, recipe.method.draw(recipe.rollout.steps, torch.Generator().manual_seed(recipe.seed))
+    one_pass = rollout.memory in IN_ROLLOUT and rollout.plans == 1 and rollout.times == "shared"
+    return not one_pass or bool(
+        plan.cost(rollout.steps).extra or recipe.guards.anchor or srpo_support.needs_guided_field(plan)
+    )
 
 
 @contextmanager

@@ -37,6 +37,8 @@ class NoiseRecipe:
     """Images in filmstrip.png."""
     save_every: int = 5
     """Iterations between checkpoints: what a killed run has to repeat."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     threads: int = 1
     """Threads of torch on the CPU."""
     output: Path = Path("outputs/reno_flux")
