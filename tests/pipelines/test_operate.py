@@ -253,3 +253,15 @@ def test_noise_gets_its_gradient(small: Small) -> None:
     assert start.grad is not None
     assert bool(start.grad.any())
     assert torch.equal(plain, small().images)
+
+
+def test_under_split_the_call_on_noise_and_what_follows_are_made_again_and_cost_says_so(small: Small) -> None:
+    plan, calls = Plan(noise().leap(3).connect().leap(0)), list[bool]()
+    handle = small.pipe.transformer.register_forward_hook(lambda *_: calls.append(True))
+    with operate(small.pipe, plan, "split") as surgery:
+        small()
+    forward = len(calls)
+    surgery.outputs[0].sum().backward()
+    handle.remove()
+    assert plan.cost(surgery.trajectory).staged == (STEPS, 3)
+    assert (len(calls) - forward) * STEPS == 2 * forward  # two calls of the loop, each with its guidance passes

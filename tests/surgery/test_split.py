@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import assume, example, given
 from torch import Tensor
 
-from tests.builders.problems import Problem, distance, grads
+from tests.builders.problems import Problem, cotangents, distance, grads, outputs, problem, seeded
 from trajsurgery import Plan, PlanError, SamplerError, apply, latent, leapalign, noise, sample
+from trajsurgery.plans.nodes import Noise
 from trajsurgery.testing import MLP
+from trajsurgery.testing.strategies import plans
 
 PLAN = leapalign(6, 3, 0.3)
 
@@ -134,3 +137,22 @@ def test_a_second_backward_pass_is_torch_s_own_error(rolled: Problem) -> None:
 def test_an_unknown_memory_names_the_three(rolled: Problem) -> None:
     with pytest.raises(PlanError, match='"retain", "recompute" or "split"'):
         apply(Plan(latent(1).leap(0)), rolled.trajectory, rolled.field, "some")  # type: ignore[arg-type]
+
+
+@given(plan=plans(4))
+@example(Plan(latent(4).leap(2).connect().leap(0), latent(2).leap(0)))  # two calls at t = 2
+@example(Plan(latent(4).leap(2).connect().leap(0), latent(2).leap(1).connect().leap(0)))
+@example(Plan(latent(2).leap(0), latent(4).leap(2).connect().leap(1).connect().leap(0)))  # late at 2, so late at 1
+@example(Plan(latent(0).renoise(3).connect().leap(0)))
+def test_cost_names_the_calls_that_split_makes_again_in_the_backward_pass(plan: Plan) -> None:
+    assume(not any(isinstance(node, Noise) for node in plan.nodes))  # `operate` draws x_T itself: see test_operate.py
+    p = problem(MLP(4, 8, 0), 4)
+    field = Counting(p.field)
+    x, trajectory = sample(plan, field, p.noise, p.sigmas, memory="split", generator=seeded())
+    cost, forward = plan.cost(trajectory), field.calls
+    assert forward == trajectory.steps + cost.extra
+    values = outputs(x)
+    torch.autograd.backward(values, cotangents(values))
+    assert field.calls - forward == len(cost.staged)
+    assert ("again in the backward pass" in str(cost)) == bool(cost.staged)
+    assert plan.cost(4).staged == cost.staged

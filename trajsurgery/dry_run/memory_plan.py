@@ -126,10 +126,10 @@ def _operations(recipe: Recipe, plan: Plan, counted: ModelCosts, images: int) ->
     measured, live = recipe.weights_at != "none", needs_gradient(plan.outputs)
     chained = sum(isinstance(node, Velocity) and node.x in live for node in trained(plan.outputs))
     again = {
-        "retain": calls + extra * (1 + measured) if after else extra,
+        "retain": calls + extra * (1 + measured) if after else extra + len(cost.staged),
         "recompute": calls + extra * (1 + (after and measured)),
         "staged": calls + extra * (2 + measured),
-        "split": calls + extra * (after and measured) if after else extra,
+        "split": calls + extra * measured if after else extra + len(cost.staged),
     }[rollout.memory]
     outputs = len(plan.outputs) if plans == 1 else 1
     reward = counted.reward

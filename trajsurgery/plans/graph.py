@@ -15,6 +15,8 @@ from trajsurgery.plans.nodes import (
     Node,
     Noise,
     Recorded,
+    Recover,
+    Renoise,
     Scale,
     Velocity,
     walk,
@@ -88,6 +90,26 @@ def faithful(outputs: Sequence[Node], is_step: Callable[[int], bool]) -> set[Nod
         if is_faithful(node, found, is_step):
             found.add(node)
     return found
+
+
+def made_in_rollout(outputs: Sequence[Node], is_step: Callable[[int], bool], steps: int) -> set[Node]:
+    """The calls with gradient that the sampler's own calls serve, where `operate` runs the plan in one pass.
+
+    The sampler makes one call at each time, so it serves one of the plan's, the first whose input exists by then.
+    """
+    recorded_values, differentiable, calls = faithful(outputs, is_step), needs_gradient(outputs), set(trained(outputs))
+    served = dict[Any, Node]()
+    late = set[Node]()  # nodes whose values exist only after the rollout
+    for node in walk(outputs):
+        if isinstance(node, Renoise | Recover) or not late.isdisjoint(node.parents):
+            late.add(node)
+        elif isinstance(node, Velocity) and (node in calls or node not in recorded_values):
+            at_noise = node.t == steps and node.x in differentiable  # the loop draws x_T itself
+            if node not in recorded_values or node.t in served or at_noise:
+                late.add(node)
+            else:
+                served[node.t] = node
+    return set(served.values())
 
 
 def is_faithful(node: Node, known: set[Node], is_step: Callable[[int], bool]) -> bool:

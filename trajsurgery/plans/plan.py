@@ -64,11 +64,17 @@ class Cost:
     unfaithful: tuple[int, ...] = ()
     """The times t, noise first, from which the plan leaps to t - 1 while the sampler stepped otherwise than by Euler:
     what looks like its own step is a prediction."""
+    staged: tuple[int, ...] = ()
+    """The times t, noise first, of the rollout's calls that "split" can't take from one pass of `operate`, because the
+    sampler's call at t serves another call of the plan. As in the staged sweep, the backward pass makes them again."""
 
     def __str__(self) -> str:
         said = f"velocity calls with gradient: {self.calls}, {self.faithful} of them the rollout's own"
         if self.extra:
             said += f"; calls beside the rollout's: {self.extra}"
+        if self.staged:
+            times = ", ".join(map(str, self.staged))
+            said += f"; split makes the calls at t = {times} again in the backward pass, as the staged sweep does"
         if self.unfaithful:
             times = ", ".join(map(str, self.unfaithful))
             said += f"; unfaithful: leap(t - 1) from t = {times} is a prediction, the sampler's step is no Euler step"
@@ -163,7 +169,9 @@ class Plan:
         steps = [n for n in plan.nodes if isinstance(n, Leap) and graph.own_step(n, lambda _: True)]
         times = {n.x.t for n in steps if isinstance(n.x.t, int)}
         apart = sorted((t for t in times if not is_step(t)), reverse=True)
-        return Cost(len(calls), sum(call in recorded_values for call in calls), extra, tuple(apart))
+        own = graph.made_in_rollout(plan.outputs, is_step, getattr(trajectory, "steps", trajectory))
+        again = sorted((int(n.t) for n in calls if n in recorded_values and n not in own), reverse=True)
+        return Cost(len(calls), sum(call in recorded_values for call in calls), extra, tuple(apart), tuple(again))
 
     def gradient(
         self, sigmas: Sequence[float] | None = None, interpolant: Interpolant | None = None, limit: int = 1000
