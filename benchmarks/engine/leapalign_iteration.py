@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_tim
 from torch import Tensor
 
 from trajsurgery import leapalign, operate
+from trajsurgery.surgery.velocity_calls import Memory
 from trajsurgery.training import objective
 
 LAMBDA, TAU, ALPHA = 10.0, 0.05, 0.3
@@ -85,9 +87,9 @@ class IterationBench:
         """Return some differentiable scores, [batch]."""
         return (images * self.reward_weights).mean((1, 2, 3))
 
-    def through_operate(self) -> Tensor:
+    def through_operate(self, memory: Memory) -> Tensor:
         """Run the iteration through `operate`, as trajsurgery.training.training_loop does."""
-        with operate(self.pipe, self.plan) as surgery:
+        with operate(self.pipe, self.plan, memory) as surgery:
             images = self.pipe(
                 prompt_embeds=self.prompts,
                 pooled_prompt_embeds=self.pooled,
@@ -171,6 +173,19 @@ class IterationBench:
                 call(x, timesteps[i % len(timesteps)])
         for i in (0, 1):
             call(x.requires_grad_(i == 1), timesteps[i]).sum().backward()
+
+    def iterations(self) -> dict[str, Callable[[], Tensor]]:
+        """Return the ways to run an iteration, which do the same work."""
+        return {
+            "split": partial(self.through_operate, "split"),
+            "retain": partial(self.through_operate, "retain"),
+            "by hand": self.by_hand,
+        }
+
+    def zero(self) -> None:
+        """Set the gradients to zero without freeing them."""
+        self.module.zero_grad(set_to_none=False)
+        gc.collect()
 
     def clear(self) -> None:
         """Free the gradients and collect garbage."""

@@ -1,11 +1,11 @@
-"""`operate` on 40 diffusers pipelines: images bit for bit, gradient, recompute, staged.
+"""`operate` on 40 diffusers pipelines: images bit for bit, gradient, recompute, split, staged.
 
     python -m benchmarks.engine.pipelines
 
 Each pipeline is built small from its own classes (tests/builders/pipelines), unmodified, and measured on one thread.
 Images and re-entered velocities are compared with the plain call's (`torch.equal`); the tensors that get a gradient
 with those that plain backpropagation through the undecorated loop reaches; LeapAlign's gradient with Algorithm 1 as a
-loop, and with the other two ways of running. Writes results/pipelines.json and docs/reference/pipelines.md. Fails if a
+loop, and with the other ways of running. Writes results/pipelines.json and docs/reference/pipelines.md. Fails if a
 pipeline is not exact.
 """
 
@@ -57,26 +57,25 @@ def render_page(record: dict[str, Any]) -> str:
         "their own classes with random weights, under `operate(pipe, leapalign(T, 1, 0.3))`. Written by "
         f"`{record['command']}` at commit {record['commit']}; the tests in `tests/pipelines` assert the same.",
         "",
-        "- **bit-exact**: images inside the block, without a plan, with one, and under recompute, equal the plain "
-        "call's (`torch.equal`), and so does every velocity that is entered again.",
+        "- **bit-exact**: images inside the block, without a plan, with one, under recompute and under split, equal "
+        "the plain call's (`torch.equal`), and so does every velocity that is entered again.",
         "- **gradient**: the transformer's tensors that get one are those that plain backpropagation through the "
         "undecorated loop reaches (their number); the relative difference of the whole gradient from Algorithm 1 "
         "written out.",
-        "- **recompute**, **staged**: the relative difference of the gradient from the retained one. Transformers cast "
-        "to float32 inside; the rows marked \\* run in float32 throughout.",
+        "- **recompute**, **split**, **staged**: the relative difference of the gradient from the retained one. "
+        "Transformers cast to float32 inside; the rows marked \\* run in float32 throughout.",
         "",
-        "| pipeline | sampler | T | bit-exact | gradient | recompute | staged |",
-        "|---|---|---|---|---|---|---|",
+        "| pipeline | sampler | T | bit-exact | gradient | recompute | split | staged |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in record["rows"]:
         mark = row["pipeline"] + ("" if row["dtype"] == "torch.float64" else " \\*")
         sampler = row["scheduler"].removesuffix("Scheduler").removesuffix("Discrete")
         exact = "yes" if row["exact"] and row["restored"] else "**no**"
         reached = f"{row['parameters']} tensors" if row["reached"] else "**other tensors**"
-        numbers = [f"{row[name]:.0e}" if row[name] else "0" for name in ("by_hand", "recompute", "staged")]
-        lines.append(
-            f"| {mark} | {sampler} | {row['steps']} | {exact} | {reached}, {numbers[0]} | {numbers[1]} | {numbers[2]} |"
-        )
+        numbers = [f"{row[name]:.0e}" if row[name] else "0" for name in ("by_hand", "recompute", "split", "staged")]
+        cells = mark, sampler, str(row["steps"]), exact, f"{reached}, {numbers[0]}", *numbers[1:]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
