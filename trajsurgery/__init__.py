@@ -14,31 +14,7 @@ if TYPE_CHECKING:
     from trajsurgery.errors import RewardError as RewardError
     from trajsurgery.errors import SamplerError as SamplerError
     from trajsurgery.errors import SurgeryError as SurgeryError
-    from trajsurgery.methods import SRPO as SRPO
-    from trajsurgery.methods import AlignProp as AlignProp
-    from trajsurgery.methods import DRaFT1 as DRaFT1
-    from trajsurgery.methods import DRaFTK as DRaFTK
-    from trajsurgery.methods import DRaFTLV as DRaFTLV
-    from trajsurgery.methods import DRTune as DRTune
-    from trajsurgery.methods import FlowBPBridge as FlowBPBridge
-    from trajsurgery.methods import FlowBPLagrange as FlowBPLagrange
-    from trajsurgery.methods import FlowBPSparse as FlowBPSparse
-    from trajsurgery.methods import LeapAlign as LeapAlign
-    from trajsurgery.methods import ReFL as ReFL
-    from trajsurgery.methods import ReNO as ReNO
-    from trajsurgery.methods import WholeTrajectory as WholeTrajectory
-    from trajsurgery.methods import draft_k as draft_k
-    from trajsurgery.methods import draft_lv as draft_lv
-    from trajsurgery.methods import drtune as drtune
-    from trajsurgery.methods import flowbp_bridge as flowbp_bridge
-    from trajsurgery.methods import flowbp_lagrange as flowbp_lagrange
-    from trajsurgery.methods import flowbp_sparse as flowbp_sparse
-    from trajsurgery.methods import leapalign as leapalign
-    from trajsurgery.methods import leaps as leaps
-    from trajsurgery.methods import refl as refl
-    from trajsurgery.methods import reno as reno
-    from trajsurgery.methods import srpo as srpo
-    from trajsurgery.methods import whole_trajectory as whole_trajectory
+    from trajsurgery.methods import *  # noqa: F403
     from trajsurgery.pipelines.operate import Surgery as Surgery
     from trajsurgery.pipelines.operate import operate as operate
     from trajsurgery.pipelines.pipeline_field import PipelineField as PipelineField
@@ -59,46 +35,21 @@ if TYPE_CHECKING:
     from trajsurgery.surgery.api import values as values
     from trajsurgery.surgery.trajectory import Trajectory as Trajectory
 
-_HOME = {
-    "errors": ("PlanError", "RecipeError", "RewardError", "SamplerError", "SurgeryError"),
-    "plans.interpolants": ("Interpolant", "Polynomial", "RectifiedFlow", "Trigonometric"),
-    "dry_run": ("MemoryPlan", "plan_memory"),
-    "methods": (
-        "AlignProp",
-        "DRTune",
-        "DRaFT1",
-        "DRaFTK",
-        "DRaFTLV",
-        "FlowBPBridge",
-        "FlowBPLagrange",
-        "FlowBPSparse",
-        "LeapAlign",
-        "ReFL",
-        "ReNO",
-        "SRPO",
-        "WholeTrajectory",
-        "draft_k",
-        "draft_lv",
-        "drtune",
-        "flowbp_bridge",
-        "flowbp_lagrange",
-        "flowbp_sparse",
-        "leapalign",
-        "leaps",
-        "refl",
-        "reno",
-        "srpo",
-        "whole_trajectory",
-    ),
-    "plans.per_sample": ("PerSample",),
-    "pipelines.operate": ("Surgery", "operate"),
-    "plans.plan": ("Plan", "latent", "noise", "recorded"),
-    "pipelines.pipeline_field": ("PipelineField",),
-    "surgery.api": ("apply", "backward", "distances", "rollout", "sample", "values"),
-    "surgery.trajectory": ("Trajectory",),
+_NAMES = {
+    "errors": "PlanError RecipeError RewardError SamplerError SurgeryError",
+    "plans.interpolants": "Interpolant Polynomial RectifiedFlow Trigonometric",
+    "plans.plan": "Plan latent noise recorded",
+    "plans.per_sample": "PerSample",
+    "surgery.api": "apply backward distances rollout sample values",
+    "surgery.trajectory": "Trajectory",
+    "pipelines.operate": "Surgery operate",
+    "pipelines.pipeline_field": "PipelineField",
+    "methods": "AlignProp DRTune DRaFT1 DRaFTK DRaFTLV FlowBPBridge FlowBPLagrange FlowBPSparse LeapAlign ReFL ReNO "
+    "SRPO WholeTrajectory draft_k draft_lv drtune flowbp_bridge flowbp_lagrange flowbp_sparse leapalign leaps refl "
+    "reno srpo whole_trajectory",
+    "dry_run": "MemoryPlan plan_memory",
 }
-_MODULE = {name: module for module, names in _HOME.items() for name in names}
-
+_MODULE = {name: module for module, names in _NAMES.items() for name in names.split()}
 _PACKAGES = ("testing", "tiny")
 
 __version__ = "0.1.0"

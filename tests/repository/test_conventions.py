@@ -147,14 +147,19 @@ def test_tiny_and_testing_are_attributes_of_the_package() -> None:
     assert done.stdout.strip().endswith("check_gradient")
 
 
+def reexported_names(path: Path) -> set[str | None]:
+    """The names that the type checker sees in a package: those imported `as` themselves, and what * stands for."""
+    aliases = [(n.module or "", a) for n in ast.walk(tree(path)) if isinstance(n, ast.ImportFrom) for a in n.names]
+    starred = [ROOT / module.replace(".", "/") / "__init__.py" for module, a in aliases if a.name == "*"]
+    return {a.asname for _, a in aliases}.union(*map(reexported_names, starred))
+
+
 def test_every_exported_name_exists() -> None:
     import trajsurgery
 
     for name in trajsurgery.__all__:
         assert getattr(trajsurgery, name) is not None
-    visible = {
-        a.asname for n in ast.walk(tree(LIBRARY / "__init__.py")) if isinstance(n, ast.ImportFrom) for a in n.names
-    }
+    visible = reexported_names(LIBRARY / "__init__.py")
     assert set(trajsurgery.__all__) <= visible, "the type checker does not see every exported name"
 
 

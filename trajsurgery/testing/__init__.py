@@ -19,14 +19,7 @@ from trajsurgery.testing.velocity_fields import MLP as MLP
 from trajsurgery.testing.velocity_fields import Gaussian as Gaussian
 
 if TYPE_CHECKING:
-    from trajsurgery.testing.strategies import INTERPOLANTS as INTERPOLANTS
-    from trajsurgery.testing.strategies import MOVES as MOVES
-    from trajsurgery.testing.strategies import factors as factors
-    from trajsurgery.testing.strategies import fields as fields
-    from trajsurgery.testing.strategies import methods as methods
-    from trajsurgery.testing.strategies import plans as plans
-    from trajsurgery.testing.strategies import sigmas as sigmas
-    from trajsurgery.testing.strategies import trajectories as trajectories
+    from trajsurgery.testing.strategies import *  # noqa: F403
 
 _STRATEGIES = ("INTERPOLANTS", "MOVES", "factors", "fields", "methods", "plans", "sigmas", "trajectories")
 __all__ = ["MLP", "Gaussian", "Proof", "check_gradient", *_STRATEGIES]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -20,6 +20,8 @@ from trajsurgery.surgery.trajectory import Trajectory
 from trajsurgery.testing.proof_cases import Method
 from trajsurgery.testing.velocity_fields import MLP, Gaussian
 
+__all__ = ["INTERPOLANTS", "MOVES", "factors", "fields", "methods", "plans", "sigmas", "trajectories"]
+
 INTERPOLANTS: tuple[Interpolant, ...] = (RectifiedFlow(), Trigonometric(), Polynomial())
 
 
