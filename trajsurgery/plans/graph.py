@@ -5,22 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from trajsurgery.plans.nodes import (
-    Connect,
-    Detach,
-    DetachVelocity,
-    Discount,
-    Latent,
-    Leap,
-    Node,
-    Noise,
-    Recorded,
-    Recover,
-    Renoise,
-    Scale,
-    Velocity,
-    walk,
-)
+from trajsurgery.plans import nodes
+from trajsurgery.plans.expression import Node, walk
+from trajsurgery.plans.nodes import Noise, Velocity
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -43,8 +30,8 @@ def build(outputs: Sequence[Node]) -> nx.DiGraph[Any]:
 
 def passes_gradient(node: Node) -> bool:
     """Whether a gradient that arrives at the node goes on to its parents."""
-    blocked = isinstance(node, Detach | DetachVelocity | Latent | Recorded)
-    return not blocked and not (isinstance(node, Discount | Scale) and node.a == 0)
+    blocked = isinstance(node, nodes.Detach | nodes.DetachVelocity | nodes.Latent | nodes.Recorded)
+    return not blocked and not (isinstance(node, nodes.Discount | nodes.Scale) and node.a == 0)
 
 
 def reached(outputs: Sequence[Node]) -> list[Node]:
@@ -101,7 +88,7 @@ def made_in_rollout(outputs: Sequence[Node], is_step: Callable[[int], bool], ste
     served = dict[Any, Node]()
     late = set[Node]()  # nodes whose values exist only after the rollout
     for node in walk(outputs):
-        if isinstance(node, Renoise | Recover) or not late.isdisjoint(node.parents):
+        if isinstance(node, nodes.Renoise | nodes.Recover) or not late.isdisjoint(node.parents):
             late.add(node)
         elif isinstance(node, Velocity) and (node in calls or node not in recorded_values):
             at_noise = node.t == steps and node.x in differentiable  # the loop draws x_T itself
@@ -115,19 +102,19 @@ def made_in_rollout(outputs: Sequence[Node], is_step: Callable[[int], bool], ste
 def is_faithful(node: Node, known: set[Node], is_step: Callable[[int], bool]) -> bool:
     """Whether the rollout recorded the node's value, given which of its parents' it recorded."""
     match node:
-        case Latent() | Noise() | Connect() | Recorded():
+        case nodes.Latent() | Noise() | nodes.Connect() | nodes.Recorded():
             return True
-        case Discount() | Detach() | Scale() | DetachVelocity():
+        case nodes.Discount() | nodes.Detach() | nodes.Scale() | nodes.DetachVelocity():
             return node.parents[0] in known
         case Velocity():
             return node.field is None and node.x in known
-        case Leap():
+        case nodes.Leap():
             return known.issuperset(node.parents) and own_step(node, is_step)
         case _:
             return False
 
 
-def own_step(leap: Leap, is_step: Callable[[int], bool]) -> bool:
+def own_step(leap: nodes.Leap, is_step: Callable[[int], bool]) -> bool:
     """Whether a leap between faithful values is the sampler's own step."""
     t = leap.x.t
     return isinstance(t, int) and leap.to == t - 1 and is_step(t)

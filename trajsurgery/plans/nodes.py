@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 from trajsurgery.errors import PlanError
-from trajsurgery.plans.expression import PARENTS as PARENTS
 from trajsurgery.plans.expression import START as START
 from trajsurgery.plans.expression import Draw, Factor, Node, Time
 from trajsurgery.plans.expression import walk as walk

@@ -4,25 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trajsurgery.plans.nodes import (
-    Advance,
-    Connect,
-    Detach,
-    DetachVelocity,
-    Discount,
-    Latent,
-    LatentNode,
-    Leap,
-    Node,
-    Noise,
-    Recorded,
-    Recover,
-    Renoise,
-    Scale,
-    Velocity,
-    VelocityNode,
-    walk,
-)
+from trajsurgery.plans import nodes
+from trajsurgery.plans.expression import Node, walk
 
 LONGEST_CODE = 2000
 """Characters. A plan whose expression is longer has a summary for its repr: written out, shared nodes multiply."""
@@ -50,58 +33,58 @@ def code(outputs: Sequence[Node]) -> str:
 def _chain(node: Node) -> list[str]:
     """The pieces of the line that ends in the node; the last piece is the node's own value."""
     spine: list[Node] = [node]
-    while not isinstance(spine[-1], Latent | Noise | VelocityNode):
+    while not isinstance(spine[-1], nodes.Latent | nodes.Noise | nodes.VelocityNode):
         spine.append(spine[-1].parents[0])
     pieces: list[str] = []
     for step in reversed(spine):
         match step:
-            case Leap():
+            case nodes.Leap():
                 pieces += [_arrow(step), f"x^_{step.to}|{step.x.t}"]
-            case Advance():
+            case nodes.Advance():
                 velocities = ", ".join(_velocity(v, step.x) for v in step.velocities)
                 pieces += [f" -[{step.rule}: {velocities}]-> ", f"x^_{step.to}|{step.x.t}"]
-            case Renoise():
+            case nodes.Renoise():
                 pieces += [" ~> ", f"x_{step.to}^({step.draw})"]
-            case Recover():
+            case nodes.Recover():
                 pieces += [" ~> ", f"x^_0|{step.x.t}"]
-            case Connect():
+            case nodes.Connect():
                 pieces[-1] = f"({pieces[-1]} --> x_{step.t})"
-            case Detach():
+            case nodes.Detach():
                 pieces[-1] = f"sg({pieces[-1]})"
-            case Discount():
+            case nodes.Discount():
                 pass
-            case VelocityNode():
+            case nodes.VelocityNode():
                 pieces.append(_velocity(step, None))
             case _:
                 pieces.append(f"x_{step.t}")
     return pieces
 
 
-def _arrow(leap: Leap) -> str:
+def _arrow(leap: nodes.Leap) -> str:
     """A plain arrow for the model's velocity at the leap's start, a labelled one for any other."""
-    plain = isinstance(leap.v, Velocity) and leap.v.field is None and _is_discounted(leap.v.x, leap.x)
+    plain = isinstance(leap.v, nodes.Velocity) and leap.v.field is None and _is_discounted(leap.v.x, leap.x)
     return " -> " if plain else f" -[{_velocity(leap.v, leap.x)}]-> "
 
 
 def _is_discounted(y: Node, x: Node | None) -> bool:
     """Whether y is x, or x behind discounts."""
-    while y is not x and isinstance(y, Discount):
+    while y is not x and isinstance(y, nodes.Discount):
         y = y.x
     return y is x
 
 
-def _velocity(v: Node, start: LatentNode | None) -> str:
+def _velocity(v: Node, start: nodes.LatentNode | None) -> str:
     match v:
-        case Velocity():
+        case nodes.Velocity():
             name = "v" if v.field is None else f"v.{v.field}"
             if _is_discounted(v.x, start):
                 return f"{name}_{v.t}"
-            if isinstance(v.x, Detach) and v.x.x is start:
+            if isinstance(v.x, nodes.Detach) and v.x.x is start:
                 return f"{name}(sg x_{v.t})"
             return f"{name}({_chain(v.x)[-1]})"
-        case Scale():
+        case nodes.Scale():
             return f"{v.a}*{_velocity(v.v, start)}"
-        case DetachVelocity():
+        case nodes.DetachVelocity():
             return f"sg({_velocity(v.v, start)})"
         case _:
             return f"v_{v.t} recorded"
@@ -109,22 +92,22 @@ def _velocity(v: Node, start: LatentNode | None) -> str:
 
 def _code(node: Node, written: dict[Node, str]) -> str:
     match node:
-        case Latent() | Recorded():
+        case nodes.Latent() | nodes.Recorded():
             return f"{node.op}({node.time!r})"
-        case Noise():
+        case nodes.Noise():
             return "noise()"
-        case Leap():
-            called = node.v.x if isinstance(node.v, Velocity) and node.v.field is None else None
+        case nodes.Leap():
+            called = node.v.x if isinstance(node.v, nodes.Velocity) and node.v.field is None else None
             velocity = f", velocity={written[node.v]}"
-            if isinstance(called, Discount) and called.x is node.x:
+            if isinstance(called, nodes.Discount) and called.x is node.x:
                 velocity = f", discount={called.a!r}"
             return f"{written[node.x]}.leap({node.to!r}{'' if called is node.x else velocity})"
-        case Advance():
+        case nodes.Advance():
             velocities = ", ".join(written[v] for v in node.velocities)
             return f"{written[node.x]}.advance({node.to!r}, [{velocities}], rule={node.rule!r})"
-        case Velocity():
+        case nodes.Velocity():
             return f"{written[node.x]}.velocity({'' if node.field is None else repr(node.field)})"
         case _:
-            method = "detach" if isinstance(node, DetachVelocity) else node.op
+            method = "detach" if isinstance(node, nodes.DetachVelocity) else node.op
             values = ", ".join(repr(value) for value in node.settings().values())
             return f"{written[node.parents[0]]}.{method}({values})"

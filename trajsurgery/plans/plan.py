@@ -12,23 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from trajsurgery.errors import PlanError
 from trajsurgery.plans import graph, legality, notation
+from trajsurgery.plans.expression import PARENTS, START, Factor, Node, Time, walk
 from trajsurgery.plans.interpolants import Interpolant, RectifiedFlow
-from trajsurgery.plans.nodes import (
-    PARENTS,
-    PRIMITIVES,
-    START,
-    Factor,
-    Latent,
-    LatentNode,
-    Leap,
-    Node,
-    Noise,
-    Recorded,
-    Time,
-    Velocity,
-    VelocityNode,
-    walk,
-)
+from trajsurgery.plans.nodes import PRIMITIVES, Latent, LatentNode, Leap, Noise, Recorded, Velocity, VelocityNode
 
 if TYPE_CHECKING:
     import networkx as nx

@@ -7,22 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from trajsurgery.plans.nodes import (
-    START,
-    Advance,
-    Discount,
-    LatentNode,
-    Leap,
-    Node,
-    Noise,
-    Recorded,
-    Recover,
-    Renoise,
-    Scale,
-    Velocity,
-    VelocityNode,
-    walk,
-)
+from trajsurgery.plans import nodes
+from trajsurgery.plans.expression import START, Node, walk
+from trajsurgery.plans.nodes import Advance, Discount, Leap, Noise, Recorded, Recover, Renoise, Scale, Velocity
 
 QUADRATURES = ("lagrange", "adams-bashforth", "euler")
 Predicate = Callable[[Any, int | None], Iterator[str]]
@@ -99,7 +86,7 @@ def _number(is_wrong: Callable[[float], bool], received: str) -> Predicate:
 def _kinds(node: Node, steps: int | None) -> Iterator[str]:
     for i, parent in enumerate(node.parents):
         takes_latent = i == 0 and "x" in node.inputs
-        if not isinstance(parent, LatentNode if takes_latent else VelocityNode):
+        if not isinstance(parent, nodes.LatentNode if takes_latent else nodes.VelocityNode):
             yield f"{node.op} of a {'velocity' if takes_latent else 'latent'}"
 
 

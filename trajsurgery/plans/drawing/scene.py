@@ -13,26 +13,9 @@ from typing import Any
 
 import networkx as nx
 
+from trajsurgery.plans import nodes
+from trajsurgery.plans.expression import START, Node, Time, walk
 from trajsurgery.plans.graph import needs_gradient, reached
-from trajsurgery.plans.nodes import (
-    START,
-    Advance,
-    Connect,
-    Detach,
-    DetachVelocity,
-    Discount,
-    Latent,
-    Leap,
-    Node,
-    Noise,
-    Recorded,
-    Recover,
-    Renoise,
-    Scale,
-    Time,
-    Velocity,
-    walk,
-)
 
 
 @dataclass(frozen=True)
@@ -157,7 +140,7 @@ def column_order(outputs: Sequence[Node], steps: int | None) -> list[Time]:
     later.add_edges_from(pairwise(sorted((t for t in times if isinstance(t, int)), reverse=True)))
     later.add_edges_from((first, t) for t in times if t != first)
     later.add_edges_from((t, 0) for t in times if t != 0)
-    hops = [node for node in walk(outputs) if isinstance(node, Leap | Advance)]
+    hops = [node for node in walk(outputs) if isinstance(node, nodes.Leap | nodes.Advance)]
     later.add_edges_from((column(hop.x.t), column(hop.to)) for hop in hops)
     try:
         return list(nx.lexicographical_topological_sort(later, key=times.index))
@@ -165,18 +148,18 @@ def column_order(outputs: Sequence[Node], steps: int | None) -> list[Time]:
         return [first, *(t for t in times if t not in (first, 0)), 0]
 
 
-def _real(scene: Scene, node: Latent | Noise | Connect) -> Value:
+def _real(scene: Scene, node: nodes.Latent | nodes.Noise | nodes.Connect) -> Value:
     mark = scene.real(node.t, node in scene.live)
     for parent in node.parents:
         scene.edge("connect", scene.values[parent], mark, node)
     return Value(mark, node)
 
 
-def _recorded(scene: Scene, node: Recorded) -> Value:
+def _recorded(scene: Scene, node: nodes.Recorded) -> Value:
     return Value(scene.add(Mark("recorded", node.t, 0, f"v_{{{node.t}}}", f"v_{node.t} recorded", node), False), node)
 
 
-def _call(scene: Scene, node: Velocity) -> Value:
+def _call(scene: Scene, node: nodes.Velocity) -> Value:
     value = scene.values[node.x]
     name = r"v_\theta" if node.field is None else rf"v_{{\mathrm{{{node.field}}}}}"
     plain = ("v" if node.field is None else f"v.{node.field}") + f"({value.mark.plain})"
@@ -185,14 +168,14 @@ def _call(scene: Scene, node: Velocity) -> Value:
     return Value(mark, node)
 
 
-def _hop(scene: Scene, node: Leap | Advance) -> Value:
+def _hop(scene: Scene, node: nodes.Leap | nodes.Advance) -> Value:
     x, velocities = scene.values[node.x], [scene.values[v] for v in node.parents[1:]]
-    t, note = node.x.t, node.rule if isinstance(node, Advance) else ""
+    t, note = node.x.t, node.rule if isinstance(node, nodes.Advance) else ""
     mark = scene.predicted(node, x.mark, rf"\hat{{x}}_{{{node.to}|{t}}}", f"x^_{node.to}|{t}", note)
     if not any(_starts_at(scene, x, v) for v in velocities):
         scene.edge("straight", x, mark, node)
     for v in velocities:
-        if isinstance(node, Leap):
+        if isinstance(node, nodes.Leap):
             scene.towards.setdefault(v.mark, mark)
         scene.edge("velocity", v, mark, node, scene.share(t, node.to) / len(velocities))
     return Value(mark, node)
@@ -204,8 +187,8 @@ def _starts_at(scene: Scene, x: Value, v: Value) -> bool:
     return idle and any((e.kind, e.start, e.end, e.stopped) == ("input", x.mark, v.mark, False) for e in scene.edges)
 
 
-def _noised(scene: Scene, node: Renoise | Recover) -> Value:
-    x, adds = scene.values[node.x], isinstance(node, Renoise)
+def _noised(scene: Scene, node: nodes.Renoise | nodes.Recover) -> Value:
+    x, adds = scene.values[node.x], isinstance(node, nodes.Renoise)
     if adds:
         name, plain = rf"x_{{{node.t}}}^{{({node.draw})}}", f"x_{node.t}^({node.draw})"
     else:
@@ -217,30 +200,30 @@ def _noised(scene: Scene, node: Renoise | Recover) -> Value:
     return Value(mark, node)
 
 
-def _changed(scene: Scene, node: Discount | Scale | Detach | DetachVelocity) -> Value:
+def _changed(scene: Scene, node: nodes.Discount | nodes.Scale | nodes.Detach | nodes.DetachVelocity) -> Value:
     value = replace(scene.values[node.parents[0]], node=node)
-    if isinstance(node, Detach | DetachVelocity):
+    if isinstance(node, nodes.Detach | nodes.DetachVelocity):
         return replace(value, stopped=True)
     if isinstance(node.a, str):
         size, note = 0.4, rf"\{node.a}" if node.a in ("alpha", "beta", "gamma") else rf"\mathrm{{{node.a}}}"
     else:
-        size, note = node.a, rf"\alpha = {node.a:g}" if isinstance(node, Discount) else rf"\times {node.a:g}"
+        size, note = node.a, rf"\alpha = {node.a:g}" if isinstance(node, nodes.Discount) else rf"\times {node.a:g}"
     return replace(value, weight=value.weight * size, notes=(*value.notes, note))
 
 
 PICTURES: dict[type[Node], Callable[[Scene, Any], Value]] = {
-    Latent: _real,
-    Noise: _real,
-    Recorded: _recorded,
-    Velocity: _call,
-    Leap: _hop,
-    Advance: _hop,
-    Connect: _real,
-    Discount: _changed,
-    Scale: _changed,
-    Detach: _changed,
-    DetachVelocity: _changed,
-    Renoise: _noised,
-    Recover: _noised,
+    nodes.Latent: _real,
+    nodes.Noise: _real,
+    nodes.Recorded: _recorded,
+    nodes.Velocity: _call,
+    nodes.Leap: _hop,
+    nodes.Advance: _hop,
+    nodes.Connect: _real,
+    nodes.Discount: _changed,
+    nodes.Scale: _changed,
+    nodes.Detach: _changed,
+    nodes.DetachVelocity: _changed,
+    nodes.Renoise: _noised,
+    nodes.Recover: _noised,
 }
 """How each primitive is shown."""
