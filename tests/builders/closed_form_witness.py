@@ -99,13 +99,9 @@ class Witness:
 
 def split(path: Any, x: Tensor, v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """The image and the noise that x = alpha x_0 + beta x_1 and v = alpha' x_0 + beta' x_1 are made of."""
-    left = torch.stack([torch.stack([c + 0.0 * t for c in row]) for row in rows(path, t)])
+    left = torch.stack([share + 0.0 * t for share in path.shares(t, torch)]).view(2, 2)
     inverse = torch.linalg.inv(left)
     return inverse[0, 0] * x + inverse[0, 1] * v, inverse[1, 0] * x + inverse[1, 1] * v
-
-
-def rows(path: Any, t: Tensor) -> list[list[Any]]:
-    return [[path.alpha(t, torch), path.beta(t, torch)], [path.alpha_rate(t, torch), path.beta_rate(t, torch)]]
 
 
 def quadrature(rule: str, supports: Sequence[float], start: float, to: float) -> list[float]:

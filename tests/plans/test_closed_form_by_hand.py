@@ -24,10 +24,9 @@ def test_coefficients_of_interpolants() -> None:
         (Trigonometric(), half, sympy.sqrt(2) / 2, sympy.sqrt(2) / 2, -pi * sympy.sqrt(2) / 4, pi * sympy.sqrt(2) / 4),
         (Polynomial(), sympy.Rational(1, 3), sympy.Rational(8, 9), sympy.Rational(1, 3), -sympy.Rational(2, 3), 1),
     ):
-        coefficients = [f(t, sympy) for f in (path.alpha, path.beta, path.alpha_rate, path.beta_rate)]
-        assert [
-            sympy.simplify(a - b) for a, b in zip(coefficients, (alpha, beta, alpha_rate, beta_rate), strict=True)
-        ] == [0] * 4
+        shares = zip(path.shares(t, sympy), (alpha, beta, alpha_rate, beta_rate), strict=True)
+        assert [sympy.simplify(a - b) for a, b in shares] == [0] * 4
+        assert (path.alpha(t, sympy), path.beta(t, sympy)) == path.shares(t, sympy)[:2]
     for path, leap in (
         (RectifiedFlow(), (1, -0.5)),
         (Trigonometric(), (2**-0.5, -(2**0.5) / torch.pi)),

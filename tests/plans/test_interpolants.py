@@ -49,8 +49,7 @@ def test_the_finite_form_is_the_closed_form_symbolically(interpolant):
 @pytest.mark.parametrize("interpolant", INTERPOLANTS)
 def test_the_finite_form_is_eq_20_where_that_is_finite(interpolant):
     """Eq. 20 as printed, divided by alpha_k."""
-    a_k, b_k, a_j, b_j = (f(s, sympy) for s in (k, j) for f in (interpolant.alpha, interpolant.beta))
-    rate_a, rate_b = interpolant.alpha_rate(k, sympy), interpolant.beta_rate(k, sympy)
+    (a_k, b_k, rate_a, rate_b), (a_j, b_j, _, _) = (interpolant.shares(s, sympy) for s in (k, j))
     noise_v = a_k / (a_k * rate_b - rate_a * b_k)
     noise_x = -rate_a / (a_k * rate_b - rate_a * b_k)
     printed = (
@@ -65,8 +64,9 @@ def test_the_finite_form_is_eq_20_where_that_is_finite(interpolant):
 def test_ends_and_rates(interpolant):
     assert [float(f(0)) for f in (interpolant.alpha, interpolant.beta)] == pytest.approx([1, 0], abs=1e-15)
     assert [float(f(1)) for f in (interpolant.alpha, interpolant.beta)] == pytest.approx([0, 1], abs=1e-15)
-    for value, rate in ((interpolant.alpha, interpolant.alpha_rate), (interpolant.beta, interpolant.beta_rate)):
-        assert sympy.simplify(sympy.diff(value(t, sympy), t) - rate(t, sympy)) == 0
+    alpha, beta, alpha_rate, beta_rate = interpolant.shares(t, sympy)
+    for value, rate in ((alpha, alpha_rate), (beta, beta_rate)):
+        assert sympy.simplify(sympy.diff(value, t) - rate) == 0
 
 
 @pytest.mark.parametrize("interpolant", INTERPOLANTS)
@@ -81,7 +81,8 @@ def test_a_point_mass_is_reached_exactly(interpolant, a, b, seed):
     """With one image the velocity is alpha' x_0 + beta' x_1 of that pair: the leap is exact, k = T included."""
     image, noise = torch.randn(2, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     x = interpolant.alpha(a) * image + interpolant.beta(a) * noise
-    v = interpolant.alpha_rate(a) * image + interpolant.beta_rate(a) * noise
+    *_, image_rate, noise_rate = interpolant.shares(a)
+    v = image_rate * image + noise_rate * noise
     big_a, big_b = interpolant.leap(a, b)
     torch.testing.assert_close(big_a * x + big_b * v, interpolant.alpha(b) * image + interpolant.beta(b) * noise)
     if a > 0.01:

@@ -26,8 +26,8 @@ FIELD = MLP(3)
 def test_coefficients_of_the_inverted_flow() -> None:
     flow = InvertedFlow()
     assert (flow.alpha(0.25), flow.beta(0.25)) == (0.25, 0.75)
-    assert (flow.alpha_rate(0.25), flow.beta_rate(0.25)) == (1, -1)
-    assert isinstance(flow.beta_rate(0.25), int) and not isinstance(flow.beta_rate(0.25), bool)  # noqa: PT018
+    assert flow.shares(0.25) == (0.25, 0.75, 1, -1)
+    assert type(flow.shares(0.25)[3]) is int
     assert flow.leap(0.25, 0.75) == (1, 0.5)
 
 

@@ -17,20 +17,16 @@ class Interpolant(ABC):
     """Noise and image, mixed: alpha(0) = beta(1) = 1, alpha(1) = beta(0) = 0. Times are sigmas in [0, 1]."""
 
     @abstractmethod
+    def shares(self, t: Any, xp: Any = math) -> tuple[Any, Any, Any, Any]:
+        """alpha_t, beta_t, d alpha / dt and d beta / dt: the shares of image and noise, and their rates."""
+
     def alpha(self, t: Any, xp: Any = math) -> Any:
         """The image's share at t."""
+        return self.shares(t, xp)[0]
 
-    @abstractmethod
     def beta(self, t: Any, xp: Any = math) -> Any:
         """The noise's share at t."""
-
-    @abstractmethod
-    def alpha_rate(self, t: Any, xp: Any = math) -> Any:
-        """d alpha / dt."""
-
-    @abstractmethod
-    def beta_rate(self, t: Any, xp: Any = math) -> Any:
-        """d beta / dt."""
+        return self.shares(t, xp)[1]
 
     def leap(self, k: Any, j: Any, xp: Any = math) -> tuple[Any, Any]:
         """A and B of the one-step prediction x_j = A x_k + B v_k: LeapAlign's Eq. 20, in a form finite at both ends.
@@ -38,8 +34,7 @@ class Interpolant(ABC):
         As printed, Eq. 20 divides by alpha_k, which is 0 at k = T; multiplied out, only the determinant
         alpha_k beta'_k - alpha'_k beta_k is left below, which no interpolant lets vanish.
         """
-        a_k, b_k, a_j, b_j = self.alpha(k, xp), self.beta(k, xp), self.alpha(j, xp), self.beta(j, xp)
-        a_rate, b_rate = self.alpha_rate(k, xp), self.beta_rate(k, xp)
+        (a_k, b_k, a_rate, b_rate), (a_j, b_j, _, _) = self.shares(k, xp), self.shares(j, xp)
         determinant = a_k * b_rate - a_rate * b_k
         return (a_j * b_rate - b_j * a_rate) / determinant, (a_k * b_j - b_k * a_j) / determinant
 
@@ -48,17 +43,8 @@ class Interpolant(ABC):
 class RectifiedFlow(Interpolant):
     """(1 - t, t): straight lines, Eq. 3. A = 1, B = -(k - j)."""
 
-    def alpha(self, t: Any, xp: Any = math) -> Any:
-        return 1 - t
-
-    def beta(self, t: Any, xp: Any = math) -> Any:
-        return t
-
-    def alpha_rate(self, t: Any, xp: Any = math) -> Any:
-        return -1
-
-    def beta_rate(self, t: Any, xp: Any = math) -> Any:
-        return 1
+    def shares(self, t: Any, xp: Any = math) -> tuple[Any, Any, Any, Any]:
+        return 1 - t, t, -1, 1
 
     def leap(self, k: Any, j: Any, xp: Any = math) -> tuple[Any, Any]:
         return 1, j - k
@@ -68,34 +54,17 @@ class RectifiedFlow(Interpolant):
 class InvertedFlow(RectifiedFlow):
     """(t, 1 - t): rectified flow on times that rise from noise to image, as Mochi's. A = 1, B = j - k as above."""
 
-    def alpha(self, t: Any, xp: Any = math) -> Any:
-        return t
-
-    def beta(self, t: Any, xp: Any = math) -> Any:
-        return 1 - t
-
-    def alpha_rate(self, t: Any, xp: Any = math) -> Any:
-        return 1
-
-    def beta_rate(self, t: Any, xp: Any = math) -> Any:
-        return -1
+    def shares(self, t: Any, xp: Any = math) -> tuple[Any, Any, Any, Any]:
+        return t, 1 - t, 1, -1
 
 
 @dataclass(frozen=True)
 class Trigonometric(Interpolant):
     """(cos, sin) of pi t / 2. A = cos(pi (k - j) / 2), B = -(2 / pi) sin(pi (k - j) / 2)."""
 
-    def alpha(self, t: Any, xp: Any = math) -> Any:
-        return xp.cos(xp.pi * t / 2)
-
-    def beta(self, t: Any, xp: Any = math) -> Any:
-        return xp.sin(xp.pi * t / 2)
-
-    def alpha_rate(self, t: Any, xp: Any = math) -> Any:
-        return -xp.pi / 2 * xp.sin(xp.pi * t / 2)
-
-    def beta_rate(self, t: Any, xp: Any = math) -> Any:
-        return xp.pi / 2 * xp.cos(xp.pi * t / 2)
+    def shares(self, t: Any, xp: Any = math) -> tuple[Any, Any, Any, Any]:
+        cos, sin = xp.cos(xp.pi * t / 2), xp.sin(xp.pi * t / 2)
+        return cos, sin, -xp.pi / 2 * sin, xp.pi / 2 * cos
 
     def leap(self, k: Any, j: Any, xp: Any = math) -> tuple[Any, Any]:
         angle = xp.pi * (k - j) / 2
@@ -106,17 +75,8 @@ class Trigonometric(Interpolant):
 class Polynomial(Interpolant):
     """(1 - t^2, t)."""
 
-    def alpha(self, t: Any, xp: Any = math) -> Any:
-        return 1 - t**2
-
-    def beta(self, t: Any, xp: Any = math) -> Any:
-        return t
-
-    def alpha_rate(self, t: Any, xp: Any = math) -> Any:
-        return -2 * t
-
-    def beta_rate(self, t: Any, xp: Any = math) -> Any:
-        return 1
+    def shares(self, t: Any, xp: Any = math) -> tuple[Any, Any, Any, Any]:
+        return 1 - t**2, t, -2 * t, 1
 
 
 def weights(rule: str, supports: Sequence[Any], start: Any, to: Any) -> list[Any]:

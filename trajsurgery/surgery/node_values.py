@@ -79,8 +79,8 @@ def _noise(node: nodes.Noise, of: Of, trajectory: Any, *_: Any) -> Tensor:
 
 def _shares(trajectory: Any, t: Time) -> tuple[Tensor, Tensor]:
     """Return alpha_t and beta_t, the shares of image and noise."""
-    sigma = _sigma(trajectory, t)
-    return trajectory.interpolant.alpha(sigma, torch), trajectory.interpolant.beta(sigma, torch)
+    alpha, beta, *_ = trajectory.interpolant.shares(_sigma(trajectory, t), torch)
+    return alpha, beta
 
 
 def _sigma(trajectory: Any, t: Time) -> Tensor:

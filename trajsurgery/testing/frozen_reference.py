@@ -99,7 +99,7 @@ class FrozenPlan:
 
 def straight(path: Any, x: Tensor, v: Tensor, k: Tensor, j: Tensor) -> Tensor:
     """Return x at j of the straight path alpha x_0 + beta x_1 that has value x and velocity v at k."""
-    alpha, beta, da, db = (f(k, torch) for f in (path.alpha, path.beta, path.alpha_rate, path.beta_rate))
+    alpha, beta, da, db = path.shares(k, torch)
     determinant = alpha * db - beta * da
     image, noise = (db * x - beta * v) / determinant, (alpha * v - da * x) / determinant
     return path.alpha(j, torch) * image + path.beta(j, torch) * noise

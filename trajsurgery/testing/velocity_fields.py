@@ -38,10 +38,7 @@ class Gaussian(nn.Module):
         self.interpolant = interpolant or RectifiedFlow()
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
-        path = self.interpolant
-        alpha, beta, image_rate, noise_rate = (
-            share(sigma, torch) for share in (path.alpha, path.beta, path.alpha_rate, path.beta_rate)
-        )
+        alpha, beta, image_rate, noise_rate = self.interpolant.shares(sigma, torch)
         miss = (x - alpha * self.mean) / (alpha**2 * self.spread**2 + beta**2)
         image, noise = self.mean + alpha * self.spread**2 * miss, beta * miss
         return image_rate * image + noise_rate * noise
