@@ -25,8 +25,8 @@ class PipelineField:
     def __init__(self, record: CallRecord, trajectory: Trajectory) -> None:
         self.record, self._trajectory = record, trajectory
         self._versions = self._changes()
-        self._checked: set[int] = set()
-        self._checked_apart: set[int] = set()
+        self._checked: set[tuple[int, bool]] = set()
+        """Times at which a velocity was compared with the rollout's, and whether its samples had times of their own."""
         self._places = {i * trajectory.sigmas.element_size(): i for i in range(record.schedule.steps)}
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -42,26 +42,13 @@ class PipelineField:
         """
         self.record.stateless()
         schedule = self.record.schedule
-        if sigma.dim() == 1 and len(sigma) == len(x):
-            steps = [self._step_at(one) for one in sigma.cpu()]
-            if len(set(steps)) > 1:
-                return self._apart(x, steps)
-            sigma = sigma[0]
-        step = self._step_at(sigma)
-        velocity = self._entered(schedule.starts[step], x)
-        if schedule.steps - step not in self._checked:
-            self._check(schedule.steps - step, x.detach(), velocity.detach())
-        return velocity
-
-    def _apart(self, x: Tensor, steps: list[int]) -> Tensor:
-        """Make one model call for samples at different steps."""
-        schedule = self.record.schedule
-        calls = [schedule.starts[step] for step in steps]
-        velocity = Replay(self.record, max(calls), max(calls), x, torch.is_grad_enabled(), calls).velocity()
-        assert velocity is not None
+        several = sigma.dim() == 1 and len(sigma) == len(x)
+        steps = [self._step_at(one) for one in sigma.cpu()] if several else [self._step_at(sigma)] * len(x)
+        apart = len(set(steps)) > 1
+        velocity = self._entered([schedule.starts[step] for step in steps], x)
         times = [schedule.steps - step for step in steps]
-        if not self._checked_apart.issuperset(times) and self._unchanged():
-            self._check_apart(times, x.detach(), velocity.detach())
+        if not self._checked.issuperset((t, apart) for t in times) and self._unchanged():
+            self._check(times, x.detach(), velocity.detach())
         return velocity
 
     def _step_at(self, sigma: Tensor) -> int:
@@ -77,26 +64,18 @@ class PipelineField:
             )
         return times.index(float(sigma))
 
-    def _entered(self, call: int, x: Tensor) -> Tensor:
-        gradient = torch.is_grad_enabled()
+    def _entered(self, calls: list[int], x: Tensor) -> Tensor:
+        """Make one model call, for the batch or for samples at different steps, each at its call of the scheduler."""
+        call, gradient = max(calls), torch.is_grad_enabled()
         if call == 0 and not self.record.doubled:
             velocity = Replay(self.record, 0, 0, x, gradient).velocity()
             if velocity is not None:
                 return velocity
             self.record.doubled = True  # the latents that it prepares are not what its loop begins with
-        velocity = Replay(self.record, call, max(call, 1), x, gradient).velocity()
+        own = calls if len(set(calls)) > 1 else None
+        velocity = Replay(self.record, call, max(call, 1), x, gradient, own).velocity()
         assert velocity is not None
         return velocity
-
-    def _check(self, t: int, x: Tensor, v: Tensor) -> None:
-        """Raise SamplerError if the same weights give another velocity at the same x_t than in the rollout.
-
-        Waits for the device, once for each time of a rollout.
-        """
-        if not self._unchanged() or not torch.equal(x, self._trajectory[t]):
-            return
-        self._checked.add(t)
-        self._compare(t, v)
 
     @torch.no_grad()
     def check_replay(self, t: int) -> None:
@@ -105,33 +84,36 @@ class PipelineField:
         The first call at each time checks this by itself, but not where FSDP holds the weights. They must be the
         rollout's. Waits for the device.
         """
-        self._compare(t, self(self._trajectory[t], self._trajectory.sigma(t)))
+        x = self._trajectory[t]
+        self._check([t] * len(x), x, self(x, self._trajectory.sigma(t)))
 
-    def _compare(self, t: int, v: Tensor) -> None:
-        expected = self._trajectory.velocity(t).double()
-        apart = (v.double() - expected).norm() / expected.norm().clamp_min(1e-30)
-        if float(apart) > (0.01 if v.dtype in (torch.float32, torch.float64) else 0.1):
-            raise SamplerError(
-                f"{self.record.base.__name__}, entered again at t = {t}, gives another velocity than in its rollout "
-                f"(relative difference {float(apart):.1g}): its loop or a callback carries more from step to step than "
-                "can be replayed. Use memory='retain' with a plan that fits one pass."
-            )
+    def _check(self, times: list[int], x: Tensor, v: Tensor) -> None:
+        """Raise SamplerError if the same weights give a sample at the rollout's x_t another velocity than there.
 
-    def _check_apart(self, times: list[int], x: Tensor, v: Tensor) -> None:
-        """As `_check`, for each sample that is at the rollout's x_t."""
-        samples = [self._trajectory.sample(i) for i in range(len(times))]
-        real = torch.cat([sample[t] for sample, t in zip(samples, times, strict=True)])
-        expected = torch.cat([sample.velocity(t) for sample, t in zip(samples, times, strict=True)]).double()
+        Waits for the device, once for each time of a rollout.
+        """
+        samples = [(self._trajectory.sample(i), t) for i, t in enumerate(times)]
+        real = torch.cat([sample[t] for sample, t in samples])
+        expected = torch.cat([sample.velocity(t) for sample, t in samples]).double()
         miss = (v.double() - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1).clamp_min(1e-30)
         misses: list[float] = torch.where((x == real).flatten(1).all(1), miss, torch.nan).tolist()
-        self._checked_apart.update(t for t, apart in zip(times, misses, strict=True) if apart == apart)
-        worst = max((apart for apart in misses if apart == apart), default=0.0)
-        if worst > (0.01 if v.dtype in (torch.float32, torch.float64) else 0.1):
+        apart = len(set(times)) > 1
+        self._checked.update((t, apart) for t, missed in zip(times, misses, strict=True) if missed == missed)
+        worst = max((missed for missed in misses if missed == missed), default=0.0)
+        if worst <= (0.01 if v.dtype in (torch.float32, torch.float64) else 0.1):
+            return
+        name, difference = self.record.base.__name__, f"in its rollout (relative difference {worst:.1g})"
+        if apart:
             raise SamplerError(
-                f"{self.record.base.__name__}, entered with times of their own for its samples, t = {times}, gives "
-                f"other velocities than in its rollout (relative difference {worst:.1g}): more depends on the time "
-                "there than the vectors that its model is handed. Take one plan for the batch (--rollout.times shared)."
+                f"{name}, entered with times of their own for its samples, t = {times}, gives other velocities than "
+                f"{difference}: more depends on the time there than the vectors that its model receives. Take one plan "
+                "for the batch (--rollout.times shared)."
             )
+        raise SamplerError(
+            f"{name}, entered again at t = {times[0]}, gives another velocity than {difference}: its loop or a "
+            "callback carries more from step to step than can be replayed. Use memory='retain' with a plan that fits "
+            "one pass."
+        )
 
     def _unchanged(self) -> bool:
         """Whether the weights are known to be those of the rollout."""

@@ -6,7 +6,7 @@ parameters.py             what trains
 trajectory.py             the recorded rollout
 node_values.py            values of the primitives
 velocity_calls.py         ways to make the model calls: retain, recompute, split
-execution.py, per_sample_execution.py    one run of a plan, or of one for each sample
+execution.py              one run of a plan, or of one for each sample
 term_evaluation.py        the closed form, term by term
 api.py                    rollout, sample, apply, values, distances, backward
 

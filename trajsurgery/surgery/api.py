@@ -14,9 +14,8 @@ from trajsurgery.plans.nodes import Noise
 from trajsurgery.plans.per_sample import PerSample
 from trajsurgery.plans.plan import Plan
 from trajsurgery.surgery.autograd_functions import backward_of_call
-from trajsurgery.surgery.execution import Execution
+from trajsurgery.surgery.execution import Execution, start_run
 from trajsurgery.surgery.parameters import Fields, Params, field_named, has_trainable_parameters, trainable_only
-from trajsurgery.surgery.per_sample_execution import start_run
 from trajsurgery.surgery.trajectory import Trajectory, as_sigmas
 from trajsurgery.surgery.validation import Generators, call_field, change_count, check_finite, match_cotangents
 from trajsurgery.surgery.velocity_calls import (
