@@ -227,7 +227,7 @@ def test_clip_at_full_size_uses_every_name(size: str) -> None:
 
 
 def test_the_aesthetic_head_at_full_size_uses_every_name() -> None:
-    from trajsurgery.rewards.state_dicts import linear_head
+    from trajsurgery.rewards.weight_files import linear_head
 
     state = {name: torch.zeros(shape) for name, shape in layouts.aesthetic().items()}
     head = linear_head("Aesthetic", state, 768)

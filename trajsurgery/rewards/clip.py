@@ -13,8 +13,7 @@ from torch.nn import functional
 from trajsurgery.errors import RewardError
 from trajsurgery.rewards.contract import Reward, checkpoint_layers
 from trajsurgery.rewards.preprocessing import floor_offset, normalize, resize_and_crop, round_offset
-from trajsurgery.rewards.state_dicts import linear_head
-from trajsurgery.rewards.weight_files import find_file, find_folder
+from trajsurgery.rewards.weight_files import find_file, find_folder, linear_head
 
 LARGE = "openai/clip-vit-large-patch14"
 

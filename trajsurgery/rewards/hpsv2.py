@@ -10,8 +10,7 @@ from torch import Tensor
 from trajsurgery.errors import RewardError
 from trajsurgery.rewards.contract import Reward, checkpoint_layers
 from trajsurgery.rewards.preprocessing import normalize, resize_and_pad
-from trajsurgery.rewards.state_dicts import load_part
-from trajsurgery.rewards.weight_files import find_file
+from trajsurgery.rewards.weight_files import find_file, load_part
 
 REPOSITORY = "xswu/HPSv2"
 FILES = {"2.0": "HPS_v2_compressed.pt", "2.1": "HPS_v2.1_compressed.pt"}

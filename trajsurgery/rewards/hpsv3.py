@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trajsurgery.errors import RewardError
-from trajsurgery.rewards import state_dicts
+from trajsurgery.rewards import weight_files
 from trajsurgery.rewards.contract import Reward, checkpoint_layers
 from trajsurgery.rewards.preprocessing import normalize, pil_resize
 from trajsurgery.rewards.weight_files import find_file, find_folder
@@ -37,7 +37,7 @@ TEXT: dict[str, Any] = {
 NAMES = ((r"^model\.", "text."), (r"^visual\.", "visual."), (r"^rm_head\.", "head."))
 """Names of the original's weights (transformers 4.45's), and of ours. Its lm_head is not looked at."""
 
-rename_weights = functools.partial(state_dicts.rename_weights, "HPSv3", NAMES, r"^lm_head\.weight$")
+rename_weights = functools.partial(weight_files.rename_weights, "HPSv3", NAMES, r"^lm_head\.weight$")
 
 QUESTION = Path(__file__).with_name("hpsv3_question.txt").read_text("utf-8")
 """The authors' question, word for word, from the package hpsv3 (MIT License, Copyright (c) 2024 HPSv3 Team)."""
@@ -103,9 +103,9 @@ class HPSv3(Reward):
         state = rename_weights(_read(path))
         self.visual, self.text, self.head = build_parts(state, vision or {}, text or {})
         for part, name, kind in ((self.visual, "visual", dtype), (self.text, "text", dtype), (self.head, "head", None)):
-            weights = state_dicts.weights_under(state, f"{name}.")
+            weights = weight_files.weights_under(state, f"{name}.")
             weights = {key: value.to(kind or torch.float32) for key, value in weights.items()}
-            state_dicts.load_part(path, part, weights, f"HPSv3's weights ({name}.*)", assign=True)
+            weight_files.load_part(path, part, weights, f"HPSv3's weights ({name}.*)", assign=True)
         if len(self.tokenizer) > self.text.config.vocab_size:
             raise RewardError(
                 f"{path.name} knows {self.text.config.vocab_size} tokens and {words} has {len(self.tokenizer)} with "

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trajsurgery.rewards import state_dicts
+from trajsurgery.rewards import weight_files
 from trajsurgery.rewards.contract import Reward, checkpoint_layers
 from trajsurgery.rewards.preprocessing import normalize, resize_and_crop, round_offset
 from trajsurgery.rewards.weight_files import find_file, find_folder
@@ -49,7 +49,7 @@ NAMES = (
 UNUSED = r"^blip\.(vision_proj|text_proj)\.|^blip\.text_encoder\.embeddings\.position_ids$"
 """What the original's file holds and its score does not look at."""
 
-rename_weights = functools.partial(state_dicts.rename_weights, "ImageReward", NAMES, UNUSED)
+rename_weights = functools.partial(weight_files.rename_weights, "ImageReward", NAMES, UNUSED)
 
 
 class ImageReward(Reward):
@@ -90,11 +90,11 @@ class ImageReward(Reward):
         self.tokenizer: Any = BertTokenizer.from_pretrained(str(words), local_files_only=True)
         self.vision, self.text = build_towers(vision or {}, text or {})
         state = rename_weights(torch.load(path, map_location="cpu", weights_only=True))
-        head, self.side = state_dicts.weights_under(state, "head."), int(self.vision.config.image_size)
-        self.head = state_dicts.linear_head("ImageReward", head, int(self.text.config.hidden_size))
+        head, self.side = weight_files.weights_under(state, "head."), int(self.vision.config.image_size)
+        self.head = weight_files.linear_head("ImageReward", head, int(self.text.config.hidden_size))
         for tower, name in ((self.vision, "vision"), (self.text, "text")):
-            weights = state_dicts.weights_under(state, f"{name}.")
-            state_dicts.load_part(path, tower, weights, f"ImageReward's {name} tower")
+            weights = weight_files.weights_under(state, f"{name}.")
+            weight_files.load_part(path, tower, weights, f"ImageReward's {name} tower")
         if checkpointing:
             checkpoint_layers((*self.vision.encoder.layers, *self.text.encoder.layer))
         self.eval().requires_grad_(False)

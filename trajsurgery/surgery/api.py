@@ -13,21 +13,13 @@ from trajsurgery.plans.interpolants import Interpolant, RectifiedFlow
 from trajsurgery.plans.nodes import Noise
 from trajsurgery.plans.per_sample import PerSample
 from trajsurgery.plans.plan import Plan
+from trajsurgery.surgery import velocity_calls
 from trajsurgery.surgery.autograd_functions import backward_of_call
 from trajsurgery.surgery.execution import Execution, start_run
 from trajsurgery.surgery.parameters import Fields, Params, field_named, has_trainable_parameters, trainable_only
 from trajsurgery.surgery.trajectory import Trajectory, as_sigmas
 from trajsurgery.surgery.validation import Generators, call_field, change_count, check_finite, match_cotangents
-from trajsurgery.surgery.velocity_calls import (
-    IN_ROLLOUT,
-    Memory,
-    ModelCall,
-    check_memory,
-    cut,
-    retained_call,
-    run_outputs,
-    split_call,
-)
+from trajsurgery.surgery.velocity_calls import IN_ROLLOUT, Memory, ModelCall, check_memory, retained_call, run_outputs
 
 Outputs = Tensor | tuple[Tensor, ...]
 
@@ -245,10 +237,10 @@ def _run_sampler(
                 v = call_field(field, x, trajectory.sigma(t), t)
         else:
             node_x = execution.tensors[node.x]
-            start = cut(node_x) if split else node_x
+            start = velocity_calls.cut(node_x) if split else node_x
             with torch.enable_grad():
                 v = call_field(field, start, trajectory.sigma(t), t)
-            execution.adopt(node, split_call(node_x, v, start, params) if split else v)
+            execution.adopt(node, velocity_calls.split_call(node_x, v, start, params) if split else v)
         versions[t] = change_count(v)
         trajectory.velocities[t] = v.detach()
         x = x + (trajectory.sigma(t - 1) - trajectory.sigma(t)) * v.detach()

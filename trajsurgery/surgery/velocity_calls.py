@@ -18,16 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trajsurgery.errors import PlanError, SamplerError
 from trajsurgery.plans.nodes import Node, Noise
-from trajsurgery.surgery import autograd_functions
-from trajsurgery.surgery.parameters import (
-    Fields,
-    Params,
-    check_leaves,
-    field_named,
-    has_trainable_parameters,
-    leaves_by_field,
-    trainable_only,
-)
+from trajsurgery.surgery import autograd_functions, parameters
+from trajsurgery.surgery.parameters import Fields, Params, field_named, leaves_by_field, trainable_only
 from trajsurgery.surgery.trajectory import Trajectory
 from trajsurgery.surgery.validation import call_field
 
@@ -54,7 +46,7 @@ class ModelCall:
         first, sigma = (t, sigma_of(t)) if isinstance(t, int) else (t[0], torch.stack([*map(sigma_of, t)]))
         v = call_field(field, x, sigma, t, self.trajectory.velocities.get(first))
         lost = torch.is_grad_enabled() and not v.requires_grad and not _inside_torch_func()
-        if lost and has_trainable_parameters(field):
+        if lost and parameters.has_trainable_parameters(field):
             raise SamplerError(
                 f"the velocity at t = {t} carries no gradient, though the field has parameters that train. Either "
                 "it runs under no_grad or inference_mode: leave such blocks. Or its gradient checkpointing is the "
@@ -159,7 +151,7 @@ def _recompute(fields: Fields, run: Run, params: tuple[Tensor, ...] | None) -> W
 
     def recompute(call: ModelCall, x: Tensor) -> Tensor:
         leaves = leaves_of[call.name]
-        checked = call if params is not None else lambda x: check_leaves(call(x), x, leaves)
+        checked = call if params is not None else lambda x: parameters.check_leaves(call(x), x, leaves)
         return autograd_functions.recompute(checked, x, leaves, call.value)
 
     return recompute
