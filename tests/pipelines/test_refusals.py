@@ -206,6 +206,21 @@ def test_outputs_too_large_to_record_are_replayed_as_zeros(monkeypatch: pytest.M
             assert torch.equal(surgery.field(trajectory[2], trajectory.sigma(2)), trajectory.velocity(2))
 
 
+def test_a_replay_is_compared_with_the_rollout_sample_by_sample() -> None:
+    """A sample that leaves the rollout's x_t, and one whose velocity is right, hide no other sample's wrong one."""
+    small = BUILDERS["Flux"]()
+    with operate(small.pipe) as surgery:
+        small()
+    trajectory, field = surgery.trajectory, surgery.field
+    x, wrong = trajectory[2].clone(), trajectory.velocity(2).clone()
+    x[1] += 1
+    wrong[0] *= 1.012
+    trajectory.velocities[2] = wrong
+    for latents in (x, trajectory[2]):
+        with pytest.raises(SamplerError, match="gives another velocity than in its rollout"):
+            field(latents, trajectory.sigma(2))
+
+
 def recorded_tensors(record: CallRecord) -> list[torch.Tensor]:
     leaves = tree_flatten(list(record.templates.values()))[0]
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
