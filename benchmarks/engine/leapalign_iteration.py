@@ -87,8 +87,12 @@ class IterationBench:
         """Return some differentiable scores, [batch]."""
         return (images * self.reward_weights).mean((1, 2, 3))
 
-    def through_operate(self, memory: Memory) -> Tensor:
-        """Run the iteration through `operate`, as trajsurgery.training.training_loop does."""
+    def through_operate(self, memory: Memory, before_backward: Callable[[], object] = lambda: None) -> Tensor:
+        """Run the iteration through `operate`, as trajsurgery.training.training_loop does.
+
+        Args:
+            before_backward: called between the decode's backward pass and the transformer's.
+        """
         with operate(self.pipe, self.plan, memory) as surgery:
             images = self.pipe(
                 prompt_embeds=self.prompts,
@@ -101,8 +105,10 @@ class IterationBench:
             ).images
         weights = objective.weights(self.plan, surgery.trajectory, surgery.distances, "all", TAU)
         loss = objective.loss([self.reward(images)], weights.w, LAMBDA)
-        torch.autograd.backward(surgery.outputs, objective.cotangents(loss, surgery.outputs))
-        return images.detach()
+        cotangents, images = objective.cotangents(loss, surgery.outputs), images.detach()
+        before_backward()
+        torch.autograd.backward(surgery.outputs, cotangents)
+        return images
 
     def by_hand(self) -> Tensor:
         """Run the iteration as hand-written trainers do: the pipeline's loop copied, Algorithm 1 inside it."""
