@@ -174,7 +174,7 @@ def test_existing_images_are_kept_and_missing_ones_are_generated_the_same(
     assert expected | {"asked": None} == actual | {"asked": None}
     assert all((output / f).stat().st_mtime_ns == time for f, time in before.items() if f.endswith("0000.png"))
     printed = capsys.readouterr().out
-    assert "images of base: 9/9" in printed
+    assert "images of base 9/9" in printed
     assert "images of adapters" not in printed
 
 

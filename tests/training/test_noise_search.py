@@ -194,7 +194,7 @@ def test_a_detached_reward_is_an_error(pipe: Any) -> None:
     [
         (["--model", "no/such"], "no weights: no/such"),
         (["--reward", "nothing"], "no reward 'nothing'"),
-        (["--model", "tiny:wan"], "paints videos"),
+        (["--model", "tiny:wan"], "makes videos"),
         (["--steps", "0"], "steps = 0"),
         (["--climb.momentum", "1"], "momentum = 1.0"),
         (["--prompt", " "], "the prompt is empty"),

@@ -5,51 +5,39 @@ Its checkpoint is one file, written whole: the same command resumes an interrupt
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
-import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from trajsurgery.errors import RecipeError, SurgeryError
+from trajsurgery.cli.command_line import INTERRUPTED, exit_code, read_recipe
+from trajsurgery.errors import RecipeError
 from trajsurgery.reports.filmstrip import draw_filmstrip
 from trajsurgery.rewards.loading import Reward, load_reward, score_one
 from trajsurgery.training import components, preflight, ranks
 from trajsurgery.training.checkpoint import write_atomically
 from trajsurgery.training.noise_search.ascent import Ascent, Frame, RewardPath
 from trajsurgery.training.noise_search.noise_recipe import NoiseRecipe
-from trajsurgery.training.recipe import EMBEDDED
+from trajsurgery.training.progress_bar import progress_bar
+from trajsurgery.training.recipe import EMBEDDED, changed_settings
 from trajsurgery.training.training_loop import catch_interruptions
 
-STATE, INTERRUPTED, THUMBNAIL = "noise_state.pt", 130, 256
+STATE, THUMBNAIL = "noise_state.pt", 256
 FREE = ("iterations", "save_every", "pictures", "threads", "device", "output", "overwrite")
 """Settings that may differ between a search and its resumption."""
 
 
 def cli(recipes: Mapping[str, NoiseRecipe], description: str, args: Sequence[str] | None = None) -> int:
     """Read a recipe from the command line and run it; return the exit code."""
-    console, words = Console(), list(sys.argv[1:] if args is None else args)
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset", choices=list(recipes), default=next(iter(recipes)))
-    preset = recipes[parser.parse_known_args(words)[0].preset]
-    try:
-        recipe = tyro.cli(NoiseRecipe, default=preset, args=words, description=description, console_outputs=True)
-        return INTERRUPTED if main(recipe, console=console) is None else 0
-    except KeyboardInterrupt:
-        console.print("interrupted before the first iteration: the same command goes on")
-        return INTERRUPTED
-    except SurgeryError as error:
-        console.print(f"[bold red]{type(error).__name__}[/]: ", end="")
-        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
-        return 1
+
+    def run(console: Console) -> int:
+        return INTERRUPTED if main(read_recipe(recipes, description, args), console=console) is None else 0
+
+    return exit_code(run, " before the first iteration: the same command goes on")
 
 
 def main(
@@ -73,15 +61,21 @@ def main(
     state = _read_state(recipe)
     path = _reward_path(recipe, *(parts or _load_components(recipe)))
     ascent = Ascent(path.start(torch.Generator().manual_seed(recipe.seed)), recipe.climb)
-    film = _Film.of(ascent, state)
+    film = _Film(state["frames"], state["images"]) if state else _Film()
     if state:
+        ascent.restore(state)
         console.print(f"goes on from iteration {ascent.iteration} in {recipe.output}", highlight=False)
     signals: list[int] = []
     try:
-        with catch_interruptions() as signals, _progress(recipe, film, console) as watch:
+        with (
+            catch_interruptions() as signals,
+            progress_bar(console, "ReNO", recipe.iterations, ascent.iteration) as advance,
+        ):
             while ascent.iteration < recipe.iterations and not signals:
-                film.add(ascent.step(path))
-                watch()
+                frame = ascent.step(path)
+                film.add(frame)
+                best = film.best["reward"]
+                advance(figures=f"reward {frame.reward:.4f} best {best:.4f} |x_T| {frame.norm:.1f}")
                 if ascent.iteration % recipe.save_every == 0:
                     _save_state(recipe, ascent, film)
     except KeyboardInterrupt:  # a second one does not wait for the iteration under way
@@ -102,14 +96,12 @@ def check_noise_recipe(recipe: NoiseRecipe) -> None:
     Raises:
         RecipeError: what is missing, and what to do.
     """
-    count = preflight.parameter_count(recipe.model)
-    missing = [
-        line for line in (preflight.model_problem(recipe.model), preflight.reward_problem(recipe.reward)) if line
-    ]
-    if count is not None and count > preflight.WITHOUT_GPU and not torch.cuda.is_available():
+    problems = (preflight.model_problem(recipe.model), preflight.reward_problem(recipe.reward))
+    missing, count = [problem for problem in problems if problem], preflight.parameter_count(recipe.model) or 0
+    if count > preflight.WITHOUT_GPU and not torch.cuda.is_available():
         missing.append(f"no GPU: torch sees no CUDA device, and {recipe.model} has {count / 1e9:.1f} G parameters.")
     if EMBEDDED.get(recipe.model, "tiny") != "tiny":
-        missing.append(f"{recipe.model} paints videos: this search grades one image.")
+        missing.append(f"{recipe.model} makes videos: this search scores one image.")
     if missing:
         raise RecipeError("\n".join(["this recipe can't run here:", *(f"  - {line}" for line in missing)]))
 
@@ -134,28 +126,21 @@ def _reward_path(recipe: NoiseRecipe, pipe: Any, reward: Reward) -> RewardPath:
     return RewardPath(pipe, reward, recipe.prompt, recipe.steps, call)
 
 
+@dataclass(frozen=True)
 class _Film:
     """Figures of each iteration, and small images."""
 
-    def __init__(self, frames: list[dict[str, Any]], images: list[Tensor]) -> None:
-        self.frames, self.images = frames, images
+    frames: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    images: list[Tensor] = field(default_factory=list[Tensor])
 
-    @classmethod
-    def of(cls, ascent: Ascent, state: Mapping[str, Any] | None) -> _Film:
-        """Restore the search from a checkpoint and return its film; an empty film without one."""
-        if state is None:
-            return cls([], [])
-        with torch.no_grad():
-            ascent.x.copy_(state["x"])
-        ascent.optimiser.load_state_dict(state["optimiser"])
-        ascent.iteration = state["iteration"]
-        ascent.best = Frame(**state["best"]), state["best_x"].to(ascent.x)
-        return cls(list(state["frames"]), list(state["images"]))
+    @property
+    def best(self) -> dict[str, Any]:
+        """The figures of the iteration with the highest reward."""
+        return max(self.frames, key=lambda frame: frame["reward"])
 
     def add(self, frame: Frame) -> None:
         """Append an image, at most THUMBNAIL pixels wide."""
-        names = ("iteration", "reward", "norm", "gradient")
-        self.frames.append({name: getattr(frame, name) for name in names})
+        self.frames.append({name: value for name, value in vars(frame).items() if name != "image"})
         by = max(1, -(-frame.image.shape[-1] // THUMBNAIL))
         self.images.append(_to_uint8(torch.nn.functional.avg_pool2d(frame.image.float(), by)[0]))
 
@@ -165,18 +150,7 @@ def _to_uint8(image: Tensor) -> Tensor:
 
 
 def _save_state(recipe: NoiseRecipe, ascent: Ascent, film: _Film) -> None:
-    assert ascent.best is not None
-    frame, x = ascent.best
-    state = {
-        "recipe": json.dumps(recipe.to_dict()),
-        "x": ascent.x.detach(),
-        "optimiser": ascent.optimiser.state_dict(),
-        "iteration": ascent.iteration,
-        "best": {name: getattr(frame, name) for name in Frame.__dataclass_fields__},
-        "best_x": x,
-        "frames": film.frames,
-        "images": film.images,
-    }
+    state = {"recipe": json.dumps(recipe.to_dict()), **ascent.state(), **vars(film)}
     write_atomically(recipe.output / STATE, lambda path: torch.save(state, path))
 
 
@@ -198,12 +172,7 @@ def _read_state(recipe: NoiseRecipe) -> dict[str, Any] | None:
         saved_settings = json.loads(state["recipe"])
     except Exception as error:
         raise RecipeError(f"{path} can't be read ({error}). {_WAYS_OUT}") from error
-    settings = recipe.to_dict()
-    changed = [
-        f"{n}: {saved_settings.get(n)} there, {settings[n]} here"
-        for n in settings
-        if n not in FREE and saved_settings.get(n) != settings[n]
-    ]
+    changed = changed_settings(saved_settings, recipe.to_dict(), FREE)
     if changed:
         raise RecipeError(f"{recipe.output} holds another search. It differs in {'; '.join(changed)}. {_WAYS_OUT}")
     if state["iteration"] > recipe.iterations:
@@ -232,9 +201,8 @@ def _save_results(recipe: NoiseRecipe, ascent: Ascent, film: _Film) -> None:
 
 
 def _print_summary(recipe: NoiseRecipe, film: _Film, console: Console) -> dict[str, Any]:
-    """Print the closing words."""
-    best = max(film.frames, key=lambda frame: frame["reward"])
-    first = film.frames[0]["reward"]
+    """Print the rewards and where the files are; return the rewards."""
+    best, first = film.best, film.frames[0]["reward"]
     console.print(
         f"reward {first:.4f} -> {best['reward']:.4f} at iteration {best['iteration']}. In {recipe.output}: "
         "filmstrip.png, best.png, metrics.jsonl, and noise.safetensors, whose latents the pipeline takes: "
@@ -242,23 +210,3 @@ def _print_summary(recipe: NoiseRecipe, film: _Film, console: Console) -> dict[s
         highlight=False,
     )
     return {"first": first, "best": best["reward"], "iteration": best["iteration"]}
-
-
-@contextmanager
-def _progress(recipe: NoiseRecipe, film: _Film, console: Console) -> Generator[Callable[[], None]]:
-    """Show the reward, its best, and the noise's norm; a plain line now and then where there is no terminal."""
-    columns = (TextColumn("ReNO"), BarColumn(None), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"))
-    every, began, before = max(1, recipe.iterations // 10), time.monotonic(), len(film.frames)
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=recipe.iterations, completed=before, figures="")
-
-        def watch() -> None:
-            frame, done = film.frames[-1], len(film.frames)
-            best = max(frame["reward"] for frame in film.frames)
-            figures = f"reward {frame['reward']:.4f} best {best:.4f} |x_T| {frame['norm']:.1f}"
-            progress.update(task, completed=done, figures=figures)
-            if not console.is_terminal and done % every == 0:
-                left = (time.monotonic() - began) / (done - before) * (recipe.iterations - done)
-                console.print(f"ReNO {done}/{recipe.iterations} {figures} about {left:.0f} s left", highlight=False)
-
-        yield watch

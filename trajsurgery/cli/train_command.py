@@ -2,62 +2,41 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 import time
-import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from trajsurgery.cli.command_line import INTERRUPTED, exit_code, read_recipe
 from trajsurgery.dry_run import plan_memory, table
-from trajsurgery.errors import SurgeryError
 from trajsurgery.evaluation import validation_rounds
 from trajsurgery.evaluation.held_out import HeldOutScores, evaluate, needed_prompts
 from trajsurgery.evaluation.paired_statistics import compare
 from trajsurgery.reports import run_report, validation_report
 from trajsurgery.training import components, lora, missing_gradients, preflight, ranks, sharding, srpo_support, trial
 from trajsurgery.training.checkpoint import METRICS, Log, TrainingState, resume, save, write_atomically
+from trajsurgery.training.progress_bar import Advance, progress_bar
 from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.training_loop import StepRecord, iteration_generator, train
-
-INTERRUPTED = 130
-"""Exit code of a run that Ctrl-C or SIGTERM stopped. The same command resumes it."""
 
 
 def cli(presets: Mapping[str, Recipe], description: str, args: Sequence[str] | None = None) -> int:
     """Read a recipe from the command line and run it; return the exit code."""
-    console = Console()
-    words = list(sys.argv[1:] if args is None else args)
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset", choices=list(presets), default=next(iter(presets)))
-    preset = presets[parser.parse_known_args(words)[0].preset]
-    try:
-        with warnings.catch_warnings():  # tyro reads a method of the user's own all the same
-            warnings.filterwarnings("ignore", message=".*does not match any type in Union")
-            recipe = tyro.cli(Recipe, default=preset, args=words, description=description, console_outputs=True)
+
+    def run(console: Console) -> int:
+        recipe = read_recipe(presets, description, args)
         if recipe.dry_run:
             return dry_run(recipe, console)
         ranks.join(ranks.choose_device(recipe.device))
         result = main(recipe, console=console if ranks.is_main() else None)
         ranks.leave()
         return INTERRUPTED if result is None else 0
-    except KeyboardInterrupt:
-        console.print("interrupted before the first iteration, or while pictures were made: the same command goes on")
-        return INTERRUPTED
-    except SurgeryError as error:
-        if not ranks.is_main():
-            console.print(f"rank {ranks.rank()}: ", end="")
-        console.print(f"[bold red]{type(error).__name__}[/]: ", end="")
-        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
-        return 1
+
+    return exit_code(run, " before the first iteration, or while pictures were made: the same command goes on")
 
 
 def dry_run(recipe: Recipe, console: Console) -> int:
@@ -119,9 +98,10 @@ def main(
             training.before = evaluate(recipe, parts).to_dict()
         training.seconds = time.monotonic() - began
         save(recipe, training)
-    with _progress(recipe, training, console) as watch:
+    method = type(recipe.method).__name__
+    with progress_bar(console, method, recipe.iterations, training.iteration) as advance:
         validate = validation_rounds.validation_callback(recipe, parts, training, partial(_print_validation, console))
-        complete = train(recipe, parts, training, watch, validate)
+        complete = train(recipe, parts, training, partial(_show, training, console, advance), validate)
     if not complete:
         console.print(f"interrupted at iteration {training.iteration}, saved: the same command goes on from there")
         return None
@@ -190,37 +170,11 @@ def _print_summary(recipe: Recipe, console: Console, evaluation: dict[str, Any],
     return evaluation
 
 
-@contextmanager
-def _progress(recipe: Recipe, training: TrainingState, console: Console) -> Generator[Callable[[StepRecord], None]]:
-    """Show reward, loss, gradient norm and time left; a plain line now and then where there is no terminal."""
-    figures = TextColumn(
-        "reward {task.fields[reward]} loss {task.fields[loss]} |g| {task.fields[norm]}{task.fields[skipped]}"
-    )
-    columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), figures, TimeRemainingColumn())
-    every = max(1, recipe.iterations // 10)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        name = type(recipe.method).__name__
-        task = progress.add_task(
-            name, total=recipe.iterations, completed=training.iteration, reward="", loss="", norm="", skipped=""
-        )
-
-        def watch(record: StepRecord) -> None:
-            skipped = f" [bold red]skipped {training.skipped}[/]" if training.skipped else ""
-            shown: dict[str, Any] = {
-                "reward": f"{record.reward:.4f}",
-                "loss": f"{record.loss:.3f}",
-                "norm": f"{record.grad_norm:.3g}",
-            }
-            progress.update(task, completed=record.iteration, **shown, skipped=skipped)
-            if record.idle:
-                message = missing_gradients.warning(record.idle, len(training.parameters))
-                console.print(f"iteration {record.iteration}: {message}", style="yellow", markup=False, highlight=False)
-            if not console.is_terminal and (record.iteration % every == 0 or record.skipped):
-                figures = " ".join(f"{key} {value}" for key, value in shown.items())
-                left = (recipe.iterations - record.iteration) * record.seconds
-                console.print(
-                    f"{name} {record.iteration}/{recipe.iterations} {figures}{skipped} about {left:.0f} s left",
-                    highlight=False,
-                )
-
-        yield watch
+def _show(training: TrainingState, console: Console, advance: Advance, record: StepRecord) -> None:
+    """Show reward, loss, gradient norm and skipped iterations on the progress bar."""
+    figures = f"reward {record.reward:.4f} loss {record.loss:.3f} |g| {record.grad_norm:.3g}"
+    figures += f" [bold red]skipped {training.skipped}[/]" if training.skipped else ""
+    advance(figures=figures, now=record.skipped)
+    if record.idle:
+        message = missing_gradients.warning(record.idle, len(training.parameters))
+        console.print(f"iteration {record.iteration}: {message}", style="yellow", markup=False, highlight=False)

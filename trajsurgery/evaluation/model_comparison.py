@@ -7,15 +7,13 @@ import hashlib
 import inspect
 import json
 import shutil
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from trajsurgery import tiny
@@ -30,6 +28,7 @@ from trajsurgery.rewards.loading import Reward, load_reward, score_one
 from trajsurgery.training.checkpoint import write_atomically
 from trajsurgery.training.components import quiet
 from trajsurgery.training.preflight import reward_problem
+from trajsurgery.training.progress_bar import progress_bar
 from trajsurgery.training.prompts import Prompt, read_prompts
 from trajsurgery.training.ranks import choose_device
 from trajsurgery.training.recipe import EMBEDDED
@@ -58,7 +57,7 @@ def evaluate_models(options: Evaluate, console: Console) -> int:
         _move_reward(reward, device)
         for variant in variants:
             pictures = [Picture(s.path(options.output / variant.name), s.prompt.text) for s in samples]
-            with _progress(console, f"{name} of {variant.name}", len(pictures)) as done, torch.no_grad():
+            with progress_bar(console, f"{name} of {variant.name}", len(pictures)) as done, torch.no_grad():
                 scores[variant.name][name] = score_pictures(reward, pictures, device, options.batch, done)
         _move_reward(reward, torch.device("cpu"))
     comparison = Comparison(tuple(v.name for v in variants), tuple(rewards), samples, scores)
@@ -208,7 +207,7 @@ def _make_images(
     unknown = [name for name in call if name not in accepted]
     if unknown and any(getattr(options, {"guidance_scale": "guidance"}.get(name, name), None) for name in unknown):
         raise RecipeError(f"{type(pipe).__name__} takes no {', '.join(unknown)}: leave it out.")
-    with _progress(console, f"images of {variant.name}", len(samples), len(samples) - missing) as done:
+    with progress_bar(console, f"images of {variant.name}", len(samples), len(samples) - missing) as done:
         make_images(pipe, {n: v for n, v in call.items() if n in accepted}, folder, samples, options.batch, done)
     del pipe
     gc.collect()
@@ -218,23 +217,6 @@ def _make_images(
 def _move_reward(reward: Reward, device: torch.device) -> None:
     if isinstance(reward, nn.Module):
         reward.to(device)
-
-
-@contextmanager
-def _progress(console: Console, label: str, total: int, completed: int = 0) -> Generator[Any]:
-    """Show a progress bar, or a plain line every tenth where there is no terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task, count = progress.add_task(label, total=total, completed=completed), completed
-
-        def done(more: int) -> None:
-            nonlocal count
-            before, count = count, count + more
-            progress.update(task, completed=count)
-            if not console.is_terminal and count * 10 // total > before * 10 // total:
-                console.print(f"{label}: {count}/{total}", highlight=False)
-
-        yield done
 
 
 def _write_results(

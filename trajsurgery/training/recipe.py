@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -191,8 +191,13 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """What two recipes' dicts differ in, "name: value there, value here", but for what may."""
     defaults = _flat(_plain(asdict(Recipe())))  # of what a run of an earlier version knew nothing of
     a, b = {n: v for n, v in defaults.items() if not n.startswith("method.")} | _flat(there), _flat(here)
-    names = [name for name in {**a, **b} if name not in FREE and a.get(name) != b.get(name)]
-    return [f"{name}: {a.get(name)} there, {b.get(name)} here" for name in names]
+    return changed_settings(a, b, FREE)
+
+
+def changed_settings(saved: Mapping[str, Any], settings: Mapping[str, Any], free: Container[str] = ()) -> list[str]:
+    """Return "name: value there, value here" for each setting that differs, but for the `free` ones."""
+    names = [name for name in {**saved, **settings} if name not in free and saved.get(name) != settings.get(name)]
+    return [f"{name}: {saved.get(name)} there, {settings.get(name)} here" for name in names]
 
 
 def _plain(value: Any) -> Any:

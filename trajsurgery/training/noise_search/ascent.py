@@ -157,3 +157,18 @@ class Ascent:
         self.optimiser.step()
         self.iteration += 1
         return frame
+
+    def state(self) -> dict[str, Any]:
+        """Return what `restore` takes, once there is a frame."""
+        assert self.best is not None
+        frame, x = self.best
+        ascent = {"x": self.x.detach(), "optimiser": self.optimiser.state_dict(), "iteration": self.iteration}
+        return {**ascent, "best": vars(frame), "best_x": x}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        with torch.no_grad():
+            self.x.copy_(state["x"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.iteration = state["iteration"]
+        self.best = Frame(**state["best"]), state["best_x"].to(self.x)
