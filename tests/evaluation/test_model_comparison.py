@@ -19,10 +19,12 @@ from PIL import Image
 from tests.builders import toy_world
 from trajsurgery.cli import main
 from trajsurgery.evaluation import model_comparison, model_variants
+from trajsurgery.evaluation.comparison_table import Comparison, to_markdown
 from trajsurgery.evaluation.geneval_folders import Sample
 from trajsurgery.evaluation.options import Evaluate
 from trajsurgery.evaluation.paired_statistics import paired
 from trajsurgery.training import components, lora
+from trajsurgery.training.prompts import Prompt
 from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.settings import Trained
 
@@ -171,7 +173,7 @@ def test_existing_images_are_kept_and_missing_ones_are_generated_the_same(
     complete = {name: data for name, data in files.items() if "partial" not in name and name != "evaluation.json"}
     assert complete == {name: data for name, data in _files(evaluated).items() if name != "evaluation.json"}
     expected, actual = (json.loads((folder / "evaluation.json").read_text()) for folder in (evaluated, output))
-    assert expected | {"asked": None} == actual | {"asked": None}
+    assert expected | {"options": None} == actual | {"options": None}
     assert all((output / f).stat().st_mtime_ns == time for f, time in before.items() if f.endswith("0000.png"))
     printed = capsys.readouterr().out
     assert "images of base 9/9" in printed
@@ -267,7 +269,6 @@ def test_invalid_options_are_refused_before_an_image_is_generated(
 
 def test_a_pipeline_without_images_is_an_error() -> None:
     from trajsurgery.evaluation.geneval_folders import make_images
-    from trajsurgery.training.prompts import Prompt
 
     class Films:
         def __call__(self, **_: Any) -> Any:
@@ -275,6 +276,14 @@ def test_a_pipeline_without_images_is_an_error() -> None:
 
     with pytest.raises(Exception, match="Films gave Output for 1 prompts"):
         make_images(Films(), {}, Path("nowhere"), [Sample(0, Prompt("x"), 0, 0)], 1)
+
+
+def test_prompts_without_a_category_are_not_taken_for_all() -> None:
+    samples = [Sample(i, Prompt(f"p{i}", *category), 0, i) for i, category in enumerate([(), ("colors",), ("colors",)])]
+    comparison = Comparison(("base",), ("r",), samples, {"base": {"r": [0.0, 3.0, 6.0]}})
+    means = {part: figures["base"]["r"]["mean"] for part, figures in comparison.to_dict()["means"].items()}
+    assert means == {"all": 3.0, "no category": 0.0, "colors": 4.5}
+    assert "| no category: r | 0.0000 |" in to_markdown(comparison)
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from trajsurgery import RewardError
 from trajsurgery.cli import main
 from trajsurgery.errors import RecipeError
 from trajsurgery.evaluation import model_comparison
-from trajsurgery.evaluation.picture_scores import find_pictures, mean_and_error, read_picture, score_pictures
+from trajsurgery.evaluation.picture_scores import find_pictures, read_picture, score_pictures
 from trajsurgery.rewards import contract, packaged
 from trajsurgery.rewards.loading import load_reward
 from trajsurgery.rewards.mixtures import Relative, Weighted
@@ -118,7 +118,7 @@ def test_the_command_prints_and_saves(folder: Path, capsys: pytest.CaptureFixtur
         (lambda f: ["--batch", "0"], "at least one picture"),
         (lambda f: [f / "gone.png"], r"there is no .*gone.png"),
         (lambda f: [f / "b.png"], "3 prompts for 4 images"),
-        (lambda f: ["--prompts", f / "bad.jsonl"], "a line is not"),
+        (lambda f: ["--prompts", f / "bad.jsonl"], r"line 1 is .*has no prompt"),
         (lambda f: ["--prompts", f / "few.jsonl"], r"no prompt for a.jpg and 1 further"),
         (lambda f: ["--prompts", f / "latin.txt"], "no text in UTF-8"),
     ],
@@ -181,12 +181,22 @@ def test_a_file_that_is_no_picture_is_refused(folder: Path) -> None:
         read_picture(folder / "z.png", CPU)
 
 
-def test_one_value_has_no_error() -> None:
-    mean, error = mean_and_error([2.0])
-    assert mean == 2
-    assert math.isnan(error)
+def test_a_single_picture_has_no_standard_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "one.txt").write_text("red\n")
+    name = "tests.builders.toy_world:LikesRed"
+    words = ["score", str(folder / "b.png"), "--prompts", str(folder / "one.txt"), "--reward", name]
+    assert main([*words, "--output", str(folder / "one.json")]) == 0
+    assert json.loads((folder / "one.json").read_text())["rewards"][name]["standard_error"] is None
+    assert "nan" not in capsys.readouterr().out
     score: Tensor = LikesRed()(torch.ones(1, 3, 2, 2), ["x"])
     assert float(score) == 0
+
+
+def test_prompt_files_of_other_formats_name_the_pictures_too(folder: Path) -> None:
+    rows = [{"image": "b.png", "caption": "first"}, {"image": "c.PNG", "caption": "second"}]
+    (folder / "p.json").write_text(json.dumps(rows))
+    pictures = find_pictures([folder / "c.PNG", folder / "b.png"], folder / "p.json")
+    assert [p.prompt for p in pictures] == ["second", "first"]
 
 
 QUICK = """

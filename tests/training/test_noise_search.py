@@ -23,8 +23,14 @@ from trajsurgery.errors import RecipeError
 from trajsurgery.reports.filmstrip import choose_frames
 from trajsurgery.tiny.pipe import TEXT_LENGTH
 from trajsurgery.training.components import quiet
-from trajsurgery.training.noise_search.ascent import Ascent, AscentSettings, RewardPath, negative_log_density
-from trajsurgery.training.noise_search.noise_recipe import NoiseRecipe, presets
+from trajsurgery.training.noise_search import (
+    Ascent,
+    AscentSettings,
+    NoiseRecipe,
+    RewardPath,
+    negative_log_density,
+    presets,
+)
 
 RECIPE = Path(__file__).parents[2] / "recipes/reno_flux.py"
 PROMPT = "a red circle"

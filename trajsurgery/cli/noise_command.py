@@ -20,8 +20,7 @@ from trajsurgery.reports.filmstrip import draw_filmstrip
 from trajsurgery.rewards.loading import Reward, load_reward, score_one
 from trajsurgery.training import components, preflight, ranks
 from trajsurgery.training.checkpoint import write_atomically
-from trajsurgery.training.noise_search.ascent import Ascent, Frame, RewardPath
-from trajsurgery.training.noise_search.noise_recipe import NoiseRecipe
+from trajsurgery.training.noise_search import Ascent, Frame, NoiseRecipe, RewardPath
 from trajsurgery.training.progress_bar import progress_bar
 from trajsurgery.training.recipe import EMBEDDED, changed_settings
 from trajsurgery.training.training_loop import catch_interruptions
@@ -158,11 +157,7 @@ _WAYS_OUT = "Pass --overwrite to discard that run, or --output with another fold
 
 
 def _read_state(recipe: NoiseRecipe) -> dict[str, Any] | None:
-    """Return the checkpoint in the output folder; None if the search is to start.
-
-    Raises:
-        RecipeError: it is another recipe's, goes further than this one, or can't be read.
-    """
+    """Return the checkpoint in the output folder, None without one; raise if it is of another search."""
     path = recipe.output / STATE
     if recipe.overwrite or not path.exists():
         path.unlink(missing_ok=True)
@@ -177,7 +172,7 @@ def _read_state(recipe: NoiseRecipe) -> dict[str, Any] | None:
         raise RecipeError(f"{recipe.output} holds another search. It differs in {'; '.join(changed)}. {_WAYS_OUT}")
     if state["iteration"] > recipe.iterations:
         raise RecipeError(
-            f"{recipe.output} holds {state['iteration']} iterations, more than the {recipe.iterations} asked for. "
+            f"{recipe.output} holds {state['iteration']} iterations, more than the {recipe.iterations} of this one. "
             f"{_WAYS_OUT}"
         )
     return state

@@ -29,16 +29,10 @@ def reliability(scores: Tensor, correct: Tensor, bins: int = BINS) -> dict[str, 
         return {"bins": [], "auc": None, "slope": None}
     inner = torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1]
     place = torch.bucketize(x, x.quantile(inner).unique(), right=True)
-    rows = [place == i for i in range(int(place.max()) + 1)]
+    parts = [(x[place == i], y[place == i]) for i in place.unique()]
     lines = [
-        {
-            "from": float(x[row].min()),
-            "score": float(x[row].mean()),
-            "correct": float(y[row].mean()),
-            "images": int(row.sum()),
-        }
-        for row in rows
-        if bool(row.any())
+        {"from": float(a.min()), "score": float(a.mean()), "correct": float(b.mean()), "images": len(a)}
+        for a, b in parts
     ]
     return {"bins": lines, "auc": area(x, y.bool()), "slope": _slope(x, y)}
 

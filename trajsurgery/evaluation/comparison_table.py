@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 from rich.table import Table
 
 from trajsurgery.evaluation.geneval_folders import Sample
-from trajsurgery.evaluation.paired_statistics import Gain, paired
+from trajsurgery.evaluation.paired_statistics import Gain, mean_gain, paired
+from trajsurgery.training.prompts import ALL
 
 
 @dataclass(frozen=True)
@@ -28,68 +29,65 @@ class Comparison:
     """By model and reward, image by image."""
 
     @property
-    def categories(self) -> tuple[str, ...]:
-        """The prompts' categories, in order."""
-        return tuple(dict.fromkeys(sample.prompt.category for sample in self.samples))
+    def parts(self) -> dict[str, list[int]]:
+        """Places of the images of "all" and, if there are several, of each category."""
+        places: dict[str, list[int]] = {}
+        for i, sample in enumerate(self.samples):
+            category = sample.prompt.category
+            places.setdefault("no category" if category == ALL else category, []).append(i)
+        return {"all": list(range(len(self.samples))), **(places if len(places) > 1 else {})}
 
-    def values(self, model: str, reward: str, category: str | None = None) -> list[float]:
-        """Return the scores of a category's images, or of all."""
-        scores = self.scores[model][reward]
-        return [v for v, s in zip(scores, self.samples) if category in (None, s.prompt.category)]
-
-    def gain(self, model: str, reward: str, category: str | None = None) -> Gain:
+    def gain(self, model: str, reward: str, places: Sequence[int]) -> Gain:
         """Return a model's gain over the base, paired image by image; images of one prompt are not independent."""
-        before, after = (torch.tensor(self.values(m, reward, category)) for m in (self.models[0], model))
-        return paired(before, after, self._texts(category))
+        before, after = (torch.tensor([self.scores[m][reward][i] for i in places]) for m in (self.models[0], model))
+        return paired(before, after, self._texts(places))
 
-    def mean(self, model: str, reward: str, category: str | None = None) -> Gain:
+    def mean(self, model: str, reward: str, places: Sequence[int]) -> Gain:
         """Return a model's mean, as a gain over zero."""
-        values = torch.tensor(self.values(model, reward, category))
-        return paired(torch.zeros_like(values), values, self._texts(category))
+        return mean_gain(torch.tensor([self.scores[model][reward][i] for i in places]), self._texts(places))
 
-    def _texts(self, category: str | None) -> tuple[str, ...]:
-        return tuple(s.prompt.text for s in self.samples if category in (None, s.prompt.category))
+    def _texts(self, places: Sequence[int]) -> tuple[str, ...]:
+        return tuple(self.samples[i].prompt.text for i in places)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a plain dict (JSON); undefined figures are None."""
-        parts = {"all": None, **{c: c for c in self.categories}} if len(self.categories) > 1 else {"all": None}
-        means = {
-            label: {m: {r: self._mean(m, r, category) for r in self.rewards} for m in self.models}
-            for label, category in parts.items()
-        }
-        gains = {
-            label: {m: {r: _finite_or_none(asdict(self.gain(m, r, c))) for r in self.rewards} for m in self.models[1:]}
-            for label, c in parts.items()
-        }
-        return {"means": means, **({"gains": gains} if len(self.models) > 1 else {}), "images": list(self._rows())}
 
-    def _mean(self, model: str, reward: str, category: str | None) -> dict[str, Any]:
-        mean = self.mean(model, reward, category)
-        errors = {"standard_error": mean.se, "standard_error_by_prompt": mean.se_by_prompt}
-        return _finite_or_none({"mean": mean.after, **errors, "images": len(self._texts(category))})
+        def mean(model: str, reward: str, places: Sequence[int]) -> dict[str, Any]:
+            mean = self.mean(model, reward, places)
+            errors = {"standard_error": mean.se, "standard_error_by_prompt": mean.se_by_prompt}
+            return {"mean": mean.after, **errors, "images": len(places)}
 
-    def _rows(self) -> Iterator[dict[str, Any]]:
-        for i, s in enumerate(self.samples):
-            scores = {model: {r: self.scores[model][r][i] for r in self.rewards} for model in self.models}
-            text = {"prompt": s.prompt.text, "category": s.prompt.category}
-            yield {"number": s.number, "index": s.index, "seed": s.seed, **text, "scores": scores}
+        def table(figures: Callable[[str, str, list[int]], dict[str, Any]], models: Sequence[str]) -> dict[str, Any]:
+            return {
+                part: {m: {r: _finite_or_none(figures(m, r, places)) for r in self.rewards} for m in models}
+                for part, places in self.parts.items()
+            }
+
+        gains = table(lambda *at: asdict(self.gain(*at)), self.models[1:])
+        images = [{**sample.facts, "scores": self.scores_of(i)} for i, sample in enumerate(self.samples)]
+        return {"means": table(mean, self.models), **({"gains": gains} if self.models[1:] else {}), "images": images}
+
+    def scores_of(self, place: int) -> dict[str, dict[str, float]]:
+        """Return the scores of one sample's images, by model and reward."""
+        return {model: {r: scores[r][place] for r in self.rewards} for model, scores in self.scores.items()}
 
 
 def _finite_or_none(figures: dict[str, Any]) -> dict[str, Any]:
     return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in figures.items()}
 
 
-def category_rows(comparison: Comparison) -> Iterator[tuple[str, ...]]:
-    """Yield the cells of the table: all images first, then category by category."""
-    categories = (None, *(comparison.categories if len(comparison.categories) > 1 else ()))
-    for category in categories:
+def _table_cells(comparison: Comparison) -> Iterator[tuple[str, ...]]:
+    """Yield the headings, then the rows: all images first, then category by category."""
+    base_model, *tuned_models = comparison.models
+    yield "", base_model, *(heading for model in tuned_models for heading in (model, "gain"))
+    for part, places in comparison.parts.items():
         for reward in comparison.rewards:
-            base = comparison.mean(comparison.models[0], reward, category)
+            base = comparison.mean(base_model, reward, places)
             cells = [f"{base.after:.4f}{_error(base)}"]
-            for model in comparison.models[1:]:
-                gain = comparison.gain(model, reward, category)
+            for model in tuned_models:
+                gain = comparison.gain(model, reward, places)
                 cells += [f"{gain.after:.4f}", f"{gain.gain:+.4f}{_error(gain)}"]
-            yield reward if category is None else f"{category}: {reward}", *cells
+            yield reward if part == "all" else f"{part}: {reward}", *cells
 
 
 def _error(gain: Gain) -> str:
@@ -97,13 +95,7 @@ def _error(gain: Gain) -> str:
     return "" if math.isnan(gain.se_by_prompt) else f" ± {gain.se_by_prompt:.4f}"
 
 
-def column_names(comparison: Comparison) -> tuple[str, ...]:
-    """Return the headings of `category_rows`."""
-    return ("", comparison.models[0], *(head for model in comparison.models[1:] for head in (model, "gain")))
-
-
-def title(comparison: Comparison) -> str:
-    """Return the table's title."""
+def _title(comparison: Comparison) -> str:
     numbers = {sample.number for sample in comparison.samples}
     paired_by = "; gains are paired image by image" if len(comparison.models) > 1 else ""
     return f"{len(comparison.samples)} images of {len(numbers)} prompts, ± standard errors over prompts{paired_by}"
@@ -111,28 +103,28 @@ def title(comparison: Comparison) -> str:
 
 def to_table(comparison: Comparison) -> Table:
     """Return the table for the terminal."""
-    table = Table(title=title(comparison))
-    for heading in column_names(comparison):
-        table.add_column(heading, justify="left" if not heading else "right", overflow="fold")
-    for i, row in enumerate(category_rows(comparison)):
+    table, (headings, *rows) = Table(title=_title(comparison)), _table_cells(comparison)
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading else "left", overflow="fold")
+    for i, row in enumerate(rows):
         table.add_row(*row, style="bold" if i < len(comparison.rewards) else "dim")
     return table
 
 
 def to_markdown(comparison: Comparison) -> str:
     """Return the same table as Markdown."""
-    lines = [column_names(comparison), tuple("---" for _ in column_names(comparison)), *category_rows(comparison)]
+    headings, *rows = _table_cells(comparison)
+    lines = [headings, ("---",) * len(headings), *rows]
     text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-    return f"{title(comparison)}\n\n{text}\n"
+    return f"{_title(comparison)}\n\n{text}\n"
 
 
 def to_csv(comparison: Comparison) -> str:
     """Return a CSV with one line for each image and model."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["model", "number", "index", "seed", "category", "prompt", *comparison.rewards])
+    writer = csv.DictWriter(text, ["model", *comparison.samples[0].facts, *comparison.rewards], lineterminator="\n")
+    writer.writeheader()
     for model in comparison.models:
-        for i, s in enumerate(comparison.samples):
-            scores = [comparison.scores[model][reward][i] for reward in comparison.rewards]
-            writer.writerow([model, s.number, s.index, s.seed, s.prompt.category, s.prompt.text, *scores])
+        for i, sample in enumerate(comparison.samples):
+            writer.writerow({"model": model, **sample.facts, **comparison.scores_of(i)[model]})
     return text.getvalue()

@@ -33,6 +33,12 @@ class Sample:
     """Among the images of its prompt, from 0."""
     seed: int
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Everything about the sample as plain values, for tables."""
+        seeds = {"number": self.number, "index": self.index, "seed": self.seed}
+        return {**seeds, "category": self.prompt.category, "prompt": self.prompt.text}
+
     def path(self, folder: Path) -> Path:
         """Return the path of the image file."""
         return folder / f"{self.number:05d}" / "samples" / f"{self.index:04d}.png"

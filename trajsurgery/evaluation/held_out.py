@@ -101,7 +101,7 @@ def evaluate(recipe: Recipe, world: RunComponents, embeddings: PromptCache | Non
 def _score_batch(
     recipe: Recipe, world: RunComponents, start: int, texts: list[str], images: Tensor
 ) -> dict[tuple[str, str], Tensor]:
-    """Return what is kept of a batch of images, on the CPU, by (kind, name)."""
+    """Return scores, features and pictures of a batch of images, on the CPU, by (kind, name)."""
     columns = {("reward", ""): world.reward(images, texts).float()}
     for name, scorer in {**mixture_parts(world.reward), **world.metrics}.items():
         columns["metric", name] = scorer(images, texts).float()

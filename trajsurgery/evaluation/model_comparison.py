@@ -23,15 +23,14 @@ from trajsurgery.evaluation.geneval_folders import Sample, list_samples, make_im
 from trajsurgery.evaluation.held_out import spread_over_categories
 from trajsurgery.evaluation.model_variants import ModelVariant, base_model, find_variants, run_recipe
 from trajsurgery.evaluation.options import Evaluate
-from trajsurgery.evaluation.picture_scores import Picture, reward_facts, score_pictures
+from trajsurgery.evaluation.picture_scores import Picture, check_rewards, reward_facts, score_pictures
 from trajsurgery.rewards.loading import Reward, load_reward, score_one
 from trajsurgery.training.checkpoint import write_atomically
 from trajsurgery.training.components import quiet
-from trajsurgery.training.preflight import reward_problem
 from trajsurgery.training.progress_bar import progress_bar
 from trajsurgery.training.prompts import Prompt, read_prompts
 from trajsurgery.training.ranks import choose_device
-from trajsurgery.training.recipe import EMBEDDED
+from trajsurgery.training.recipe import EMBEDDED, changed_settings
 
 SETTINGS, FIGURES = "settings.json", "evaluation.json"
 RULES = "rules"
@@ -54,16 +53,15 @@ def evaluate_models(options: Evaluate, console: Console) -> int:
         _make_images(options, variant, call, samples, console)
     scores = {variant.name: dict[str, list[float]]() for variant in variants}
     for name, reward in rewards.items():
-        _move_reward(reward, device)
         for variant in variants:
             pictures = [Picture(s.path(options.output / variant.name), s.prompt.text) for s in samples]
-            with progress_bar(console, f"{name} of {variant.name}", len(pictures)) as done, torch.no_grad():
+            with progress_bar(console, f"{name} of {variant.name}", len(pictures)) as done:
                 scores[variant.name][name] = score_pictures(reward, pictures, device, options.batch, done)
-        _move_reward(reward, torch.device("cpu"))
+        if isinstance(reward, nn.Module):
+            reward.cpu()
     comparison = Comparison(tuple(v.name for v in variants), tuple(rewards), samples, scores)
-    _write_results(
-        options, variants, call, comparison, {name: reward_facts(reward) for name, reward in rewards.items()}
-    )
+    facts = {name: reward_facts(reward) for name, reward in rewards.items()}
+    _write_results(options, variants, call, comparison, facts)
     console.print(to_table(comparison), highlight=False)
     console.print(f"In {options.output}: {FIGURES}, table.md, scores.csv, {', '.join(v.name + '/' for v in variants)}",
                   highlight=False, soft_wrap=True)  # fmt: skip
@@ -71,14 +69,9 @@ def evaluate_models(options: Evaluate, console: Console) -> int:
 
 
 def _load_prompts(options: Evaluate) -> tuple[Prompt, ...]:
-    """Return the prompts to evaluate.
-
-    Raises:
-        RecipeError: no such prompts; numbers below 1.
-    """
-    counts = {"images": options.images, "limit": options.limit, "steps": options.steps, "batch": options.batch}
-    sizes = {"height": options.height, "width": options.width}
-    wrong = [f"{name} = {n}: it is at least 1." for name, n in (counts | sizes).items() if n is not None and n < 1]
+    """Return the prompts to evaluate, once all numbers among the options are in their ranges."""
+    counts = {n: getattr(options, n) for n in ("images", "limit", "steps", "batch", "height", "width")}
+    wrong = [f"{name} = {n}: it is at least 1." for name, n in counts.items() if n is not None and n < 1]
     wrong += [f"images = {options.images}: at most {2**16} of a prompt."] if options.images > 2**16 else []
     wrong += [f"seed = {options.seed}: it lies in [0, 2^23)."] if not 0 <= options.seed < 2**23 else []
     if wrong:
@@ -90,33 +83,23 @@ def _load_prompts(options: Evaluate) -> tuple[Prompt, ...]:
         prompts = tuple(Prompt(p.text, p.category) for p in tiny.prompts(split or "heldout"))
     else:
         prompts = read_prompts(options.prompts)
-    return tuple(
-        prompts if options.limit is None else spread_over_categories(prompts, min(options.limit, len(prompts)))
-    )
+    count = len(prompts) if options.limit is None else min(options.limit, len(prompts))
+    return prompts if count == len(prompts) else tuple(spread_over_categories(prompts, count))
 
 
 def _load_rewards(options: Evaluate, variants: Sequence[ModelVariant], call: dict[str, Any]) -> dict[str, Reward]:
-    """Load the scorers on the CPU, and score one image with each, so that faults are reported before images are made.
-
-    Raises:
-        RecipeError, RewardError: one is missing, or gives no score for each image.
-    """
-    names = dict.fromkeys(options.reward)
-    problems = [problem for name in names if (problem := reward_problem(name))]
-    if problems or not names:
-        raise RecipeError("\n".join(problems) or "no reward to compare by: name some with --reward NAME.")
-    cpu, rewards = torch.device("cpu"), dict[str, Reward]()
+    """Load the scorers on the CPU and score one image with each, so that they fail before images are made."""
+    check_rewards(options.reward)
     with quiet():
-        for name in names:
-            rewards[name] = load_reward(name, cpu)
+        rewards = {name: load_reward(name, torch.device("cpu")) for name in options.reward}
+    side = 32 if base_model(options) in EMBEDDED else 224
+    grey = torch.full((1, 3, call.get("height", side), call.get("width", side)), 0.5)
+    with torch.no_grad():
+        for name, reward in rewards.items():
+            score_one(name, reward, grey, "a red circle")
     embedded = all(v.kind != "model" or v.where in ("tiny", "tiny:sd3") for v in variants)
     if options.prompts.partition(":")[0] == "tiny" and embedded:
         rewards[RULES] = lambda images, texts: tiny.judge(images, list(texts)).correct.float()
-    side = 32 if base_model(options) in EMBEDDED else 224
-    grey = torch.full((1, 3, call.get("height", side), call.get("width", side)), 0.5)
-    for name in names:
-        with torch.no_grad():
-            score_one(name, rewards[name], grey, "a red circle")
     return rewards
 
 
@@ -137,44 +120,32 @@ def _pipeline_arguments(options: Evaluate) -> dict[str, Any]:
 def _record_or_check_settings(
     options: Evaluate, variants: Sequence[ModelVariant], call: dict[str, Any], samples: Sequence[Sample]
 ) -> None:
-    """Write what the folder's images were made with, or raise if it differs from this evaluation.
-
-    Raises:
-        RecipeError: the folder holds images of another evaluation.
-    """
+    """Write what the folder's images were made with, or raise RecipeError if it differs from this evaluation."""
     rows = json.dumps([[s.prompt.text, s.prompt.category, s.seed] for s in samples]).encode()
     settings: dict[str, Any] = {
         "model": base_model(options),
         "call": call,
-        "precision": options.precision,
-        "batch": options.batch,
-        "images": options.images,
-        "seed": options.seed,
+        **{name: getattr(options, name) for name in ("precision", "batch", "images", "seed")},
         "prompts": f"{options.prompts}, {hashlib.sha256(rows).hexdigest()}",
-        "weights": {variant.name: variant.fingerprint() for variant in variants},
     }
-    path, weights = options.output / SETTINGS, settings["weights"]
-    if path.is_file() or any(next((options.output / name).glob("*/samples"), None) for name in weights):
-        saved_settings = _read_settings(path)
-        saved_weights = saved_settings.pop("weights", {})
-        plain = {name: value for name, value in settings.items() if name != "weights"}
-        changed = [
-            f"{n}: {saved_settings.get(n)} there, {v} here" for n, v in plain.items() if saved_settings.get(n) != v
-        ]
-        changed += [
-            f"{n}: other weights than these" for n in weights if n in saved_weights and saved_weights[n] != weights[n]
-        ]
-        if changed and not options.overwrite:
+    weights = {variant.name: variant.fingerprint() for variant in variants}
+    saved_settings = _read_settings(options.output / SETTINGS)
+    saved_weights = saved_settings.pop("weights", {})
+    images = [folder for name in {**saved_weights, **weights} for folder in (options.output / name).glob("[0-9]" * 5)]
+    if options.overwrite:
+        for folder in images:
+            shutil.rmtree(folder)
+        saved_weights = {}
+    elif images:
+        changed = changed_settings(saved_settings, settings)
+        changed += [f"{n}: other weights than these" for n, w in weights.items() if saved_weights.get(n, w) != w]
+        if changed:
             raise RecipeError(
                 f"{options.output} holds images of another evaluation. It differs in\n  " + "\n  ".join(changed)
                 + "\nPass --overwrite to discard them, or --output with another folder."
             )  # fmt: skip
-        if options.overwrite:
-            _delete_images(options.output, {**saved_weights, **weights})
-        else:
-            settings["weights"] = {**saved_weights, **weights}
-    text = json.dumps(settings, indent=1) + "\n"
-    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    text = json.dumps({**settings, "weights": {**saved_weights, **weights}}, indent=1) + "\n"
+    write_atomically(options.output / SETTINGS, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
@@ -183,13 +154,6 @@ def _read_settings(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return {}
-
-
-def _delete_images(output: Path, names: Sequence[str] | dict[str, Any]) -> None:
-    """Delete the images of an earlier evaluation, and nothing else."""
-    for name in names:
-        for folder in (output / name).glob("[0-9]" * 5):
-            shutil.rmtree(folder)
 
 
 def _make_images(
@@ -214,11 +178,6 @@ def _make_images(
     torch.cuda.empty_cache()
 
 
-def _move_reward(reward: Reward, device: torch.device) -> None:
-    if isinstance(reward, nn.Module):
-        reward.to(device)
-
-
 def _write_results(
     options: Evaluate,
     variants: Sequence[ModelVariant],
@@ -228,11 +187,9 @@ def _write_results(
 ) -> None:
     """Write evaluation.json, table.md and scores.csv."""
     models = {variant.name: {"kind": variant.kind, "where": variant.where} for variant in variants}
-    how = {"prompts": options.prompts, "call": call, "precision": options.precision, "batch": options.batch}
-    figures = {"models": models, **how, "rewards": rewards, **comparison.to_dict()}
-    arguments = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(options).items()}
+    figures = {"options": asdict(options), "models": models, "call": call, "rewards": rewards, **comparison.to_dict()}
     texts = {
-        FIGURES: json.dumps({"asked": arguments, **figures}, indent=1) + "\n",
+        FIGURES: json.dumps(figures, indent=1, default=str) + "\n",
         "table.md": to_markdown(comparison),
         "scores.csv": to_csv(comparison),
     }

@@ -1,10 +1,9 @@
-"""The models that an evaluation compares: a base, and what was tuned from it. They are found before any is loaded."""
+"""The models that an evaluation compares: a base, and models tuned from it. All are checked before one is loaded."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -48,7 +47,7 @@ class ModelVariant:
         return components.prepare_pipeline(pipe, Recipe(rollout=Rollout(precision=precision), device=device))
 
     def fingerprint(self) -> str | None:
-        """Return a hash that changes if the weight files do; None for what has no folder of its own."""
+        """Return a hash that changes if the weight files do; None for embedded models and hub ids."""
         path = Path(self.where)
         if self.where in EMBEDDED or not path.exists():
             return None
@@ -83,20 +82,16 @@ def find_variants(options: Evaluate) -> tuple[ModelVariant, ...]:
 
 def base_model(options: Evaluate) -> str:
     """Return the base model: from the options, else that of the first run, else tiny."""
-    return options.model or next((str(r["model"]) for r in _tuned_runs(options.tuned)), "tiny")
+    return options.model or run_recipe(options).get("model", "tiny")
 
 
 def run_recipe(options: Evaluate) -> dict[str, Any]:
     """Return the recipe of the first run among the tuned models; {} if there is none."""
-    return next(_tuned_runs(options.tuned), {})
-
-
-def _tuned_runs(tuned: Iterable[str]) -> Iterator[dict[str, Any]]:
-    for where in tuned:
+    for where in options.tuned:
         for folder in (Path(where), Path(where).parent):
             if (folder / "recipe.json").is_file() and (folder / "transformer").is_dir():
-                yield json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
-                break
+                return json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
+    return {}
 
 
 def _tuned_variant(where: str) -> ModelVariant:

@@ -1,4 +1,4 @@
-"""Options of the commands. Nothing heavy is imported here, so `--help` is fast."""
+"""Options of the commands. This file imports nothing heavy, so `--help` is fast."""
 
 from __future__ import annotations
 

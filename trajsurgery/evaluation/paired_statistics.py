@@ -13,6 +13,9 @@ from torch import Tensor
 from trajsurgery.evaluation.calibration import expected, reliability
 from trajsurgery.evaluation.held_out import HeldOutScores
 
+COLUMNS = {"reward": "reward", "rule": "correct", "junk": "junk"}
+"""Names in the records of the fields of `HeldOutScores` that are compared for each category."""
+
 
 @dataclass(frozen=True)
 class Gain:
@@ -44,6 +47,11 @@ def paired(before: Tensor, after: Tensor, clusters: tuple[str, ...]) -> Gain:
     return Gain(float(a.mean()), float(b.mean()), float(d.mean()), se, by_prompt)
 
 
+def mean_gain(values: Tensor, clusters: tuple[str, ...]) -> Gain:
+    """Return a mean with its standard errors, as a gain over zero."""
+    return paired(torch.zeros_like(values), values, clusters)
+
+
 def compare(before: HeldOutScores, after: HeldOutScores) -> dict[str, Any]:
     """Return the evaluation's line of metrics.jsonl, without its `seconds`.
 
@@ -56,9 +64,10 @@ def compare(before: HeldOutScores, after: HeldOutScores) -> dict[str, Any]:
         )
     everything = torch.ones(len(before.texts), dtype=torch.bool)
     record: dict[str, Any] = {"kind": "evaluation", **_figures(everything, before, after)}
-    names = [name for name in before.metrics if name in after.metrics]
     record["metrics"] = {
-        name: _named("reward", paired(before.metrics[name], after.metrics[name], before.texts)) for name in names
+        name: _named("reward", paired(scores, after.metrics[name], before.texts))
+        for name, scores in before.metrics.items()
+        if name in after.metrics
     }
     if before.correct is not None and after.correct is not None:
         record |= _calibrated((before.reward, before.correct), (after.reward, after.correct))
@@ -73,14 +82,10 @@ def compare(before: HeldOutScores, after: HeldOutScores) -> dict[str, Any]:
 def _figures(rows: Tensor, before: HeldOutScores, after: HeldOutScores) -> dict[str, Any]:
     """Return the gains in reward, rules and junk for some of the images."""
     texts = _texts(rows, before)
-    figures: dict[str, Any] = {
-        "images": len(texts),
-        **_named("reward", paired(before.reward[rows], after.reward[rows], texts)),
-    }
-    if before.correct is not None and after.correct is not None:
-        figures |= _named("rule", paired(before.correct[rows], after.correct[rows], texts))
-    if before.junk is not None and after.junk is not None:
-        figures |= _named("junk", paired(before.junk[rows], after.junk[rows], texts))
+    columns = {name: (getattr(before, field), getattr(after, field)) for name, field in COLUMNS.items()}
+    figures: dict[str, Any] = {"images": len(texts)}
+    for name, (a, b) in columns.items():
+        figures |= {} if a is None or b is None else _named(name, paired(a[rows], b[rows], texts))
     return figures
 
 
@@ -91,8 +96,7 @@ def _texts(rows: Tensor, scores: HeldOutScores) -> tuple[str, ...]:
 def _category(category: str, before: HeldOutScores, after: HeldOutScores) -> dict[str, Any]:
     rows = torch.tensor([c == category for c in before.categories])
     figures = {**_figures(rows, before, after), "prompts": len(set(_texts(rows, before)))}
-    pixel_diversity = _diversity("pixels", rows, before, after) or {}
-    return figures | {name: value for name, value in pixel_diversity.items() if name.startswith("diversity")}
+    return {**(_diversity("pixels", rows, before, after) or {}), **figures}
 
 
 def _diversity(name: str, rows: Tensor, before: HeldOutScores, after: HeldOutScores) -> dict[str, Any] | None:
@@ -108,33 +112,22 @@ def _diversity(name: str, rows: Tensor, before: HeldOutScores, after: HeldOutSco
         return None
     texts = _texts(selected, before)
     figures = _named("diversity", paired(a[selected], b[selected], texts))
-    return {
-        "images": len(texts),
-        "prompts": len(set(texts)),
-        **figures,
-        "diversity_gain_se": figures["diversity_gain_se_by_prompt"],
-    }
+    figures["diversity_gain_se"] = figures["diversity_gain_se_by_prompt"]
+    return {"images": len(texts), "prompts": len(set(texts)), **figures}
 
 
 def _calibrated(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> dict[str, Any]:
-    """Return both reliability curves of (scores, verdicts), and the share of right images that the first predicts
-    after.
-    """
+    """Return the reliability curves of (scores, verdicts), and the share of right images that the first one expects."""
     curves = {"before": reliability(*before), "after": reliability(*after)}
     return {"calibration": curves, "rule_expected": expected(curves["before"], after[0])}
 
 
 def _named(name: str, gain: Gain) -> dict[str, float]:
-    return {
-        f"{name}_before": gain.before,
-        f"{name}_after": gain.after,
-        f"{name}_gain": gain.gain,
-        f"{name}_gain_se": gain.se,
-        f"{name}_gain_se_by_prompt": gain.se_by_prompt,
-    }
+    figures = {"before": gain.before, "after": gain.after, "gain": gain.gain}
+    errors = {"gain_se": gain.se, "gain_se_by_prompt": gain.se_by_prompt}
+    return {f"{name}_{figure}": value for figure, value in (figures | errors).items()}
 
 
 def in_standard_errors(evaluation: Mapping[str, Any], name: str = "reward") -> float:
-    """Return a gain in units of its paired standard error."""
-    se = evaluation[f"{name}_gain_se"] or math.nan
-    return float(evaluation[f"{name}_gain"]) / se
+    """Return a gain in units of its paired standard error; NaN if that is 0 or undefined."""
+    return float(evaluation[f"{name}_gain"]) / (evaluation[f"{name}_gain_se"] or math.nan)

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from trajsurgery.errors import RewardError
 from trajsurgery.evaluation.options import Score
+from trajsurgery.evaluation.paired_statistics import mean_gain
 from trajsurgery.rewards import contract
 from trajsurgery.rewards.loading import Reward, load_reward
 from trajsurgery.training.checkpoint import write_atomically
 from trajsurgery.training.components import quiet
 from trajsurgery.training.preflight import reward_problem
+from trajsurgery.training.prompts import read_prompts
 from trajsurgery.training.ranks import choose_device
 
 KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -38,40 +40,31 @@ def find_pictures(images: Sequence[Path], prompts: Path) -> tuple[Picture, ...]:
     """Return the image files (those of a folder by name) with their prompts.
 
     Args:
-        prompts: a .jsonl file of {"image": NAME, "prompt": TEXT} in any order, or a text file with one prompt a line in
-            the order of the images.
+        prompts: a file for `read_prompts`: rows of {"image": NAME, "prompt": TEXT} in any order, or prompts in the order
+            of the images.
 
     Raises:
-        RewardError: no images, an image without a prompt, or a text file with another number of prompts than images.
+        RewardError: no images, an image without a prompt, or another number of prompts than images.
+        RecipeError: the prompts can't be read.
     """
-    paths = [path for entry in images for path in (_pictures_in(entry) if entry.is_dir() else (entry,))]
+    folders = {entry: sorted(entry.iterdir()) for entry in images if entry.is_dir()}
+    pictures = {folder: [path for path in files if path.suffix.lower() in KINDS] for folder, files in folders.items()}
+    paths = [path for entry in images for path in pictures.get(entry, [entry])]
     absent = [path for path in paths if not path.is_file()]
     if absent or not paths:
         raise RewardError(f"there is no {absent[0]}." if absent else f"no images ({', '.join(KINDS)}) in {images[0]}.")
     if not prompts.is_file():
         raise RewardError(f"there is no file {prompts}: --prompts takes one prompt a line, or JSONL.")
-    try:
-        lines = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise RewardError(f"{prompts} is no text in UTF-8 ({error}).") from error
-    if prompts.suffix != ".jsonl":
-        if len(lines) != len(paths):
-            raise RewardError(
-                f"{prompts} has {len(lines)} prompts for {len(paths)} images: one a line, in their order."
-            )
-        return tuple(Picture(path, line.strip()) for path, line in zip(paths, lines))
-    try:
-        texts = {str(row["image"]): str(row["prompt"]) for row in map(json.loads, lines)}
-    except (ValueError, KeyError, TypeError) as error:
-        raise RewardError(f'{prompts}: a line is not {{"image": NAME, "prompt": TEXT}} ({error}).') from error
+    entries = read_prompts(prompts)
+    texts = {str(entry.record["image"]): entry.text for entry in entries if entry.record and "image" in entry.record}
+    if not texts and len(entries) != len(paths):
+        raise RewardError(f"{prompts} has {len(entries)} prompts for {len(paths)} images: one a line, in their order.")
+    if not texts:
+        return tuple(Picture(path, entry.text) for path, entry in zip(paths, entries))
     missing = [path.name for path in paths if path.name not in texts]
     if missing:
         raise RewardError(f"{prompts} has no prompt for {missing[0]} and {len(missing) - 1} further images.")
     return tuple(Picture(path, texts[path.name]) for path in paths)
-
-
-def _pictures_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in KINDS)
 
 
 def read_picture(path: Path, device: torch.device) -> Tensor:
@@ -105,19 +98,16 @@ def score_pictures(
         batch: so many at once, of those that follow each other and have one size.
         done: called with the number of pictures scored.
     """
-    _round_like_bytes(reward)
+    if isinstance(reward, nn.Module):
+        reward.to(device)
+    for part in reward.modules() if isinstance(reward, nn.Module) else ():
+        if isinstance(part, contract.Reward):
+            part.rounded = True
     scores = list[float]()
     for images, texts in _batches(pictures, device, batch):
         scores += reward(images, texts).float().tolist()
         done(len(texts))
     return scores
-
-
-def _round_like_bytes(reward: Reward) -> None:
-    """Set `rounded` on a reward and on the rewards it consists of."""
-    for part in reward.modules() if isinstance(reward, nn.Module) else ():
-        if isinstance(part, contract.Reward):
-            part.rounded = True
 
 
 def _batches(pictures: Sequence[Picture], device: torch.device, batch: int) -> Iterator[tuple[Tensor, list[str]]]:
@@ -133,15 +123,20 @@ def _batches(pictures: Sequence[Picture], device: torch.device, batch: int) -> I
         yield torch.cat(images), texts
 
 
+def check_rewards(names: Sequence[str]) -> None:
+    """Raise if a reward can't be loaded.
+
+    Raises:
+        RewardError: no names; all that is missing.
+    """
+    problems = [problem for name in names if (problem := reward_problem(name))]
+    if problems or not names:
+        raise RewardError("\n".join(problems) or "no reward to score with: name some with --reward NAME.")
+
+
 def reward_facts(reward: Reward) -> dict[str, Any]:
     """Return scale, source and licence of a reward."""
     return {key: getattr(reward, key, None) for key in ("scale", "source", "licence")}
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean and its standard error; NaN for one value."""
-    scores = torch.tensor(values, dtype=torch.float64)
-    return float(scores.mean()), float(scores.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def score_command(options: Score, console: Console) -> int:
@@ -150,12 +145,9 @@ def score_command(options: Score, console: Console) -> int:
     Raises:
         RewardError, RecipeError: invalid options, before anything is written.
     """
-    if not options.reward:
-        raise RewardError("no reward to score with: name some with --reward NAME.")
     if options.batch < 1:
         raise RewardError(f"--batch {options.batch}: at least one picture at once.")
-    if problems := [problem for name in options.reward if (problem := reward_problem(name))]:
-        raise RewardError("\n".join(problems))
+    check_rewards(options.reward)
     pictures = find_pictures(options.images, options.prompts)
     device = choose_device(options.device)
     scores, facts = dict[str, list[float]](), dict[str, dict[str, Any]]()
@@ -163,8 +155,9 @@ def score_command(options: Score, console: Console) -> int:
         with quiet():
             reward = load_reward(name, device)
         scores[name] = score_pictures(reward, pictures, device, options.batch)
-        mean, error = mean_and_error(scores[name])
-        facts[name] = {"mean": mean, "standard_error": None if math.isnan(error) else error, **reward_facts(reward)}
+        mean = mean_gain(torch.tensor(scores[name]), tuple(str(picture.path) for picture in pictures))
+        error = None if math.isnan(mean.se) else mean.se
+        facts[name] = {"mean": mean.after, "standard_error": error, **reward_facts(reward)}
     rows = [
         {"image": str(picture.path), "prompt": picture.prompt, **{name: scores[name][i] for name in scores}}
         for i, picture in enumerate(pictures)

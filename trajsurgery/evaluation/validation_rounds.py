@@ -58,8 +58,9 @@ def stopping_scorer(recipe: Recipe, world: RunComponents) -> str:
         return scorers[0]
     reason = " is a part of the reward, which its own gradient climbs" if name in mixture_weights(recipe.reward) else ""
     raise RecipeError(
-        f"guards.every = {recipe.guards.every}, guards.by = {name}{reason}: a look is judged by a scorer beside the "
-        f"reward. There {'are ' + ', '.join(scorers) if scorers else 'is none'}; name some with --evaluation.metrics."
+        f"guards.every = {recipe.guards.every}, guards.by = {name}{reason}: a validation round needs a scorer that "
+        f"is not trained on. There {'are ' + ', '.join(scorers) if scorers else 'is none'}; name some with "
+        "--evaluation.metrics."
     )
 
 
@@ -74,7 +75,7 @@ def check_guards(recipe: Recipe, world: RunComponents) -> None:
     stopping_scorer(recipe, world)
     if not world.validation:
         raise RecipeError(
-            f"guards.every = {recipe.guards.every}, and there are no prompts to look at: they are neither trained on "
+            f"guards.every = {recipe.guards.every}, and there are no validation prompts, which are neither trained on "
             "nor those of the closing evaluation. Pass --guards.prompts FILE."
         )
 

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from trajsurgery.evaluation.calibration import interval
 from trajsurgery.evaluation.held_out import HeldOutScores
+from trajsurgery.evaluation.paired_statistics import in_standard_errors
 from trajsurgery.reports import validation_report
 
 BEFORE, AFTER = "#7a8691", "#0b6e99"
@@ -66,17 +67,15 @@ def draw_curve(path: Path, title: str, records: Sequence[Mapping[str, Any]]) -> 
     return path
 
 
-def draw_samples(
-    path: Path, title: str, before: HeldOutScores, after: HeldOutScores, count: int = 12, columns: int = 3
-) -> Path:
+def draw_samples(path: Path, title: str, before: HeldOutScores, after: HeldOutScores) -> Path:
     """Draw images before | after from the same prompt and noise, with the rules' verdict and the reward below each.
 
-    No image is chosen for its looks: see `choose_pictures`.
+    `choose_pictures` says which ones.
     """
     from matplotlib.figure import Figure
 
-    places, remark = choose_pictures(before, after, count)
-    columns = min(columns, len(places))
+    places, remark = choose_pictures(before, after, count=12)
+    columns = min(3, len(places))
     rows = math.ceil(len(places) / columns)
     figure = Figure(figsize=(3.5 * columns, 2.15 * rows + 0.95), layout="constrained")
     rules = "✓ ✗ and frames: the rules' verdict; " if before.correct is not None else ""
@@ -154,7 +153,7 @@ def draw_held_out(path: Path, title: str, evaluation: Mapping[str, Any]) -> Path
 def _draw_gains(axes: Any, evaluation: Mapping[str, Any]) -> None:
     """Draw a dot for each figure, with its means before and after."""
     lines = [line for line in table_rows(evaluation) if line[1][f"{line[2]}_gain_se"]]
-    sizes = [record[f"{name}_gain"] / record[f"{name}_gain_se"] for _, record, name in lines]
+    sizes = [in_standard_errors(record, name) for _, record, name in lines]
     places = list(range(len(lines) - 1, -1, -1))
     axes.axvspan(-2, 2, color=BEFORE, alpha=0.15, linewidth=0)
     axes.axvline(0, color="black", linewidth=0.8)
@@ -173,18 +172,15 @@ def _draw_reliability(axes: Any, calibration: Mapping[str, Any]) -> None:
     for when, label, colour in (("before", "before", BEFORE), ("after", "after (EMA)", AFTER)):
         curve = calibration[when]
         x, y = [line["score"] for line in curve["bins"]], [line["correct"] for line in curve["bins"]]
-        spans = [interval(line["correct"], line["images"]) for line in curve["bins"]]
-        bars = [
-            [share - low for share, (low, _) in zip(y, spans)],
-            [high - share for share, (_, high) in zip(y, spans)],
-        ]
+        bars = [[abs(line["correct"] - interval(line["correct"], line["images"])[end]) for line in curve["bins"]]
+                for end in (0, 1)]  # fmt: skip
         area = "" if curve["auc"] is None else f": AUC {curve['auc']:.3f}, slope {curve['slope']:.2f}"
         axes.errorbar(x, y, bars, fmt="o-", color=colour, capsize=3, linewidth=1.5, label=f"{label}{area}")
     counts = [line["images"] for when in ("before", "after") for line in calibration[when]["bins"]]
     least, most = min(counts, default=0), max(counts, default=0)
     each = f"{least}" if least == most else f"{least} to {most}"
     axes.set(xlabel=f"reward, mean of a quantile bin of {each} images", ylabel="share that the rules call right",
-             ylim=(-0.03, 1.03), title="what the reward is worth")  # fmt: skip
+             ylim=(-0.03, 1.03), title="calibration of the reward")  # fmt: skip
     axes.legend(frameon=False, loc="upper left", title="bar: 95% interval of the share", title_fontsize=9, fontsize=9)
 
 
@@ -208,11 +204,10 @@ def results_table(evaluation: Mapping[str, Any]) -> Table:
         main = record is evaluation and name in ("reward", "rule")
         table.add_row(label, *_figures(record, name), style="bold" if main else "")
     parts = {"reward": "reward", "rule": "rules", "diversity": "diversity"}
-    for category, part in evaluation["categories"].items():
-        if len(evaluation["categories"]) > 1:
-            for name, label in parts.items():
-                if f"{name}_before" in part:
-                    table.add_row(f"  {category}: {label}", *_figures(part, name), style="dim")
+    for category, part in evaluation["categories"].items() if len(evaluation["categories"]) > 1 else ():
+        for name, label in parts.items():
+            if f"{name}_before" in part:
+                table.add_row(f"  {category}: {label}", *_figures(part, name), style="dim")
     return table
 
 
@@ -224,10 +219,8 @@ def _figures(record: Mapping[str, Any], name: str) -> tuple[str, ...]:
 def remarks(evaluation: Mapping[str, Any]) -> list[str]:
     """Return sentences on the reward's calibration, the images' diversity and the guards."""
     sentences: list[str] = []
-    further = {validation_report.scorer_label(name): line for name, line in evaluation.get("metrics", {}).items()}
-    scorers = {"reward": evaluation, **further}
-    for label, line in scorers.items():
-        if line.get("rule_expected") is not None:
+    for label, line, name in table_rows(evaluation):
+        if name == "reward" and line.get("rule_expected") is not None:
             before, after = (line["calibration"][when] for when in ("before", "after"))
             sentences.append(
                 f"{label} against the rules: AUC {_number(before['auc'])} -> {_number(after['auc'])}, slope "
@@ -241,7 +234,7 @@ def remarks(evaluation: Mapping[str, Any]) -> list[str]:
             "several; pixels: root mean square difference, scorers: 1 - cosine of embeddings"
         )
     elif "diversity" in evaluation:
-        sentences.append("diversity: not measured, no prompt has two held-out images; ask for more --evaluation.images")
+        sentences.append("diversity: not measured, no prompt has two held-out images; raise --evaluation.images")
     return sentences + validation_report.remarks(evaluation)
 
 
@@ -256,6 +249,7 @@ def verdict(evaluation: Mapping[str, Any]) -> str:
 
 
 def _sentence(evaluation: Mapping[str, Any], name: str, label: str) -> str:
-    gain, se = evaluation[f"{name}_gain"], evaluation[f"{name}_gain_se"]
-    size = f", {gain / se:+.1f} paired standard errors" if se and not math.isnan(se) else ""
-    return f"{label} {gain:+.4f}{size}"
+    size = in_standard_errors(evaluation, name)
+    return f"{label} {evaluation[f'{name}_gain']:+.4f}" + (
+        "" if math.isnan(size) else f", {size:+.1f} paired standard errors"
+    )

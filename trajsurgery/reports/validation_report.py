@@ -34,7 +34,7 @@ def remarks(evaluation: Mapping[str, Any]) -> list[str]:
             f"validation prompts since iteration {guards['best']}"
         )
     if "kept" in guards and guards["kept"] != evaluation["iterations"]:
-        sentences.append(f"the weights kept are the averaged ones of iteration {guards['kept']}")
+        sentences.append(f"the weights saved are the averaged ones of iteration {guards['kept']}")
     if "anchor" in guards:
         sentences.append(f"held to the untuned model's velocities with a coefficient of {guards['anchor']:g}")
     return sentences
@@ -42,9 +42,9 @@ def remarks(evaluation: Mapping[str, Any]) -> list[str]:
 
 def panels(records: Records) -> list[Callable[[Any, Records], None]]:
     """Return what to draw below the reward's curve: functions of axes and the lines of metrics.jsonl."""
-    looks = any(r["kind"] == "look" for r in records)
-    anchor = any(r["kind"] == "iteration" and r.get("anchor") is not None for r in records)
-    return [*([_draw_validation] if looks else []), *([_draw_anchor] if anchor else [])]
+    validated = any(r["kind"] == "look" for r in records)
+    anchored = any(r["kind"] == "iteration" and r.get("anchor") is not None for r in records)
+    return [*([_draw_validation] if validated else []), *([_draw_anchor] if anchored else [])]
 
 
 def _draw_validation(axes: Any, records: Records) -> None:
@@ -58,10 +58,10 @@ def _draw_validation(axes: Any, records: Records) -> None:
         axes.plot(times, values, "o-", color=colour, markersize=4, label=name)
     axes.axhline(0, color="black", linewidth=0.8)
     evaluation = next((r for r in records if r["kind"] == "evaluation"), None)
-    kept_iteration = None if evaluation is None else evaluation.get("guards", {}).get("kept")
-    if kept_iteration is not None:
-        axes.axvline(kept_iteration, color="black", linestyle=":", linewidth=1.2, label="weights kept")
-    axes.set(ylabel="change / spread", title="looks at validation prompts, averaged weights")
+    saved_iteration = None if evaluation is None else evaluation.get("guards", {}).get("kept")
+    if saved_iteration is not None:
+        axes.axvline(saved_iteration, color="black", linestyle=":", linewidth=1.2, label="weights saved")
+    axes.set(ylabel="change / spread", title="validation rounds, averaged weights")
     axes.title.set_fontsize(10)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
@@ -75,10 +75,10 @@ def _draw_anchor(axes: Any, records: Records) -> None:
     axes.title.set_fontsize(10)
 
 
-def _mean_scores(look: Mapping[str, Any]) -> dict[str, float]:
+def _mean_scores(record: Mapping[str, Any]) -> dict[str, float]:
     """Return the means of a round by name, the reward first."""
-    rules = {} if look["rule"] is None else {"rules": look["rule"]}
-    return {"reward": look["reward"], **look["metrics"], **rules}
+    rules = {} if record["rule"] is None else {"rules": record["rule"]}
+    return {"reward": record["reward"], **record["metrics"], **rules}
 
 
 def smoothed(values: Sequence[float], share: float = 0.1) -> list[float]:

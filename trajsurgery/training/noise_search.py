@@ -7,14 +7,15 @@ log density of the norm of d Gaussian numbers, smallest at |x_T| = sqrt(d - 1).
 
 Deviations from the authors' code: several sampler steps instead of one; one reward with one weight (a sum is
 `Weighted`); float32, not float16; each reward does its own preprocessing instead of sharing one crop. A gradient that
-is not finite ends the search. As theirs, the best noise is the one with the highest reward, whatever its penalty.
+is not finite ends the search. The best noise is the one with the highest reward, whatever its penalty, as theirs is.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -60,6 +61,67 @@ class AscentSettings:
                 f"{', '.join(wrong)}: rate and weight are finite and above 0, clip is above 0 (inf does not clip), "
                 "momentum lies between 0 and 1, penalty is finite and at least 0."
             )
+
+
+@dataclass(frozen=True)
+class NoiseRecipe:
+    """Finds the noise from which a pipeline makes the best image of one prompt, by the reward's gradient."""
+
+    preset: Literal["tiny", "paper"] = "tiny"
+    """tiny is the embedded Flux on a CPU; paper is FLUX.1-schnell in one step, with the authors' numbers."""
+    prompt: str = "a red circle left of a blue square"
+    """What the image is to show."""
+    model: str = "tiny"
+    """tiny (the embedded Flux), tiny:sd3, a folder that diffusers can load, or a hub id that is cached."""
+    reward: str = "tiny"
+    """As in the other recipes: tiny, tiny:SCORER, hpsv2.1, ..., NAME:FILE, remote:HOST:PORT, or MODULE:NAME."""
+    steps: int = 2
+    """T, the sampler's steps: 1 to 4 keep all activations, more are run again in the backward pass."""
+    iterations: int = 50
+    """Images scored; a finished run goes on if there are more of them."""
+    climb: AscentSettings = field(default_factory=AscentSettings)
+    size: int | None = 32
+    """Height and width of the image in pixels; the pipeline's own if left out."""
+    guidance: float = 3.5
+    """The pipeline's guidance_scale."""
+    seed: int = 0
+    """Of the first noise."""
+    pictures: int = 8
+    """Images in filmstrip.png."""
+    save_every: int = 5
+    """Iterations between checkpoints: what a killed run has to repeat."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
+    threads: int = 1
+    """Threads of torch on the CPU."""
+    output: Path = Path("outputs/reno_flux")
+    """Where everything is written. A run that was interrupted there goes on."""
+    overwrite: bool = False
+    """Discard what an earlier run left in the output folder."""
+
+    def __post_init__(self) -> None:
+        counts = ("steps", "iterations", "size", "pictures", "save_every", "threads")
+        wrong = [f"{name} = {n}" for name in counts if (n := getattr(self, name)) is not None and n < 1]
+        if wrong:
+            raise RecipeError(f"{', '.join(wrong)}: each is at least 1.")
+        if not self.prompt.strip():
+            raise RecipeError("the prompt is empty: say what the image is to show, --prompt 'a red circle'.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a plain dict (JSON)."""
+        return {**asdict(self), "output": str(self.output)}
+
+
+def presets(output: str) -> dict[str, NoiseRecipe]:
+    """Return presets: the embedded world, and the authors' settings on FLUX.1-schnell, their only flow-matching model.
+
+    The embedded world's noise has 256 numbers, theirs has 16384: a fifth of their rate makes steps of about the same
+    length, relative to the norm of the noise.
+    """
+    tiny = NoiseRecipe(climb=AscentSettings(rate=1.0), output=Path(output))
+    large = {"model": "black-forest-labs/FLUX.1-schnell", "reward": "hpsv2.1", "steps": 1, "size": 512, "guidance": 0.0}
+    paper = replace(tiny, preset="paper", prompt="A red dog and a green cat", climb=AscentSettings(), **large)
+    return {"tiny": tiny, "paper": replace(paper, output=Path(f"{output}_paper"))}
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,15 +198,15 @@ class Ascent:
         self.best: tuple[Frame, Tensor] | None = None
         """The frame with the highest reward, and its x_T."""
 
-    def step(self, way: RewardPath) -> Frame:
+    def step(self, path: RewardPath) -> Frame:
         """Score the image of x_T, then move x_T.
 
         Raises:
             RecipeError: score or gradient are not finite, or the reward is detached; x_T is unchanged.
         """
-        image, score, up = way.score_gradient(self.x)
-        (back,) = torch.autograd.grad(negative_log_density(self.x), self.x)
-        self.x.grad = self.climb.penalty * back - self.climb.weight * up.to(back)
+        image, score, reward_gradient = path.score_gradient(self.x)
+        (penalty_gradient,) = torch.autograd.grad(negative_log_density(self.x), self.x)
+        self.x.grad = self.climb.penalty * penalty_gradient - self.climb.weight * reward_gradient.to(self.x)
         norm = torch.nn.utils.clip_grad_norm_([self.x], self.climb.clip)
         frame = Frame(self.iteration, float(score), float(self.x.detach().norm()), float(norm), image)
         if not math.isfinite(frame.reward) or not math.isfinite(frame.gradient):

@@ -1,1 +1,0 @@
-"""Noise search (ReNO): a recipe, and gradient ascent of a reward in the initial noise of one prompt."""
