@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -59,8 +60,8 @@ def spread_over_categories(prompts: Sequence[Prompt], count: int) -> list[Prompt
     groups: dict[str, list[Prompt]] = {}
     for prompt in prompts:
         groups.setdefault(prompt.category, []).append(prompt)
-    rows = list(groups.values())
-    return [rows[i % len(rows)][(i // len(rows)) % len(rows[i % len(rows)])] for i in range(count)]
+    turns = cycle([cycle(group) for group in groups.values()])
+    return [next(group) for group in islice(turns, count)]
 
 
 def needed_prompts(prompts: Sequence[Prompt], count: int) -> list[str]:

@@ -16,7 +16,7 @@ class Score:
     images: Positional[tuple[Path, ...]]
     """Picture files, or folders of them."""
     prompts: Path
-    """One prompt a line in the order of the pictures, or JSONL of {"image": NAME, "prompt": TEXT}."""
+    """One prompt a line in the order of the pictures, or rows of {"image": NAME, "prompt": TEXT} as JSONL or JSON."""
     reward: UseAppendAction[tuple[str, ...]]
     """hpsv2.1, pickscore, imagereward, ... as in recipes; may be given several times."""
     output: Path | None = None

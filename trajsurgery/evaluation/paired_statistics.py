@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import torch
@@ -81,22 +82,17 @@ def compare(before: HeldOutScores, after: HeldOutScores) -> dict[str, Any]:
 
 def _figures(rows: Tensor, before: HeldOutScores, after: HeldOutScores) -> dict[str, Any]:
     """Return the gains in reward, rules and junk for some of the images."""
-    texts = _texts(rows, before)
+    texts = tuple(compress(before.texts, rows.tolist()))
     columns = {name: (getattr(before, field), getattr(after, field)) for name, field in COLUMNS.items()}
-    figures: dict[str, Any] = {"images": len(texts)}
+    figures: dict[str, Any] = {"images": len(texts), "prompts": len(set(texts))}
     for name, (a, b) in columns.items():
         figures |= {} if a is None or b is None else _named(name, paired(a[rows], b[rows], texts))
     return figures
 
 
-def _texts(rows: Tensor, scores: HeldOutScores) -> tuple[str, ...]:
-    return tuple(text for text, selected in zip(scores.texts, rows.tolist()) if selected)
-
-
 def _category(category: str, before: HeldOutScores, after: HeldOutScores) -> dict[str, Any]:
     rows = torch.tensor([c == category for c in before.categories])
-    figures = {**_figures(rows, before, after), "prompts": len(set(_texts(rows, before)))}
-    return {**(_diversity("pixels", rows, before, after) or {}), **figures}
+    return {**(_diversity("pixels", rows, before, after) or {}), **_figures(rows, before, after)}
 
 
 def _diversity(name: str, rows: Tensor, before: HeldOutScores, after: HeldOutScores) -> dict[str, Any] | None:
@@ -110,7 +106,7 @@ def _diversity(name: str, rows: Tensor, before: HeldOutScores, after: HeldOutSco
     selected = rows & ~a.isnan() & ~b.isnan()
     if not bool(selected.any()):
         return None
-    texts = _texts(selected, before)
+    texts = tuple(compress(before.texts, selected.tolist()))
     figures = _named("diversity", paired(a[selected], b[selected], texts))
     figures["diversity_gain_se"] = figures["diversity_gain_se_by_prompt"]
     return {"images": len(texts), "prompts": len(set(texts)), **figures}

@@ -40,8 +40,8 @@ def find_pictures(images: Sequence[Path], prompts: Path) -> tuple[Picture, ...]:
     """Return the image files (those of a folder by name) with their prompts.
 
     Args:
-        prompts: a file for `read_prompts`: rows of {"image": NAME, "prompt": TEXT} in any order, or prompts in the order
-            of the images.
+        prompts: a file for `read_prompts`: rows of {"image": NAME, "prompt": TEXT} in any order, or prompts in the
+            order of the images.
 
     Raises:
         RewardError: no images, an image without a prompt, or another number of prompts than images.

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 LINE, BEST = "#0b6e99", "#2e7d32"
@@ -13,14 +14,9 @@ LINE, BEST = "#0b6e99", "#2e7d32"
 
 def choose_frames(count: int, pictures: int) -> list[int]:
     """Return which of `count` frames to show: the first, the last, and others, dense at the start."""
-    last = count - 1
-    if pictures >= count:
-        return list(range(count))
-    ratio = (last + 1) ** (1 / max(1, pictures - 1))
-    chosen = [0]
-    for i in range(1, pictures):  # at least one further on than the one before, with room for those that follow
-        chosen.append(min(max(chosen[-1] + 1, round(ratio**i) - 1), last - (pictures - 1 - i)))
-    return chosen
+    spaced = set((np.geomspace(1, count, pictures).round().astype(int) - 1).tolist())
+    others = [i for i in range(count) if i not in spaced]
+    return sorted([*spaced, *others[: pictures - len(spaced)]])
 
 
 def draw_filmstrip(
