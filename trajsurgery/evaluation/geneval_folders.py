@@ -55,14 +55,11 @@ def list_samples(prompts: Sequence[Prompt], images: int, seed: int) -> list[Samp
 
 def write_metadata(folder: Path, samples: Sequence[Sample]) -> None:
     """Write each prompt's metadata.jsonl: the row of its file, with the tag and the prompt that GenEval reads."""
-    for sample in samples:
-        if sample.index == 0:
-            record = dict(sample.prompt.record or {})
-            row = {"tag": sample.prompt.category, "include": [], **record, "prompt": sample.prompt.text}
-            path = folder / f"{sample.number:05d}" / "metadata.jsonl"
-            if not path.is_file():
-                text = json.dumps(row, default=str) + "\n"
-                write_atomically(path, lambda partial, text=text: partial.write_text(text, encoding="utf-8"))
+    for number, prompt in {sample.number: sample.prompt for sample in samples}.items():
+        row = {"tag": prompt.category, "include": [], **(prompt.record or {}), "prompt": prompt.text}
+        path, text = folder / f"{number:05d}" / "metadata.jsonl", json.dumps(row, default=str) + "\n"
+        if not path.is_file():
+            write_atomically(path, lambda partial, text=text: partial.write_text(text, encoding="utf-8"))
 
 
 def missing_samples(folder: Path, samples: Sequence[Sample], batch: int) -> Iterator[tuple[Sample, ...]]:
