@@ -279,7 +279,8 @@ def test_a_pipeline_without_images_is_an_error() -> None:
 
 
 def test_prompts_without_a_category_are_not_taken_for_all() -> None:
-    samples = [Sample(i, Prompt(f"p{i}", *category), 0, i) for i, category in enumerate([(), ("colors",), ("colors",)])]
+    prompts = (Prompt("p0"), Prompt("p1", "colors"), Prompt("p2", "colors"))
+    samples = [Sample(i, prompt, 0, i) for i, prompt in enumerate(prompts)]
     comparison = Comparison(("base",), ("r",), samples, {"base": {"r": [0.0, 3.0, 6.0]}})
     means = {part: figures["base"]["r"]["mean"] for part, figures in comparison.to_dict()["means"].items()}
     assert means == {"all": 3.0, "no category": 0.0, "colors": 4.5}
