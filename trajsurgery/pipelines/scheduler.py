@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trajsurgery.errors import SamplerError
 from trajsurgery.plans.interpolants import InvertedFlow, RectifiedFlow
-from trajsurgery.surgery.trajectory import check_sigmas
+from trajsurgery.surgery.trajectory import check_sigmas, numbers, pick
 
 _MISSING = object()
 
@@ -29,7 +29,7 @@ def check_flow_matching(pipe: Any) -> None:
     config = getattr(scheduler, "config", {})
     kind = config.get("prediction_type", "flow_prediction")
     sigmas = getattr(scheduler, "sigmas", None)
-    above = isinstance(sigmas, Tensor) and not config.get("use_flow_sigmas") and float(sigmas.max()) > 1 + 1e-3
+    above = isinstance(sigmas, Tensor) and not config.get("use_flow_sigmas") and max(numbers(sigmas)) > 1 + 1e-3
     if sigmas is None or above or kind != "flow_prediction":
         raise SamplerError(
             f"{type(scheduler).__name__} is no flow-matching scheduler: a leap needs a velocity dx/dsigma and sigmas "
@@ -62,18 +62,18 @@ class Schedule:
         Raises:
             SamplerError: the timetable is not that of a flow-matching sampler.
         """
-        sigmas, calls = scheduler.sigmas.detach().clone(), len(scheduler.timesteps)
+        sigmas, calls = scheduler.sigmas, len(scheduler.timesteps)
         if len(sigmas) != calls + 1:
             raise SamplerError(
                 f"{type(scheduler).__name__} has {len(sigmas)} sigmas for {calls} timesteps; operate() follows "
                 "schedulers that have one more. Use FlowMatchEulerDiscreteScheduler."
             )
-        times: list[float] = sigmas.tolist()  # once: each number read off a device waits for it
+        times = numbers(sigmas)
         begins = [i for i in range(calls) if times[i] != times[i + 1]]
         left = [i for i in begins if i >= first]
         if not left:
             raise SamplerError(f"the loop begins at step {first} of a schedule whose {calls} steps are over by then.")
-        sigmas_left = torch.cat([sigmas[left], sigmas[-1:]])
+        sigmas_left = pick(sigmas, (*left, calls))
         check_sigmas(sigmas_left)
         starts = tuple(i - first for i in left)
         return cls(sigmas_left, (*(times[i] for i in left), times[-1]), starts, calls - first, len(begins))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from numbers import Integral
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from trajsurgery.errors import PlanError, SamplerError
 from trajsurgery.plans.interpolants import Interpolant, RectifiedFlow
@@ -174,17 +177,37 @@ def check_sigmas(sigmas: Tensor) -> None:
         raise SamplerError(
             f"sigmas has shape {shape}; a sampler of T steps has [T + 1] of them, T >= 1, from noise to image."
         )
-    values = sigmas.detach().double().cpu()
-    if not bool(torch.isfinite(values).all()):
-        raise SamplerError(f"sigmas holds NaN or Inf: {values.tolist()}.")
-    steps = values.diff()
-    if not (bool((steps < 0).all()) or bool((steps > 0).all())):
-        raise SamplerError(f"sigmas is not strictly monotone: {values.tolist()}. Drop the repeated times.")
-    if bool((values < 0).any()) or bool((values > 1).any()):
+    values = numbers(sigmas)
+    if not all(map(math.isfinite, values)):
+        raise SamplerError(f"sigmas holds NaN or Inf: {list(values)}.")
+    rises = [later > earlier for earlier, later in pairwise(values)]
+    if len(set(values)) < len(values) or any(rises) != all(rises):
+        raise SamplerError(f"sigmas is not strictly monotone: {list(values)}. Drop the repeated times.")
+    if min(values) < 0 or max(values) > 1:
         raise SamplerError(
             f"sigmas runs from {values[0]:g} to {values[-1]:g}; a flow-matching sampler's times lie in [0, 1]. Is this "
             "a diffusion (variance-preserving or EDM) scheduler?"
         )
+
+
+_NUMBERS = WeakTensorKeyDictionary()
+
+
+def numbers(values: Tensor) -> tuple[float, ...]:
+    """Return a 1-dim tensor's numbers. They are read off the device once, and again if the tensor changes in place."""
+    version = None if values.is_inference() else values._version
+    stored = _NUMBERS.get(values)
+    if stored is None or version is None or stored[0] != version:
+        _NUMBERS[values] = stored = version, tuple(map(float, values.tolist()))
+    return stored[1]
+
+
+def pick(values: Tensor, indices: Sequence[int]) -> Tensor:
+    """Return some entries of a 1-dim tensor whose numbers are known already, so that nobody reads them off again."""
+    chosen, known = values.detach()[list(indices)], numbers(values)
+    if not chosen.is_inference():
+        _NUMBERS[chosen] = chosen._version, tuple(known[i] for i in indices)
+    return chosen
 
 
 def as_sigmas(sigmas: Tensor | Sequence[float], like: Tensor) -> Tensor:
