@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ def _decoder(recipe: Recipe, spec: PipelineSpec, model: FakePipeline) -> Any:
     dtype = vae_decoding.vae_dtype(vae, recipe.decoder, half)
     if dtype != torch.float32:  # `to` fails on fake parameters
         vae = build_model(spec.vae, dtype)
-    vae_decoding.prepare_vae(vae, recipe.decoder, half)
+    vae_decoding.prepare_vae(vae, replace(recipe.decoder, compile=False), half)  # torch compiles no fake tensors
     return vae
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from trajsurgery.errors import RecipeError
 from trajsurgery.rewards.loading import Reward, load_reward, mixture_weights, score_one
-from trajsurgery.training import attention, lora, model_folder, precision, ranks, sharding, vae_decoding
+from trajsurgery.training import attention, compilation, lora, model_folder, precision, ranks, sharding, vae_decoding
 from trajsurgery.training.objective import DETACHED
 from trajsurgery.training.prompt_cache import PromptCache, free_text_encoders
 from trajsurgery.training.prompts import Prompt, read_prompts
@@ -104,6 +104,8 @@ def load(recipe: Recipe) -> RunComponents:
         heldout = read_prompts(recipe.heldout)
     judge = None if world is None or EMBEDDED.get(recipe.model) != recipe.heldout else _rule_judge(world.judge)
     reward = scorers.pop(recipe.reward)
+    if recipe.compile_reward:
+        compilation.compile_image_tower(recipe.reward, reward)
     return RunComponents(pipe, reward, texts, draw, heldout, judge, scorers, _validation_prompts(recipe, world))
 
 
@@ -164,10 +166,10 @@ def prepare_pipeline(pipe: Any, recipe: Recipe) -> Any:
     lora.set_trainable(pipe.transformer, recipe.train, recipe.seed)
     if recipe.rollout.checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
+    if recipe.rollout.compile:
+        compilation.compile_blocks(pipe.transformer)
     sharding.distribute(pipe.transformer, recipe, device)
     pipe.to(device)
-    if recipe.rollout.compile:
-        pipe.transformer.forward = torch.compile(pipe.transformer.forward)
     low = recipe.rollout.precision == "bfloat16"
     if low and precision.kept_dtype(recipe) == torch.float32:
         precision.run_in_bfloat16(pipe.transformer)

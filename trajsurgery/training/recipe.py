@@ -79,6 +79,8 @@ class Recipe:
     attention: str = "auto"
     """The attention kernel, by diffusers' names: native, _native_flash, _native_cudnn, flash, _flash_3, ... auto is
     diffusers' own, or the first of torch's kernels whose gradient is finite in a trial before the run."""
+    compile_reward: bool = False
+    """Compiles the layers of the reward's image tower (torch.compile)."""
     threads: int = 1
     """Threads of torch on the CPU. The embedded Flux gains little from a second one, and loses on a busy machine."""
     save_every: int = 10

@@ -43,8 +43,9 @@ class Rollout:
     precision: Literal["float32", "bfloat16"] = "float32"
     """What the transformer computes in: float32 weights under autocast, or as --train.weights and --train.base say."""
     compile: bool = False
-    """torch.compile of the transformer's forward. With split and retain the rollout is the compiled plain call's, bit
-    for bit."""
+    """Compiles the transformer's repeated blocks (torch.compile). On an H100 an iteration of FLUX.1-dev (staged,
+    without checkpointing) then takes 2.5 s instead of 3.3, after half a minute of compiling. Images and gradients
+    differ from eager ones by rounding. Off by default: it is not measured for other models and lengths of run."""
 
     @property
     def shape(self) -> tuple[int, int] | None:
@@ -65,6 +66,8 @@ class Decoder:
     """Keeps the latents of each image or tile, and computes the rest again in the backward pass."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 if that is --rollout.precision and the VAE's config says force_upcast = false, else float32."""
+    compile: bool = False
+    """Compiles the decoder (torch.compile)."""
     stay: bool = False
     """Keeps the VAE on the device; it else waits on the CPU, and is there from its decoding to its backward pass."""
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trajsurgery.errors import RecipeError
+from trajsurgery.training.compilation import compile_decoder
 from trajsurgery.training.settings import Decoder
 
 OVERLAP = 0.25
@@ -38,6 +39,8 @@ def prepare_vae(vae: Any, settings: Decoder, autocast: bool = False) -> None:
         if not hasattr(vae, "use_slicing"):
             raise RecipeError(f"--decoder.slicing: {type(vae).__name__} decodes no slices. Leave it out.")
         vae.enable_slicing()
+    if settings.compile:
+        compile_decoder(vae)
     if settings.checkpointing:
         _checkpoint_decoder(vae)
     _decode_in_own_dtype(vae)
