@@ -7,6 +7,7 @@ trial.py                              one model call forward and backward before
 components.py                         loads pipeline, rewards and prompts
 ranks.py, sharding.py                 several processes; FSDP or copies
 precision.py, attention.py            what weights are kept in; attention kernels
+compilation.py                        torch.compile of blocks, decoder and image tower
 optimisers.py, averages.py            AdamW and others by name; moving averages of the weights
 prompts.py, prompt_cache.py           prompt files; encodings, made once
 vae_decoding.py, lora.py              decoding with gradient; what trains
