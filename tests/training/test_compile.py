@@ -26,8 +26,11 @@ from trajsurgery.training.components import PromptCache
 from trajsurgery.training.settings import Guards, Trained
 from trajsurgery.training.training_loop import training_step
 
-# torch's own, while dynamo looks at a tensor that is no leaf
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+# both are torch's own, about what it traces: a tensor that is no leaf, and diffusers' cached look-up for checkpointing
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning"),
+]
 
 COMPILED = 1e-10
 """Relative difference of compiled and eager gradients in float64."""
