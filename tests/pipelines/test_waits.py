@@ -50,6 +50,16 @@ def test_a_replayed_call_reads_no_number(waits: list[str]) -> None:
     assert waits
 
 
+def test_a_rollout_reads_its_sampler_s_times_once(waits: list[str]) -> None:
+    """The scheduler makes them anew for each call of the pipeline; between calls nobody reads the last ones again."""
+    small = BUILDERS["Flux"]()
+    for _ in range(2):
+        waits.clear()
+        with operate(small.pipe, leapalign(4, 2), "split"):  # no leap is a step, which would be measured
+            small()
+    assert [line.partition(":")[0] for line in waits] == ["numbers"]
+
+
 def test_backward_reads_no_number(waits: list[str]) -> None:
     """Recover read whether alpha_t is 0, which is possible at T only."""
     w = torch.nn.Parameter(torch.tensor(0.5))
