@@ -87,6 +87,7 @@ def main(
     prompts = needed_prompts(parts.heldout, recipe.evaluation.images) + needed_prompts(
         parts.validation, recipe.guards.images
     )
+    components.open_prompt_cache(recipe, parts)
     with console.status("one model call forward and backward"):
         trial.check_gradient_is_finite(recipe, parts, partial(console.print, highlight=False))
     with console.status("prompts are encoded"):

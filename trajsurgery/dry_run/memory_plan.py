@@ -218,9 +218,10 @@ def _notes(recipe: Recipe, spec: PipelineSpec, counted: ModelCosts) -> tuple[str
     prompts = recipe.iterations * recipe.rollout.batch // recipe.rollout.per_prompt
     one = TEXT_WORD * spec.tokens * spec.text_width
     if prompts * one >= 2**30:
+        place = f"lie in {recipe.prompt_folder}" if recipe.prompt_folder else "stay in the host's memory, of each rank"
         notes.append(
-            f"encodings stay in the host's memory, {one / 2**20:.1f} MiB a prompt: up to {prompts * one / 2**30:.0f} "
-            f"GiB if no prompt is drawn twice in {recipe.iterations} iterations."
+            f"encodings {place}, {one / 2**20:.1f} MiB a prompt: up to {prompts * one / 2**30:.0f} GiB if no prompt is "
+            f"drawn twice in {recipe.iterations} iterations."
         )
     if counted.reward is None:
         notes.append(f"the reward {recipe.reward} is not counted: of rewards, hpsv2.1 is known.")

@@ -10,6 +10,9 @@ precision.py, attention.py            what weights are kept in; attention kernel
 compilation.py                        torch.compile of blocks, decoder and image tower
 optimisers.py, averages.py            AdamW and others by name; moving averages of the weights
 prompts.py, prompt_cache.py           prompt files; encodings, made once
+cached_encoder.py, result_layout.py   an encoder that looks prompts up; how encodings of a batch are joined
+encoding_folder.py                    encodings on disk, shared by ranks and later runs
+encoder_fingerprint.py                what determines encodings, as a hash
 vae_decoding.py, lora.py              decoding with gradient; what trains
 objective.py, srpo_support.py         the loss; SRPO's rewards and guidance
 step_gradient.py, training_loop.py    the gradient of a rollout; the loop

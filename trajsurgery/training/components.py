@@ -16,7 +16,7 @@ from trajsurgery.errors import RecipeError
 from trajsurgery.rewards.loading import Reward, load_reward, mixture_weights, score_one
 from trajsurgery.training import attention, compilation, lora, model_folder, precision, ranks, sharding, vae_decoding
 from trajsurgery.training.objective import DETACHED
-from trajsurgery.training.prompt_cache import PromptCache, free_text_encoders
+from trajsurgery.training.prompt_cache import PromptCache, free_text_encoders, open_folder
 from trajsurgery.training.prompts import Prompt, read_prompts
 from trajsurgery.training.recipe import EMBEDDED, Recipe
 from trajsurgery.training.settings import Trained
@@ -68,6 +68,12 @@ def draw_batch_prompts(recipe: Recipe, world: RunComponents, generator: torch.Ge
     """Draw the prompts of one iteration; images of one prompt stand side by side."""
     shared = recipe.rollout.per_prompt
     return [text for text in world.draw(recipe.rollout.batch // shared, generator) for _ in range(shared)]
+
+
+def open_prompt_cache(recipe: Recipe, world: RunComponents) -> None:
+    """From now on write encoded prompts to the recipe's folder, and read them from it, if it names one."""
+    if recipe.prompt_folder is not None:
+        open_folder(world.pipe, recipe.prompt_folder, recipe.prompt_cache_limit)
 
 
 def encode_prompts(

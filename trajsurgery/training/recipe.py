@@ -87,6 +87,11 @@ class Recipe:
     """Iterations between checkpoints: what a killed run has to repeat."""
     output: Path = Path("outputs/leapalign_flux")
     """Where everything is written. A run that was interrupted there goes on."""
+    prompt_cache: str = "auto"
+    """A folder for encoded prompts, which ranks and later runs share; auto is `prompt-cache` beside the output folder,
+    or none for the embedded models, which encode in no time; none leaves them in the host's memory, of each rank."""
+    prompt_cache_limit: float = 200.0
+    """GiB. As a run starts that has that folder to itself, what no run has used for longest is removed down to this."""
     overwrite: bool = False
     """Discard what an earlier run left in the output folder."""
     dry_run: bool = False
@@ -133,6 +138,7 @@ class Recipe:
         return {
             f"rollout.width = {width}": (width is None or self.rollout.size is not None, "rollout.size is the height"),
             f"rollout.per_prompt = {shared}": (self.rollout.batch % shared == 0, "it divides rollout.batch"),
+            f"prompt_cache_limit = {self.prompt_cache_limit}": (self.prompt_cache_limit >= 0, "it is at least 0 GiB"),
             f"ema = {self.ema}": (0 <= self.ema < 1, "a decay lies in [0, 1)"),
             f"rollout.guidance = {guidance}": (math.isfinite(guidance), "it is finite"),
             f"optimiser.warmup = {here.warmup}": (here.warmup >= 0, "it is at least 0"),
@@ -153,6 +159,13 @@ class Recipe:
                 "it counts looks, which --guards.every asks for",
             ),
         }
+
+    @property
+    def prompt_folder(self) -> Path | None:
+        """The folder for encoded prompts; None if they stay in memory."""
+        if self.prompt_cache == "auto":
+            return None if self.model in EMBEDDED else self.output.parent / "prompt-cache"
+        return None if self.prompt_cache == "none" else Path(self.prompt_cache)
 
     @property
     def weights_at(self) -> WeightsAt:
@@ -179,6 +192,8 @@ FREE = (
     "shard",
     "gather",
     "ema_on",
+    "prompt_cache",
+    "prompt_cache_limit",
     "evaluation.pictures",
     "dry_run",
     "hardware.gpus",
