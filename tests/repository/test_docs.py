@@ -67,7 +67,7 @@ def test_a_command_that_a_page_shows_is_accepted(
         command_module = noise_command if "reno" in words[1] else train_command
         parsed: list[object] = []
         monkeypatch.setattr(command_module, "main", lambda recipe, console: parsed.append(recipe) or {})
-        monkeypatch.setattr(train_command, "dry_run", lambda recipe, console: parsed.append(recipe) or 0)
+        monkeypatch.setattr(train_command, "dry_run", lambda recipe, *_: parsed.append(recipe) or 0)
         assert command_module.cli(recipe.RECIPES, "", words[2:]) == 0
         assert len(parsed) == 1
     elif words[:1] == ["trajsurgery"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from trajsurgery.cli import fit_command
 from trajsurgery.cli.command_line import INTERRUPTED, exit_code, read_recipe
 from trajsurgery.dry_run import plan_memory, table
 from trajsurgery.evaluation import validation_rounds
@@ -30,7 +32,7 @@ def cli(presets: Mapping[str, Recipe], description: str, args: Sequence[str] | N
     def run(console: Console) -> int:
         recipe = read_recipe(presets, description, args)
         if recipe.dry_run:
-            return dry_run(recipe, console)
+            return dry_run(recipe, console, sys.argv[1:] if args is None else args)
         ranks.join(ranks.choose_device(recipe.device))
         result = main(recipe, console=console if ranks.is_main() else None)
         ranks.leave()
@@ -39,10 +41,17 @@ def cli(presets: Mapping[str, Recipe], description: str, args: Sequence[str] | N
     return exit_code(run, " before the first iteration, or while pictures were made: the same command goes on")
 
 
-def dry_run(recipe: Recipe, console: Console) -> int:
-    """Print what the run would take and write it to memory.json; return the exit code."""
-    with console.status("counting under fake tensors"):
-        plan = plan_memory(recipe)
+def dry_run(recipe: Recipe, console: Console, words: Sequence[str]) -> int:
+    """Print what the run would take, or what fits, and write it to memory.json; return the exit code.
+
+    Args:
+        words: the command line's, which a search repeats with other flags.
+    """
+    if recipe.fit is not None:
+        plan = fit_command.search(recipe, console, words)
+    else:
+        with console.status("counting under fake tensors"):
+            plan = plan_memory(recipe)
     console.print(table(plan), highlight=False)
     path = recipe.output / "memory.json"
     write_atomically(path, lambda partial: partial.write_text(json.dumps(plan.to_dict(), indent=1) + "\n"))

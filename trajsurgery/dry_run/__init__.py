@@ -5,6 +5,8 @@ model_costs.py     what a model call, the decode and the reward keep and compute
 measure.py         bytes and operations of a piece of work, on fake or real tensors
 fake_pipeline.py   a pipeline of real size under fake tensors, from configs
 gpu_kernels.py     what CUDA's kernels keep for the backward pass, as shapes
+savings.py         changes of a recipe that take less memory
+fit.py             `fit`: the cheapest setting that fits a card
 table.py           the plan on a terminal
 configs/           configs of the models that recipes name
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from trajsurgery.dry_run.fake_pipeline import PipelineSpec, find_spec
 from trajsurgery.dry_run.gpu_kernels import KERNELS
-from trajsurgery.dry_run.model_costs import ModelCosts, measure_model
+from trajsurgery.dry_run.model_costs import Measurements, ModelCosts, measure_model
 from trajsurgery.dry_run.weights import persistent_bytes, will_shard
 from trajsurgery.plans.graph import needs_gradient, trained
 from trajsurgery.plans.nodes import Velocity
@@ -69,6 +69,7 @@ def plan_memory(
     *,
     found: PipelineSpec | None = None,
     kernels: Kernels = "cuda",
+    measurements: Measurements | None = None,
 ) -> MemoryPlan:
     """Return what an iteration of the recipe takes on its `hardware`. No weights are read and no GPU is needed.
 
@@ -80,6 +81,7 @@ def plan_memory(
         found: configs of the model; by default those of its name or folder.
         kernels: "cuda" counts flash attention, fused RMSNorm and autocast's float32 layer norms; "cpu" flash attention
             alone.
+        measurements: those of other recipes with this model and kernels, which are not made again.
 
     Raises:
         RecipeError: no config of the model. PlanError: the method allows no plan.
@@ -89,9 +91,11 @@ def plan_memory(
     plan = plan or recipe.method.draw(rollout.steps, torch.Generator().manual_seed(recipe.seed))
     share = math.ceil(rollout.batch / hardware.gpus)
     images = min(rollout.at_once or share, share)
+    measurements = measurements or Measurements()
     with KERNELS[kernels]():
-        counted = measure_model(recipe, spec, images, sharded=will_shard(recipe, spec))
-    return _estimate(recipe, spec, plan.prepared(rollout.steps), images, counted, kernels)
+        sharded = will_shard(recipe, spec, measurements)
+        counted = measure_model(recipe, spec, images, sharded=sharded, measurements=measurements)
+    return _estimate(recipe, spec, plan.prepared(rollout.steps), images, counted, kernels, sharded)
 
 
 def _transient_bytes(recipe: Recipe, counted: ModelCosts, calls: int, outputs: int) -> dict[str, int]:
@@ -156,7 +160,7 @@ def _gpus_needed(recipe: Recipe, counted: ModelCosts, passing: dict[str, int]) -
 
 
 def _estimate(
-    recipe: Recipe, spec: PipelineSpec, plan: Plan, images: int, counted: ModelCosts, kernels: Kernels
+    recipe: Recipe, spec: PipelineSpec, plan: Plan, images: int, counted: ModelCosts, kernels: Kernels, sharded: bool
 ) -> MemoryPlan:
     hardware: Hardware = recipe.hardware
     calls = plan.cost(recipe.rollout.steps).calls
@@ -200,7 +204,7 @@ def _estimate(
         seconds=sum(flops.values()) / (hardware.gpus * hardware.flops * hardware.utilisation),
         fits=peak <= hardware.memory,
         gpus_needed=_gpus_needed(recipe, counted, passing),
-        notes=_notes(recipe, spec, counted),
+        notes=_notes(recipe, spec, counted, sharded),
     )
 
 
@@ -208,7 +212,7 @@ def _trained(every: list[nn.Parameter]) -> int:
     return sum(p.numel() for p in every if p.requires_grad)
 
 
-def _notes(recipe: Recipe, spec: PipelineSpec, counted: ModelCosts) -> tuple[str, ...]:
+def _notes(recipe: Recipe, spec: PipelineSpec, counted: ModelCosts, sharded: bool) -> tuple[str, ...]:
     """What the figures leave out, or what a run can't do yet."""
     notes = list[str]()
     if spec.text_encoders:
@@ -228,6 +232,6 @@ def _notes(recipe: Recipe, spec: PipelineSpec, counted: ModelCosts) -> tuple[str
     if recipe.ema_on == "cpu":
         size = AVERAGE * _trained(list(counted.model.transformer.parameters())) / 2**30
         notes.append(f"the averages lie in the host's memory: {size:.0f} GiB.")
-    if recipe.rollout.precision == "bfloat16" and kept_in(recipe) == "float32" and not will_shard(recipe, spec):
+    if recipe.rollout.precision == "bfloat16" and kept_in(recipe) == "float32" and not sharded:
         notes.append("autocast keeps a bfloat16 copy of the weights that a call used, until its backward pass.")
     return tuple(notes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from trajsurgery.dry_run.fake_pipeline import PipelineSpec, build_model
-from trajsurgery.dry_run.model_costs import ModelCosts
+from trajsurgery.dry_run.model_costs import Measurements, ModelCosts
 from trajsurgery.training.averages import AVERAGE
 from trajsurgery.training.optimisers import MOMENTS
 from trajsurgery.training.precision import KEPT, kept_in
@@ -13,13 +13,17 @@ from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.sharding import choose
 
 
-def will_shard(recipe: Recipe, spec: PipelineSpec) -> bool:
+def will_shard(recipe: Recipe, spec: PipelineSpec, measurements: Measurements) -> bool:
     """Whether FSDP shards the transformer on the recipe's hardware."""
     if recipe.train.what == "lora":
         return recipe.shard == "fsdp" and recipe.hardware.gpus > 1
-    with torch.device("meta"):
-        trained = sum(p.numel() for p in build_model(spec.transformer, torch.float32).parameters())
+    trained = measurements.once("parameters", lambda: _count(spec))
     return choose(recipe.shard, trained, recipe.hardware.gpus) == "fsdp"
+
+
+def _count(spec: PipelineSpec) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in build_model(spec.transformer, torch.float32).parameters())
 
 
 def persistent_bytes(recipe: Recipe, counted: ModelCosts, gpus: int) -> dict[str, int]:

@@ -96,6 +96,8 @@ class Recipe:
     """Discard what an earlier run left in the output folder."""
     dry_run: bool = False
     """Only say what the run would take in memory and time: no weights, no GPU; writes memory.json."""
+    fit: str | None = None
+    """With --dry-run, the memory of a card, such as 24GB: prints the cheapest setting that fits, as a command."""
     hardware: Hardware = field(default_factory=Hardware)
 
     def __post_init__(self) -> None:
@@ -139,6 +141,7 @@ class Recipe:
             f"rollout.width = {width}": (width is None or self.rollout.size is not None, "rollout.size is the height"),
             f"rollout.per_prompt = {shared}": (self.rollout.batch % shared == 0, "it divides rollout.batch"),
             f"prompt_cache_limit = {self.prompt_cache_limit}": (self.prompt_cache_limit >= 0, "it is at least 0 GiB"),
+            f"fit = {self.fit}": (self.fit is None or self.dry_run, "it goes with --dry-run"),
             f"ema = {self.ema}": (0 <= self.ema < 1, "a decay lies in [0, 1)"),
             f"rollout.guidance = {guidance}": (math.isfinite(guidance), "it is finite"),
             f"optimiser.warmup = {here.warmup}": (here.warmup >= 0, "it is at least 0"),
@@ -196,6 +199,7 @@ FREE = (
     "prompt_cache_limit",
     "evaluation.pictures",
     "dry_run",
+    "fit",
     "hardware.gpus",
     "hardware.memory",
     "hardware.flops",
