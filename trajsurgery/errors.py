@@ -29,4 +29,8 @@ class RecipeError(SurgeryError, ValueError):
 
 
 class DivergedError(RecipeError):
-    """A run whose loss or gradient is not finite any more; its last good weights are saved."""
+    """A run whose loss or gradient is not finite any more; its last finite weights are saved."""
+
+
+class OutOfMemoryError(SurgeryError):
+    """A run that a GPU or the machine has no memory for: in which part, and what takes less."""

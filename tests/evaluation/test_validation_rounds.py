@@ -214,8 +214,9 @@ def test_a_kill_between_two_files_loses_nothing(
 
 def test_early_stopping_counts_from_the_best() -> None:
     stopping = EarlyStopping()
-    improved = [stopping.update(i, value) for i, value in enumerate([float("nan"), 0.1, 0.1, 0.3, 0.2, float("nan")])]
-    assert improved == [True, False, False, False, False, False]
+    improved = [stopping.update(i, value) for i, value in enumerate([float("nan"), 0.1, 0.1, 0.3, float("inf"), 0.2])]
+    assert improved == [False, True, False, True, False, False], "a score that is not finite is never the best"
+    assert (stopping.best, stopping.waited) == (3, 2)
     stopping = EarlyStopping()
     assert [stopping.update(i, value) for i, value in enumerate([0.1, 0.1, 0.3, 0.2])] == [True, False, True, False]
     assert (stopping.last, stopping.best, stopping.waited, stopping.value) == (3, 2, 1, 0.3)

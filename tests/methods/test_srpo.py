@@ -165,7 +165,7 @@ def test_training_uses_the_relative_reward_s_gradient(tmp_path: Path, times: Any
             weight.grad = None
         variant = replace(recipe, rollout=replace(recipe.rollout, memory=memory))
         inputs = RolloutInputs(texts, {**cache(texts), "generator": seeded(2)}, list(map(seeded, SAMPLES)), SHARED, 1.0)
-        scores = add_gradient(variant, world, plan, inputs, 0.7)
+        scores, _ = add_gradient(variant, world, plan, inputs, 0.7)
         assert bool(scores.isfinite().all())
         by_memory[memory] = [p.grad for p in weights]
     expected = by_hand(recipe, world, each, texts, {**cache(texts), "generator": seeded(2)}, times == "per-sample")

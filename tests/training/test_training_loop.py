@@ -102,7 +102,7 @@ def test_the_log_has_a_line_an_iteration(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [record.iteration for record in records]
     names = ("kind", "iteration", "reward", "loss", "grad_norm", "clamped", "weight", "closed", "skipped", "times")
-    assert lines[0].keys() == {*names, "seconds", "idle", "anchor"}
+    assert lines[0].keys() == {*names, "seconds", "idle", "bad", "anchor"}
     plan = recipe.method.draw(recipe.rollout.steps, iteration_generator(recipe.seed, 1, "plan"))
     assert lines[0]["times"] == sorted({n.t for n in plan.nodes if n.op == "velocity"}, reverse=True)
     assert 0 <= lines[0]["clamped"] <= 1
@@ -130,7 +130,10 @@ def test_no_text_encoder_runs_in_the_loop(tmp_path: Path) -> None:
 
 def test_a_closed_hinge_gives_no_gradient(tmp_path: Path) -> None:
     recipe = toy_world.recipe(tmp_path, objective=replace(toy_world.recipe(tmp_path).objective, threshold=-5.0))
-    _, records = run_loop(recipe)
+    world, records = toy_world.world(recipe), list[StepRecord]()
+    with pytest.raises(RecipeError, match="nothing was trained"):
+        train(recipe, world, TrainingState.start(recipe, world.module), records.append)
+    assert len(records) == 6
     assert all(record.loss == 0 and record.grad_norm == 0 and record.closed == 1 for record in records)
 
 
@@ -192,7 +195,8 @@ def test_three_non_finite_steps_stop_the_run_and_save_the_last_good_weights(tmp_
     def watch(record: StepRecord) -> None:
         weights[record.iteration] = [p.detach().clone() for p in training.parameters]
 
-    with pytest.raises(RecipeError, match=r"3 in a row had a loss or gradient that is not finite.*weights are good"):
+    message = r"3 in a row with numbers .* not finite .*the reward is.* The weights are finite"
+    with pytest.raises(RecipeError, match=message):
         train(recipe, world, training, watch)
     checkpoint = torch.load(tmp_path / CHECKPOINT, weights_only=True)
     assert training.iteration == 2 + PATIENCE
@@ -209,7 +213,7 @@ def test_non_finite_weights_are_never_saved(tmp_path: Path) -> None:
         if record.iteration == 3:
             training.optimiser.param_groups[0]["lr"] = float("inf")
 
-    with pytest.raises(RecipeError, match="weights are spoilt; the last good ones are saved"):
+    with pytest.raises(RecipeError, match="weights are not finite any more; the last checkpoint whose weights are"):
         train(recipe, world, training, watch)
     checkpoint = torch.load(tmp_path / CHECKPOINT, weights_only=True)
     assert checkpoint["iteration"] == 3
@@ -227,7 +231,9 @@ def test_nan_images_do_not_reach_the_reward(tmp_path: Path) -> None:
 
     with torch.no_grad():
         world.pipe.vae.decoder.conv_out.bias.fill_(torch.nan)
-    _, records = run_loop(recipe, replace(world, reward=Strict()))
+    records, training = list[StepRecord](), TrainingState.start(recipe, world.module)
+    with pytest.raises(RecipeError, match=r"nothing was trained .* the decoder's output is not finite"):
+        train(recipe, replace(world, reward=Strict()), training, records.append)
     assert all(record.skipped for record in records)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -15,12 +16,15 @@ from rich.console import Console
 from trajsurgery.cli import fit_command
 from trajsurgery.cli.command_line import INTERRUPTED, exit_code, read_recipe
 from trajsurgery.dry_run import plan_memory, table
+from trajsurgery.dry_run.memory_advice import memory_advice
+from trajsurgery.errors import OutOfMemoryError
 from trajsurgery.evaluation import validation_rounds
 from trajsurgery.evaluation.held_out import HeldOutScores, evaluate, needed_prompts
 from trajsurgery.evaluation.paired_statistics import compare
 from trajsurgery.reports import run_report, validation_report
 from trajsurgery.training import components, lora, missing_gradients, preflight, ranks, sharding, srpo_support, trial
 from trajsurgery.training.checkpoint import METRICS, Log, TrainingState, resume, save, write_atomically
+from trajsurgery.training.memory_errors import memory_of
 from trajsurgery.training.progress_bar import Advance, progress_bar
 from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.training_loop import StepRecord, iteration_generator, train
@@ -72,13 +76,27 @@ def main(
 
     Raises:
         RecipeError: the run can't start here, the output folder holds another recipe's run, or it diverged.
+        OutOfMemoryError: in which part, and what takes less.
     """
-    console, began = console or Console(quiet=not ranks.is_main()), time.monotonic()
+    console = console or Console(quiet=not ranks.is_main())
     if scene is None:
         preflight.check_recipe(recipe)
     ranks.rows(recipe.rollout.batch)  # raises if they can't be divided
+    try:
+        return _run(recipe, scene, console)
+    except OutOfMemoryError as error:
+        message = str(error)  # alone: the error's frames hold the tensors of the run
+    gpu = torch.cuda.get_device_properties().total_memory if torch.cuda.is_available() else None
+    with console.status(f"{message}\nwhat takes less is counted"):
+        advice = memory_advice(recipe, ranks.count(), gpu, "cpu" if gpu is None else "cuda")
+    raise OutOfMemoryError("\n".join([message, *advice]))
+
+
+def _run(recipe: Recipe, scene: components.RunComponents | None, console: Console) -> dict[str, Any] | None:
+    began = time.monotonic()
     torch.set_num_threads(recipe.threads)
-    parts = scene or components.load(recipe)
+    with memory_of("loading"):
+        parts = scene or components.load(recipe)
     components.check_reward(recipe, parts)
     srpo_support.check_guidance_is_input(recipe, parts.module)
     validation_rounds.check_guards(recipe, parts)
@@ -99,7 +117,7 @@ def main(
     components.open_prompt_cache(recipe, parts)
     with console.status("one model call forward and backward"):
         trial.check_gradient_is_finite(recipe, parts, partial(console.print, highlight=False))
-    with console.status("prompts are encoded"):
+    with console.status("prompts are encoded"), memory_of("encoding the prompts"):
         components.encode_prompts(
             recipe, parts, prompts, (iteration_generator(recipe.seed, number, "prompts") for number in every)
         )
@@ -170,8 +188,12 @@ def _print_summary(recipe: Recipe, console: Console, evaluation: dict[str, Any],
     for line in (run_report.verdict(evaluation), *run_report.remarks(evaluation)):
         console.print(line, highlight=False)
     if evaluation["skipped"]:
-        skipped = f"[bold red]skipped iterations: {evaluation['skipped']}[/] (loss or gradient not finite)"
-        console.print(skipped, highlight=False)
+        lines = [line for line in Log(recipe.output / METRICS).read() if line.get("bad")]
+        parts = Counter(line["bad"][0]["part"] for line in lines)
+        causes = ", ".join(f"{part} {count}" for part, count in parts.items())
+        console.print(
+            f"[bold red]skipped iterations: {evaluation['skipped']}[/] (not finite: {causes})", highlight=False
+        )
     console.print(
         f"{evaluation['seconds']:.0f} s. In {recipe.output}: samples.png, reward.png, heldout.png, plan.svg, "
         "metrics.jsonl, transformer/" + (f"\n{remark}" if remark else ""),
@@ -188,3 +210,7 @@ def _show(training: TrainingState, console: Console, advance: Advance, record: S
     if record.idle:
         message = missing_gradients.warning(record.idle, len(training.parameters))
         console.print(f"iteration {record.iteration}: {message}", style="yellow", markup=False, highlight=False)
+    for bad in record.bad:
+        times = ", ".join(map(str, record.times))
+        message = f"iteration {record.iteration} skipped: {bad}; the plan's times are {times}"
+        console.print(message, style="bold red", markup=False, highlight=False, soft_wrap=True)

@@ -15,6 +15,7 @@ from trajsurgery.evaluation import diversity
 from trajsurgery.rewards.loading import mixture_parts
 from trajsurgery.training import ranks
 from trajsurgery.training.components import PromptCache, RunComponents, pipeline_arguments
+from trajsurgery.training.memory_errors import memory_of
 from trajsurgery.training.prompts import Prompt
 from trajsurgery.training.recipe import Recipe
 
@@ -79,7 +80,8 @@ def evaluate(recipe: Recipe, world: RunComponents, embeddings: PromptCache | Non
     prompts = spread_over_categories(world.heldout, recipe.evaluation.images)
     texts, features = tuple(prompt.text for prompt in prompts), _image_features(world)
     cache = embeddings or PromptCache(world.pipe, texts, pipeline_arguments(recipe))
-    share = [_score_batch(recipe, world, *batch) for batch in _sample_images(recipe, world, texts, cache)]
+    with memory_of(f"held-out images (--evaluation.batch {recipe.evaluation.batch} at once)"):
+        share = [_score_batch(recipe, world, *batch) for batch in _sample_images(recipe, world, texts, cache)]
     in_order = [batch for each in zip(*ranks.gathered(share), strict=True) for batch in each]
     batches = in_order[: math.ceil(len(texts) / recipe.evaluation.batch)]
     columns = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}

@@ -32,12 +32,16 @@ class Gain:
 
 
 def paired(before: Tensor, after: Tensor, clusters: tuple[str, ...]) -> Gain:
-    """Compare two [n] tensors in pairs. Standard errors are NaN for fewer than two images (or prompts).
+    """Compare two [n] tensors in pairs, without the pairs in which one is not finite.
+
+    Standard errors are NaN for fewer than two images (or prompts).
 
     Args:
         clusters: n names; differences that share a name are not independent.
     """
-    a, b = before.double(), after.double()
+    finite = before.isfinite() & after.isfinite()
+    a, b = before[finite].double(), after[finite].double()
+    clusters = tuple(name for name, kept in zip(clusters, finite.tolist()) if kept)
     d = b - a
     names = {name: i for i, name in enumerate(dict.fromkeys(clusters))}
     of = torch.tensor([names[name] for name in clusters])
@@ -70,6 +74,7 @@ def compare(before: HeldOutScores, after: HeldOutScores) -> dict[str, Any]:
         for name, scores in before.metrics.items()
         if name in after.metrics
     }
+    record["not_finite"] = _count_not_finite(before, after)
     if before.correct is not None and after.correct is not None:
         record |= _calibrated((before.reward, before.correct), (after.reward, after.correct))
         for name, figures in record["metrics"].items():
@@ -110,6 +115,14 @@ def _diversity(name: str, rows: Tensor, before: HeldOutScores, after: HeldOutSco
     figures = _named("diversity", paired(a[selected], b[selected], texts))
     figures["diversity_gain_se"] = figures["diversity_gain_se_by_prompt"]
     return {"images": len(texts), "prompts": len(set(texts)), **figures}
+
+
+def _count_not_finite(before: HeldOutScores, after: HeldOutScores) -> dict[str, list[int]]:
+    """Return, for each scorer with scores that are not finite, how many before and after."""
+    pairs = {"reward": (before.reward, after.reward)}
+    pairs |= {name: (before.metrics[name], after.metrics[name]) for name in before.metrics if name in after.metrics}
+    counts = {name: [int((~scores.isfinite()).sum()) for scores in pair] for name, pair in pairs.items()}
+    return {name: pair for name, pair in counts.items() if any(pair)}
 
 
 def _calibrated(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> dict[str, Any]:

@@ -43,6 +43,8 @@ class ValidationResult:
     waited: int
     """Rounds since then."""
     seconds: float
+    not_finite: dict[str, int] = field(default_factory=dict[str, int])
+    """Scores that are not finite, by name; means leave them out. With some of `guards.by`, a round is not the best."""
 
 
 def stopping_scorer(recipe: Recipe, world: RunComponents) -> str:
@@ -115,11 +117,21 @@ def _validation_result(training: TrainingState, scores: HeldOutScores, seconds: 
     values_by_name = {**scores.metrics, "reward": scores.reward} | (
         {} if scores.correct is None else {"rule": scores.correct}
     )
-    means = {name: float(values.double().mean()) for name, values in values_by_name.items()}
-    spread = {name: float(values.double().std()) for name, values in values_by_name.items()}
+    bad = {name: int((~values.isfinite()).sum()) for name, values in values_by_name.items()}
+    finite = {name: values[values.isfinite()].double() for name, values in values_by_name.items()}
+    means = {name: float(values.mean()) for name, values in finite.items()}
+    spread = {name: float(values.std()) for name, values in finite.items()}
     reward, rule, stopping = means.pop("reward"), means.pop("rule", None), training.early_stopping
     return ValidationResult(
-        training.iteration, reward, means, rule, spread, stopping.best, stopping.waited, round(seconds, 4)
+        training.iteration,
+        reward,
+        means,
+        rule,
+        spread,
+        stopping.best,
+        stopping.waited,
+        round(seconds, 4),
+        {name: count for name, count in bad.items() if count},
     )
 
 

@@ -213,12 +213,18 @@ def results_table(evaluation: Mapping[str, Any]) -> Table:
 
 def _figures(record: Mapping[str, Any], name: str) -> tuple[str, ...]:
     before, after, gain, se = (record[f"{name}_{what}"] for what in ("before", "after", "gain", "gain_se"))
+    if _is_nan(gain):
+        return "none", "none", "none", ""
     return f"{before:.4f}", f"{after:.4f}", f"{gain:+.4f}", "" if se is None or math.isnan(se) else f"{se:.4f}"
 
 
 def remarks(evaluation: Mapping[str, Any]) -> list[str]:
     """Return sentences on the reward's calibration, the images' diversity and the guards."""
-    sentences: list[str] = []
+    sentences = [
+        f"scores of {name} that are not finite, left out with their pairs: {before} before, {after} after, of "
+        f"{evaluation['images']}"
+        for name, (before, after) in evaluation.get("not_finite", {}).items()
+    ]
     for label, line, name in table_rows(evaluation):
         if name == "reward" and line.get("rule_expected") is not None:
             before, after = (line["calibration"][when] for when in ("before", "after"))
@@ -249,7 +255,14 @@ def verdict(evaluation: Mapping[str, Any]) -> str:
 
 
 def _sentence(evaluation: Mapping[str, Any], name: str, label: str) -> str:
+    if _is_nan(evaluation[f"{name}_gain"]):
+        return f"{label}: no pair of scores is finite"
     size = in_standard_errors(evaluation, name)
     return f"{label} {evaluation[f'{name}_gain']:+.4f}" + (
         "" if math.isnan(size) else f", {size:+.1f} paired standard errors"
     )
+
+
+def _is_nan(value: float | None) -> bool:
+    """Whether a figure is NaN, or null as in metrics.jsonl."""
+    return value is None or math.isnan(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -21,6 +22,7 @@ def scorer_label(name: str) -> str:
 def validation_line(result: ValidationResult) -> str:
     """Return the line that is printed for a validation round while the run trains."""
     means = " ".join(f"{name} {mean:.4f}" for name, mean in _mean_scores(asdict(result)).items())
+    means += "".join(f"; {count} scores of {name} are not finite" for name, count in result.not_finite.items())
     waited = f"; {result.waited} without a new best (iteration {result.best})" if result.waited else ""
     return f"iteration {result.iteration}, validation prompts, averaged weights: {means}{waited}"
 
@@ -78,7 +80,8 @@ def _draw_anchor(axes: Any, records: Records) -> None:
 def _mean_scores(record: Mapping[str, Any]) -> dict[str, float]:
     """Return the means of a round by name, the reward first."""
     rules = {} if record["rule"] is None else {"rules": record["rule"]}
-    return {"reward": record["reward"], **record["metrics"], **rules}
+    means: dict[str, float | None] = {"reward": record["reward"], **record["metrics"], **rules}
+    return {name: math.nan if mean is None else mean for name, mean in means.items()}
 
 
 def smoothed(values: Sequence[float], share: float = 0.1) -> list[float]:

@@ -43,6 +43,11 @@ class TrainingState:
     skipped: int = 0
     """Iterations that changed nothing because loss or gradient were not finite."""
     in_a_row: int = 0
+    """Such iterations since the last one that changed something."""
+    steps: int = 0
+    """Iterations whose gradient was above 0 and was stepped."""
+    started: list[float] | None = None
+    """The weights' `fingerprint` before the first iteration."""
     looked: bool = False
     """Whether missing gradients were looked for (missing_gradients.py)."""
     seconds: float = 0.0
@@ -67,6 +72,11 @@ class TrainingState:
         norms = [torch.nn.utils.get_total_norm(tensors).cpu() for tensors in (self.local, self.ema.shadow_params)]
         return not ranks.any_rank(not bool(torch.stack(norms).isfinite().all()))
 
+    def fingerprint(self) -> list[float]:
+        """Return each parameter's sum in float64, which a step changes. Waits for the device."""
+        sums = [weights.sum(dtype=torch.float64) for weights in self.local]
+        return ranks.total(torch.stack(sums)).tolist()
+
     @property
     def local(self) -> list[torch.Tensor]:
         """This rank's shards of the parameters, which share their memory."""
@@ -88,6 +98,8 @@ class TrainingState:
             "iteration": self.iteration,
             "skipped": self.skipped,
             "in_a_row": self.in_a_row,
+            "steps": self.steps,
+            "started": self.started,
             "looked": self.looked,
             "seconds": self.seconds,
             "watch": asdict(self.early_stopping),
@@ -109,6 +121,7 @@ class TrainingState:
         self.set_averages(state["ema"]["shadow_params"])
         self.before = state["before"]
         self.iteration, self.skipped, self.in_a_row = state["iteration"], state["skipped"], state["in_a_row"]
+        self.steps, self.started = state["steps"], state["started"]
         self.looked = state.get("looked", False)  # checkpoints of 0.1.0 have none
         self.seconds = state["seconds"]
         self.early_stopping = EarlyStopping(**state.get("watch", {}))

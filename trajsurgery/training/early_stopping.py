@@ -13,15 +13,15 @@ class EarlyStopping:
     last: int = -1
     """The iteration of the last validation round; -1 before the first."""
     best: int = -1
-    """The iteration of the best round; -1 before the first."""
+    """The iteration of the best round; -1 before the first round with a finite score."""
     value: float = -math.inf
     """The score of the best round."""
     waited: int = 0
     """The number of rounds since the best one."""
 
     def update(self, iteration: int, value: float) -> bool:
-        """Record the score of a validation round; return whether it is the best so far."""
-        better = value > self.value or self.best < 0
+        """Record the score of a validation round; return whether it is the best so far, which NaN and Inf never are."""
+        better = math.isfinite(value) and value > self.value
         if better:
             self.best, self.value, self.waited = iteration, value, 0
         else:

@@ -15,7 +15,9 @@ from trajsurgery.plans.plan import Plan
 from trajsurgery.surgery.api import apply, backward, distances, values
 from trajsurgery.surgery.parameters import Fields
 from trajsurgery.training import objective, srpo_support
+from trajsurgery.training.bad_numbers import first_not_finite
 from trajsurgery.training.components import RunComponents, pipeline_arguments
+from trajsurgery.training.memory_errors import memory_of
 from trajsurgery.training.recipe import Recipe
 
 ExtraGradient = Callable[[Surgery, float], Tensor]
@@ -58,7 +60,7 @@ def add_gradient(
     inputs: RolloutInputs,
     lambda_: float,
     hold: ExtraGradient | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Sample one batch and add its gradient to `.grad`.
 
     The graph of decoder and reward is run and freed before the transformer's backward pass begins.
@@ -68,29 +70,33 @@ def add_gradient(
         hold: adds a further gradient, such as the anchor's.
 
     Returns:
-        [7]: reward, loss, clamped share, weight, closed share, health (0, or NaN if an image has NaN), the figure of
-            `hold`.
+        [6]: reward, loss, clamped share, weight, closed share, the figure of `hold`; and for each sample the place of
+            its first number that is not finite (`bad_numbers.first_not_finite`).
     """
     texts, renoise, share = inputs.texts, inputs.renoise, inputs.share
-    images, outputs, leap_distances, surgery, fields = _sample(recipe, world, plan, inputs)
-    decoded = [images, *(surgery.decode(x) for x in outputs[1:])]
+    with memory_of("the rollout"):
+        images, outputs, leap_distances, surgery, fields = _sample(recipe, world, plan, inputs)
+        decoded = [images, *(surgery.decode(x) for x in outputs[1:])]
     sample_seeds = [generator.initial_seed() for generator in renoise]
     rewards = srpo_support.output_rewards(recipe, plan, world.reward, inputs.seed, sample_seeds)
-    scores = [grade(_without_nan(image), texts) for image, grade in zip(decoded, rewards, strict=True)]
+    with memory_of("the reward"):
+        scores = [grade(_without_nan(image), texts) for image, grade in zip(decoded, rewards, strict=True)]
     weights = objective.weights(plan, surgery.trajectory, leap_distances, recipe.weights_at, recipe.objective.tau)
     loss = objective.loss(scores, weights.w, lambda_)
-    cotangents = objective.cotangents(loss * share, outputs)
-    if recipe.rollout.memory == "staged":
-        backward(plan, surgery.trajectory, fields, cotangents, generator=renoise, check=False)
-    else:
-        torch.autograd.backward(outputs, cotangents)
-    extra = hold(surgery, share) if hold else loss.detach() * 0
-    with torch.no_grad():
+    with memory_of("the gradient of reward and decoder"):
+        cotangents = objective.cotangents(loss * share, outputs)
+    with memory_of("the gradient sweep"):
+        if recipe.rollout.memory == "staged":
+            backward(plan, surgery.trajectory, fields, cotangents, generator=renoise, check=False)
+        else:
+            torch.autograd.backward(outputs, cotangents)
+        extra = hold(surgery, share) if hold else loss.detach() * 0
+    with torch.no_grad(), memory_of("the reward"):
         reward = scores[0] if plan.exact else world.reward(_without_nan(surgery.decode(surgery.trajectory[0])), texts)
-        health = sum((image.detach().sum() * 0 for image in decoded), loss.detach() * 0)
+        bad = first_not_finite(surgery.trajectory, (outputs, decoded, (*scores, reward), cotangents))
         closed = (torch.stack([score.detach() for score in scores]) >= lambda_).float().mean()
-        figures = reward.mean(), loss.detach(), weights.clamped, weights.w.mean(), closed, health, extra
-        return torch.stack(figures).float()
+        figures = reward.mean(), loss.detach(), weights.clamped, weights.w.mean(), closed, extra
+        return torch.stack(figures).float(), bad
 
 
 def add_shared_gradient(
@@ -100,20 +106,22 @@ def add_shared_gradient(
     inputs: RolloutInputs,
     lambda_: float,
     hold: ExtraGradient | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """As `add_gradient`, for several exact plans on one rollout, which share one decode and one reward gradient.
 
     All of them output the rollout's x_0. The loss is the mean over plans, each with its own similarity weights.
     """
     texts, renoise, share = inputs.texts, inputs.renoise, inputs.share
-    with operate(world.pipe) as surgery:
+    with memory_of("the rollout"), operate(world.pipe) as surgery:
         call = {"num_inference_steps": recipe.rollout.steps, **pipeline_arguments(recipe), **inputs.arguments}
         world.pipe(**call, output_type="latent")
     x_0, tail = surgery.trajectory[0].detach().requires_grad_(), (surgery.trajectory, surgery.field)
     image = surgery.decode(x_0)
-    score = world.reward(_without_nan(image), texts)
+    with memory_of("the reward"):
+        score = world.reward(_without_nan(image), texts)
     loss = objective.loss([score], torch.ones_like(score), lambda_)
-    (unweighted,) = objective.cotangents(loss * share / len(plans), (x_0,))
+    with memory_of("the gradient of reward and decoder"):
+        (unweighted,) = objective.cotangents(loss * share / len(plans), (x_0,))
     weights_of_plans: list[objective.Weights] = []
     for plan in plans:
         leap_distances = distances(plan, *tail, generator=renoise) if recipe.weights_at != "none" else {}
@@ -121,18 +129,20 @@ def add_shared_gradient(
             objective.weights(plan, surgery.trajectory, leap_distances, recipe.weights_at, recipe.objective.tau)
         )
         cotangent = unweighted * weights_of_plans[-1].w.to(unweighted).view(-1, *[1] * (unweighted.dim() - 1))
-        if recipe.rollout.memory == "staged":
-            backward(plan, *tail, cotangent, generator=renoise, check=False)
-        else:
-            torch.autograd.backward(apply(plan, *tail, recipe.rollout.memory, generator=renoise), cotangent)
-    extra = hold(surgery, share) if hold else loss.detach() * 0
+        with memory_of("the gradient sweep"):
+            if recipe.rollout.memory == "staged":
+                backward(plan, *tail, cotangent, generator=renoise, check=False)
+            else:
+                torch.autograd.backward(apply(plan, *tail, recipe.rollout.memory, generator=renoise), cotangent)
+    with memory_of("the gradient sweep"):
+        extra = hold(surgery, share) if hold else loss.detach() * 0
     with torch.no_grad():
         w = torch.stack([weights.w for weights in weights_of_plans]).mean(0)
         clamped = torch.stack([weights.clamped for weights in weights_of_plans]).mean()
         loss = objective.loss([score], w, lambda_)
-        health = image.detach().sum() * 0 + loss * 0
+        bad = first_not_finite(surgery.trajectory, ((x_0,), (image,), (score,), (unweighted,)))
         closed = (score >= lambda_).float().mean()
-        return torch.stack([score.mean(), loss, clamped, w.mean(), closed, health, extra]).float()
+        return torch.stack([score.mean(), loss, clamped, w.mean(), closed, extra]).float(), bad
 
 
 def _sample(

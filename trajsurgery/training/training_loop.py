@@ -13,12 +13,14 @@ from typing import Literal
 
 import torch
 
-from trajsurgery.errors import DivergedError, RecipeError
+from trajsurgery.errors import RecipeError
 from trajsurgery.plans.nodes import Velocity
-from trajsurgery.training import missing_gradients, ranks, sharding
+from trajsurgery.training import endings, missing_gradients, ranks, sharding
 from trajsurgery.training.averages import update_averages
+from trajsurgery.training.bad_numbers import BadNumbers, name_bad_numbers
 from trajsurgery.training.checkpoint import METRICS, Log, TrainingState, save
 from trajsurgery.training.components import PromptCache, RunComponents, draw_batch_prompts, hinge_threshold
+from trajsurgery.training.memory_errors import memory_of
 from trajsurgery.training.optimisers import set_rate
 from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.step_gradient import (
@@ -60,6 +62,8 @@ class StepRecord:
     idle: tuple[str, ...] | None = None
     """Trained parameters without gradient (missing_gradients.py); looked for once, in the first iteration with a loss.
     """
+    bad: tuple[BadNumbers, ...] = ()
+    """Of a skipped iteration: where numbers first were not finite, with prompts and seeds."""
     anchor: float | None = None
     """mean (v - v_base)^2 at a drawn time (anchor.py), if there is an anchor. It is not part of `loss`."""
 
@@ -96,7 +100,10 @@ def train(
 
     Raises:
         DivergedError: three iterations in a row had no finite loss and gradient.
+        RecipeError: the run is complete, and nothing was trained.
     """
+    record: StepRecord | None = None
+    training.started = training.started or training.fingerprint()
     embeddings = PromptCache(world.pipe, ())  # filled by components.encode_prompts, or at first use
     lambda_, log = hinge_threshold(recipe, world), Log(recipe.output / METRICS)
     with catch_interruptions() as signals:
@@ -107,13 +114,16 @@ def train(
             log.append(asdict(record))
             watch(record)
             if training.in_a_row >= PATIENCE:
-                _give_up(recipe, training)
+                endings.give_up(recipe, training, record.bad)
             if training.iteration % recipe.save_every == 0 and training.finite:
                 save(recipe, training)
         if not training.finite:
-            _give_up(recipe, training)
+            endings.give_up(recipe, training, record.bad if record else ())
         save(recipe, training)
-    return training.iteration >= recipe.iterations or training.early_stopping.stops(recipe.guards.patience)
+    ended = training.iteration >= recipe.iterations or training.early_stopping.stops(recipe.guards.patience)
+    if ended and record:
+        endings.check_something_trained(recipe, training, record.bad, record.closed)
+    return ended
 
 
 def training_step(
@@ -128,7 +138,7 @@ def training_step(
     seed = int(torch.randint(2**62, (), generator=draws["renoise"]))
     rows = ranks.rows(len(texts))
     at_once = min(recipe.rollout.at_once or len(rows), len(rows))
-    sums = torch.zeros(7, device=world.device)
+    sums = torch.zeros(6 + len(texts), device=world.device)  # six figures, and a place for each sample
     anchor = training.anchor
     add_anchor = anchor and (
         lambda surgery, share: anchor.add_gradient(surgery.field, surgery.trajectory, number, share)
@@ -142,10 +152,11 @@ def training_step(
             part_plans = [plan_of_samples(plan, start, end) for plan in plans]
             sharding.reduce_in(world.module, last=end == rows.stop)
             if len(part_plans) == 1:
-                part_figures = add_gradient(recipe, world, part_plans[0], inputs, lambda_, add_anchor)
+                figures, bad = add_gradient(recipe, world, part_plans[0], inputs, lambda_, add_anchor)
             else:
-                part_figures = add_shared_gradient(recipe, world, part_plans, inputs, lambda_, add_anchor)
-            sums += part_figures * inputs.share
+                figures, bad = add_shared_gradient(recipe, world, part_plans, inputs, lambda_, add_anchor)
+            sums[:6] += figures * inputs.share
+            sums[6 + start : 6 + end] = bad
     sharding.release(world.module)
     sharding.reduce_copies(training.parameters)
     if all(p.grad is None for p in training.parameters):
@@ -153,15 +164,21 @@ def training_step(
     norm = sharding.whole(torch.nn.utils.clip_grad_norm_(training.parameters, recipe.optimiser.clip))
     sums = ranks.total(sums)
     numbers = torch.cat([sums, norm.reshape(1).to(sums)]).tolist()  # the iteration's one wait for the device
-    reward, loss, clamped, weight, closed, _, anchor_figure, grad_norm = numbers
-    finite = all(map(math.isfinite, numbers))
-    idle = _idle(training) if finite and loss > 0 and not training.looked else None
-    skipped = _step(recipe, training, finite)
+    reward, loss, clamped, weight, closed, anchor_figure = numbers[:6]
+    places, grad_norm = [int(place) for place in numbers[6:-1]], numbers[-1]
+    checked = {"the loss": loss, "the anchor's gradient": anchor_figure, "the transformer's gradient": grad_norm}
+    is_finite = {name: math.isfinite(value) for name, value in checked.items()}
+    seeds = [generator.initial_seed() for generator in noise]
+    bad_numbers = name_bad_numbers(places, is_finite, texts, seeds)
+    idle = _idle(training) if not bad_numbers and loss > 0 and not training.looked else None
+    with memory_of("the optimiser's step"):
+        skipped = _step(recipe, training, not bad_numbers)
+    training.steps += not skipped and grad_norm > 0
     nodes = {n for plan in plans for n in plan.nodes}
     times = sorted({n.t for n in nodes if isinstance(n, Velocity) and isinstance(n.t, int)}, reverse=True)
     seconds = round(time.monotonic() - began, 4)
-    figures = reward, loss, grad_norm, clamped, weight, closed
-    return StepRecord(number, *figures, skipped, tuple(times), seconds, idle, anchor_figure if anchor else None)
+    record = reward, loss, grad_norm, clamped, weight, closed, skipped, tuple(times), seconds, idle, bad_numbers
+    return StepRecord(number, *record, anchor_figure if anchor else None)
 
 
 _NOTHING = "no parameter of the transformer received a gradient: something between it and the reward detaches."
@@ -195,19 +212,6 @@ def _step(recipe: Recipe, training: TrainingState, healthy: bool) -> bool:
     training.skipped += not healthy
     training.in_a_row = 0 if healthy else training.in_a_row + 1
     return not healthy
-
-
-def _give_up(recipe: Recipe, training: TrainingState) -> None:
-    """Stop the run; the last finite weights are in the checkpoint."""
-    finite = training.finite
-    if finite:
-        save(recipe, training)
-    state = "its weights are good and saved" if finite else "its weights are spoilt; the last good ones are saved"
-    raise DivergedError(
-        f"the run stopped at iteration {training.iteration}: {training.in_a_row} in a row had a loss or gradient that "
-        f"is not finite ({training.skipped} in all), and {state} in {recipe.output}. Lower --optimiser.rate, or raise "
-        "--rollout.precision to float32, and start anew with --overwrite or another --output."
-    )
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from trajsurgery.surgery.api import backward
 from trajsurgery.surgery.velocity_calls import IN_ROLLOUT
 from trajsurgery.training import attention, ranks, sharding, srpo_support
 from trajsurgery.training.components import PromptCache, RunComponents, pipeline_arguments
+from trajsurgery.training.memory_errors import memory_of
 from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.training_loop import as_argument
 
@@ -38,9 +39,11 @@ def check_gradient_is_finite(recipe: Recipe, world: RunComponents, tell: Callabl
         SamplerError: the pipeline's loop can't be replayed.
     """
     try:
-        if _is_finite(recipe, world):
+        with memory_of("the trial of one model call"):
+            finite = _is_finite(recipe, world)
+        if finite:
             return
-    except (SurgeryError, torch.OutOfMemoryError):
+    except SurgeryError:
         raise
     except RuntimeError as error:  # after a failed kernel CUDA runs nothing more in this process
         raise RecipeError(

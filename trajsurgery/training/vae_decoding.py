@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trajsurgery.errors import RecipeError
 from trajsurgery.training.compilation import compile_decoder
+from trajsurgery.training.memory_errors import memory_of
 from trajsurgery.training.settings import Decoder
 
 OVERLAP = 0.25
@@ -103,7 +104,7 @@ def _decode_in_own_dtype(vae: Any) -> None:
     @functools.wraps(decode)
     def cast(z: Tensor, *args: Any, **kwargs: Any) -> Any:
         weight = next(vae.parameters())
-        with torch.autocast(weight.device.type, enabled=False):
+        with memory_of("decoding"), torch.autocast(weight.device.type, enabled=False):
             return decode(z.to(weight.dtype), *args, **kwargs)
 
     vae.decode = cast

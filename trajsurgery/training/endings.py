@@ -1,0 +1,73 @@
+"""How a run ends that did not do what it should: what happened, what was saved, and how to go on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+from trajsurgery.errors import DivergedError, RecipeError
+from trajsurgery.training.bad_numbers import BadNumbers
+from trajsurgery.training.checkpoint import TrainingState, save
+from trajsurgery.training.recipe import Recipe
+
+_RATE = "lower --optimiser.rate"
+_REMEDIES = {
+    "the velocity": f"{_RATE}, or take --rollout.precision float32 or another --attention",
+    "the plan's output": f"{_RATE}, or take --rollout.precision float32",
+    "the decoder": "take --decoder.precision float32",
+    "the reward": "score these prompts with the reward alone, and mend or leave out what it can't score",
+    "the gradient of reward": "take --decoder.precision float32, and check the reward's gradient at these prompts",
+}
+"""What mends numbers that are not finite, by the beginning of the part in which they were first."""
+
+
+def advice(bad: Sequence[BadNumbers]) -> str:
+    """Return what to change, by the part whose numbers were the first that are not finite."""
+    part = bad[0].part if bad else ""
+    return next((remedy for start, remedy in _REMEDIES.items() if part.startswith(start)), _REMEDIES["the velocity"])
+
+
+def give_up(recipe: Recipe, training: TrainingState, bad: Sequence[BadNumbers]) -> NoReturn:
+    """Save what is finite and stop the run.
+
+    Args:
+        bad: of the last iteration.
+
+    Raises:
+        DivergedError: always.
+    """
+    finite = training.finite
+    if finite:
+        save(recipe, training)
+        state = f"The weights are finite, unchanged since iteration {training.iteration - training.in_a_row}, and saved"
+    else:
+        state = "The weights are not finite any more; the last checkpoint whose weights are is"
+    cause = "; ".join(map(str, bad)) if bad else "the last step made weights that are not finite"
+    raise DivergedError(
+        f"the run stopped at iteration {training.iteration}, after {training.in_a_row} in a row with numbers that are "
+        f"not finite ({training.skipped} in all): {cause}. {state} in {recipe.output}. To mend it, {advice(bad)}, "
+        "and start anew with --overwrite or another --output."
+    )
+
+
+def check_something_trained(recipe: Recipe, training: TrainingState, bad: Sequence[BadNumbers], closed: float) -> None:
+    """Raise if a run that is at its end has changed nothing.
+
+    Args:
+        bad: of the last iteration.
+        closed: the share of the last iteration's scores that gave no gradient.
+
+    Raises:
+        RecipeError: all iterations were skipped, had no gradient, or made steps that left every weight as it was.
+    """
+    if training.skipped == training.iteration:
+        cause = f"in each one numbers were not finite; in the last one {'; '.join(map(str, bad))}. {advice(bad)}"
+    elif training.steps == 0 and closed == 1:
+        cause = "all scores were at or above the hinge's lambda, which gives no gradient. Raise --objective.threshold"
+    elif training.steps == 0:
+        cause = "the gradient was 0. Check that the reward depends on its images where they are now"
+    elif training.fingerprint() == training.started:
+        cause = "each step was smaller than the weights can hold. Raise --optimiser.rate"
+    else:
+        return
+    raise RecipeError(f"nothing was trained in {training.iteration} iterations: {cause}.")
