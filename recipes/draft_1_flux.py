@@ -3,7 +3,7 @@
 import sys
 
 from trajsurgery import DRaFT1
-from trajsurgery.cli.train_command import cli
+from trajsurgery.cli.recipe_script import cli
 from trajsurgery.training.presets import presets
 
 RECIPES = presets(DRaFT1(), "outputs/draft_1_flux")

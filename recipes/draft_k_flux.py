@@ -3,7 +3,7 @@
 import sys
 
 from trajsurgery import DRaFTK
-from trajsurgery.cli.train_command import cli
+from trajsurgery.cli.recipe_script import cli
 from trajsurgery.training.presets import presets
 
 RECIPES = presets(DRaFTK(k=5), "outputs/draft_k_flux")

@@ -3,7 +3,7 @@
 import sys
 
 from trajsurgery import DRaFTLV
-from trajsurgery.cli.train_command import cli
+from trajsurgery.cli.recipe_script import cli
 from trajsurgery.training.presets import presets
 
 RECIPES = presets(DRaFTLV(n=2), "outputs/draft_lv_flux")

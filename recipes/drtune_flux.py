@@ -3,7 +3,7 @@
 import sys
 
 from trajsurgery import DRTune
-from trajsurgery.cli.train_command import cli
+from trajsurgery.cli.recipe_script import cli
 from trajsurgery.training.presets import presets
 
 RECIPES = presets(DRTune(train=2, last=11), "outputs/drtune_flux")

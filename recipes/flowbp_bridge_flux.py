@@ -3,7 +3,7 @@
 import sys
 
 from trajsurgery import FlowBPBridge
-from trajsurgery.cli.train_command import cli
+from trajsurgery.cli.recipe_script import cli
 from trajsurgery.training.presets import presets
 
 RECIPES = presets(FlowBPBridge(active=5, alpha=0.1), "outputs/flowbp_bridge_flux")

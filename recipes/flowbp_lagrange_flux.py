@@ -4,7 +4,7 @@ import sys
 from dataclasses import replace
 
 from trajsurgery import FlowBPLagrange
-from trajsurgery.cli.train_command import cli
+from trajsurgery.cli.recipe_script import cli
 from trajsurgery.training.presets import presets
 
 RECIPES = presets(FlowBPLagrange(alpha=0.1, scale=0.25), "outputs/flowbp_lagrange_flux")

@@ -3,7 +3,7 @@
 import sys
 
 from trajsurgery import FlowBPSparse
-from trajsurgery.cli.train_command import cli
+from trajsurgery.cli.recipe_script import cli
 from trajsurgery.training.presets import presets
 
 RECIPES = presets(FlowBPSparse(active=3), "outputs/flowbp_sparse_flux")

@@ -3,7 +3,7 @@
 import sys
 
 from trajsurgery import ReFL
-from trajsurgery.cli.train_command import cli
+from trajsurgery.cli.recipe_script import cli
 from trajsurgery.training.presets import presets
 
 RECIPES = presets(ReFL(last=11), "outputs/refl_flux")

@@ -5,8 +5,8 @@ import sys
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait are slow on a busy machine
 
-from trajsurgery.cli.noise_command import cli
-from trajsurgery.training.noise_search import presets
+from trajsurgery.cli.recipe_script import cli
+from trajsurgery.training.noise_recipe import presets
 
 RECIPES = presets("outputs/reno_flux")
 

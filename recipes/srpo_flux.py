@@ -4,7 +4,7 @@ import sys
 from dataclasses import replace
 
 from trajsurgery import SRPO
-from trajsurgery.cli.train_command import cli
+from trajsurgery.cli.recipe_script import cli
 from trajsurgery.training.presets import presets
 
 WORDS = ("Natural-lighting", "Detail", "Detailed", "Real"), ("Concept art", "Painting", "Anime", "Flat", "Oil")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from trajsurgery import Plan, latent
-from trajsurgery.cli.train_command import cli
+from trajsurgery.cli.recipe_script import cli
 from trajsurgery.testing import check_gradient
 from trajsurgery.training.presets import presets
 

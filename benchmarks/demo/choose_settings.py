@@ -26,9 +26,10 @@ from benchmarks.provenance import provenance
 from trajsurgery import LeapAlign, distances, operate
 from trajsurgery.cli.train_command import main as run
 from trajsurgery.training.components import PromptCache, load
-from trajsurgery.training.objective import Objective, landings
+from trajsurgery.training.objective import landings
 from trajsurgery.training.presets import presets
 from trajsurgery.training.recipe import Recipe
+from trajsurgery.training.settings import Objective
 from trajsurgery.training.training_loop import iteration_generator
 
 RESULTS = Path(__file__).parent / "results"

@@ -31,10 +31,9 @@ from benchmarks.provenance import provenance
 from trajsurgery.cli.train_command import main as run
 from trajsurgery.methods import LeapAlign
 from trajsurgery.training.checkpoint import METRICS, Log
-from trajsurgery.training.objective import Objective
 from trajsurgery.training.presets import presets
 from trajsurgery.training.recipe import Recipe
-from trajsurgery.training.settings import Evaluation, Guards, Optimiser
+from trajsurgery.training.settings import Evaluation, Guards, Objective, Optimiser
 
 RESULTS = Path(__file__).parent / "results"
 REWARD, SCORERS = "guards:Brightness", ("tiny:scorer_b", "tiny:scorer_c")

@@ -18,10 +18,9 @@ from benchmarks.world.tokenizers import clip_tokenizer, t5_tokenizer
 from trajsurgery import LeapAlign
 from trajsurgery.tiny.pipe import TEXT_WIDTH
 from trajsurgery.training.components import RunComponents, prepare_pipeline
-from trajsurgery.training.objective import Objective
 from trajsurgery.training.prompts import Prompt
 from trajsurgery.training.recipe import Method, Recipe
-from trajsurgery.training.settings import Evaluation, Optimiser, Rollout
+from trajsurgery.training.settings import Evaluation, Objective, Optimiser, Rollout
 
 TEXTS = ("a circle", "a red circle", "a blue square", "two squares", "a triangle near a circle")
 PROMPTS = tuple(Prompt(text, "colours" if "red" in text or "blue" in text else "shapes") for text in TEXTS)

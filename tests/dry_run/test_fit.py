@@ -14,7 +14,7 @@ import pytest
 from tests.builders.small_pipelines import PIPELINES
 from tests.dry_run.test_memory import recipe, small
 from trajsurgery import RecipeError
-from trajsurgery.cli import train_command
+from trajsurgery.cli import recipe_script, train_command
 from trajsurgery.dry_run.fit import Trials, alternatives, fit, parse_memory
 from trajsurgery.dry_run.savings import flags, savings
 from trajsurgery.training.recipe import Recipe
@@ -92,7 +92,7 @@ def test_flags_make_one_recipe_of_another(monkeypatch: pytest.MonkeyPatch) -> No
     parsed = list[Recipe]()
     monkeypatch.setattr(train_command, "main", lambda recipe, console: parsed.append(recipe) or {})
     words = shlex.split(" ".join(flags(PLAIN, after)))
-    assert train_command.cli({"tiny": PLAIN}, "", ["--rollout.memory", "retain", *words]) == 0
+    assert recipe_script.cli({"tiny": PLAIN}, "", ["--rollout.memory", "retain", *words]) == 0
     assert parsed == [after]
 
 
@@ -112,7 +112,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str) -> int:
     PIPELINES["flux"]().pipe.save_pretrained(tmp_path / "model")
     monkeypatch.setattr("sys.argv", ["recipes/mine.py"])
     common = f"--dry-run --model {tmp_path / 'model'} --rollout.size 32 --output {tmp_path / 'run'}"
-    return train_command.cli({"tiny": PLAIN}, "", [*common.split(), *words.split()])
+    return recipe_script.cli({"tiny": PLAIN}, "", [*common.split(), *words.split()])
 
 
 def test_the_command_that_is_printed_fits(
@@ -127,7 +127,7 @@ def test_the_command_that_is_printed_fits(
     assert "--fit" not in command
     assert "--dry-run" not in command
     words = shlex.split(command)[2:]
-    assert train_command.cli({"tiny": PLAIN}, "", [*words, "--dry-run", "--hardware.memory", str(memory)]) == 0
+    assert recipe_script.cli({"tiny": PLAIN}, "", [*words, "--dry-run", "--hardware.memory", str(memory)]) == 0
     assert "it fits" in capsys.readouterr().out
 
 

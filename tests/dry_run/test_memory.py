@@ -17,7 +17,7 @@ from torch import Tensor
 from tests.builders.pipelines import video as video_builders
 from tests.builders.small_pipelines import PIPELINES, Small
 from trajsurgery import LeapAlign, RecipeError, backward, leapalign, operate, plan_memory
-from trajsurgery.cli.train_command import cli
+from trajsurgery.cli.recipe_script import cli
 from trajsurgery.dry_run import MemoryPlan, PipelineSpec, find_spec
 from trajsurgery.dry_run.measure import PeakMemory, flop_counter
 from trajsurgery.dry_run.model_costs import ModelCosts, measure_model

@@ -15,9 +15,8 @@ from trajsurgery import LeapAlign, tiny
 from trajsurgery.evaluation import validation_rounds
 from trajsurgery.training import components
 from trajsurgery.training.checkpoint import METRICS, Log, TrainingState
-from trajsurgery.training.objective import Objective
 from trajsurgery.training.recipe import Recipe
-from trajsurgery.training.settings import Evaluation, Guards, Optimiser, Rollout
+from trajsurgery.training.settings import Evaluation, Guards, Objective, Optimiser, Rollout
 from trajsurgery.training.training_loop import train
 
 HACKED, HELD = "tests.evaluation.test_validation_on_tiny:Brightness", "tiny:scorer_b"

@@ -32,6 +32,8 @@ OWNERS: dict[str, str] = {
 """Third-party packages: the packages of the library that may import them."""
 
 MOST_LINES, MOST_METHOD_LINES = 300, 15
+HEAVY = ["torch", "torchvision", "sympy", "matplotlib", "diffusers", "transformers", "peft", "open_clip", "networkx"]
+"""Packages that take a while to import."""
 NAMELESS = {"utils", "util", "common", "helpers", "helper", "misc"}
 
 
@@ -124,10 +126,23 @@ def test_plans_do_not_import_torch() -> None:
 
 
 def test_importing_loads_no_heavy_package() -> None:
-    heavy = "('torch', 'sympy', 'matplotlib', 'diffusers', 'transformers', 'networkx')"
-    code = f"import sys, trajsurgery; dir(trajsurgery); print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, trajsurgery; dir(trajsurgery); print([m for m in {HEAVY} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "words", ["recipes/leapalign_flux.py", "recipes/reno_flux.py", "trajsurgery", "trajsurgery score"]
+)
+def test_help_imports_nothing_heavy(words: str) -> None:
+    """`--help` and a misspelt flag answer in a second; torch alone takes two to import."""
+    code = (
+        f"import runpy, sys; sys.argv = [*{words.split()}, '--help']\n"
+        "try: (runpy.run_path if '/' in sys.argv[0] else runpy.run_module)(sys.argv[0], run_name='__main__')\n"
+        f"except SystemExit: print([m for m in {HEAVY} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_a_plan_is_made_without_torch() -> None:

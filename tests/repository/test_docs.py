@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from trajsurgery import cli
-from trajsurgery.cli import noise_command, train_command
+from trajsurgery.cli import noise_command, recipe_script, train_command
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -68,7 +68,7 @@ def test_a_command_that_a_page_shows_is_accepted(
         parsed: list[object] = []
         monkeypatch.setattr(command_module, "main", lambda recipe, console: parsed.append(recipe) or {})
         monkeypatch.setattr(train_command, "dry_run", lambda recipe, *_: parsed.append(recipe) or 0)
-        assert command_module.cli(recipe.RECIPES, "", words[2:]) == 0
+        assert recipe_script.cli(recipe.RECIPES, "", words[2:]) == 0
         assert len(parsed) == 1
     elif words[:1] == ["trajsurgery"]:
         monkeypatch.setattr(cli, "_run", lambda options, console: 0)

@@ -13,7 +13,8 @@ from typing import Any, get_args
 import pytest
 
 from tests.builders import toy_world
-from trajsurgery.cli.train_command import cli, main
+from trajsurgery.cli.recipe_script import cli
+from trajsurgery.cli.train_command import main
 from trajsurgery.training.recipe import Method
 
 ROOT = Path(__file__).parents[2]

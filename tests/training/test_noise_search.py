@@ -18,19 +18,14 @@ from torch import Tensor
 from tests.builders import toy_world
 from tests.repository.test_recipes import load_recipe
 from tests.tolerances import EXACT, STOCK, VALUE
-from trajsurgery.cli.noise_command import cli, main
+from trajsurgery.cli.noise_command import main
+from trajsurgery.cli.recipe_script import cli
 from trajsurgery.errors import RecipeError
 from trajsurgery.reports.filmstrip import choose_frames
 from trajsurgery.tiny.pipe import TEXT_LENGTH
 from trajsurgery.training.components import quiet
-from trajsurgery.training.noise_search import (
-    Ascent,
-    AscentSettings,
-    NoiseRecipe,
-    RewardPath,
-    negative_log_density,
-    presets,
-)
+from trajsurgery.training.noise_recipe import AscentSettings, NoiseRecipe, presets
+from trajsurgery.training.noise_search import Ascent, RewardPath, negative_log_density
 
 RECIPE = Path(__file__).parents[2] / "recipes/reno_flux.py"
 PROMPT = "a red circle"

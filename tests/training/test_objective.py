@@ -16,7 +16,6 @@ from trajsurgery import Plan, RecipeError, apply, backward, distances, draft_lv,
 from trajsurgery.methods import DRaFTLV, DRTune, LeapAlign, ReFL
 from trajsurgery.testing import MLP
 from trajsurgery.training.objective import (
-    Objective,
     Weights,
     cotangents,
     hinge,
@@ -25,6 +24,7 @@ from trajsurgery.training.objective import (
     measured_landings,
     weights,
 )
+from trajsurgery.training.settings import Objective
 
 
 def test_the_hinge_is_zero_above_the_threshold() -> None:

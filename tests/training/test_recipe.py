@@ -15,12 +15,11 @@ import pytest
 import torch
 
 from trajsurgery import DRaFTLV, DRTune, LeapAlign, RecipeError, ReFL
-from trajsurgery.cli import train_command
+from trajsurgery.cli import recipe_script, train_command
 from trajsurgery.training import model_folder, preflight
-from trajsurgery.training.objective import Objective
 from trajsurgery.training.presets import paper, presets
 from trajsurgery.training.recipe import FREE, Method, Recipe, differences
-from trajsurgery.training.settings import Evaluation, Optimiser, Rollout, Shard, Trained
+from trajsurgery.training.settings import Evaluation, Objective, Optimiser, Rollout, Shard, Trained
 
 ROOT = Path(__file__).parents[2]
 TINY = presets(LeapAlign(), "outputs/x")
@@ -30,7 +29,7 @@ def parse_recipe(args: list[str], monkeypatch: pytest.MonkeyPatch) -> Recipe:
     """Return the recipe of a command line."""
     recipes: list[Recipe] = []
     monkeypatch.setattr(train_command, "main", lambda recipe, console: recipes.append(recipe) or {})
-    assert train_command.cli(TINY, "words", args) == 0
+    assert recipe_script.cli(TINY, "words", args) == 0
     return recipes[0]
 
 
@@ -61,7 +60,7 @@ def test_the_paper_preset_has_the_paper_s_numbers(monkeypatch: pytest.MonkeyPatc
 
 def test_help_names_and_explains_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        train_command.cli(TINY, "LeapAlign on Flux.", ["--help"])
+        recipe_script.cli(TINY, "LeapAlign on Flux.", ["--help"])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     for words in (

@@ -18,9 +18,8 @@ from trajsurgery import DRaFTLV, DRTune, LeapAlign, RecipeError, ReFL
 from trajsurgery.cli import train_command
 from trajsurgery.training.checkpoint import CHECKPOINT, METRICS, Log, TrainingState
 from trajsurgery.training.components import PromptCache, RunComponents, check_reward, pipeline_arguments
-from trajsurgery.training.objective import Objective
 from trajsurgery.training.recipe import Method, Recipe
-from trajsurgery.training.settings import Optimiser
+from trajsurgery.training.settings import Objective, Optimiser
 from trajsurgery.training.training_loop import PATIENCE, StepRecord, iteration_generator, train, training_step
 
 METHODS: dict[str, Method] = {

@@ -6,7 +6,6 @@ Its checkpoint is one file, written whole: the same command resumes an interrupt
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,13 +13,13 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from trajsurgery.cli.command_line import INTERRUPTED, exit_code, read_recipe
 from trajsurgery.errors import RecipeError
 from trajsurgery.reports.filmstrip import draw_filmstrip
 from trajsurgery.rewards.loading import Reward, load_reward, score_one
 from trajsurgery.training import components, preflight, ranks
 from trajsurgery.training.checkpoint import write_atomically
-from trajsurgery.training.noise_search import Ascent, Frame, NoiseRecipe, RewardPath
+from trajsurgery.training.noise_recipe import NoiseRecipe
+from trajsurgery.training.noise_search import Ascent, Frame, RewardPath
 from trajsurgery.training.progress_bar import progress_bar
 from trajsurgery.training.recipe import EMBEDDED, changed_settings
 from trajsurgery.training.training_loop import catch_interruptions
@@ -28,15 +27,6 @@ from trajsurgery.training.training_loop import catch_interruptions
 STATE, THUMBNAIL = "noise_state.pt", 256
 FREE = ("iterations", "save_every", "pictures", "threads", "device", "output", "overwrite")
 """Settings that may differ between a search and its resumption."""
-
-
-def cli(recipes: Mapping[str, NoiseRecipe], description: str, args: Sequence[str] | None = None) -> int:
-    """Read a recipe from the command line and run it; return the exit code."""
-
-    def run(console: Console) -> int:
-        return INTERRUPTED if main(read_recipe(recipes, description, args), console=console) is None else 0
-
-    return exit_code(run, " before the first iteration: the same command goes on")
 
 
 def main(

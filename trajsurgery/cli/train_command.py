@@ -1,12 +1,11 @@
-"""The training command: `cli` makes a script of recipes, `main(recipe)` runs one from start to end."""
+"""The training command: `main(recipe)` runs a recipe from start to end, `dry_run` says what it would take."""
 
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,6 @@ import torch
 from rich.console import Console
 
 from trajsurgery.cli import fit_command
-from trajsurgery.cli.command_line import INTERRUPTED, exit_code, read_recipe
 from trajsurgery.dry_run import plan_memory, table
 from trajsurgery.dry_run.memory_advice import memory_advice
 from trajsurgery.errors import OutOfMemoryError
@@ -28,21 +26,6 @@ from trajsurgery.training.memory_errors import memory_of
 from trajsurgery.training.progress_bar import Advance, progress_bar
 from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.training_loop import StepRecord, iteration_generator, train
-
-
-def cli(presets: Mapping[str, Recipe], description: str, args: Sequence[str] | None = None) -> int:
-    """Read a recipe from the command line and run it; return the exit code."""
-
-    def run(console: Console) -> int:
-        recipe = read_recipe(presets, description, args)
-        if recipe.dry_run:
-            return dry_run(recipe, console, sys.argv[1:] if args is None else args)
-        ranks.join(ranks.choose_device(recipe.device))
-        result = main(recipe, console=console if ranks.is_main() else None)
-        ranks.leave()
-        return INTERRUPTED if result is None else 0
-
-    return exit_code(run, " before the first iteration, or while pictures were made: the same command goes on")
 
 
 def dry_run(recipe: Recipe, console: Console, words: Sequence[str]) -> int:

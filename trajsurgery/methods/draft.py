@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from trajsurgery.errors import PlanError
 from trajsurgery.methods.draws import Method, uniform
 from trajsurgery.plans.plan import Plan, latent
+
+if TYPE_CHECKING:
+    import torch
 
 
 def draft_k(k: int) -> Plan:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Literal
-
-import torch
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from trajsurgery.errors import PlanError
 from trajsurgery.plans.plan import Plan
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Method(ABC):
@@ -50,6 +51,8 @@ def window_times(window: tuple[float, float], steps: int) -> range:
 
 def uniform(count: int, generator: torch.Generator | None) -> int:
     """Return an int in 0..count - 1."""
+    import torch
+
     return int(torch.randint(count, (), generator=generator).item())
 
 
@@ -66,6 +69,8 @@ def late_time(last: int, steps: int, generator: torch.Generator | None) -> int:
 
 def distinct(among: Sequence[int], count: int, generator: torch.Generator | None) -> list[int]:
     """Return `count` distinct items; every subset is equally likely."""
+    import torch
+
     return [among[int(i)] for i in torch.randperm(len(among), generator=generator)[:count]]
 
 
@@ -76,6 +81,8 @@ def biased_distinct(among: Sequence[int], count: int, bias: float, generator: to
     """
     if not count:
         return []
+    import torch
+
     odds = torch.arange(1, len(among) + 1, dtype=torch.float64) ** bias
     return [among[int(i)] for i in torch.multinomial(odds, count, generator=generator)]
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from trajsurgery.errors import PlanError
 from trajsurgery.methods.draws import Method, late_time, uniform
 from trajsurgery.plans.plan import Plan, latent, recorded
+
+if TYPE_CHECKING:
+    import torch
 
 
 def drtune(steps: int, stop: int, train: Collection[int]) -> Plan:

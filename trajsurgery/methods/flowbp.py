@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from trajsurgery.errors import PlanError
-from trajsurgery.methods.draws import Method, biased_distinct, dirichlet_pair
+from trajsurgery.methods.draws import Method, biased_distinct, dirichlet_pair, distinct
 from trajsurgery.plans.interpolants import weights
 from trajsurgery.plans.nodes import Factor, LatentNode
 from trajsurgery.plans.plan import Plan, latent, recorded
+
+if TYPE_CHECKING:
+    import torch
 
 
 def flowbp_sparse(
@@ -187,7 +189,7 @@ class FlowBPBridge(Method):
     def _draw(self, steps: int, generator: torch.Generator | None) -> Plan:
         if not 2 <= self.active <= steps:
             raise PlanError(f"FlowBPBridge(active={self.active}) on {steps} steps: it lies in 2..{steps}.")
-        j = 1 + min(torch.randperm(steps, generator=generator)[:2].tolist())
+        j = 1 + min(distinct(range(steps), 2, generator))
         below = min(self.active - min(max(round(self.active * (steps - j) / steps), 1), self.active - 1), j)
         active = biased_distinct(range(steps, j, -1), self.active - below, self.bias, generator)
         active += biased_distinct(range(j - 1, 0, -1), below - 1, self.bias, generator)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from trajsurgery.errors import PlanError
 from trajsurgery.methods.draws import Method, dirichlet_pair, distinct, midpoint_pair, uniform, window_times
 from trajsurgery.plans.nodes import Factor, Time
 from trajsurgery.plans.plan import Plan, latent
+
+if TYPE_CHECKING:
+    import torch
 
 RewardAt = Literal["image", "prediction"]
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from trajsurgery.methods.draws import Method, late_time
 from trajsurgery.plans.nodes import Time
 from trajsurgery.plans.plan import Plan, latent
+
+if TYPE_CHECKING:
+    import torch
 
 
 def refl(t: Time) -> Plan:

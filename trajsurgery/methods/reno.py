@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from trajsurgery.methods.draws import Method
 from trajsurgery.plans.nodes import Time
 from trajsurgery.plans.plan import Plan, noise
+
+if TYPE_CHECKING:
+    import torch
 
 
 def reno(*through: Time) -> Plan:

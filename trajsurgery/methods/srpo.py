@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from trajsurgery.errors import PlanError
 from trajsurgery.methods.draws import Method, uniform, window_times
 from trajsurgery.plans.nodes import Draw, Leap, Recover, Time
 from trajsurgery.plans.plan import Plan, latent
+
+if TYPE_CHECKING:
+    import torch
 
 GUIDED = "guided"
 """The name of the field that takes SRPO's step, if its rollout has another guidance."""

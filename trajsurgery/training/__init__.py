@@ -19,7 +19,7 @@ step_gradient.py, training_loop.py    the gradient of a rollout; the loop
 checkpoint.py, early_stopping.py      checkpoint content; early stopping
 anchor.py, missing_gradients.py       penalty against drift; parameters without gradient
 progress_bar.py                       how much is done and the time left, on a terminal or in a log
-noise_search.py                       ReNO: optimise the noise of one prompt
+noise_recipe.py, noise_search.py       ReNO: optimise the noise of one prompt
 
 It may import everything up to `rewards`, and nothing of evaluation or reports.
 """

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,36 +14,12 @@ from trajsurgery.plans.nodes import Advance, Leap
 from trajsurgery.plans.per_sample import PerSample
 from trajsurgery.plans.plan import Plan
 from trajsurgery.surgery.trajectory import Trajectory
-
-WeightsAt = Literal["all", "none", "j"] | tuple[int, ...]
-"""Where similarity is measured (Fig. 4d): at all landings, nowhere, at all but the last (d_j), or at given times."""
+from trajsurgery.training.settings import WeightsAt
 
 DETACHED = (
     "the reward's scores carry no gradient: it runs under no_grad or inference_mode, or detaches its images. Use a "
     "variant of it that keeps the graph from the images, Float[batch 3 h w] in [0, 1], to the scores."
 )
-
-
-@dataclass(frozen=True)
-class Objective:
-    """Settings of the loss."""
-
-    threshold: float | None = None
-    """lambda of the hinge, on the reward's own scale; by default the reward's `threshold`."""
-    tau: float = 0.1
-    """Lower bound of a leap's distance, a length in latent space; set it from measured distances."""
-    weights_at: WeightsAt | None = None
-    """Where similarity is measured: "all" landings, "none", "j" (all but 0), or times such as 0; by default where
-    the method measures it.
-    """
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.tau) and self.tau > 0):
-            raise RecipeError(
-                f"objective.tau = {self.tau}: it bounds a distance from below, so it is finite and above 0."
-            )
-        if self.threshold is not None and not math.isfinite(self.threshold):
-            raise RecipeError(f"objective.threshold = {self.threshold}: a hinge that is to close needs a finite one.")
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,9 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trajsurgery.training.objective import Objective
 from trajsurgery.training.recipe import Method, Recipe
-from trajsurgery.training.settings import Decoder, Evaluation, Hardware, Optimiser, Rollout, Trained
+from trajsurgery.training.settings import Decoder, Evaluation, Hardware, Objective, Optimiser, Rollout, Trained
 
 
 def paper(method: Method, output: str) -> Recipe:

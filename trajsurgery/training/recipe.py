@@ -12,8 +12,18 @@ import tyro
 
 from trajsurgery import methods
 from trajsurgery.errors import RecipeError
-from trajsurgery.training.objective import Objective, WeightsAt
-from trajsurgery.training.settings import Decoder, Evaluation, Guards, Hardware, Optimiser, Rollout, Shard, Trained
+from trajsurgery.training.settings import (
+    Decoder,
+    Evaluation,
+    Guards,
+    Hardware,
+    Objective,
+    Optimiser,
+    Rollout,
+    Shard,
+    Trained,
+    WeightsAt,
+)
 
 Method = (
     methods.LeapAlign

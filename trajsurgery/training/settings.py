@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import tyro
 
+from trajsurgery.errors import RecipeError
+
 Shard = Literal["auto", "fsdp", "ddp", "none"]
+
+WeightsAt = Literal["all", "none", "j"] | tuple[int, ...]
+"""Where similarity is measured (Fig. 4d): at all landings, nowhere, at all but the last (d_j), or at given times."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Settings of the loss."""
+
+    threshold: float | None = None
+    """lambda of the hinge, on the reward's own scale; by default the reward's `threshold`."""
+    tau: float = 0.1
+    """Lower bound of a leap's distance, a length in latent space; set it from measured distances."""
+    weights_at: WeightsAt | None = None
+    """Where similarity is measured: "all" landings, "none", "j" (all but 0), or times such as 0; by default where
+    the method measures it.
+    """
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.tau) and self.tau > 0):
+            raise RecipeError(
+                f"objective.tau = {self.tau}: it bounds a distance from below, so it is finite and above 0."
+            )
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise RecipeError(f"objective.threshold = {self.threshold}: a hinge that is to close needs a finite one.")
 
 
 @dataclass(frozen=True)
