@@ -58,9 +58,9 @@ def recipe_of(output: Path, run: tuple[str, str, Any], way: str = "ddp", **rollo
     return replace(recipe, rollout=replace(recipe.rollout, **options), train=trained, shard=shard, gather=gather)
 
 
-def first_gradient(recipe: Recipe) -> tuple[list[float], list[Tensor]]:
+def first_gradient(recipe: Recipe, world: RunComponents | None = None) -> tuple[list[float], list[Tensor]]:
     """Figures and the whole gradient of the first iteration."""
-    world = exact_world(recipe)
+    world = world or exact_world(recipe)
     training, gradients = TrainingState.start(recipe, world.module), list[Tensor]()
     training.optimiser.step = lambda: gradients.extend(sharding.whole(p.grad).clone() for p in training.parameters)
     record = training_step(recipe, world, PromptCache(world.pipe, world.texts), training, 0.9)

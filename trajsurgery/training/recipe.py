@@ -15,6 +15,7 @@ from trajsurgery.errors import RecipeError
 from trajsurgery.training.settings import (
     Decoder,
     Evaluation,
+    Gather,
     Guards,
     Hardware,
     Objective,
@@ -83,9 +84,9 @@ class Recipe:
     """How several processes (torchrun) hold the transformer. fsdp: each has a shard of weights, gradients, moments and
     averages, over the GPUs of a node, with copies across nodes. ddp: each has all of them. auto: ddp for adapters and
     up to a billion trained parameters, else fsdp."""
-    gather: Literal["iteration", "layer"] = "iteration"
-    """When fsdp gathers weights. iteration: once, kept until the last backward pass. layer: block by block, in every
-    call, where a gathered model does not fit."""
+    gather: Gather = "iteration"
+    """When fsdp gathers weights and reduces gradients. iteration: once; each GPU keeps all weights and a gradient of
+    all of them until the last backward pass. layer: block by block, in every call, where those do not fit."""
     attention: str = "auto"
     """The attention kernel, by diffusers' names: native, _native_flash, _native_cudnn, flash, _flash_3, ... auto is
     diffusers' own, or the first of torch's kernels whose gradient is finite in a trial before the run."""
@@ -211,6 +212,7 @@ FREE = (
     "dry_run",
     "fit",
     "hardware.gpus",
+    "hardware.per_node",
     "hardware.memory",
     "hardware.flops",
     "hardware.utilisation",

@@ -10,6 +10,7 @@ import tyro
 
 from trajsurgery.errors import RecipeError
 
+Gather = Literal["iteration", "layer"]
 Shard = Literal["auto", "fsdp", "ddp", "none"]
 
 WeightsAt = Literal["all", "none", "j"] | tuple[int, ...]
@@ -146,6 +147,8 @@ class Hardware:
 
     gpus: int = 1
     """How many, which divide the batch and hold the transformer as --shard says."""
+    per_node: int = 8
+    """How many of them share a machine, over which fsdp shards; each machine holds a copy (HSDP)."""
     memory: float = 80e9
     """Bytes a GPU can use: an 80 GB card has about 85e9, less its context and what fragmentation wastes."""
     flops: float = 989e12

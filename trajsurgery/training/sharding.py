@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 from trajsurgery.errors import RecipeError
 from trajsurgery.training import ranks
 from trajsurgery.training.recipe import Recipe
-from trajsurgery.training.settings import Shard
+from trajsurgery.training.settings import Gather, Shard
 
 SMALL = 10**9
 """Parameters up to which "auto" keeps a whole copy on each rank."""
@@ -82,6 +82,7 @@ def distribute(module: nn.Module, recipe: Recipe, device: torch.device) -> None:
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
         part.set_reshard_after_backward(by_layer, recurse=False)
+        part.set_requires_gradient_sync(by_layer, recurse=False)
 
 
 def _mesh(device: torch.device) -> DeviceMesh:
@@ -122,15 +123,28 @@ def release(module: nn.Module) -> None:
 
 
 def reduce_in(module: nn.Module, last: bool) -> None:
-    """Say whether the next backward passes are those of the iteration's last rollout: copies across nodes are summed
-    in them alone.
+    """Say whether the next backward passes are those of the iteration's last rollout: with --gather layer, copies
+    across nodes are summed in them alone.
     """
     for part in _sharded_parts(module):
         part.set_requires_all_reduce(last, recurse=False)
 
 
+def reduce_gradients(module: nn.Module, gather: Gather) -> None:
+    """Sum the gradients of sharded weights over the ranks, once, after an iteration's last backward pass.
+
+    With `gather` "iteration" FSDP has added them up whole on each rank. Which call's backward pass is the last is known
+    only afterwards, so FSDP's end of a backward pass runs once more, with reduction on, as torch's own pipelines run it
+    (torch/distributed/pipelining/stage.py, `perform_reduce_grad`). With "layer" each call's has reduced them.
+    """
+    if gather == "iteration" and isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(True)
+        cast(Any, fully_shard).state(module)._root_post_backward_final_callback()
+        module.set_requires_gradient_sync(False)
+
+
 def reduce_copies(parameters: Sequence[Tensor]) -> None:
-    """Sum the gradients of parameters that every rank holds whole; FSDP has reduced the others."""
+    """Sum the gradients of parameters that every rank holds whole; FSDP reduces the others."""
     gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
     if ranks.count() > 1 and gradients:
         flat = torch.cat([gradient.flatten() for gradient in gradients])

@@ -157,6 +157,7 @@ def training_step(
                 figures, bad = add_shared_gradient(recipe, world, part_plans, inputs, lambda_, add_anchor)
             sums[:6] += figures * inputs.share
             sums[6 + start : 6 + end] = bad
+    sharding.reduce_gradients(world.module, recipe.gather)
     sharding.release(world.module)
     sharding.reduce_copies(training.parameters)
     if all(p.grad is None for p in training.parameters):

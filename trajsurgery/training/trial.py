@@ -87,6 +87,7 @@ def _is_finite(recipe: Recipe, world: RunComponents) -> bool:
             with operate(world.pipe, refl(1), memory) as surgery:
                 world.pipe(**call)
             torch.autograd.backward(surgery.outputs, [torch.ones_like(output) for output in surgery.outputs])
+        sharding.reduce_gradients(world.module, recipe.gather)
         sharding.release(world.module)
         gradients = [sharding.local(p.grad) for p in world.module.parameters() if p.grad is not None]
         if not gradients:
