@@ -234,6 +234,11 @@ def test_sharding_and_hardware() -> None:
     assert two.held["optimiser"] == one.held["optimiser"] // 2 == 4 * one.trained
     assert two.seconds == pytest.approx(one.seconds / 2, rel=0.01)
     assert one.gpus_needed == 1
+    nodes = replace(recipe("flux"), hardware=replace(hardware, gpus=4, per_node=2), shard="fsdp")
+    assert plan_memory(nodes, PLAN, found=small("flux")).held == two.held
+    assert two.held["unreduced gradients"] == 4 * one.trained
+    by_layer = plan_memory(replace(nodes, gather="layer"), PLAN, found=small("flux"))
+    assert by_layer.held["unreduced gradients"] == 0
     copies = plan_memory(replace(recipe("flux"), hardware=hardware), PLAN, found=small("flux"))
     assert copies.held == one.held
     tight = plan_memory(replace(recipe("flux"), hardware=replace(hardware, memory=1.0)), PLAN, found=small("flux"))

@@ -12,13 +12,14 @@ LABELS = {
     "ema": "EMA",
     "gathered blocks": "blocks that FSDP gathers",
     "kept for the calls": "activations kept for the calls",
+    "unreduced gradients": "gradients that each GPU adds up whole",
     "second gradient": "second gradient, in autograd's buffers",
 }
 """What parts are called on the terminal, where more is to be said than in JSON."""
 SHARES = {
     "none": "",
     "ddp": ", each with all weights, and its share of the batch",
-    "fsdp": ", weights, gradients, moments and EMA sharded by FSDP",
+    "fsdp": ", weights, gradients, moments and EMA sharded by FSDP within a machine",
 }
 KERNELS = {
     "cuda": "attention as flash attention keeps it, fused RMSNorm",

@@ -1,4 +1,4 @@
-"""Bytes a GPU that stay during a run: weights, gradients, optimiser, averages, and what FSDP gathers."""
+"""Bytes a GPU that stay during a run: weights, gradients, optimiser, averages, and what FSDP holds whole."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from trajsurgery.training.optimisers import MOMENTS
 from trajsurgery.training.precision import KEPT, kept_in
 from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.sharding import choose
+
+UNREDUCED = 4
+"""Bytes of each trained weight's whole gradient, which --gather iteration adds up in float32 until it is reduced."""
 
 
 def will_shard(recipe: Recipe, spec: PipelineSpec, measurements: Measurements) -> bool:
@@ -32,7 +35,7 @@ def persistent_bytes(recipe: Recipe, counted: ModelCosts, gpus: int) -> dict[str
     total, adapted = sum(p.numel() for p in every), sum(p.numel() for p in every if p.requires_grad)
     buffers = sum(b.numel() * b.element_size() for b in counted.model.transformer.buffers())
     adapters, sharded = recipe.train.what == "lora", choose(recipe.shard, adapted, gpus) == "fsdp"
-    shards = gpus if sharded else 1
+    shards = min(gpus, recipe.hardware.per_node) if sharded else 1  # each node holds a copy
     of_trained = 1 if adapters else shards  # adapters stay whole
     word, trained_word = KEPT[kept_in(recipe)], 4.0 if adapters else KEPT[recipe.train.weights]
     parts = {
@@ -44,6 +47,7 @@ def persistent_bytes(recipe: Recipe, counted: ModelCosts, gpus: int) -> dict[str
     }
     if sharded:
         parts["gathered blocks"] = _gathered(recipe, counted, total, 0 if adapters else adapted / total)
+        parts["unreduced gradients"] = UNREDUCED * adapted if recipe.gather == "iteration" and not adapters else 0
     return {name: int(size) for name, size in parts.items()}
 
 

@@ -30,6 +30,7 @@ def paper(method: Method, output: str) -> Recipe:
             checkpointing=True,
             precision="bfloat16",
         ),
+        gather="layer",  # all weights and a gradient of all of them take 67 GiB
         optimiser=Optimiser(rate=1e-5, betas=(0.9, 0.999), weight_decay=1e-4),
         iterations=300,
         evaluation=Evaluation(images=1600, steps=50, batch=4),
