@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trajsurgery import LeapAlign
-from trajsurgery.dry_run import MemoryPlan, find_spec, plan_memory
-from trajsurgery.dry_run.memory_plan import measure_costs
-from trajsurgery.dry_run.model_costs import ModelCosts
+from trajsurgery.dry_run import MemoryPlan, plan_memory
+from trajsurgery.dry_run.model_costs import Measurements
 from trajsurgery.dry_run.weights import UNREDUCED
 from trajsurgery.training.presets import presets
 from trajsurgery.training.recipe import Recipe
@@ -89,9 +88,9 @@ def traffic(recipe: Recipe, plan: MemoryPlan) -> Traffic:
     )
 
 
-def predict(recipe: Recipe, network: Network, counted: ModelCosts | None = None) -> dict[str, Any]:
+def predict(recipe: Recipe, network: Network, measurements: Measurements | None = None) -> dict[str, Any]:
     """Return figures of one arrangement as a plain dict (JSON)."""
-    plan = plan_memory(recipe, counted=counted)
+    plan = plan_memory(recipe, measurements=measurements)
     moved = traffic(recipe, plan)
     communication = moved.seconds(network)
     return {
@@ -113,12 +112,9 @@ def predict(recipe: Recipe, network: Network, counted: ModelCosts | None = None)
 def predict_all(counts: tuple[int, ...], network: Network) -> list[dict[str, Any]]:
     """Predict the paper's run on each number of GPUs in each way."""
     paper = presets(LeapAlign(alpha=0.3), "outputs/scaling_out")["paper"]
-    spec, costs = find_spec(paper.model), dict[str, ModelCosts]()
-    rows: list[dict[str, Any]] = []
+    measurements, rows = Measurements(), list[dict[str, Any]]()
     for gpus in counts:
-        for shard, gather in WAYS.values() if gpus > 1 else [("none", "iteration")]:
+        for shard, gather in WAYS.values() if gpus > 1 else [("auto", "iteration")]:
             recipe: Any = replace(paper, shard=shard, gather=gather, hardware=replace(paper.hardware, gpus=gpus))
-            if shard not in costs:  # it depends on whether the weights are gathered in bfloat16
-                costs[shard] = costs["none"] if shard == "ddp" and "none" in costs else measure_costs(recipe, spec)
-            rows.append(predict(recipe, network, costs[shard]))
+            rows.append(predict(recipe, network, measurements))
     return rows
