@@ -60,7 +60,9 @@ def __getattr__(name: str) -> Any:
     if name in _PACKAGES:
         return import_module(f"trajsurgery.{name}")
     if name not in _MODULE:
-        raise AttributeError(f"module 'trajsurgery' has no attribute {name!r}")
+        from trajsurgery.errors import suggest
+
+        raise AttributeError(f"module 'trajsurgery' has no attribute {name!r}.{suggest(name, __all__)}")
     value = getattr(import_module(f"trajsurgery.{_MODULE[name]}"), name)
     globals()[name] = value
     return value

@@ -1,5 +1,8 @@
 """The errors that users see. Each says what was received, where, which rule it breaks and how to mend it."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class SurgeryError(Exception):
     """Whatever trajsurgery refuses."""
@@ -34,3 +37,14 @@ class DivergedError(RecipeError):
 
 class OutOfMemoryError(SurgeryError):
     """A run that a GPU or the machine has no memory for: in which part, and what takes less."""
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return " Did you mean 'hpsv2.1'?" for the known name that is spelt most like this one; "" if none is like it.
+
+    A name that is part of a known one is like it: 'flux' and 'black-forest-labs/FLUX.1-dev'.
+    """
+    names = {each.lower(): each for each in known}
+    part_of = [each for each in names if len(name) > 2 and name.lower() in each]
+    close = get_close_matches(name.lower(), names, 1) or part_of
+    return f" Did you mean {names[close[0]]!r}?" if close else ""

@@ -94,7 +94,7 @@ def test_a_run_without_a_working_kernel_ends_before_any_image(
 
 
 def test_an_unknown_kernel_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="Did you mean _native_math"):
+    with pytest.raises(RecipeError, match="Did you mean '_native_math'"):
         toy_world.world(toy_world.recipe(tmp_path, attention="native_math"))
 
 

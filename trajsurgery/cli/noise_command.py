@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trajsurgery.errors import RecipeError
 from trajsurgery.reports.filmstrip import draw_filmstrip
-from trajsurgery.rewards.loading import Reward, load_reward, score_one
+from trajsurgery.rewards.loading import Reward, load_reward, reward_problem, score_one
 from trajsurgery.training import components, preflight, ranks
 from trajsurgery.training.checkpoint import write_atomically
 from trajsurgery.training.noise_recipe import NoiseRecipe
@@ -85,7 +85,7 @@ def check_noise_recipe(recipe: NoiseRecipe) -> None:
     Raises:
         RecipeError: what is missing, and what to do.
     """
-    problems = (preflight.model_problem(recipe.model), preflight.reward_problem(recipe.reward))
+    problems = (preflight.model_problem(recipe.model), reward_problem(recipe.reward))
     missing, count = [problem for problem in problems if problem], preflight.parameter_count(recipe.model) or 0
     if count > preflight.WITHOUT_GPU and not torch.cuda.is_available():
         missing.append(f"no GPU: torch sees no CUDA device, and {recipe.model} has {count / 1e9:.1f} G parameters.")

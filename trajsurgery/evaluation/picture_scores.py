@@ -18,10 +18,9 @@ from trajsurgery.errors import RewardError
 from trajsurgery.evaluation.options import Score
 from trajsurgery.evaluation.paired_statistics import mean_gain
 from trajsurgery.rewards import contract
-from trajsurgery.rewards.loading import Reward, load_reward
+from trajsurgery.rewards.loading import Reward, load_reward, reward_problem
 from trajsurgery.training.checkpoint import write_atomically
 from trajsurgery.training.components import quiet
-from trajsurgery.training.preflight import reward_problem
 from trajsurgery.training.prompts import read_prompts
 from trajsurgery.training.ranks import choose_device
 

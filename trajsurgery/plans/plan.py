@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trajsurgery.errors import PlanError
+from trajsurgery.errors import PlanError, suggest
 from trajsurgery.plans import graph, legality, notation
 from trajsurgery.plans.expression import PARENTS, START, Factor, Node, Time, walk
 from trajsurgery.plans.interpolants import Interpolant, RectifiedFlow
@@ -115,8 +115,9 @@ class Plan:
         """
         unknown = set(values) - set(self.names) - {START}
         if unknown:
+            hint = suggest(min(unknown), self.names)
             raise PlanError(
-                f"plan.at received {sorted(unknown)}, which the plan does not name. Its names: {self.names}."
+                f"plan.at received {sorted(unknown)}, which the plan does not name.{hint} Its names: {self.names}."
             )
         bound = {name: _plain(value) for name, value in values.items()}
 
@@ -261,9 +262,10 @@ def _at(index: Any, made: list[Any]) -> Any:
 
 
 def _node(entry: dict[str, Any], made: list[Any]) -> Node:
-    kind = PRIMITIVES.get(entry.pop("op"))
+    name = entry.pop("op")
+    kind = PRIMITIVES.get(name)
     if kind is None:
-        raise ValueError(f"unknown op; known: {', '.join(PRIMITIVES)}")
+        raise ValueError(f"unknown op {name!r}.{suggest(str(name), PRIMITIVES)} Known: {', '.join(PRIMITIVES)}")
     for name in entry.keys() & PARENTS:
         value = entry[name]
         entry[name] = tuple(_at(v, made) for v in value) if name == "velocities" else _at(value, made)

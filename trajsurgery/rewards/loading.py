@@ -6,19 +6,25 @@ import inspect
 import re
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from trajsurgery.errors import RecipeError
+from trajsurgery.errors import RecipeError, SurgeryError, suggest
 from trajsurgery.rewards import contract
 from trajsurgery.rewards.mixtures import Weighted
-from trajsurgery.rewards.packaged import KNOWN, load_packaged
+from trajsurgery.rewards.packaged import ALIASES, KNOWN, NAMES, is_packaged, load_packaged, missing_weights
+from trajsurgery.rewards.user_code import error_text, import_named
+from trajsurgery.tiny.scorer import shipped
 
 Reward = Callable[[Tensor, Sequence[str]], Tensor]
 """reward(images, prompts): Float[batch 3 h w] in [0, 1] and a text for each, to scores Float[batch], differentiable."""
 
+_USERS = (
+    "MODULE:NAME or FILE.py:NAME, a reward(images, prompts) -> scores, or what makes one when it is called without "
+    "arguments"
+)
 
 _NUMBER = r"\s*(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _FIRST, _NEXT = (re.compile(rf"\s*([+-]{sign}{_NUMBER})\s*\*\s*") for sign in ("?", ""))
@@ -89,20 +95,53 @@ def load_reward(name_of_reward: str, device: torch.device) -> Reward:
     packaged = load_packaged(name_of_reward)
     if packaged is not None:
         return packaged.to(device)
+    return _load_users_reward(name_of_reward, device)
+
+
+def _load_users_reward(name: str, device: torch.device) -> Reward:
+    """Import MODULE:NAME or FILE.py:NAME; call it if it is a class, or a function that makes a reward."""
+    target = _import_users_reward(name)
     try:
-        target = getattr(import_module(name), rest)
-        reward = target() if _makes_a_reward(target) else target
-        return reward.to(device) if isinstance(reward, nn.Module) else reward
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise RecipeError(
-            f"reward = {name_of_reward!r} could not be made ({error}): it is tiny, tiny:SCORER, {KNOWN} or "
-            "MODULE:NAME, a reward(images, prompts) -> scores, or what makes one when it is called without arguments."
-        ) from error
+        reward: Any = target() if _makes_a_reward(target) else target
+        reward = reward.to(device) if isinstance(reward, nn.Module) else reward
+    except SurgeryError:
+        raise
+    except Exception as error:
+        raise RecipeError(f"reward {name!r}: it could not be made, {error_text(error)}.") from error
+    if not callable(reward):
+        raise RecipeError(f"reward {name!r} is {type(reward).__name__}, which can't be called: {_USERS}.")
+    return cast(Reward, reward)
+
+
+def reward_problem(reward: str) -> str | None:
+    """Return what a reward is missing here and how to fix it; None if nothing. Users' code is imported, not called."""
+    try:
+        mixed = mixture_weights(reward)
+        name, _, rest = reward.partition(":")
+        if mixed:
+            return " ".join(problem for part in mixed if (problem := reward_problem(part))) or None
+        if name == "tiny":
+            exists = ("", "scorer", *shipped())
+            known = f"the embedded world ships tiny{' tiny:'.join(exists)}."
+            return None if rest in exists else f"no reward {reward!r}: {known}{suggest(rest, exists)}"
+        if is_packaged(reward):
+            return missing_weights(reward)
+        _import_users_reward(reward)
+    except RecipeError as error:
+        return str(error)
+    return None
+
+
+def _import_users_reward(name: str) -> Any:
+    if ":" not in name:
+        names = ("tiny", *NAMES, *ALIASES)
+        raise RecipeError(f"no reward {name!r}.{suggest(name, names)} It is tiny, tiny:SCORER, {KNOWN}, or {_USERS}.")
+    return import_named(name)
 
 
 def _makes_a_reward(target: Any) -> bool:
     """Whether this is a class or a function without required arguments, rather than a reward."""
-    if isinstance(target, nn.Module):  # whose signature names no argument
+    if isinstance(target, nn.Module) or not callable(target):  # a module's signature names no argument
         return False
     parameters = inspect.signature(target).parameters.values()
     needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]

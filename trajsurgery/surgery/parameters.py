@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trajsurgery.errors import SamplerError
+from trajsurgery.errors import SamplerError, suggest
 from trajsurgery.plans.nodes import Node, Noise, Velocity
 from trajsurgery.surgery.validation import call_field
 
@@ -29,9 +29,10 @@ def field_named(fields: Fields, name: str | None) -> Field:
     """Return the field of that name, or raise SamplerError if there is none."""
     by_name: Mapping[str | None, Field] = fields if isinstance(fields, Mapping) else {None: fields}
     if name not in by_name:
+        hint = suggest(name or "", [known for known in by_name if known])
         raise SamplerError(
-            f"the plan calls the field {name!r}, and the fields given are {[*by_name]}. Run it with a mapping of names "
-            "to fields, {None: default_field, 'guided': other_field}."
+            f"the plan calls the field {name!r}, and the fields given are {[*by_name]}.{hint} Run it with a mapping of "
+            "names to fields, {None: default_field, 'guided': other_field}."
         )
     return by_name[name]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trajsurgery.errors import RewardError
+from trajsurgery.errors import RewardError, suggest
 from trajsurgery.tiny.pipe import TEXT_LENGTH
 from trajsurgery.tiny.prompt import Prompt
 from trajsurgery.tiny.scene import SIDE
@@ -121,7 +121,8 @@ def _folder(weights: str | Path) -> Path:
     """Return the folder of a scorer, or raise RewardError if it has no weights."""
     folder = WEIGHTS / weights if isinstance(weights, str) else weights
     if isinstance(weights, str) and weights not in SCORERS:
-        raise RewardError(f"the embedded world has no scorer {weights!r}: it is one of {', '.join(SCORERS)}")
+        hint = suggest(weights, SCORERS)
+        raise RewardError(f"the embedded world has no scorer {weights!r}.{hint} It has {', '.join(SCORERS)}.")
     if not (folder / "model.safetensors").is_file():
         raise RewardError(
             f"{folder.name}: there are no weights in {folder}; `python -m benchmarks.world.train --stage "

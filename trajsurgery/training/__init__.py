@@ -2,6 +2,7 @@
 
 recipe.py, settings.py                a run as one frozen value
 presets.py                            the demo's settings, the paper's, and those for one card
+method_names.py                       methods by name, users' own too
 preflight.py, model_folder.py         checks before anything is loaded
 trial.py                              one model call forward and backward before a run
 components.py                         loads pipeline, rewards and prompts

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from typing import Any
 
 import torch
 from torch import nn
 
-from trajsurgery.errors import RecipeError
+from trajsurgery.errors import RecipeError, suggest
 
 KERNELS = {"cuda": ("_native_flash", "_native_efficient", "_native_math"), "cpu": ("_native_math",)}
 """Torch's kernels that are tried in turn where diffusers' default gives a gradient that is not finite."""
@@ -32,9 +31,8 @@ def choose(module: Any, name: str, device: torch.device) -> None:
 
     names = [str(backend.value) for backend in AttentionBackendName]
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"Did you mean {near[0]}? " if near else ""
-        raise RecipeError(f"--attention {name}: diffusers has no such kernel. {hint}It is auto, {', '.join(names)}.")
+        hint = suggest(name, names)
+        raise RecipeError(f"--attention {name}: diffusers has no such kernel.{hint} It is auto, {', '.join(names)}.")
     if not hasattr(module, "set_attention_backend"):
         raise RecipeError(f"--attention {name}: diffusers lets nobody choose the kernel of {type(module).__name__}.")
     logger = logging.getLogger("diffusers.models.modeling_utils")

@@ -53,7 +53,8 @@ class NoiseRecipe:
     model: str = "tiny"
     """tiny (the embedded Flux), tiny:sd3, a folder that diffusers can load, or a hub id that is cached."""
     reward: str = "tiny"
-    """As in the other recipes: tiny, tiny:SCORER, hpsv2.1, ..., NAME:FILE, remote:HOST:PORT, or MODULE:NAME."""
+    """As in the other recipes: tiny, tiny:SCORER, hpsv2.1, ..., NAME:FILE, remote:HOST:PORT, MODULE:NAME, FILE.py:NAME.
+    """
     steps: int = 2
     """T, the sampler's steps: 1 to 4 keep all activations, more are run again in the backward pass."""
     iterations: int = 50

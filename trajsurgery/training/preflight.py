@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from trajsurgery.errors import PlanError, RecipeError
-from trajsurgery.rewards.loading import mixture_weights
-from trajsurgery.rewards.packaged import KNOWN, is_differentiable, is_packaged, missing_weights
+from trajsurgery.plans.plan import Plan
+from trajsurgery.rewards.loading import mixture_weights, reward_problem
+from trajsurgery.rewards.packaged import is_differentiable
+from trajsurgery.rewards.user_code import error_text
 from trajsurgery.tiny.pipe import FOLDERS
-from trajsurgery.tiny.scorer import shipped
 from trajsurgery.training import model_folder, ranks
 from trajsurgery.training.averages import AVERAGE
 from trajsurgery.training.optimisers import MOMENTS
@@ -86,6 +86,10 @@ def _method_problem(recipe: Recipe) -> str | None:
         plan = recipe.method.draw(recipe.rollout.steps, torch.Generator().manual_seed(recipe.seed))
     except PlanError as error:
         return f"no plan: {recipe.method} on {recipe.rollout.steps} steps: {error}"
+    except Exception as error:  # of a method of the user's own
+        return f"no plan: {recipe.method} on {recipe.rollout.steps} steps raised {error_text(error)}."
+    if not isinstance(plan, Plan):  # pyright: ignore[reportUnnecessaryIsInstance]
+        return f"no plan: {recipe.method}.draw returned {type(plan).__name__}; it returns a trajsurgery.Plan."
     if recipe.rollout.plans > 1 and not plan.exact:
         return (
             f"--rollout.plans {recipe.rollout.plans}: plans share a rollout if the reward looks at its image, which "
@@ -135,29 +139,6 @@ def model_problem(name: str) -> str | None:
         command = f"python -m benchmarks.world.train --stage {stage}, then --stage ship"
         return None if FOLDERS[stage].is_dir() else f"no weights: {name} is not in this package. Make them: {command}."
     return model_folder.model_problem(name)
-
-
-def reward_problem(reward: str) -> str | None:
-    """Return what the recipe's `reward` is missing here and how to fix it; None if nothing."""
-    try:
-        mixed = mixture_weights(reward)
-    except RecipeError as error:
-        return str(error)
-    if mixed:
-        return " ".join(problem for part in mixed if (problem := reward_problem(part))) or None
-    name, _, rest = reward.partition(":")
-    if name == "tiny":
-        exists = ("", "scorer", *shipped())
-        return (
-            None if rest in exists else f"no reward {reward!r}: the embedded world ships tiny{' tiny:'.join(exists)}."
-        )
-    if is_packaged(reward):
-        return missing_weights(reward)
-    try:
-        exists = bool(rest) and find_spec(name) is not None
-    except (ImportError, ValueError):
-        exists = False
-    return None if exists else f"no reward {reward!r}: it is tiny, tiny:SCORER, {KNOWN}, or MODULE:NAME."
 
 
 def _prompt_problems(recipe: Recipe) -> list[str]:

@@ -55,8 +55,8 @@ class Recipe:
     """tiny (the embedded Flux), tiny:sd3, tiny:wan, a folder that diffusers can load, or a hub id that is cached."""
     reward: str = "tiny"
     """tiny, tiny:SCORER, a name of trajsurgery.rewards.packaged (hpsv2.1, pickscore, imagereward, ...), the same with
-    :FILE, remote:HOST:PORT, or MODULE:NAME: a reward, or what makes one without arguments. A weighted sum of such is
-    WEIGHT*REWARD+WEIGHT*REWARD, each on its own scale."""
+    :FILE, remote:HOST:PORT, or MODULE:NAME or FILE.py:NAME: a reward, or what makes one without arguments. A weighted
+    sum of such is WEIGHT*REWARD+WEIGHT*REWARD, each on its own scale."""
     prompts: str = "tiny"
     """Training prompts: tiny (categories in the paper's ratio), tiny:even, tiny:wan, or a file: text (one a line),
     JSONL, JSON, parquet, also as HPDv2, MJHQ-30K and GenEval have them."""
@@ -185,7 +185,7 @@ class Recipe:
     def weights_at(self) -> WeightsAt:
         """Where similarity is measured: as the objective says, else as the method does."""
         here = self.objective.weights_at
-        return here if here is not None else self.method.weights_at  # pyright: ignore[reportReturnType]
+        return here if here is not None else getattr(self.method, "weights_at", "none")
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict (JSON); the method carries its name."""
