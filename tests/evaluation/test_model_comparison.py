@@ -267,6 +267,13 @@ def test_invalid_options_are_refused_before_an_image_is_generated(
     assert not (tmp_path / "out").exists()
 
 
+def test_repeated_prompts_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "p.txt").write_text("a cat\na cat\na dog\n")
+    words = ["--prompts", str(tmp_path / "p.txt"), "--model", "tiny", "--reward", "nothing", "--output", str(tmp_path)]
+    assert main(["evaluate", *words]) == 1
+    assert "p.txt: 1 of 3 prompts repeat others" in capsys.readouterr().out
+
+
 def test_a_pipeline_without_images_is_an_error() -> None:
     from trajsurgery.evaluation.geneval_folders import make_images
 

@@ -59,14 +59,16 @@ def test_a_recipe_is_a_few_lines_and_runs(path: Path, tmp_path: Path) -> None:
     assert main(recipe, toy_world.world(recipe)) is not None
 
 
-def test_a_recipe_takes_a_model_folder_a_prompt_file_and_a_reward_class(tmp_path: Path) -> None:
+def test_a_recipe_takes_a_model_folder_a_prompt_file_and_a_reward_class(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     toy_world.pipeline().save_pretrained(tmp_path / "model")
-    (tmp_path / "prompts.txt").write_text("a red circle\n\n two squares \n")
+    (tmp_path / "prompts.csv").write_text("prompt\na red circle\n two squares \na red circle\n")
     flags = {
         "model": tmp_path / "model",
         "reward": "tests.builders.toy_world:LikesRed",
-        "prompts": tmp_path / "prompts.txt",
-        "heldout": tmp_path / "prompts.txt",
+        "prompts": tmp_path / "prompts.csv",
+        "heldout": tmp_path / "prompts.csv",
         "output": tmp_path / "run",
         "rollout.size": 16,
         "rollout.steps": 4,
@@ -78,6 +80,7 @@ def test_a_recipe_takes_a_model_folder_a_prompt_file_and_a_reward_class(tmp_path
     }
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     assert cli(load_recipe(ROOT / "recipes/refl_flux.py").RECIPES, "words", words) == 0
+    assert capsys.readouterr().out.count("prompts.csv: 1 of 3 prompts repeat others") == 1
     line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
     assert line["images"] == 6
     assert list(line["categories"]) == ["all"]

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from trajsurgery import LeapAlign, RecipeError
+from trajsurgery import LeapAlign, RecipeError, tiny
 from trajsurgery.training import preflight, prompts
-from trajsurgery.training.prompts import Prompt, read_prompts
+from trajsurgery.training.prompts import Prompt, read_prompts, repetitions
 from trajsurgery.training.recipe import Recipe
 
 GENEVAL = [
@@ -51,6 +51,30 @@ def test_jsonl_of_strings_and_objects(tmp_path: Path) -> None:
     ]
     (tmp_path / "q.jsonl").write_bytes(b'\xef\xbb\xbf"marked"\r\n\r\n{"prompt": "second", "category": null}')
     assert pairs(tmp_path / "q.jsonl") == [("marked", "all"), ("second", "all")]
+
+
+@pytest.mark.parametrize("ending, mark", [("csv", ","), ("csv", ";"), ("tsv", "\t"), ("csv", "\t")])
+def test_tables_have_a_column_of_prompts(tmp_path: Path, ending: str, mark: str) -> None:
+    quoted = ("1", f'"a cat{mark} asleep"', "animals")
+    rows = (("ID", "Prompt", "Category"), quoted, ("2", " a dog ", ""), ("3", "a cow"))
+    text = "\r\n".join(mark.join(row) for row in rows)
+    (tmp_path / f"p.{ending}").write_bytes(text.encode("utf-8-sig"))
+    assert pairs(tmp_path / f"p.{ending}") == [(f"a cat{mark} asleep", "animals"), ("a dog", "all"), ("a cow", "all")]
+
+
+def test_letters_of_all_scripts_and_marks_are_no_control_characters(tmp_path: Path) -> None:
+    texts = ["naïve café", "一只猫", "ماهی\u200cگیر", "👩\u200d🚀 in space", "tab\there", "a\u2028b"]
+    (tmp_path / "p.txt").write_text("\n".join(texts))
+    assert [text for text, _ in pairs(tmp_path / "p.txt")] == texts
+
+
+def test_repetitions_are_counted() -> None:
+    for split in ("train", "validation", "heldout"):
+        assert repetitions("tiny", [prompt.text for prompt in tiny.prompts(split)]) is None
+    assert repetitions("p.txt", ["a", "b"]) is None
+    assert repetitions("p.txt", ["a", "b", "a", "a"]) == (
+        "p.txt: 2 of 4 prompts repeat others; each is drawn and counted as often as it occurs."
+    )
 
 
 def test_geneval_keeps_the_rows_that_its_evaluator_reads(tmp_path: Path) -> None:
@@ -124,7 +148,22 @@ def test_without_pyarrow_the_error_names_the_extra(tmp_path: Path, monkeypatch: 
         ("p.json", '"a cat"', "holds str: JSON prompts are a list or an object"),
         ("p.json", "[]", "holds no prompt"),
         ("p.JSON", "[7]", "row 0 is 7, which has no prompt"),
-        ("p.csv", "id,prompt", "p.csv' is a table"),
+        ("p.csv", "id,prompt\n", "holds no prompt"),
+        ("p.csv", "a cat\na dog\n", "no column prompt, text, caption; it has a cat"),
+        (
+            "p.csv",
+            "id,prompt\n1,a cat, sleeping\n",
+            r"line 2 has more fields than the header: .* in quotes",
+        ),
+        ("p.csv", 'prompt\n"a\ncat"\n""\n', r"line 4 is .* no prompt"),
+        ("p.csv", 'prompt\n"a cat\n', "can't be read near line 1"),
+        ("p.txt", "a cat\na \0dog\n", r"line 2 has the control character U\+0000 after 'a '"),
+        ("p.txt", "a cat\n\n\x1b[31ma dog\n", r"line 3 has the control character U\+001B"),
+        ("p.txt", "a cat\x0ba dog\n", r"line 1 has the control character U\+000B after 'a cat'"),
+        ("p.txt", "a cat\n\ufeffa dog\n", r"line 2 has the control character U\+FEFF"),
+        ("p.csv", "prompt\na \x07cat\n", r"line 2 has the control character U\+0007"),
+        ("p.jsonl", '"a"\n{"prompt": "a\\u0000"}', r"line 2 has the control character U\+0000"),
+        ("p.json", '["a", "b\\ud800"]', r"row 1 has the control character U\+D800"),
     ],
 )
 def test_a_row_without_a_prompt_is_refused_with_its_place(

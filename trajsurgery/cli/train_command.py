@@ -24,6 +24,7 @@ from trajsurgery.training import components, lora, missing_gradients, preflight,
 from trajsurgery.training.checkpoint import METRICS, Log, TrainingState, resume, save, write_atomically
 from trajsurgery.training.memory_errors import memory_of
 from trajsurgery.training.progress_bar import Advance, progress_bar
+from trajsurgery.training.prompts import repetitions
 from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.training_loop import StepRecord, iteration_generator, train
 
@@ -80,6 +81,9 @@ def _run(recipe: Recipe, scene: components.RunComponents | None, console: Consol
     torch.set_num_threads(recipe.threads)
     with memory_of("loading"):
         parts = scene or components.load(recipe)
+    for source, texts in {recipe.prompts: parts.texts, recipe.heldout: [p.text for p in parts.heldout]}.items():
+        if line := repetitions(source, texts):
+            console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
     components.check_reward(recipe, parts)
     srpo_support.check_guidance_is_input(recipe, parts.module)
     validation_rounds.check_guards(recipe, parts)

@@ -28,7 +28,7 @@ from trajsurgery.rewards.loading import Reward, load_reward, score_one
 from trajsurgery.training.checkpoint import write_atomically
 from trajsurgery.training.components import quiet
 from trajsurgery.training.progress_bar import progress_bar
-from trajsurgery.training.prompts import Prompt, read_prompts
+from trajsurgery.training.prompts import Prompt, read_prompts, repetitions
 from trajsurgery.training.ranks import choose_device
 from trajsurgery.training.recipe import EMBEDDED, changed_settings
 
@@ -45,6 +45,8 @@ def evaluate_models(options: Evaluate, console: Console) -> int:
     """
     device = choose_device(options.device)
     prompts, variants = _load_prompts(options), find_variants(options)
+    if line := repetitions(options.prompts, [prompt.text for prompt in prompts]):
+        console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
     call = _pipeline_arguments(options)
     rewards = _load_rewards(options, variants, call)
     samples = list_samples(prompts, options.images, options.seed)

@@ -36,7 +36,7 @@ class Evaluate:
     """
 
     prompts: str
-    """tiny, tiny:validation, or a file: text, JSONL, JSON, parquet, also as HPDv2, MJHQ-30K and GenEval have them."""
+    """tiny, tiny:validation, or a file: text, CSV, JSONL, JSON or parquet, as HPDv2, MJHQ-30K and GenEval have it."""
     reward: UseAppendAction[tuple[str, ...]]
     """As in recipes; may be given several times. Images of the embedded world are also judged by its rules."""
     model: str | None = None

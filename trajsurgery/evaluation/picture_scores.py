@@ -53,7 +53,7 @@ def find_pictures(images: Sequence[Path], prompts: Path) -> tuple[Picture, ...]:
     if absent or not paths:
         raise RewardError(f"there is no {absent[0]}." if absent else f"no images ({', '.join(KINDS)}) in {images[0]}.")
     if not prompts.is_file():
-        raise RewardError(f"there is no file {prompts}: --prompts takes one prompt a line, or JSONL.")
+        raise RewardError(f"there is no file {prompts}: --prompts takes one prompt a line, CSV or JSONL.")
     entries = read_prompts(prompts)
     texts = {str(entry.record["image"]): entry.text for entry in entries if entry.record and "image" in entry.record}
     if not texts and len(entries) != len(paths):

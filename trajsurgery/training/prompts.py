@@ -1,9 +1,11 @@
-"""Read prompt files: text, JSON, JSONL and parquet, including the layouts of HPDv2, MJHQ-30K and GenEval."""
+"""Read prompt files: text, CSV, JSON, JSONL and parquet, including the layouts of HPDv2, MJHQ-30K and GenEval."""
 
 from __future__ import annotations
 
+import csv
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +22,7 @@ PAIRS = ("human_preference", "rank")
 ALL = "all"
 """The category of prompts without one."""
 
-KINDS = ".txt (one a line), .jsonl, .json, .parquet, or a folder of such files"
+KINDS = ".txt (one a line), .csv or .tsv (with a column `prompt`), .jsonl, .json, .parquet, or a folder of such files"
 """For error messages."""
 
 
@@ -37,16 +39,18 @@ class Prompt:
 def read_prompts(path: str | Path) -> tuple[Prompt, ...]:
     """Return the prompts of a file in its order, or of all prompt files in a folder, by file name.
 
-    - Text, with any other ending than these but .csv and .tsv: one prompt a line.
-    - JSONL: a string a line, or an object with `prompt` (or `text`, `caption`) and optionally `category` (or `tag`,
-      `style`), as in GenEval's evaluation_metadata.jsonl.
+    - Text, with any other ending than these: one prompt a line.
+    - CSV and TSV: a header with a column `prompt` (or `text`, `caption`) and optionally `category` (or `tag`, `style`);
+      fields are separated by commas, semicolons or tabs, whichever the header has most of.
+    - JSONL: a string a line, or an object with these names, as in GenEval's evaluation_metadata.jsonl.
     - JSON: a list of strings (HPDv2's benchmark) or objects (HPDv2's train.json and test.json; the pairs of a prompt
       count once) whose default category is the file's name; {style: [...]}; or {id: object} (MJHQ-30K's
       meta_data.json).
     - Parquet: columns with these names. It needs pyarrow, the extra `parquet`.
 
     Raises:
-        RecipeError: no such file, no prompts in it, a row without a prompt, or another format.
+        RecipeError: no such file, no prompts in it, a row without a prompt or with control characters, or another
+            format.
     """
     path = Path(path)
     if path.is_dir():
@@ -57,8 +61,6 @@ def read_prompts(path: str | Path) -> tuple[Prompt, ...]:
     suffix = path.suffix.lower()
     if not path.is_file():
         raise RecipeError(f"there is no file {str(path)!r}: prompts are tiny, or {KINDS}.")
-    if suffix in (".csv", ".tsv"):
-        raise RecipeError(f"{str(path)!r} is a table: prompts are {KINDS}.")
     try:
         prompts = tuple(_READERS.get(suffix, _read_lines)(path))
     except UnicodeDecodeError as error:
@@ -68,8 +70,38 @@ def read_prompts(path: str | Path) -> tuple[Prompt, ...]:
     return prompts
 
 
+def repetitions(source: str, texts: Sequence[str]) -> str | None:
+    """Return a line about prompts that occur again in a file; None if each occurs once."""
+    again = len(texts) - len(set(texts))
+    if not again:
+        return None
+    return f"{source}: {again} of {len(texts)} prompts repeat others; each is drawn and counted as often as it occurs."
+
+
 def _read_lines(path: Path) -> Iterator[Prompt]:
-    return (Prompt(line.strip()) for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
+    lines = enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1)
+    return (Prompt(_check_characters(path, f"line {i}", line.strip())) for i, line in lines if line.strip())
+
+
+def _read_table(path: Path) -> Iterator[Prompt]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        header = file.readline()
+        file.seek(0)
+        table = csv.DictReader(file, delimiter=max(",;\t", key=header.count), strict=True)
+        _check_columns(path, [*(table.fieldnames or ())])
+        rows = list[tuple[str, Any]]()
+        try:
+            for row in table:
+                place = f"line {table.line_num}"
+                if None in row:
+                    raise RecipeError(
+                        f"{str(path)!r}: {place} has more fields than the header: put a prompt that contains "
+                        f"{table.reader.dialect.delimiter!r} in quotes."
+                    )
+                rows.append((place, row))
+        except csv.Error as error:
+            raise RecipeError(f"{str(path)!r}: it can't be read near line {table.line_num} ({error}).") from error
+    return _prompts_of_rows(rows, path)
 
 
 def _read_jsonl(path: Path) -> Iterator[Prompt]:
@@ -110,13 +142,34 @@ def _read_parquet(path: Path) -> Iterator[Prompt]:
         raise RecipeError(f"{str(path)!r} is no parquet file ({error}).") from error
     names: list[str] = file.schema_arrow.names
     columns = [name for name in names if name.lower() in (*TEXT, *CATEGORY, *PAIRS)]  # never the pictures beside them
-    if not any(name.lower() in TEXT for name in columns):
-        raise RecipeError(f"{str(path)!r} has no column {', '.join(TEXT)}; it has {', '.join(names)}.")
+    _check_columns(path, names)
     rows: list[Any] = file.read(columns=columns).to_pylist()
     return _prompts_of_rows(((f"row {i}", row) for i, row in enumerate(rows)), path)
 
 
-_READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
+_READERS = {
+    ".csv": _read_table,
+    ".tsv": _read_table,
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+}
+
+
+def _check_columns(path: Path, names: Sequence[str]) -> None:
+    if not any(name.lower() in TEXT for name in names):
+        raise RecipeError(f"{str(path)!r} has no column {', '.join(TEXT)}; it has {', '.join(names)}.")
+
+
+def _check_characters(path: Path, where: str, text: str) -> str:
+    """Return the text, or raise if it has characters that no prompt has: tokenizers read them, and nobody sees them."""
+    for i, c in enumerate(text):
+        if (unicodedata.category(c) in ("Cc", "Cs") and c not in "\t\n\r") or c == "\ufeff":
+            raise RecipeError(
+                f"{str(path)!r}: {where} has the control character U+{ord(c):04X} after {text[max(0, i - 20) : i]!r}. "
+                "Remove it, or save the file as UTF-8 text."
+            )
+    return text
 
 
 def _parse_json(path: Path, text: str, where: str) -> Any:
@@ -140,7 +193,7 @@ def _prompts_of_rows(rows: Iterable[tuple[str, Any]], path: Path, style: str = A
 
 def _prompt_of_row(row: Any, path: Path, where: str, style: str) -> Prompt:
     if isinstance(row, str) and row.strip():
-        return Prompt(row.strip(), style)
+        return Prompt(_check_characters(path, where, row.strip()), style)
     record: Mapping[str, Any] = row if isinstance(row, Mapping) else {}
     named = {str(name).lower(): value for name, value in record.items()}
     text = next((named[name] for name in TEXT if name in named), None)
@@ -149,5 +202,6 @@ def _prompt_of_row(row: Any, path: Path, where: str, style: str) -> Prompt:
             f"{str(path)!r}: {where} is {json.dumps(row, default=str)[:80]}, which has no prompt: it is a text, or an "
             f"object with one under {', '.join(TEXT)}."
         )
-    category = next((named[name] for name in CATEGORY if named.get(name) is not None), None)
-    return Prompt(text.strip(), style if category is None else str(category), record)
+    category = next((named[name] for name in CATEGORY if named.get(name) not in (None, "")), None)
+    text = _check_characters(path, where, text.strip())
+    return Prompt(text, style if category is None else str(category), record)

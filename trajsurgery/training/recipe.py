@@ -59,7 +59,7 @@ class Recipe:
     sum of such is WEIGHT*REWARD+WEIGHT*REWARD, each on its own scale."""
     prompts: str = "tiny"
     """Training prompts: tiny (categories in the paper's ratio), tiny:even, tiny:wan, or a file: text (one a line),
-    JSONL, JSON, parquet, also as HPDv2, MJHQ-30K and GenEval have them."""
+    CSV, JSONL, JSON, parquet, also as HPDv2, MJHQ-30K and GenEval have them."""
     heldout: str = "tiny"
     """Prompts of the evaluation: tiny, tiny:wan, or a file as for `prompts`, whose categories are kept."""
     objective: Objective = field(default_factory=Objective)
