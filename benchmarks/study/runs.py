@@ -17,7 +17,8 @@ from trajsurgery import tiny
 from trajsurgery.errors import DivergedError, RecipeError
 from trajsurgery.evaluation.held_out import HeldOutScores, evaluate
 from trajsurgery.training import components
-from trajsurgery.training.checkpoint import METRICS, Log, TrainingState, resume, write_atomically
+from trajsurgery.training.checkpoint import METRICS, Log, TrainingState, resume
+from trajsurgery.training.output_files import write_atomically
 from trajsurgery.training.recipe import Recipe, differences
 from trajsurgery.training.training_loop import train
 

@@ -21,7 +21,8 @@ from trajsurgery import RewardError
 from trajsurgery.cli import main
 from trajsurgery.errors import RecipeError
 from trajsurgery.evaluation import model_comparison
-from trajsurgery.evaluation.picture_scores import find_pictures, read_picture, score_pictures
+from trajsurgery.evaluation.picture_files import read_picture
+from trajsurgery.evaluation.picture_scores import find_pictures, score_pictures
 from trajsurgery.rewards import contract, packaged
 from trajsurgery.rewards.loading import load_reward
 from trajsurgery.rewards.mixtures import Relative, Weighted

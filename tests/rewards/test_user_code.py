@@ -18,6 +18,7 @@ from trajsurgery.rewards.user_code import import_named
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
+SLOW_TO_IMPORT = ["torchvision", "sympy", "matplotlib", "diffusers", "transformers", "peft", "open_clip", "networkx"]
 IMAGES = torch.linspace(0, 1, 24).reshape(2, 3, 2, 2)
 
 SOURCE = """from __future__ import annotations
@@ -150,8 +151,12 @@ def test_the_installed_command_scores_with_a_reward_of_the_working_folder(workin
     """`trajsurgery` has its own folder first on the path, not the working folder."""
     Image.new("RGB", (4, 4), "white").save(working_folder / "white.png")
     (working_folder / "prompts.txt").write_text("white\n")
-    code = f"import sys; sys.path[0] = {str(ROOT)!r}; from trajsurgery.cli import main; sys.exit(main())"
+    code = (
+        f"import sys; sys.path[0] = {str(ROOT)!r}; from trajsurgery.cli import main; code = main()\n"
+        f"print([m for m in {SLOW_TO_IMPORT} if m in sys.modules]); sys.exit(code)"
+    )
     words = ["score", "white.png", "--prompts", "prompts.txt", "--reward", "own_reward:Bright"]
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2.0000" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]", "what such a reward does not use costs the first picture seconds"

@@ -21,8 +21,9 @@ from trajsurgery.evaluation.held_out import HeldOutScores, evaluate, needed_prom
 from trajsurgery.evaluation.paired_statistics import compare
 from trajsurgery.reports import run_report, validation_report
 from trajsurgery.training import components, lora, missing_gradients, preflight, ranks, sharding, srpo_support, trial
-from trajsurgery.training.checkpoint import METRICS, Log, TrainingState, resume, save, write_atomically
+from trajsurgery.training.checkpoint import METRICS, Log, TrainingState, resume, save
 from trajsurgery.training.memory_errors import memory_of
+from trajsurgery.training.output_files import write_atomically
 from trajsurgery.training.progress_bar import Advance, progress_bar
 from trajsurgery.training.prompts import repetitions
 from trajsurgery.training.recipe import Recipe

@@ -25,8 +25,8 @@ from trajsurgery.evaluation.model_variants import ModelVariant, base_model, find
 from trajsurgery.evaluation.options import Evaluate
 from trajsurgery.evaluation.picture_scores import Picture, check_rewards, reward_facts, score_pictures
 from trajsurgery.rewards.loading import Reward, load_reward, score_one
-from trajsurgery.training.checkpoint import write_atomically
 from trajsurgery.training.components import quiet
+from trajsurgery.training.output_files import write_atomically
 from trajsurgery.training.progress_bar import progress_bar
 from trajsurgery.training.prompts import Prompt, read_prompts, repetitions
 from trajsurgery.training.ranks import choose_device

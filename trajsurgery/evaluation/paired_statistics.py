@@ -6,13 +6,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import compress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from trajsurgery.evaluation.calibration import expected, reliability
-from trajsurgery.evaluation.held_out import HeldOutScores
+
+if TYPE_CHECKING:
+    from trajsurgery.evaluation.held_out import HeldOutScores
 
 COLUMNS = {"reward": "reward", "rule": "correct", "junk": "junk"}
 """Names in the records of the fields of `HeldOutScores` that are compared for each category."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from torch import Tensor, nn
 from trajsurgery.errors import RewardError
 from trajsurgery.evaluation.options import Score
 from trajsurgery.evaluation.paired_statistics import mean_gain
+from trajsurgery.evaluation.picture_files import picture_remarks, read_picture
 from trajsurgery.rewards import contract
-from trajsurgery.rewards.loading import Reward, load_reward, reward_problem
-from trajsurgery.training.checkpoint import write_atomically
-from trajsurgery.training.components import quiet
+from trajsurgery.rewards.loading import Reward, load_reward, quiet_rewards, reward_problem
+from trajsurgery.rewards.packaged import is_packaged
+from trajsurgery.training.output_files import write_atomically
 from trajsurgery.training.prompts import read_prompts
 from trajsurgery.training.ranks import choose_device
 
@@ -64,23 +66,6 @@ def find_pictures(images: Sequence[Path], prompts: Path) -> tuple[Picture, ...]:
     if missing:
         raise RewardError(f"{prompts} has no prompt for {missing[0]} and {len(missing) - 1} further images.")
     return tuple(Picture(path, texts[path.name]) for path in paths)
-
-
-def read_picture(path: Path, device: torch.device) -> Tensor:
-    """Read a picture as Float[1 3 h w] in [0, 1].
-
-    Raises:
-        RewardError: PIL can't read it.
-    """
-    from PIL import Image, UnidentifiedImageError
-    from torchvision.transforms.functional import pil_to_tensor
-
-    try:
-        with Image.open(path) as picture:
-            pixels = pil_to_tensor(picture.convert("RGB"))
-    except (UnidentifiedImageError, OSError) as error:
-        raise RewardError(f"{path} is no picture that PIL can read ({error}).") from error
-    return pixels[None].to(device) / 255
 
 
 @torch.no_grad()
@@ -148,10 +133,12 @@ def score_command(options: Score, console: Console) -> int:
         raise RewardError(f"--batch {options.batch}: at least one picture at once.")
     check_rewards(options.reward)
     pictures = find_pictures(options.images, options.prompts)
+    for remark in picture_remarks([picture.path for picture in pictures]):
+        console.print(remark, style="yellow", markup=False, highlight=False, soft_wrap=True)
     device = choose_device(options.device)
     scores, facts = dict[str, list[float]](), dict[str, dict[str, Any]]()
     for name in dict.fromkeys(options.reward):
-        with quiet():
+        with quiet_rewards() if is_packaged(name) else nullcontext():  # transformers takes a second to import
             reward = load_reward(name, device)
         scores[name] = score_pictures(reward, pictures, device, options.batch)
         mean = mean_gain(torch.tensor(scores[name]), tuple(str(picture.path) for picture in pictures))

@@ -19,8 +19,9 @@ from trajsurgery.evaluation.held_out import HeldOutScores, evaluate, spread_over
 from trajsurgery.rewards.loading import mixture_weights
 from trajsurgery.training import ranks
 from trajsurgery.training.anchor import swapped
-from trajsurgery.training.checkpoint import METRICS, Log, TrainingState, save, write_atomically
+from trajsurgery.training.checkpoint import METRICS, Log, TrainingState, save
 from trajsurgery.training.components import PromptCache, RunComponents
+from trajsurgery.training.output_files import write_atomically
 from trajsurgery.training.recipe import Recipe
 
 

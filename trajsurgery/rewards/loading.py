@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, cast
 
@@ -96,6 +98,25 @@ def load_reward(name_of_reward: str, device: torch.device) -> Reward:
     if packaged is not None:
         return packaged.to(device)
     return _load_users_reward(name_of_reward, device)
+
+
+@contextmanager
+def quiet_rewards() -> Generator[None]:
+    """Load rewards without progress bars and without open_clip's warning about models without pretrained weights."""
+    from transformers.utils import logging as bars
+
+    def is_worth_showing(record: logging.LogRecord) -> bool:
+        return "No pretrained weights loaded" not in record.getMessage()
+
+    logging.getLogger().addFilter(is_worth_showing)
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.getLogger().removeFilter(is_worth_showing)
+        if shown:
+            bars.enable_progress_bar()
 
 
 def _load_users_reward(name: str, device: torch.device) -> Reward:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from trajsurgery.training.anchor import Anchor
 from trajsurgery.training.averages import start_averages
 from trajsurgery.training.early_stopping import EarlyStopping
 from trajsurgery.training.optimisers import make_optimiser
+from trajsurgery.training.output_files import write_atomically
 from trajsurgery.training.recipe import Recipe, differences
 
 CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
@@ -125,24 +125,6 @@ class TrainingState:
         self.looked = state.get("looked", False)  # checkpoints of 0.1.0 have none
         self.seconds = state["seconds"]
         self.early_stopping = EarlyStopping(**state.get("watch", {}))
-
-
-def write_atomically(path: Path, write: Any) -> None:
-    """Call `write(partial_path)`, flush to disk and rename: if the process is killed, the old file stays.
-
-    Of several ranks the first one writes.
-    """
-    if not ranks.is_main():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        write(partial)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def save(recipe: Recipe, training: TrainingState) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trajsurgery.errors import RecipeError
-from trajsurgery.rewards.loading import Reward, load_reward, mixture_weights, score_one
+from trajsurgery.rewards.loading import Reward, load_reward, mixture_weights, quiet_rewards, score_one
 from trajsurgery.training import attention, compilation, lora, model_folder, precision, ranks, sharding, vae_decoding
 from trajsurgery.training.objective import DETACHED
 from trajsurgery.training.prompt_cache import PromptCache, free_text_encoders, open_folder
@@ -138,24 +137,17 @@ def held_out_scorers(recipe: Recipe) -> tuple[str, ...]:
 
 @contextmanager
 def quiet() -> Generator[None]:
-    """Load without progress bars and without open_clip's warning about models without pretrained weights."""
+    """Load pipelines and rewards without progress bars and needless warnings."""
     from diffusers.utils import logging as bars
-    from transformers.utils import logging as more_bars
 
-    def is_worth_showing(record: logging.LogRecord) -> bool:
-        return "No pretrained weights loaded" not in record.getMessage()
-
-    logging.getLogger().addFilter(is_worth_showing)
-    shown = bars.is_progress_bar_enabled(), more_bars.is_progress_bar_enabled()
+    shown = bars.is_progress_bar_enabled()
     bars.disable_progress_bar()
-    more_bars.disable_progress_bar()
     try:
-        yield
+        with quiet_rewards():
+            yield
     finally:
-        logging.getLogger().removeFilter(is_worth_showing)
-        for part, before in zip((bars, more_bars), shown):
-            if before:
-                part.enable_progress_bar()
+        if shown:
+            bars.enable_progress_bar()
 
 
 def prepare_pipeline(pipe: Any, recipe: Recipe) -> Any:
