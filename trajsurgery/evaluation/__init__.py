@@ -2,7 +2,7 @@
 
 held_out.py, validation_rounds.py        scores before and after training, and while it runs
 paired_statistics.py, calibration.py, diversity.py    gains with standard errors; score against rules; diversity
-picture_scores.py                        `trajsurgery score`
+picture_scores.py, picture_files.py      `trajsurgery score`; reading pictures
 model_comparison.py, model_variants.py, geneval_folders.py, comparison_table.py    `trajsurgery evaluate`
 options.py                               options of both commands
 
