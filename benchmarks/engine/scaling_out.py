@@ -29,6 +29,9 @@ from benchmarks.provenance import provenance
 NAME = "scaling_out"
 COLOURS = {"fsdp, iteration": "#0b6e99", "fsdp, layer": "#3c9a5f", "ddp": "#b9770e", "ideal": "#8a929c"}
 
+TICKS = (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
+"""Images a second that the axes show."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -112,15 +115,19 @@ def draw_picture(record: dict[str, Any], path: Path) -> None:
     """Draw images a second against GPUs (predicted, as bounds), and against processes (measured)."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
+    for axes in (left, right):
+        axes.set(xscale="log", yscale="log", ylabel="images a second")
+        axes.minorticks_off()
     if "predicted" in record:
         draw_predicted(left, record["predicted"]["rows"], record["predicted"]["batch"])
     if "measured" in record:
         draw_measured(right, record["measured"]["rows"])
     for axes in (left, right):
-        axes.set(xscale="log", yscale="log", ylabel="images a second")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.minorticks_off()
         if axes.has_data():
+            low, high = axes.get_ylim()
+            shown = [tick for tick in TICKS if low < tick < high]
+            axes.set_yticks(shown, [f"{tick:g}" for tick in shown])
             axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
 
@@ -180,7 +187,7 @@ def main(options: Options) -> int:
         rows = predict_all(options.gpus, options.network)
         record["predicted"] = {"origin": provenance(), "what": what, "batch": 64, "rows": rows}
     if "measured" in options.parts:
-        what = "the embedded Flux (1.2 M parameters), gloo, one thread a process; four processes share the two cores."
+        what = "the embedded Flux (1.0 M parameters), gloo, one thread a process; four processes share the two cores."
         origin, rows = provenance(), measure_all(options)
         record["measured"] = {"origin": origin, "what": what, "rows": rows}
     path.write_text(json.dumps(record, indent=1) + "\n")
