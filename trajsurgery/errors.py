@@ -39,6 +39,10 @@ class OutOfMemoryError(SurgeryError):
     """A run that a GPU or the machine has no memory for: in which part, and what takes less."""
 
 
+class OutputError(SurgeryError):
+    """A file of a run that can't be written: a full disk, a read-only folder, a file where a folder should be."""
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """Return " Did you mean 'hpsv2.1'?" for the known name that is spelt most like this one; "" if none is like it.
 

@@ -19,9 +19,9 @@ import tyro
 
 from trajsurgery import LeapAlign
 from trajsurgery.training import components, ranks
-from trajsurgery.training.checkpoint import TrainingState
 from trajsurgery.training.presets import presets
 from trajsurgery.training.training_loop import StepRecord, iteration_generator, train
+from trajsurgery.training.training_state import TrainingState
 
 WAYS = {"ddp": ("ddp", "iteration"), "fsdp, iteration": ("fsdp", "iteration"), "fsdp, layer": ("fsdp", "layer")}
 ALONE = {"one process": ("none", "iteration")}

@@ -21,7 +21,7 @@ from benchmarks.study.tables import row
 from trajsurgery import leapalign, operate
 from trajsurgery.surgery.api import distances
 from trajsurgery.training import components, objective
-from trajsurgery.training.checkpoint import CHECKPOINT
+from trajsurgery.training.checkpoint import saved_tensors
 from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.training_loop import iteration_generator
 
@@ -41,10 +41,7 @@ def measure_terms(recipe: Recipe, draws: int, trained: Path | None, images: int 
     run = components.load(recipe)
     parameters = [p for p in run.module.parameters() if p.requires_grad]
     if trained is not None:
-        state = torch.load(trained / CHECKPOINT, weights_only=True)
-        with torch.no_grad():
-            for parameter, value in zip(parameters, state["weights"], strict=True):
-                parameter.copy_(value)
+        run.module.load_state_dict(saved_tensors(trained, "weights"), strict=False)
     embeddings = components.PromptCache(run.pipe, run.texts)
     return [_measure_draw(recipe, run, embeddings, parameters, number, images) for number in range(1, draws + 1)]
 

@@ -17,10 +17,12 @@ from trajsurgery import tiny
 from trajsurgery.errors import DivergedError, RecipeError
 from trajsurgery.evaluation.held_out import HeldOutScores, evaluate
 from trajsurgery.training import components
-from trajsurgery.training.checkpoint import METRICS, Log, TrainingState, resume
-from trajsurgery.training.output_files import write_atomically
+from trajsurgery.training.checkpoint import resume
+from trajsurgery.training.output_files import lock_folder, write_atomically
 from trajsurgery.training.recipe import Recipe, differences
+from trajsurgery.training.run_log import METRICS, Log
 from trajsurgery.training.training_loop import train
+from trajsurgery.training.training_state import TrainingState
 
 DONE = "done.json"
 """The file that is written last into a run's folder."""
@@ -98,6 +100,11 @@ def run_task(task: Task) -> bool:
     Raises:
         RecipeError: the folder holds a run of another recipe.
     """
+    with lock_folder(task.folder):
+        return _run_locked(task)
+
+
+def _run_locked(task: Task) -> bool:
     torch.set_num_threads(task.recipe.threads)
     run = components.load(task.recipe)
     training = TrainingState.start(task.recipe, run.module)

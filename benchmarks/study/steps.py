@@ -38,7 +38,7 @@ from trajsurgery.errors import SurgeryError
 from trajsurgery.evaluation.held_out import HeldOutScores, evaluate
 from trajsurgery.methods import ReFL
 from trajsurgery.training import components
-from trajsurgery.training.checkpoint import CHECKPOINT
+from trajsurgery.training.checkpoint import saved_tensors
 from trajsurgery.training.output_files import write_atomically
 from trajsurgery.training.recipe import Recipe
 
@@ -84,8 +84,8 @@ def load_or_evaluate(task: Task, name: str) -> HeldOutScores:
     """Return the scores of a finished run's averaged weights, used at one part of the steps."""
     path = task.folder / f"steps_{name}.pt"
     if not path.exists():
-        state = torch.load(task.folder / CHECKPOINT, weights_only=True)
-        scores = evaluate_mixed(task.recipe, state["ema"]["shadow_params"], PARTS[name])
+        averages = list(saved_tensors(task.folder, "averages").values())
+        scores = evaluate_mixed(task.recipe, averages, PARTS[name])
         write_atomically(path, lambda partial: torch.save(scores.to_dict(), partial))
     return HeldOutScores.from_dict(torch.load(path, weights_only=True))
 

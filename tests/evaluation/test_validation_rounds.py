@@ -15,6 +15,7 @@ from matplotlib.image import imread
 from torch import Tensor
 
 from tests.builders import toy_world
+from tests.builders.saved_runs import load_checkpoint
 from tests.training.test_checkpoint import Killed, assert_same_run, killed_at
 from trajsurgery import RecipeError
 from trajsurgery.cli import train_command
@@ -22,14 +23,16 @@ from trajsurgery.cli.train_command import main
 from trajsurgery.evaluation import validation_rounds
 from trajsurgery.evaluation.held_out import evaluate
 from trajsurgery.reports import run_report, validation_report
-from trajsurgery.training import training_loop
-from trajsurgery.training.checkpoint import CHECKPOINT, METRICS, Log, TrainingState, resume
+from trajsurgery.training import checkpoint, training_loop
+from trajsurgery.training.checkpoint import restore_best, resume
 from trajsurgery.training.components import RunComponents, load
 from trajsurgery.training.early_stopping import EarlyStopping
 from trajsurgery.training.prompts import Prompt
 from trajsurgery.training.recipe import Recipe, differences
+from trajsurgery.training.run_log import METRICS, Log
 from trajsurgery.training.settings import Guards
 from trajsurgery.training.training_loop import train
+from trajsurgery.training.training_state import TrainingState
 
 PROMPTS = tuple(Prompt(text, "any") for text in ("a blue circle", "a square near a circle", "three circles"))
 
@@ -97,18 +100,13 @@ def test_validation_uses_the_averaged_weights_and_changes_no_draw(tmp_path: Path
     assert last.spread["held"] == pytest.approx(float(scores.metrics["held"].std()), rel=1e-5)
     plain = toy_world.recipe(tmp_path / "plain", iterations=10, save_every=3)
     train_and_validate(plain)
-    unguarded, guarded = (torch.load(r.output / CHECKPOINT, weights_only=True) for r in (plain, settings))
-    for name in ("weights", "ema"):
-        pairs = zip(_tensors(unguarded[name]), _tensors(guarded[name]), strict=True)
-        assert all(torch.equal(a, b) for a, b in pairs), name
+    unguarded, guarded = load_checkpoint(plain.output), load_checkpoint(settings.output)
+    for name in ("weights", "averages"):
+        assert all(torch.equal(value, guarded[name][key]) for key, value in unguarded[name].items()), name
     logs = [[r for r in Log(f / METRICS).read() if r["kind"] == "iteration"] for f in (plain.output, settings.output)]
     first, second = ([{**r, "seconds": 0} for r in log] for log in logs)
     assert first == second
-    assert not list(settings.output.glob("best-*"))
-
-
-def _tensors(state: Any) -> list[Tensor]:
-    return list(state) if isinstance(state, list) else list(state["shadow_params"])
+    assert not (settings.output / "best").exists()
 
 
 def test_a_falling_score_stops_the_run_and_the_best_weights_are_saved(tmp_path: Path) -> None:
@@ -135,7 +133,7 @@ def test_a_falling_score_stops_the_run_and_the_best_weights_are_saved(tmp_path: 
     saved = FluxTransformer2DModel.from_pretrained(tmp_path / "transformer")
     assert all(map(torch.equal, saved.parameters(), averaged[best]))
     assert not all(map(torch.equal, saved.parameters(), first))
-    assert [path.name for path in tmp_path.glob("best-*")] == [f"best-{best:06d}.pt"]
+    assert [path.name for path in (tmp_path / "best").iterdir()] == [f"{best:06d}"]
     remarks = " ".join(run_report.remarks(summary))
     assert f"stopped early at iteration {best + 4}: scorer held" in remarks
     assert f"the averaged ones of iteration {best}" in remarks
@@ -149,11 +147,11 @@ def test_if_every_round_is_worse_the_untuned_weights_are_saved(tmp_path: Path) -
     training = train_and_validate(settings, until=-9.0)
     assert (training.iteration, training.early_stopping.best) == (4, 0)
     assert not all(map(torch.equal, training.ema.shadow_params, untuned))
-    validation_rounds.restore_best(settings, training)
+    restore_best(settings, training)
     assert all(map(torch.equal, training.ema.shadow_params, untuned))
-    (tmp_path / "best-000000.pt").unlink()
-    with pytest.raises(RecipeError, match=r"best-000000\.pt.*can't be read.*--overwrite"):
-        validation_rounds.restore_best(settings, training)
+    (tmp_path / "best" / "000000" / "state.pt").write_bytes(b"damaged")
+    with pytest.raises(RecipeError, match=r"best/000000.*state\.pt: not as written.*--overwrite"):
+        restore_best(settings, training)
 
 
 def test_a_killed_run_with_guards_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,10 +170,10 @@ def test_a_killed_run_with_guards_resumes_bit_for_bit(tmp_path: Path, monkeypatc
         )
     resumed = train_and_validate(interrupted)
     assert_same_run(whole.output, interrupted.output)
-    files = [[(path.name, path.read_bytes()) for path in r.output.glob("best-*")] for r in (whole, interrupted)]
-    assert files[0] == files[1] != []
+    names = [sorted(path.name for path in (r.output / "best").iterdir()) for r in (whole, interrupted)]
+    assert names[0] == names[1] != []
     for settings_, state_ in ((whole, training), (interrupted, resumed)):
-        validation_rounds.restore_best(settings_, state_)
+        restore_best(settings_, state_)
     assert all(map(torch.equal, training.ema.shadow_params, resumed.ema.shadow_params))
 
 
@@ -192,7 +190,7 @@ def test_a_kill_between_two_files_loses_nothing(
 ) -> None:
     whole, interrupted = (recipe(tmp_path / name, patience=4) for name in ("whole", "torn"))
     train_and_validate(whole, until)
-    save = validation_rounds.save
+    save = checkpoint.save
 
     def killing_save(settings: Recipe, training: TrainingState) -> None:
         if training.iteration == number and "best" in moment:
@@ -203,13 +201,14 @@ def test_a_kill_between_two_files_loses_nothing(
         if look.iteration == number:
             raise Killed
 
-    monkeypatch.setattr(validation_rounds, "save", killing_save)
+    monkeypatch.setattr(checkpoint, "save", killing_save)
     with pytest.raises(Killed):
         train_and_validate(interrupted, until, killing_callback)
     monkeypatch.undo()
     train_and_validate(interrupted, until)
     assert_same_run(whole.output, interrupted.output)
-    assert [p.name for p in interrupted.output.glob("best-*")] == [p.name for p in whole.output.glob("best-*")] != []
+    names = [sorted(path.name for path in (r.output / "best").iterdir()) for r in (whole, interrupted)]
+    assert names[0] == names[1] != []
 
 
 def test_early_stopping_counts_from_the_best() -> None:

@@ -218,4 +218,4 @@ def test_a_guidance_that_is_no_input_is_refused_before_the_first_image(tmp_path:
     world.module.register_to_config(guidance_embeds=False)  # pyright: ignore[reportCallIssue]
     with pytest.raises(RecipeError, match=r"--method\.rollout-guidance"):
         main(recipe, world)
-    assert not (tmp_path / "checkpoint.pt").exists()
+    assert not (tmp_path / "checkpoints").exists()

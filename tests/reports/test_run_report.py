@@ -23,8 +23,10 @@ from trajsurgery.evaluation.held_out import HeldOutScores, evaluate, spread_over
 from trajsurgery.evaluation.paired_statistics import compare, in_standard_errors, paired
 from trajsurgery.reports import run_report
 from trajsurgery.reports.validation_report import smoothed
-from trajsurgery.training.checkpoint import METRICS, Log, TrainingState
+from trajsurgery.training.checkpoint import resume
 from trajsurgery.training.prompts import Prompt
+from trajsurgery.training.run_log import METRICS, Log
+from trajsurgery.training.training_state import TrainingState
 
 
 def scores(reward: Sequence[float], correct: Sequence[bool] | None = None, texts: str = "") -> HeldOutScores:
@@ -269,7 +271,7 @@ def test_the_weights_written_are_the_averaged_ones_and_diffusers_loads_them(tmp_
     loaded = FluxTransformer2DModel.from_pretrained(tmp_path / "transformer")
     world = toy_world.world(recipe)
     training = TrainingState.start(recipe, world.module)
-    training.restore(torch.load(tmp_path / "checkpoint.pt", weights_only=True))
+    assert resume(recipe, training)
     for value, average, p in zip(loaded.parameters(), training.ema.shadow_params, training.parameters, strict=True):
         assert torch.equal(value, average)
         assert not torch.equal(average, p)

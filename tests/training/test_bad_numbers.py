@@ -21,10 +21,11 @@ from trajsurgery import DRTune, LeapAlign
 from trajsurgery.cli.train_command import main
 from trajsurgery.surgery.trajectory import Trajectory
 from trajsurgery.training.bad_numbers import BadNumbers, first_not_finite
-from trajsurgery.training.checkpoint import METRICS, Log, TrainingState
 from trajsurgery.training.components import PromptCache, RunComponents
 from trajsurgery.training.recipe import Recipe
+from trajsurgery.training.run_log import METRICS, Log
 from trajsurgery.training.training_loop import StepRecord, training_step
+from trajsurgery.training.training_state import TrainingState
 
 
 class NotOfBlue(toy_world.LikesRed):

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,52 +14,20 @@ import torch
 from torch import Tensor
 
 from tests.builders import toy_world
+from tests.builders.saved_runs import assert_same_run
 from trajsurgery import DRaFTLV, DRTune, LeapAlign, RecipeError, ReFL
 from trajsurgery.cli.train_command import main
 from trajsurgery.evaluation.held_out import evaluate
-from trajsurgery.training.checkpoint import (
-    CHECKPOINT,
-    METRICS,
-    Log,
-    TrainingState,
-    discard,
-    resume,
-    save,
-    write_atomically,
-)
+from trajsurgery.training.checkpoint import discard, list_checkpoints, resume, save
 from trajsurgery.training.recipe import Method, Recipe
-from trajsurgery.training.settings import Optimiser
+from trajsurgery.training.run_log import METRICS, Log
+from trajsurgery.training.settings import Optimiser, Trained
 from trajsurgery.training.training_loop import StepRecord, train
-
-ROOT = Path(__file__).parents[2]
+from trajsurgery.training.training_state import TrainingState
 
 
 class Killed(BaseException):
     """Stands in for SIGKILL inside one process."""
-
-
-def tensors(state: Any) -> list[Tensor]:
-    """All tensors of a nested state, in order."""
-    if isinstance(state, Tensor):
-        return [state]
-    inner = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else []
-    return [tensor for value in inner for tensor in tensors(value)]
-
-
-def equal_with_nan(a: Tensor, b: Tensor) -> bool:
-    """Return whether tensors are equal bit for bit, NaN equal to NaN (diversity of the only image of a prompt)."""
-    return torch.equal(a, b) if not a.is_floating_point() else torch.equal(a.nan_to_num(9e9), b.nan_to_num(9e9))
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    """Assert that two runs ended alike: weights, EMA, optimiser, iteration, and the log except its times."""
-    first, second = (torch.load(folder / CHECKPOINT, weights_only=True) for folder in (a, b))
-    for name in ("weights", "ema", "optimiser", "before"):
-        assert tensors(first[name])
-        assert all(map(equal_with_nan, tensors(first[name]), tensors(second[name]))), name
-    assert [first[name] for name in ("iteration", "skipped")] == [second[name] for name in ("iteration", "skipped")]
-    logs = [[{k: v for k, v in line.items() if k != "seconds"} for line in Log(f / METRICS).read()] for f in (a, b)]
-    assert logs[0] == logs[1]
 
 
 def killed_at(
@@ -98,51 +62,6 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, method: Method) -> Non
     killed_at(interrupted, 5)
     main(interrupted, toy_world.world(interrupted))
     assert_same_run(whole.output, interrupted.output)
-
-
-SCRIPT = """
-import sys, torch
-sys.path.insert(0, sys.argv[1])
-torch.set_num_threads(1)
-from pathlib import Path
-from tests.builders import toy_world
-from trajsurgery.cli.train_command import main
-recipe = toy_world.recipe(Path(sys.argv[2]), iterations=12, save_every=5)
-print("ready", flush=True)
-sys.exit(0 if main(recipe, toy_world.world(recipe)) else 130)
-"""
-
-
-def run_script(output: Path, until: int | None, number: int = signal.SIGKILL) -> int:
-    """Run SCRIPT in a process and return its exit code; send it a signal once its log has `until` lines."""
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT, str(ROOT), str(output)], stdout=subprocess.DEVNULL
-    )
-    try:
-        while until is not None and process.poll() is None:
-            log = output / METRICS
-            if log.exists() and log.read_bytes().count(b"\n") >= until:
-                process.send_signal(number)
-                break
-            time.sleep(0.005)
-        return process.wait(timeout=120)
-    finally:
-        if process.poll() is None:
-            process.kill()
-
-
-@pytest.mark.slow
-def test_sigkill_and_sigterm(tmp_path: Path) -> None:
-    whole, interrupted = tmp_path / "whole", tmp_path / "torn"
-    assert run_script(whole, None) == 0
-    assert run_script(interrupted, 3) == -signal.SIGKILL
-    assert run_script(interrupted, 8, signal.SIGTERM) == 130
-    done = torch.load(interrupted / CHECKPOINT, weights_only=True)["iteration"]
-    assert done == len(Log(interrupted / METRICS).read()), "an interrupted run saves its last iteration"
-    assert run_script(interrupted, None) == 0
-    assert_same_run(whole, interrupted)
-    weights = "transformer/diffusion_pytorch_model.safetensors"
-    assert (whole / weights).read_bytes() == (interrupted / weights).read_bytes()
 
 
 def test_another_recipe_is_refused_with_the_differences(tmp_path: Path) -> None:
@@ -182,39 +101,162 @@ def test_a_finished_run_continues_to_more_iterations(tmp_path: Path) -> None:
         main(extended, toy_world.world(extended))
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    write_atomically(path, lambda partial: partial.write_text("old"))
-
-    def write_half(partial: Path) -> None:
-        partial.write_text("ne")
-        raise Killed
-
-    with pytest.raises(Killed):
-        write_atomically(path, write_half)
-    assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["file"]
+def damage_file(folder: Path, name: str) -> None:
+    """Change one byte of a file, whose length stays."""
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content)
 
 
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:1000])
+def delete_file(folder: Path, name: str) -> None:
+    (folder / name).unlink()
 
 
-def drop_a_weight(path: Path) -> None:
-    state = torch.load(path, weights_only=True)
-    torch.save({**state, "weights": state["weights"][1:]}, path)
+DAMAGES = [
+    (damage_file, "state.pt", "not as written"),
+    (delete_file, "state.pt", "not as written"),
+    (damage_file, "about.json", "not as written"),
+    (damage_file, "SHA256SUMS", "ValueError"),
+    (delete_file, "SHA256SUMS", "FileNotFoundError"),
+]
 
 
-@pytest.mark.parametrize("corrupt, message", [(truncate, "can't be read"), (drop_a_weight, "does not fit the model")])
-def test_an_unusable_checkpoint_is_refused_with_the_reason(
-    tmp_path: Path, corrupt: Callable[[Path], None], message: str
+def interrupted_run(output: Path, **changes: Any) -> Recipe:
+    """A run of 6 iterations, killed after the fifth: checkpoints 2 and 4 are there."""
+    recipe = toy_world.recipe(output, save_every=2, **changes)
+    killed_at(recipe, 5)
+    assert [folder.name for folder in list_checkpoints(output)] == ["000004", "000002"]
+    return recipe
+
+
+@pytest.mark.parametrize("harm, name, reason", DAMAGES, ids=lambda value: getattr(value, "__name__", value))
+def test_a_damaged_checkpoint_is_passed_over_and_named(
+    tmp_path: Path, harm: Callable[[Path, str], None], name: str, reason: str
 ) -> None:
-    recipe = toy_world.recipe(tmp_path, iterations=1)
-    world = toy_world.world(recipe)
-    save(recipe, TrainingState.start(recipe, world.module))
-    corrupt(tmp_path / CHECKPOINT)
-    with pytest.raises(RecipeError, match=f"{message}.*--overwrite"):
-        resume(recipe, TrainingState.start(recipe, world.module))
+    recipe, lines = interrupted_run(tmp_path), list[str]()
+    newest = list_checkpoints(tmp_path)[0]
+    harm(newest, name)
+    training = TrainingState.start(recipe, toy_world.world(recipe).module)
+    assert resume(recipe, training, lines.append)
+    assert training.iteration == 2
+    (line,) = lines
+    assert f"{newest} is damaged" in line
+    assert reason in line
+    assert "from iteration 2" in line
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == ["000002"]
+
+
+def test_a_run_with_a_damaged_checkpoint_ends_like_one_without(tmp_path: Path) -> None:
+    whole = toy_world.recipe(tmp_path / "whole", save_every=2)
+    main(whole, toy_world.world(whole))
+    recipe = interrupted_run(tmp_path / "torn")
+    damage_file(list_checkpoints(recipe.output)[0], "state.pt")
+    main(recipe, toy_world.world(recipe))
+    assert_same_run(whole.output, recipe.output)
+
+
+def test_a_run_without_a_whole_checkpoint_is_refused(tmp_path: Path) -> None:
+    recipe = interrupted_run(tmp_path)
+    for folder in list_checkpoints(tmp_path):
+        damage_file(folder, "state.pt")
+    with pytest.raises(RecipeError, match=r"no checkpoint in .* is whole:(?s:.*)000004: state\.pt.*(?s:.*)--overwrite"):
+        resume(recipe, TrainingState.start(recipe, toy_world.world(recipe).module))
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    recipe = toy_world.recipe(tmp_path)
+    module = toy_world.world(recipe).module
+    save(recipe, TrainingState.start(recipe, module))
+    module.register_parameter("new", torch.nn.Parameter(torch.zeros(3)))
+    reason = r"does not fit the model.*2 tensors differ.*weights\.new: shape none in the folder, \(3,\) in this run"
+    with pytest.raises(RecipeError, match=f"{reason}.*--overwrite"):
+        resume(recipe, TrainingState.start(recipe, module))
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_the_newest_checkpoints_are_kept(tmp_path: Path, keep: int) -> None:
+    recipe = toy_world.recipe(tmp_path, save_every=1, keep=keep)
+    main(recipe, toy_world.world(recipe))
+    names = [folder.name for folder in list_checkpoints(tmp_path)]
+    assert names == ["000006", "000005", "000004"][:keep]
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == sorted(names), "nothing else is left"
+
+
+def test_a_checkpoint_says_what_it_is_of(tmp_path: Path) -> None:
+    recipe = toy_world.recipe(tmp_path)
+    save(recipe, TrainingState.start(recipe, toy_world.world(recipe).module))
+    about = json.loads((list_checkpoints(tmp_path)[0] / "about.json").read_text())
+    assert about["recipe"] == recipe.to_dict()
+    assert about["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert about["iteration"] == 0
+
+
+def test_a_kill_while_a_checkpoint_is_replaced_keeps_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = toy_world.recipe(tmp_path, keep=1)
+    training = TrainingState.start(recipe, toy_world.world(recipe).module)
+    training.skipped = 7
+    save(recipe, training)
+    replace_path = os.replace
+
+    def killing_replace(source: Any, target: Any) -> None:
+        if Path(source).suffix == ".partial" and Path(target).parent.name == "checkpoints":
+            raise Killed
+        replace_path(source, target)
+
+    monkeypatch.setattr(os, "replace", killing_replace)
+    with pytest.raises(Killed):
+        save(recipe, training)
+    monkeypatch.undo()
+    assert list_checkpoints(tmp_path) == []
+    other = TrainingState.start(recipe, toy_world.world(recipe).module)
+    assert resume(recipe, other)
+    assert other.skipped == 7
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_moments_are_those_that_were_saved(tmp_path: Path, before: int) -> None:
+    """Also of a run that never took a step, whose optimiser has none: the first step is the first."""
+    recipe = toy_world.recipe(tmp_path)
+    first, other = (TrainingState.start(recipe, toy_world.world(recipe).module) for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    gradients = [[torch.randn(p.shape, generator=generator) for p in first.parameters] for _ in range(before + 1)]
+    for values in gradients[:before]:
+        step(first, values)
+    save(recipe, first)
+    resume(recipe, other)
+    for training in (first, other):
+        step(training, gradients[-1])
+    assert first.tensors.keys() == other.tensors.keys()
+    assert all(torch.equal(value, other.tensors[name]) for name, value in first.tensors.items())
+
+
+def step(training: TrainingState, gradients: list[Tensor]) -> None:
+    for parameter, gradient in zip(training.parameters, gradients, strict=True):
+        parameter.grad = gradient.clone()
+    training.optimiser.step()
+
+
+def test_stochastic_rounding_goes_on_bit_for_bit_and_leaves_torch_s_generator(tmp_path: Path) -> None:
+    pytest.importorskip("torchao.optim")
+    changes: dict[str, Any] = {
+        "train": Trained(weights="bfloat16"),
+        "optimiser": Optimiser(name="adamw8bit", rate=1e-3),
+        "iterations": 4,
+    }
+    whole = toy_world.recipe(tmp_path / "whole", **changes)
+    world = toy_world.world(whole)
+    with torch.compiler.set_stance("force_eager"):
+        torch.manual_seed(1)
+        state = torch.random.get_rng_state()
+        main(whole, world)
+        assert torch.equal(torch.random.get_rng_state(), state)
+        torn = toy_world.recipe(tmp_path / "torn", **changes)
+        torch.manual_seed(2)
+        killed_at(torn, 3)
+        main(torn, toy_world.world(torn))
+    assert_same_run(whole.output, torn.output)
 
 
 def test_the_log_is_cut_back_and_writes_nan_as_null(tmp_path: Path) -> None:
@@ -229,7 +271,8 @@ def test_the_log_is_cut_back_and_writes_nan_as_null(tmp_path: Path) -> None:
 
 
 def test_discard_leaves_other_files(tmp_path: Path) -> None:
-    for name in (CHECKPOINT, METRICS, f"{CHECKPOINT}.12.partial", "notes.txt"):
+    for name in (METRICS, f"{METRICS}.12.partial", "notes.txt"):
         (tmp_path / name).write_text("x")
+    (tmp_path / "checkpoints" / "000002.partial").mkdir(parents=True)
     discard(tmp_path)
     assert os.listdir(tmp_path) == ["notes.txt"]

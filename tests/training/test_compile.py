@@ -20,11 +20,11 @@ from tests.training.test_ranks import exact_world, first_gradient, recipe_of, sp
 from trajsurgery import LeapAlign, RecipeError, leapalign, operate, tiny
 from trajsurgery.training import compilation
 from trajsurgery.training.anchor import swapped
-from trajsurgery.training.checkpoint import TrainingState
 from trajsurgery.training.compilation import compile_blocks, compile_decoder, compile_image_tower
 from trajsurgery.training.components import PromptCache
 from trajsurgery.training.settings import Guards, Trained
 from trajsurgery.training.training_loop import training_step
+from trajsurgery.training.training_state import TrainingState
 
 # both are torch's own, about what it traces: a tensor that is no leaf, and diffusers' cached look-up for checkpointing
 pytestmark = [

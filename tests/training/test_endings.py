@@ -15,8 +15,8 @@ from tests.training.test_bad_numbers import NotOfBlue
 from trajsurgery import RecipeError
 from trajsurgery.cli.train_command import main
 from trajsurgery.errors import DivergedError
-from trajsurgery.training.checkpoint import METRICS, Log
 from trajsurgery.training.recipe import Recipe
+from trajsurgery.training.run_log import METRICS, Log
 from trajsurgery.training.settings import Optimiser
 
 

@@ -15,9 +15,9 @@ from tests.builders import toy_world
 from tests.builders.problems import distance
 from tests.training.test_ranks import exact_world, first_gradient, recipe_of, spawn
 from trajsurgery.training import ranks
-from trajsurgery.training.checkpoint import TrainingState
 from trajsurgery.training.components import PromptCache
 from trajsurgery.training.training_loop import training_step
+from trajsurgery.training.training_state import TrainingState
 
 GROUPS = 3
 """Of the toy transformer under FSDP: two blocks, and what is outside them."""

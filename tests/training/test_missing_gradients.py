@@ -12,10 +12,10 @@ from tests.builders.small_transformers import SD3Field
 from tests.surgery.test_recompute_models import adapted
 from trajsurgery import RecipeError, ReFL, apply, backward, leapalign
 from trajsurgery.training import missing_gradients
-from trajsurgery.training.checkpoint import TrainingState
 from trajsurgery.training.components import PromptCache
 from trajsurgery.training.settings import Optimiser
 from trajsurgery.training.training_loop import train, training_step
+from trajsurgery.training.training_state import TrainingState
 
 PLAN = leapalign(6, 3, 0.3)
 IDLE_IN_SD3 = {
@@ -85,7 +85,7 @@ def test_a_run_checks_once_and_logs_idle_parameters(tmp_path, monkeypatch, memor
     assert len(checks) == 1
     assert torch.equal(world.module.asleep, torch.ones(3)), "weight decay changed a parameter without a gradient"
     other = TrainingState.start(recipe, world.module)
-    other.restore(training.state())
+    other.set_counters(training.counters())
     assert other.looked
 
 

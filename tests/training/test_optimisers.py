@@ -136,8 +136,9 @@ def recipe_with(tmp_path: Path, **trained_settings: Any) -> Any:
 def test_weights_have_the_recipe_s_dtype_and_a_step_changes_them(
     settings: dict[str, Any], frozen: Any, training: Any, tmp_path: Path
 ) -> None:
-    from trajsurgery.training.checkpoint import TrainingState
+    from trajsurgery.training.checkpoint import resume, save
     from trajsurgery.training.components import PromptCache
+    from trajsurgery.training.training_state import TrainingState
 
     recipe = recipe_with(tmp_path, **settings)
     world = toy_world.world(recipe)
@@ -150,10 +151,9 @@ def test_weights_have_the_recipe_s_dtype_and_a_step_changes_them(
     record = training_step(recipe, world, PromptCache(world.pipe, world.texts), state, 0.9)
     assert not record.skipped
     assert not all(map(torch.equal, state.parameters, before))
-    saved = state.state()
-    torch.save(saved, tmp_path / "state.pt")
+    save(recipe, state)
     fresh = TrainingState.start(recipe, toy_world.world(recipe).module)
-    fresh.restore(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert resume(recipe, fresh)
     assert all(map(torch.equal, fresh.parameters, state.parameters))
 
 
@@ -166,8 +166,8 @@ def test_an_int8_base_trains_adapters(tmp_path: Path) -> None:
     frozen = {type(p).__name__ for p in pipe.transformer.parameters() if not p.requires_grad}
     assert "Int8Tensor" in frozen
     world = toy_world.components(pipe)
-    from trajsurgery.training.checkpoint import TrainingState
     from trajsurgery.training.components import PromptCache
+    from trajsurgery.training.training_state import TrainingState
 
     state = TrainingState.start(recipe, world.module)
     record = training_step(recipe, world, PromptCache(world.pipe, world.texts), state, 0.9)

@@ -17,14 +17,16 @@ from torch import Tensor, nn
 
 from tests.builders import toy_world
 from tests.builders.problems import distance
+from tests.builders.saved_runs import load_checkpoint
 from trajsurgery import DRaFTLV, DRTune, FlowBPLagrange, LeapAlign, RecipeError
 from trajsurgery.cli import train_command
 from trajsurgery.training import ranks, sharding
-from trajsurgery.training.checkpoint import CHECKPOINT, METRICS, TrainingState
 from trajsurgery.training.components import PromptCache, RunComponents, prepare_pipeline
 from trajsurgery.training.recipe import Method, Recipe
+from trajsurgery.training.run_log import METRICS
 from trajsurgery.training.settings import Decoder, Guards, Optimiser, Trained
 from trajsurgery.training.training_loop import training_step
+from trajsurgery.training.training_state import TrainingState
 
 METHODS: dict[str, Method] = {
     "leapalign": LeapAlign(),
@@ -179,8 +181,7 @@ def test_two_ranks_run_as_one_process_does_and_go_on_on_another_number(tmp_path:
         check_same_run(tmp_path / "one", tmp_path / way)
         assert (tmp_path / way / "samples.png").is_file()
     check_same_run(tmp_path / "guarded by one", tmp_path / "guarded")
-    state = torch.load(tmp_path / "fewer" / CHECKPOINT)
-    assert state["iteration"] == 10
+    assert load_checkpoint(tmp_path / "fewer")["iteration"] == 10
     run_whole(tmp_path / "fewer", "ddp", 20)
     check_same_run(tmp_path / "one", tmp_path / "fewer")
 

@@ -14,13 +14,15 @@ from torch import Tensor
 
 from tests.builders import toy_world
 from tests.builders.problems import distance
+from tests.builders.saved_runs import load_checkpoint, tensors
 from trajsurgery import DRaFTLV, DRTune, LeapAlign, RecipeError, ReFL
 from trajsurgery.cli import train_command
-from trajsurgery.training.checkpoint import CHECKPOINT, METRICS, Log, TrainingState
 from trajsurgery.training.components import PromptCache, RunComponents, check_reward, pipeline_arguments
 from trajsurgery.training.recipe import Method, Recipe
+from trajsurgery.training.run_log import METRICS, Log
 from trajsurgery.training.settings import Objective, Optimiser
 from trajsurgery.training.training_loop import PATIENCE, StepRecord, iteration_generator, train, training_step
+from trajsurgery.training.training_state import TrainingState
 
 METHODS: dict[str, Method] = {
     "leapalign": LeapAlign(),
@@ -197,9 +199,8 @@ def test_three_non_finite_steps_stop_the_run_and_save_the_last_good_weights(tmp_
     message = r"3 in a row with numbers .* not finite .*the reward is.* The weights are finite"
     with pytest.raises(RecipeError, match=message):
         train(recipe, world, training, watch)
-    checkpoint = torch.load(tmp_path / CHECKPOINT, weights_only=True)
     assert training.iteration == 2 + PATIENCE
-    assert all(map(torch.equal, checkpoint["weights"], weights[2]))
+    assert all(map(torch.equal, load_checkpoint(tmp_path)["weights"].values(), weights[2]))
 
 
 def test_non_finite_weights_are_never_saved(tmp_path: Path) -> None:
@@ -214,9 +215,9 @@ def test_non_finite_weights_are_never_saved(tmp_path: Path) -> None:
 
     with pytest.raises(RecipeError, match="weights are not finite any more; the last checkpoint whose weights are"):
         train(recipe, world, training, watch)
-    checkpoint = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    checkpoint = load_checkpoint(tmp_path)
     assert checkpoint["iteration"] == 3
-    assert all(bool(value.isfinite().all()) for value in [*checkpoint["weights"], *checkpoint["ema"]["shadow_params"]])
+    assert all(bool(value.isfinite().all()) for value in tensors([checkpoint["weights"], checkpoint["averages"]]))
 
 
 def test_nan_images_do_not_reach_the_reward(tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -55,10 +57,14 @@ def _with_method(recipe: Recipe, words: Sequence[str]) -> tuple[Recipe, list[str
 def exit_code(run: Callable[[Console], int], interrupted: str) -> int:
     """Call `run` and return its exit code; of an interruption or a SurgeryError print one line, no traceback.
 
+    SIGTERM interrupts as Ctrl-C does.
+
     Args:
         interrupted: what the line for an interruption says after that word.
     """
     console = Console()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return run(console)
     except KeyboardInterrupt:

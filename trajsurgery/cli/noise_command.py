@@ -19,7 +19,7 @@ from trajsurgery.rewards.loading import Reward, load_reward, reward_problem, sco
 from trajsurgery.training import components, preflight, ranks
 from trajsurgery.training.noise_recipe import NoiseRecipe
 from trajsurgery.training.noise_search import Ascent, Frame, RewardPath
-from trajsurgery.training.output_files import write_atomically
+from trajsurgery.training.output_files import lock_folder, write_atomically
 from trajsurgery.training.progress_bar import progress_bar
 from trajsurgery.training.recipe import EMBEDDED, changed_settings
 from trajsurgery.training.training_loop import catch_interruptions
@@ -41,11 +41,17 @@ def main(
         {"first": reward, "best": reward, "iteration": of the best}; None if the run was interrupted (it is saved).
 
     Raises:
-        RecipeError: the run can't start here, the output folder holds another recipe's, or the search diverged.
+        RecipeError: the run can't start here, the output folder is in use or holds another recipe's, or the search
+            diverged.
     """
     console = console or Console()
     if parts is None:
         check_noise_recipe(recipe)
+    with lock_folder(recipe.output):
+        return _run(recipe, parts, console)
+
+
+def _run(recipe: NoiseRecipe, parts: tuple[Any, Reward] | None, console: Console) -> dict[str, Any] | None:
     torch.set_num_threads(recipe.threads)
     state = _read_state(recipe)
     path = _reward_path(recipe, *(parts or _load_components(recipe)))

@@ -21,13 +21,15 @@ from trajsurgery.evaluation.held_out import HeldOutScores, evaluate, needed_prom
 from trajsurgery.evaluation.paired_statistics import compare
 from trajsurgery.reports import run_report, validation_report
 from trajsurgery.training import components, lora, missing_gradients, preflight, ranks, sharding, srpo_support, trial
-from trajsurgery.training.checkpoint import METRICS, Log, TrainingState, resume, save
+from trajsurgery.training.checkpoint import restore_best, resume, save
 from trajsurgery.training.memory_errors import memory_of
-from trajsurgery.training.output_files import write_atomically
+from trajsurgery.training.output_files import lock_folder, storage_errors, write_atomically
 from trajsurgery.training.progress_bar import Advance, progress_bar
 from trajsurgery.training.prompts import repetitions
 from trajsurgery.training.recipe import Recipe
+from trajsurgery.training.run_log import METRICS, Log
 from trajsurgery.training.training_loop import StepRecord, iteration_generator, train
+from trajsurgery.training.training_state import TrainingState
 
 
 def dry_run(recipe: Recipe, console: Console, words: Sequence[str]) -> int:
@@ -60,7 +62,9 @@ def main(
         The evaluation's line of metrics.jsonl; None if the run was interrupted (it is saved).
 
     Raises:
-        RecipeError: the run can't start here, the output folder holds another recipe's run, or it diverged.
+        RecipeError: the run can't start here, the output folder is in use or holds another recipe's run, or it
+            diverged.
+        OutputError: a file can't be written.
         OutOfMemoryError: in which part, and what takes less.
     """
     console = console or Console(quiet=not ranks.is_main())
@@ -68,7 +72,8 @@ def main(
         preflight.check_recipe(recipe)
     ranks.rows(recipe.rollout.batch)  # raises if they can't be divided
     try:
-        return _run(recipe, scene, console)
+        with lock_folder(recipe.output):
+            return _run(recipe, scene, console)
     except OutOfMemoryError as error:
         message = str(error)  # alone: the error's frames hold the tensors of the run
     gpu = torch.cuda.get_device_properties().total_memory if torch.cuda.is_available() else None
@@ -91,7 +96,7 @@ def _run(recipe: Recipe, scene: components.RunComponents | None, console: Consol
     training = TrainingState.start(recipe, parts.module)
     log = Log(recipe.output / METRICS)
     final_record = _final_record(log)
-    if resume(recipe, training):
+    if resume(recipe, training, partial(console.print, style="yellow", highlight=False)):
         if final_record and (
             training.iteration == recipe.iterations or training.early_stopping.stops(recipe.guards.patience)
         ):
@@ -125,8 +130,9 @@ def _run(recipe: Recipe, scene: components.RunComponents | None, console: Consol
     evaluation["seconds"] = round(spent + time.monotonic() - began, 1)
     log.append(evaluation)
     if ranks.is_main():
-        run_report.draw_curve(recipe.output / "reward.png", _run_title(recipe, training), log.read())
-        run_report.draw_held_out(recipe.output / "heldout.png", _run_title(recipe, training), evaluation)
+        with storage_errors(recipe.output / "reward.png"):
+            run_report.draw_curve(recipe.output / "reward.png", _run_title(recipe, training), log.read())
+            run_report.draw_held_out(recipe.output / "heldout.png", _run_title(recipe, training), evaluation)
     return _print_summary(recipe, console, evaluation, "")
 
 
@@ -144,12 +150,14 @@ def _save_results(
     recipe: Recipe, parts: components.RunComponents, training: TrainingState, console: Console
 ) -> dict[str, Any]:
     """Put the averaged weights into the pipeline, save and evaluate them, and draw the pictures."""
-    validation_rounds.restore_best(recipe, training)
+    if recipe.guards.patience is not None:
+        restore_best(recipe, training)
     sharding.release(parts.module)
     with torch.no_grad():
         for parameter, average in zip(training.local, training.ema.shadow_params, strict=True):
             parameter.copy_(average)
-    lora.save_trained(parts.pipe, recipe.train, recipe.output / "transformer")
+    with storage_errors(recipe.output / "transformer"):
+        lora.save_trained(parts.pipe, recipe.train, recipe.output / "transformer")
     write_atomically(
         recipe.output / "recipe.json", lambda path: path.write_text(json.dumps(recipe.to_dict(), indent=1) + "\n")
     )
@@ -158,9 +166,10 @@ def _save_results(
     assert training.before is not None, "the untuned model is evaluated before the first iteration"
     before = HeldOutScores.from_dict(training.before)
     if ranks.is_main():
-        run_report.draw_samples(recipe.output / "samples.png", _run_title(recipe, training), before, after)
         plan = recipe.method.draw(recipe.rollout.steps, iteration_generator(recipe.seed, 1, "plan"))
-        plan.draw(recipe.output / "plan.svg")
+        with storage_errors(recipe.output / "samples.png"):
+            run_report.draw_samples(recipe.output / "samples.png", _run_title(recipe, training), before, after)
+            plan.draw(recipe.output / "plan.svg")
     counts = {"iterations": training.iteration, "skipped": training.skipped}
     return {**compare(before, after), **counts, **validation_rounds.guards_summary(recipe, parts, training)}
 

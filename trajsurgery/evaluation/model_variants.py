@@ -12,6 +12,7 @@ from trajsurgery.errors import RecipeError
 from trajsurgery.evaluation.options import Evaluate
 from trajsurgery.rewards.weight_files import cached_file
 from trajsurgery.training import components, ranks
+from trajsurgery.training.checkpoint import CHECKPOINTS
 from trajsurgery.training.preflight import model_problem
 from trajsurgery.training.recipe import EMBEDDED, Recipe
 from trajsurgery.training.settings import Rollout
@@ -125,7 +126,7 @@ def _variant_problem(variant: ModelVariant) -> str | None:
     if variant.kind != "model":
         return None
     if variant.name != BASE and path.is_dir() and not (path / "model_index.json").is_file():
-        unfinished = " It is a run that is not finished." if (path / "checkpoint.pt").is_file() else ""
+        unfinished = " It is a run that is not finished." if (path / CHECKPOINTS).is_dir() else ""
         return (
             f"{path} holds nothing tuned: no transformer/, no config.json, no {LORA}, no model_index.json.{unfinished}"
         )

@@ -9,20 +9,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
-
-import torch
 
 from trajsurgery.errors import RecipeError
 from trajsurgery.evaluation.held_out import HeldOutScores, evaluate, spread_over_categories
 from trajsurgery.rewards.loading import mixture_weights
-from trajsurgery.training import ranks
 from trajsurgery.training.anchor import swapped
-from trajsurgery.training.checkpoint import METRICS, Log, TrainingState, save
+from trajsurgery.training.checkpoint import save_best
 from trajsurgery.training.components import PromptCache, RunComponents
-from trajsurgery.training.output_files import write_atomically
 from trajsurgery.training.recipe import Recipe
+from trajsurgery.training.run_log import METRICS, Log
+from trajsurgery.training.training_state import TrainingState
 
 
 @dataclass(frozen=True)
@@ -107,7 +104,7 @@ def validation_callback(
             result = _validation_result(training, scores, time.monotonic() - began)
             Log(recipe.output / METRICS).append(asdict(result))
             if best and recipe.guards.patience is not None:
-                _save_best(recipe, training)
+                save_best(recipe, training)
             on_result(result)
         return not training.early_stopping.stops(recipe.guards.patience)
 
@@ -134,35 +131,6 @@ def _validation_result(training: TrainingState, scores: HeldOutScores, seconds: 
         round(seconds, 4),
         {name: count for name, count in bad.items() if count},
     )
-
-
-def _best_weights_path(output: Path, iteration: int) -> Path:
-    return output / f"best-{iteration:06d}.pt"
-
-
-def _save_best(recipe: Recipe, training: TrainingState) -> None:
-    """Write the averaged weights of the best round, then the checkpoint that names them, then delete earlier ones."""
-    file = _best_weights_path(recipe.output, training.iteration)
-    averages = training.averages
-    write_atomically(file, lambda path: torch.save(averages, path))
-    save(recipe, training)
-    for other in recipe.output.glob("best-*.pt") if ranks.is_main() else ():
-        if other != file:
-            other.unlink()
-
-
-def restore_best(recipe: Recipe, training: TrainingState) -> None:
-    """Set the averaged weights to those of the best round, if the recipe keeps them."""
-    if recipe.guards.patience is None:
-        return
-    file = _best_weights_path(recipe.output, training.early_stopping.best)
-    try:
-        best_weights: list[torch.Tensor] = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError) as error:
-        raise RecipeError(
-            f"{file}, the weights of the best look, can't be read ({error}). Start the run anew with --overwrite."
-        ) from error
-    training.set_averages(best_weights)
 
 
 def guards_summary(recipe: Recipe, world: RunComponents, training: TrainingState) -> dict[str, Any]:

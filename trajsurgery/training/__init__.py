@@ -17,8 +17,9 @@ encoder_fingerprint.py                what determines encodings, as a hash
 vae_decoding.py, lora.py              decoding with gradient; what trains
 objective.py, srpo_support.py         the loss; SRPO's rewards and guidance
 step_gradient.py, training_loop.py    the gradient of a rollout; the loop
-checkpoint.py, output_files.py         checkpoint content; files written whole
-early_stopping.py                     early stopping
+training_state.py, early_stopping.py  what changes in a run; early stopping
+checkpoint.py, tensor_folder.py       checkpoints; folders of tensors, sharded or not
+output_files.py, run_log.py           atomic files, the run's lock, disk errors; metrics.jsonl
 anchor.py, missing_gradients.py       penalty against drift; parameters without gradient
 progress_bar.py                       how much is done and the time left, on a terminal or in a log
 noise_recipe.py, noise_search.py       ReNO: optimise the noise of one prompt

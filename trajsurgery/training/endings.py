@@ -7,8 +7,9 @@ from typing import NoReturn
 
 from trajsurgery.errors import DivergedError, RecipeError
 from trajsurgery.training.bad_numbers import BadNumbers
-from trajsurgery.training.checkpoint import TrainingState, save
+from trajsurgery.training.checkpoint import save
 from trajsurgery.training.recipe import Recipe
+from trajsurgery.training.training_state import TrainingState
 
 _RATE = "lower --optimiser.rate"
 _REMEDIES = {

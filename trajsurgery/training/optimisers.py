@@ -53,6 +53,14 @@ def _torchao() -> Any:
         return import_module("torchao.optim")
 
 
+def step(optimiser: torch.optim.Optimizer, seed: int) -> None:
+    """Step an optimiser. Stochastic rounding draws from `seed`, and torch's global generators stay as they are."""
+    parameter: Tensor = optimiser.param_groups[0]["params"][0]
+    with torch.random.fork_rng([parameter.device] if parameter.is_cuda else []):
+        torch.manual_seed(seed)
+        optimiser.step()
+
+
 def set_rate(optimiser: torch.optim.Optimizer, settings: Optimiser, iteration: int) -> None:
     """Set the learning rate of an iteration (from 1): rising linearly over the warm-up, then left as it is."""
     if iteration > settings.warmup:

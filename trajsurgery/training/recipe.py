@@ -96,6 +96,8 @@ class Recipe:
     """Threads of torch on the CPU. The embedded Flux gains little from a second one, and loses on a busy machine."""
     save_every: int = 10
     """Iterations between checkpoints: what a killed run has to repeat."""
+    keep: int = 2
+    """Newest checkpoints that are kept. If the last one is damaged, a run goes on from the one before."""
     output: Path = Path("outputs/leapalign_flux")
     """Where everything is written. A run that was interrupted there goes on."""
     prompt_cache: str = "auto"
@@ -135,6 +137,7 @@ class Recipe:
             "guards.images": self.guards.images,
             "guards.patience": self.guards.patience,
             "save_every": self.save_every,
+            "keep": self.keep,
             "train.rank": self.train.rank,
             "hardware.gpus": self.hardware.gpus,
             "threads": self.threads,
@@ -202,6 +205,7 @@ FREE = (
     "overwrite",
     "iterations",
     "save_every",
+    "keep",
     "device",
     "shard",
     "gather",

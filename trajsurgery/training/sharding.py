@@ -7,7 +7,8 @@ anchor work on a rank's own shards, `local(parameter)`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._pytree import tree_map
 
 from trajsurgery.errors import RecipeError
 from trajsurgery.training import ranks
@@ -163,22 +163,24 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def collect(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+def collect(tensor: Tensor) -> Tensor:
     """Return all of a sharded tensor on the first rank's CPU, and nothing of it elsewhere; others as they are.
 
     All ranks call this together.
-
-    Args:
-        like: the parameter that `tensor` is a local shard of.
     """
-    if isinstance(like, DTensor):
-        tensor = DTensor.from_local(
-            tensor, like.device_mesh, like.placements, shape=like.shape, stride=like.stride(), run_check=False
-        )
     if not isinstance(tensor, DTensor):
         return tensor
     value = tensor.full_tensor()
     return value.cpu() if ranks.is_main() else value.new_empty(0, device="cpu")
+
+
+def sharded_like(shard: Tensor, parameter: Tensor) -> Tensor:
+    """Return this rank's shard as part of a sharded tensor, if the parameter is one. They share their memory."""
+    if not isinstance(parameter, DTensor):
+        return shard
+    mesh = _mesh_on(shard.device.type, parameter.device_mesh)
+    shape, stride = parameter.shape, parameter.stride()
+    return DTensor.from_local(shard, mesh, parameter.placements, shape=shape, stride=stride, run_check=False)
 
 
 def shard_of(value: Tensor, like: Tensor) -> Tensor:
@@ -187,6 +189,13 @@ def shard_of(value: Tensor, like: Tensor) -> Tensor:
         return value
     value = value.to(like.device_mesh.device_type)
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+
+
+@cache
+def _mesh_on(device_type: str, mesh: DeviceMesh) -> DeviceMesh:
+    if mesh.device_type == device_type:
+        return mesh
+    return init_device_mesh(device_type, tuple(mesh.shape), mesh_dim_names=mesh.mesh_dim_names)
 
 
 def unsharded_copy(module: Any) -> Any:
@@ -202,23 +211,3 @@ def unsharded_copy(module: Any) -> Any:
         copy = original.from_config(module.config)
     copy.load_state_dict(state, assign=True)
     return copy
-
-
-def whole_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a nested state with every sharded tensor as `collect` returns it. All ranks call this together."""
-    return tree_map(lambda value: collect(value) if isinstance(value, Tensor) else value, dict(state))
-
-
-def sharded_optimiser_state(state: Mapping[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:
-    """Return an optimiser's state with the tensors of each parameter sharded as the parameter is."""
-
-    def sharded(value: Any, like: Tensor) -> Any:
-        return shard_of(value, like) if isinstance(value, Tensor) and value.shape == like.shape else value
-
-    return {
-        **state,
-        "state": {
-            i: {name: sharded(value, parameters[i]) for name, value in entry.items()}
-            for i, entry in state["state"].items()
-        },
-    }

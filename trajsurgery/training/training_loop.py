@@ -18,11 +18,12 @@ from trajsurgery.plans.nodes import Velocity
 from trajsurgery.training import endings, missing_gradients, ranks, sharding
 from trajsurgery.training.averages import update_averages
 from trajsurgery.training.bad_numbers import BadNumbers, name_bad_numbers
-from trajsurgery.training.checkpoint import METRICS, Log, TrainingState, save
+from trajsurgery.training.checkpoint import save
 from trajsurgery.training.components import PromptCache, RunComponents, draw_batch_prompts, hinge_threshold
 from trajsurgery.training.memory_errors import memory_of
-from trajsurgery.training.optimisers import set_rate
+from trajsurgery.training.optimisers import set_rate, step
 from trajsurgery.training.recipe import Recipe
+from trajsurgery.training.run_log import METRICS, Log
 from trajsurgery.training.step_gradient import (
     RolloutInputs,
     add_gradient,
@@ -30,6 +31,7 @@ from trajsurgery.training.step_gradient import (
     draw_plans,
     plan_of_samples,
 )
+from trajsurgery.training.training_state import TrainingState
 
 PATIENCE = 3
 """So many iterations in a row without a finite gradient stop the run."""
@@ -119,11 +121,13 @@ def train(
                 save(recipe, training)
         if not training.finite:
             endings.give_up(recipe, training, record.bad if record else ())
-        save(recipe, training)
+        if training.saved != training.position:
+            save(recipe, training)
+        interrupted = ranks.any_rank(bool(signals))
     ended = training.iteration >= recipe.iterations or training.early_stopping.stops(recipe.guards.patience)
     if ended and record:
         endings.check_something_trained(recipe, training, record.bad, record.closed)
-    return ended
+    return ended and not interrupted
 
 
 def training_step(
@@ -203,7 +207,7 @@ def _step(recipe: Recipe, training: TrainingState, healthy: bool) -> bool:
     """Step optimizer and EMA unless loss or gradient are not finite; return whether the step was skipped."""
     if healthy:
         set_rate(training.optimiser, recipe.optimiser, training.iteration + 1)
-        training.optimiser.step()
+        step(training.optimiser, recipe.seed * 1_000_003 + training.iteration + 1)
         update_averages(training.ema, training.local)
     # These add into gradients that exist, and never hold a second one.
     # Shards get a new gradient from FSDP each time.

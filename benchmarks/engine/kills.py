@@ -1,0 +1,174 @@
+"""A run that is killed again and again, at random moments and within writes, ends like one that is not, bit for bit.
+
+    python -m benchmarks.engine.kills              one process, 20 kills
+    python -m benchmarks.engine.kills --ranks 2    two processes under FSDP2: one is killed, then the other
+
+Both runs are whole ones of the command line: evaluation, training with a validation round every 8 iterations and a
+checkpoint every 3, closing evaluation. Compared are weights, averages, optimiser, counters and metrics.jsonl (without
+its seconds), by `tests.builders.saved_runs.assert_same_run`. Results go to benchmarks/engine/results/kills.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.provenance import provenance
+from tests.builders.saved_runs import assert_same_run
+from trajsurgery.training.run_log import METRICS
+
+RUN = """
+import sys, torch
+from dataclasses import replace
+from pathlib import Path
+from tests.builders import toy_world
+from trajsurgery.cli import train_command
+from trajsurgery.training import ranks
+from trajsurgery.training.prompts import Prompt
+from trajsurgery.training.settings import Guards
+torch.set_num_threads(1)
+ranks.join(torch.device("cpu"))
+recipe = toy_world.recipe(
+    Path(sys.argv[1]), iterations=int(sys.argv[2]), save_every=3, shard="auto" if ranks.count() == 1 else "fsdp",
+    guards=Guards(every=8, images=4, patience=99),
+)
+world = replace(
+    toy_world.world(recipe), validation=(Prompt("a blue circle", "any"), Prompt("three circles", "any")),
+    metrics={"green": lambda images, prompts: images[:, 1].mean((1, 2))},
+)
+result = train_command.main(recipe, world)
+ranks.leave()
+sys.exit(train_command.INTERRUPTED if result is None else 0)
+"""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When a run was killed."""
+
+    lines: int
+    """Lines of metrics.jsonl then."""
+    writing: bool
+    """Whether a file or folder was half written."""
+
+
+def start(output: Path, iterations: int, ranks: int) -> list[subprocess.Popen[bytes]]:
+    """Start the run's processes, as a launcher starts them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    places = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    common = {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in places.items()}}
+    command = [sys.executable, "-W", "ignore", "-c", RUN, str(output), str(iterations)]
+    return [
+        subprocess.Popen(command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.DEVNULL)
+        for rank in range(ranks)
+    ]
+
+
+def count_lines(output: Path) -> int:
+    """Return how many lines the run's log has."""
+    log = output / METRICS
+    return log.read_bytes().count(b"\n") if log.exists() else 0
+
+
+def is_writing(output: Path) -> bool:
+    """Whether a file or folder of the run is half written."""
+    return any(path.name.endswith((".partial", ".old")) for path in [*output.glob("*"), *output.glob("*/*")])
+
+
+def kill_once(output: Path, iterations: int, ranks: int, draw: random.Random, in_write: bool) -> Moment | None:
+    """Go on with the run and kill it after one to six more lines. Return when; None if it ended before."""
+    processes, lines = start(output, iterations, ranks), count_lines(output)
+    later, delay = draw.randint(1, 6), draw.random()
+    try:
+        while all(process.poll() is None for process in processes):
+            due = count_lines(output) >= lines + later
+            if due and not in_write:
+                time.sleep(0.1 * delay)
+            if due and (not in_write or is_writing(output)):
+                time.sleep(0.005 * delay if in_write else 0)
+                draw.shuffle(processes)
+                for process in processes:
+                    process.send_signal(signal.SIGKILL)
+                    time.sleep(0.01 * delay)
+                for process in processes:
+                    process.wait()
+                return Moment(count_lines(output), is_writing(output))
+            time.sleep(0.0005)
+        finish(processes)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return None
+
+
+def finish(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Wait for a run's end.
+
+    Raises:
+        RuntimeError: a process failed.
+    """
+    codes = [process.wait(timeout=600) for process in processes]
+    if any(codes):
+        raise RuntimeError(f"a run ended with {codes}")
+
+
+def compare_runs(folder: Path, kills: int, iterations: int, ranks: int, seed: int) -> list[Moment]:
+    """Run once in peace and once with kills; assert that they ended alike. Return when it was killed."""
+    whole, killed, draw, moments = folder / "whole", folder / "killed", random.Random(seed), list[Moment]()
+    finish(start(whole, iterations, ranks))
+    while len(moments) < kills:
+        moment = kill_once(killed, iterations, ranks, draw, in_write=len(moments) % 2 == 0)
+        if moment is None:
+            raise RuntimeError(f"the run ended after {len(moments)} kills: take more iterations")
+        moments.append(moment)
+        print(f"kill {len(moments)}: {moment}", flush=True)
+    finish(start(killed, iterations, ranks))
+    assert_same_run(whole, killed)
+    return moments
+
+
+def main() -> None:
+    """Run the study."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--iterations", type=int, default=150)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    folder, began = Path(tempfile.mkdtemp()), time.monotonic()
+    try:
+        moments = compare_runs(folder, options.kills, options.iterations, options.ranks, options.seed)
+    finally:
+        shutil.rmtree(folder)
+    result: dict[str, Any] = {
+        **provenance(),
+        "iterations": options.iterations,
+        "kills": len(moments),
+        "within_a_write": sum(moment.writing for moment in moments),
+        "lines_at_kill": [moment.lines for moment in moments],
+        "bit_identical": True,
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    path = Path(__file__).parent / "results" / "kills.json"
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    results[f"{options.ranks} process{'es' * (options.ranks > 1)}"] = result
+    path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
