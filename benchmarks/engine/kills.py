@@ -35,6 +35,7 @@ from dataclasses import replace
 from pathlib import Path
 from tests.builders import toy_world
 from trajsurgery.cli import train_command
+from trajsurgery.cli.command_line import INTERRUPTED
 from trajsurgery.training import ranks
 from trajsurgery.training.prompts import Prompt
 from trajsurgery.training.settings import Guards
@@ -50,7 +51,7 @@ world = replace(
 )
 result = train_command.main(recipe, world)
 ranks.leave()
-sys.exit(train_command.INTERRUPTED if result is None else 0)
+sys.exit(INTERRUPTED if result is None else 0)
 """
 
 
@@ -98,8 +99,7 @@ def kill_once(output: Path, iterations: int, ranks: int, draw: random.Random, in
             due = count_lines(output) >= lines + later
             if due and not in_write:
                 time.sleep(0.1 * delay)
-            if due and (not in_write or is_writing(output)):
-                time.sleep(0.005 * delay if in_write else 0)
+            if due and (not in_write or _stops_within_a_write(processes, output, 0.005 * delay)):
                 draw.shuffle(processes)
                 for process in processes:
                     process.send_signal(signal.SIGKILL)
@@ -114,6 +114,20 @@ def kill_once(output: Path, iterations: int, ranks: int, draw: random.Random, in
             process.kill()
             process.wait()
     return None
+
+
+def _stops_within_a_write(processes: list[subprocess.Popen[bytes]], output: Path, delay: float) -> bool:
+    """Stop the processes if a file is half written, and let them go on if it was whole before they stopped."""
+    if not is_writing(output):
+        return False
+    time.sleep(delay)
+    for process in processes:
+        process.send_signal(signal.SIGSTOP)
+    if is_writing(output):
+        return True
+    for process in processes:
+        process.send_signal(signal.SIGCONT)
+    return False
 
 
 def finish(processes: list[subprocess.Popen[bytes]]) -> None:

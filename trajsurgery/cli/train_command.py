@@ -21,7 +21,8 @@ from trajsurgery.evaluation.held_out import HeldOutScores, evaluate, needed_prom
 from trajsurgery.evaluation.paired_statistics import compare
 from trajsurgery.reports import run_report, validation_report
 from trajsurgery.training import components, lora, missing_gradients, preflight, ranks, sharding, srpo_support, trial
-from trajsurgery.training.checkpoint import restore_best, resume, save
+from trajsurgery.training.checkpoint import restore_best, resume, save, start_from
+from trajsurgery.training.endings import range_left, range_report
 from trajsurgery.training.memory_errors import memory_of
 from trajsurgery.training.output_files import lock_folder, storage_errors, write_atomically
 from trajsurgery.training.progress_bar import Advance, progress_bar
@@ -103,6 +104,8 @@ def _run(recipe: Recipe, scene: components.RunComponents | None, console: Consol
             log.append(final_record)
             return _print_summary(recipe, console, final_record, "this run is finished; --overwrite runs it again")
         console.print(f"goes on from iteration {training.iteration} in {recipe.output}")
+    else:
+        start_from(recipe, training)
     spent, every = training.seconds, range(1, recipe.iterations + 1)  # in the same batches wherever it goes on
     prompts = needed_prompts(parts.heldout, recipe.evaluation.images) + needed_prompts(
         parts.validation, recipe.guards.images
@@ -170,7 +173,7 @@ def _save_results(
         with storage_errors(recipe.output / "samples.png"):
             run_report.draw_samples(recipe.output / "samples.png", _run_title(recipe, training), before, after)
             plan.draw(recipe.output / "plan.svg")
-    counts = {"iterations": training.iteration, "skipped": training.skipped}
+    counts = {"iterations": training.iteration, "skipped": training.skipped, "range": range_left(recipe, training)}
     return {**compare(before, after), **counts, **validation_rounds.guards_summary(recipe, parts, training)}
 
 
@@ -191,6 +194,8 @@ def _print_summary(recipe: Recipe, console: Console, evaluation: dict[str, Any],
         console.print(
             f"[bold red]skipped iterations: {evaluation['skipped']}[/] (not finite: {causes})", highlight=False
         )
+    if left := range_report(recipe.output, evaluation.get("range")):
+        console.print(left, style="bold red", markup=False, highlight=False, soft_wrap=True)
     console.print(
         f"{evaluation['seconds']:.0f} s. In {recipe.output}: samples.png, reward.png, heldout.png, plan.svg, "
         "metrics.jsonl, transformer/" + (f"\n{remark}" if remark else ""),

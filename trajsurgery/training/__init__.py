@@ -20,9 +20,11 @@ step_gradient.py, training_loop.py    the gradient of a rollout; the loop
 training_state.py, early_stopping.py  what changes in a run; early stopping
 checkpoint.py, tensor_folder.py       checkpoints; folders of tensors, sharded or not
 output_files.py, run_log.py           atomic files, the run's lock, disk errors; metrics.jsonl
+bad_numbers.py, loss_range.py         numbers that are not finite; since when the loss is out of its range
+endings.py, memory_errors.py          how a run ends that failed; out of memory
 anchor.py, missing_gradients.py       penalty against drift; parameters without gradient
 progress_bar.py                       how much is done and the time left, on a terminal or in a log
-noise_recipe.py, noise_search.py       ReNO: optimise the noise of one prompt
+noise_recipe.py, noise_search.py      ReNO: optimise the noise of one prompt
 
 It may import everything up to `rewards`, and nothing of evaluation or reports.
 """

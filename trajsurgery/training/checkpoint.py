@@ -39,7 +39,7 @@ _WAYS_OUT = "Pass --overwrite to discard that run, or --output with another fold
 
 
 def save(recipe: Recipe, training: TrainingState) -> None:
-    """Write a checkpoint, then delete all but the newest `recipe.keep`.
+    """Write a checkpoint; delete older ones but `recipe.keep`, and the one from before the loss left its range.
 
     Raises:
         OutputError: the file system refuses; earlier checkpoints are whole.
@@ -55,8 +55,10 @@ def save(recipe: Recipe, training: TrainingState) -> None:
     write_folder(folder, training.tensors, training.counters(), about)
     training.saved = training.position
     if ranks.is_main():
+        in_range = checkpoint_in_range(recipe.output, training)
         for other in list_checkpoints(recipe.output)[recipe.keep :]:
-            shutil.rmtree(other)
+            if other != in_range:
+                shutil.rmtree(other)
         _delete_unused_best(recipe.output)
 
 
@@ -100,6 +102,17 @@ def list_checkpoints(output: Path) -> list[Path]:
     return sorted((path for path in (output / CHECKPOINTS).glob("*") if path.name.isdecimal()), reverse=True)
 
 
+def checkpoint_in_range(output: Path, training: TrainingState) -> Path | None:
+    """Return the newest checkpoint whose weights gave a loss inside the range, if the run has left it (loss_range.py).
+
+    The first iteration outside was computed with the weights of the one before it.
+    """
+    left = training.loss_range.left
+    if left is None:
+        return None
+    return next((folder for folder in list_checkpoints(output) if int(folder.name) <= left - 2), None)
+
+
 def _delete_unused_best(output: Path) -> None:
     """Delete best weights that no checkpoint names."""
     used = set[Path]()
@@ -132,9 +145,7 @@ def resume(recipe: Recipe, training: TrainingState, say: Callable[[str], None] =
     folder = _newest_whole(recipe, folders, say)
     try:
         counters = read_state(folder)
-        if any(name.startswith("optimiser.") for name in tensor_shapes(folder)):
-            training.allocate_moments()
-        read_into(folder, training.tensors)
+        _read_tensors(folder, training)
         training.set_counters(counters)
     except (KeyError, ValueError, RuntimeError) as error:
         raise RecipeError(f"{folder} does not fit the model: {error}. {_WAYS_OUT}") from error
@@ -142,6 +153,30 @@ def resume(recipe: Recipe, training: TrainingState, say: Callable[[str], None] =
     ranks.wait_for_all()  # all have read it
     Log(recipe.output / METRICS).cut(training.iteration, training.early_stopping.last)
     return True
+
+
+def start_from(recipe: Recipe, training: TrainingState) -> None:
+    """Begin with the weights, averages and moments of the checkpoint that `recipe.start` names, if it names one.
+
+    Raises:
+        RecipeError: it is damaged or no checkpoint, or does not fit the model or the optimiser.
+    """
+    if recipe.start is None:
+        return
+    folder = Path(recipe.start)
+    if reason := damage(folder):
+        raise RecipeError(f"--start {folder}: it is no whole checkpoint of a run ({reason}).")
+    try:
+        _read_tensors(folder, training)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise RecipeError(f"--start {folder} does not fit the model or the optimiser: {error}.") from error
+    training.ema.load_state_dict(read_state(folder)["ema"])
+
+
+def _read_tensors(folder: Path, training: TrainingState) -> None:
+    if any(name.startswith("optimiser.") for name in tensor_shapes(folder)):
+        training.allocate_moments()
+    read_into(folder, training.tensors)
 
 
 def _newest_whole(recipe: Recipe, folders: Sequence[Path], say: Callable[[str], None]) -> Path:

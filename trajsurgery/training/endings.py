@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
 from trajsurgery.errors import DivergedError, RecipeError
 from trajsurgery.training.bad_numbers import BadNumbers
-from trajsurgery.training.checkpoint import save
+from trajsurgery.training.checkpoint import CHECKPOINTS, checkpoint_in_range, save
 from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.training_state import TrainingState
 
@@ -28,6 +29,30 @@ def advice(bad: Sequence[BadNumbers]) -> str:
     return next((remedy for start, remedy in _REMEDIES.items() if part.startswith(start)), _REMEDIES["the velocity"])
 
 
+def range_left(recipe: Recipe, training: TrainingState) -> dict[str, Any] | None:
+    """Return since when the loss is out of its range, and the checkpoint from before, in the output folder; None if it
+    is inside.
+    """
+    if training.loss_range.left is None:
+        return None
+    folder = checkpoint_in_range(recipe.output, training)
+    return {"iteration": training.loss_range.left, "checkpoint": folder and f"{CHECKPOINTS}/{folder.name}"}
+
+
+def range_report(output: Path, left: Mapping[str, Any] | None) -> str:
+    """Return what `range_left` found as sentences; "" if the loss is inside."""
+    if left is None:
+        return ""
+    start = f"The loss left its range at iteration {left['iteration']}"
+    if left["checkpoint"] is None:
+        return f"{start}; no checkpoint from before is left (--keep)."
+    folder = output / left["checkpoint"]
+    return (
+        f"{start}; {folder} is from before, and stays. To go on from it: the same command with --start {folder}, "
+        "another --output, and what is to be mended."
+    )
+
+
 def give_up(recipe: Recipe, training: TrainingState, bad: Sequence[BadNumbers]) -> NoReturn:
     """Save what is finite and stop the run.
 
@@ -46,8 +71,8 @@ def give_up(recipe: Recipe, training: TrainingState, bad: Sequence[BadNumbers]) 
     cause = "; ".join(map(str, bad)) if bad else "the last step made weights that are not finite"
     raise DivergedError(
         f"the run stopped at iteration {training.iteration}, after {training.in_a_row} in a row with numbers that are "
-        f"not finite ({training.skipped} in all): {cause}. {state} in {recipe.output}. To mend it, {advice(bad)}, "
-        "and start anew with --overwrite or another --output."
+        f"not finite ({training.skipped} in all): {cause}. {state} in {recipe.output}. To mend it, {advice(bad)}. "
+        f"{range_report(recipe.output, range_left(recipe, training))}".rstrip()
     )
 
 

@@ -105,6 +105,9 @@ class Recipe:
     or none for the embedded models, which encode in no time; none leaves them in the host's memory, of each rank."""
     prompt_cache_limit: float = 200.0
     """GiB. As a run starts that has that folder to itself, what no run has used for longest is removed down to this."""
+    start: str | None = None
+    """A checkpoint (OUTPUT/checkpoints/ITERATION) of another run, whose weights, averages and moments a new run begins
+    with: of one that diverged, with a lower rate."""
     overwrite: bool = False
     """Discard what an earlier run left in the output folder."""
     dry_run: bool = False

@@ -113,6 +113,8 @@ def train(
             began = time.monotonic()
             record = training_step(recipe, world, embeddings, training, lambda_)
             training.seconds += time.monotonic() - began
+            figures = record.loss, record.grad_norm, record.weight, record.closed
+            training.loss_range.update(record.iteration, *figures)
             log.append(asdict(record))
             watch(record)
             if training.in_a_row >= PATIENCE:

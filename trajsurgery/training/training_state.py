@@ -15,6 +15,7 @@ from trajsurgery.training import ranks, sharding
 from trajsurgery.training.anchor import Anchor
 from trajsurgery.training.averages import start_averages
 from trajsurgery.training.early_stopping import EarlyStopping
+from trajsurgery.training.loss_range import LossRange
 from trajsurgery.training.optimisers import make_optimiser
 from trajsurgery.training.recipe import Recipe
 
@@ -48,6 +49,8 @@ class TrainingState:
     anchor: Anchor | None = None
     """The penalty against drifting from the base model (anchor.py)."""
     early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
+    loss_range: LossRange = field(default_factory=LossRange)
+    """Since when the loss is out of its range."""
     saved: tuple[int, int] | None = None
     """`position` of the last checkpoint."""
 
@@ -113,6 +116,7 @@ class TrainingState:
             "started": self.started,
             "looked": self.looked,
             "seconds": self.seconds,
+            "loss_range": asdict(self.loss_range),
             "early_stopping": asdict(self.early_stopping),
         }
 
@@ -122,6 +126,7 @@ class TrainingState:
         self.before, self.seconds, self.looked = counters["before"], counters["seconds"], counters["looked"]
         self.iteration, self.skipped, self.in_a_row = (counters[n] for n in ("iteration", "skipped", "in_a_row"))
         self.steps, self.started = counters["steps"], counters["started"]
+        self.loss_range = LossRange(**counters["loss_range"])
         self.early_stopping = EarlyStopping(**counters["early_stopping"])
 
     def allocate_moments(self) -> None:
