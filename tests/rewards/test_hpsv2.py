@@ -114,7 +114,9 @@ def test_other_weights_are_refused(tmp_path: Path, file: str) -> None:
     torch.save({"state_dict": {k: v for k, v in state.items() if k != "visual.proj"}}, tmp_path / "less.pt")
     with pytest.raises(RewardError, match=r"(?s)less.pt does not hold.*visual.proj"):
         HPSv2(str(tmp_path / "less.pt"), "small-hps")
-    with pytest.raises(RewardError, match=r"no file .*gone.pt.*hf download xswu/HPSv2 HPS_v2.1"):
+    with pytest.raises(
+        RewardError, match=r"no file .*gone.pt\. It takes HPS_v2.1_compressed.pt of the hub's xswu/HPSv2"
+    ):
         HPSv2(str(tmp_path / "gone.pt"))
 
 

@@ -20,6 +20,7 @@ from trajsurgery.cli.train_command import main
 from trajsurgery.tiny import sd3
 from trajsurgery.tiny.pipe import WEIGHTS
 from trajsurgery.training import components, model_folder, preflight
+from trajsurgery.training.settings import ModelSource
 
 LONG = {"height": 32, "width": 32, "max_sequence_length": 12, "num_inference_steps": 2, "output_type": "pt"}
 
@@ -107,7 +108,7 @@ def test_a_missing_part_is_reported_before_loading(part: str, message: str, tmp_
 
 def test_a_missing_folder_is_not_taken_for_a_hub_id(tmp_path: Path) -> None:
     for model in (str(tmp_path / "nowhere"), "./nowhere"):
-        problem = model_folder.model_problem(model)
+        problem = model_folder.model_problem(ModelSource(model))
         assert problem is not None
         assert f"there is no folder {model}" in problem
         assert "hf download" not in problem

@@ -91,8 +91,8 @@ def check_noise_recipe(recipe: NoiseRecipe) -> None:
     Raises:
         RecipeError: what is missing, and what to do.
     """
-    problems = (preflight.model_problem(recipe.model), reward_problem(recipe.reward))
-    missing, count = [problem for problem in problems if problem], preflight.parameter_count(recipe.model) or 0
+    problems = (preflight.model_problem(recipe.source), reward_problem(recipe.reward))
+    missing, count = [problem for problem in problems if problem], preflight.parameter_count(recipe.source) or 0
     if count > preflight.WITHOUT_GPU and not torch.cuda.is_available():
         missing.append(f"no GPU: torch sees no CUDA device, and {recipe.model} has {count / 1e9:.1f} G parameters.")
     if EMBEDDED.get(recipe.model, "tiny") != "tiny":
@@ -104,7 +104,7 @@ def check_noise_recipe(recipe: NoiseRecipe) -> None:
 def _load_components(recipe: NoiseRecipe) -> tuple[Any, Reward]:
     with components.quiet():
         device = ranks.choose_device(recipe.device)
-        pipe = components.load_pipeline(recipe.model, device).to(device)
+        pipe = components.load_pipeline(recipe.source, device).to(device)
         return pipe, load_reward(recipe.reward, pipe.transformer.device)
 
 

@@ -21,7 +21,7 @@ from trajsurgery.errors import RecipeError
 from trajsurgery.evaluation.comparison_table import Comparison, to_csv, to_markdown, to_table
 from trajsurgery.evaluation.geneval_folders import Sample, list_samples, make_images, missing_samples, write_metadata
 from trajsurgery.evaluation.held_out import spread_over_categories
-from trajsurgery.evaluation.model_variants import ModelVariant, base_model, find_variants, run_recipe
+from trajsurgery.evaluation.model_variants import BASE, ModelVariant, base_model, base_source, find_variants, run_recipe
 from trajsurgery.evaluation.options import Evaluate
 from trajsurgery.evaluation.picture_scores import Picture, check_rewards, reward_facts, score_pictures
 from trajsurgery.rewards.loading import Reward, load_reward, score_one
@@ -124,13 +124,18 @@ def _record_or_check_settings(
 ) -> None:
     """Write what the folder's images were made with, or raise RecipeError if it differs from this evaluation."""
     rows = json.dumps([[s.prompt.text, s.prompt.category, s.seed] for s in samples]).encode()
+    source = base_source(options)
     settings: dict[str, Any] = {
-        "model": base_model(options),
+        "model": source.name,
+        "model_variant": source.variant,
+        "transformer": source.transformer,
         "call": call,
         **{name: getattr(options, name) for name in ("precision", "batch", "images", "seed")},
         "prompts": f"{options.prompts}, {hashlib.sha256(rows).hexdigest()}",
     }
     weights = {variant.name: variant.fingerprint() for variant in variants}
+    if source.transformer:
+        weights["--transformer"] = ModelVariant(BASE, "transformer", source.transformer).fingerprint()
     saved_settings = _read_settings(options.output / SETTINGS)
     saved_weights = saved_settings.pop("weights", {})
     images = [folder for name in {**saved_weights, **weights} for folder in (options.output / name).glob("[0-9]" * 5)]
@@ -168,7 +173,7 @@ def _make_images(
     if not missing:
         return
     with console.status(f"loading {variant.where}"):
-        pipe = variant.load(base_model(options), options.precision, options.device)
+        pipe = variant.load(base_source(options), options.precision, options.device)
     accepted = inspect.signature(pipe.__call__).parameters
     unknown = [name for name in call if name not in accepted]
     if unknown and any(getattr(options, {"guidance_scale": "guidance"}.get(name, name), None) for name in unknown):

@@ -15,7 +15,7 @@ from trajsurgery.training import components, ranks
 from trajsurgery.training.checkpoint import CHECKPOINTS
 from trajsurgery.training.preflight import model_problem
 from trajsurgery.training.recipe import EMBEDDED, Recipe
-from trajsurgery.training.settings import Rollout
+from trajsurgery.training.settings import ModelSource, Rollout
 
 BASE = "base"
 LORA = "pytorch_lora_weights.safetensors"
@@ -35,10 +35,12 @@ class ModelVariant:
     where: str
     """Name or path of a whole model, of a transformer alone, or of adapters for the base."""
 
-    def load(self, base: str, precision: Literal["float32", "bfloat16"], device: str = "auto") -> Any:
+    def load(self, base: ModelSource, precision: Literal["float32", "bfloat16"], device: str = "auto") -> Any:
         """Load its pipeline, in eval mode and without progress bars."""
         with components.quiet():
-            pipe = components.load_pipeline(self.where if self.kind == "model" else base, ranks.choose_device(device))
+            pipe = components.load_pipeline(
+                self.where if self.kind == "model" and self.name != BASE else base, ranks.choose_device(device)
+            )
             if self.kind == "transformer":
                 transformer = type(pipe.transformer).from_pretrained(self.where, torch_dtype=pipe.transformer.dtype)
                 pipe.register_modules(transformer=transformer.to(pipe.transformer.device))
@@ -71,7 +73,7 @@ def find_variants(options: Evaluate) -> tuple[ModelVariant, ...]:
         RecipeError: all that is missing, or two models with one name.
     """
     variants = [ModelVariant(BASE, "model", base_model(options)), *map(_tuned_variant, options.tuned)]
-    problems = [problem for variant in variants if (problem := _variant_problem(variant))]
+    problems = [problem for variant in variants if (problem := _variant_problem(variant, base_source(options)))]
     names = [variant.name for variant in variants]
     duplicates = sorted({name for name in names if names.count(name) > 1})
     if duplicates:
@@ -84,6 +86,14 @@ def find_variants(options: Evaluate) -> tuple[ModelVariant, ...]:
 def base_model(options: Evaluate) -> str:
     """Return the base model: from the options, else that of the first run, else tiny."""
     return options.model or run_recipe(options).get("model", "tiny")
+
+
+def base_source(options: Evaluate) -> ModelSource:
+    """Return where the base model's files are: as the options say, else as the first run does."""
+    run, model = run_recipe(options), base_model(options)
+    run = run if run.get("model") == model else {}
+    variant = options.model_variant or run.get("model_variant")
+    return ModelSource(model, variant, options.transformer or run.get("transformer"))
 
 
 def run_recipe(options: Evaluate) -> dict[str, Any]:
@@ -117,20 +127,20 @@ def _adapter_file(path: Path) -> Path | None:
     return files[0] if len(files) == 1 and alone else None
 
 
-def _variant_problem(variant: ModelVariant) -> str | None:
+def _variant_problem(variant: ModelVariant, base: ModelSource) -> str | None:
     path = Path(variant.where)
+    if variant.name == BASE and variant.where != "tiny:wan":
+        return model_problem(base)
     if variant.where == "tiny:wan":
         return "tiny:wan makes videos: evaluate compares images."
     if variant.kind == "transformer" and not any(path.glob("*.safetensors")):
         return f"{path} has a config.json, but no weights (*.safetensors)."
     if variant.kind != "model":
         return None
-    if variant.name != BASE and path.is_dir() and not (path / "model_index.json").is_file():
+    if path.is_dir() and not (path / "model_index.json").is_file():
         unfinished = " It is a run that is not finished." if (path / CHECKPOINTS).is_dir() else ""
         return (
             f"{path} holds nothing tuned: no transformer/, no config.json, no {LORA}, no model_index.json.{unfinished}"
         )
-    if variant.name != BASE and not path.exists() and variant.where not in EMBEDDED:
-        problem = model_problem(variant.where)
-        return problem and problem.replace("--model FOLDER", "--tuned FOLDER")
-    return model_problem(variant.where)
+    problem = model_problem(ModelSource(variant.where))
+    return problem and problem.replace("--model FOLDER", "--tuned FOLDER")

@@ -43,6 +43,10 @@ class Evaluate:
     """tiny, tiny:sd3, a folder that diffusers can load, or a hub id that is cached; by default the model that
     the first --tuned was tuned from, or tiny.
     """
+    model_variant: str | None = None
+    """In the names of the model's weight files: fp16 for model.fp16.safetensors; by default the run's."""
+    transformer: str | None = None
+    """Another transformer for the model, one file or a folder; by default the run's."""
     tuned: UseAppendAction[tuple[str, ...]] = ()
     """What to compare: the folder of a run, its transformer folder, adapters (a folder or file that load_lora_weights
     reads), or another model; may be given several times.

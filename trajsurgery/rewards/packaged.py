@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trajsurgery.rewards.contract import Reward
-from trajsurgery.rewards.weight_files import cached_file
+from trajsurgery.rewards.weight_files import cached_file, is_local
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,13 @@ def missing_weights(reward: str) -> str | None:
     if packaged is None or (Path(where).exists() if where else cached_file(packaged.repository, packaged.file)):
         return None
     file = "" if packaged.file == "config.json" else f" {packaged.file}"
-    problem = f"there is no {where}" if where else f"the weights of {name} are not in the Hugging Face cache"
-    return f"no reward: {problem}. Fetch them with `hf download {packaged.repository}{file}`, or pass {name}:FILE."
+    if where and (packaged.place != "model" or is_local(where)):
+        takes = f"takes{file or ' the folder'} of the hub's {packaged.repository}"
+        return f"no reward: there is no {where}. {name}:FILE {takes}."
+    return (
+        f"no reward: the weights of {name} are not in the Hugging Face cache. Fetch them with `hf download "
+        f"{where or packaged.repository}{file}`, or pass {name}:FILE."
+    )
 
 
 def _look_up(reward: str) -> tuple[PackagedReward | None, str, str]:

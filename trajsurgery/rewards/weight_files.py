@@ -23,6 +23,10 @@ SHA256 = {
 """Checksums of known files: of a repository's file, which is checked in the cache, or of a file wherever it is."""
 
 
+WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".gguf")
+"""What files of weights end in."""
+
+
 def find_file(reward: str, path: str | Path | None, repository: str, file: str) -> Path:
     """Return the given file, else that of the repository in the cache.
 
@@ -33,10 +37,11 @@ def find_file(reward: str, path: str | Path | None, repository: str, file: str) 
         return check_sha256(reward, cached, f"{repository}/{file}")
     if path is not None and Path(path).is_file():
         return check_sha256(reward, Path(path), Path(path).name)
-    problem = "its weights are not in the Hugging Face cache" if path is None else f"there is no file {path}"
+    if path is not None:
+        raise RewardError(f"{reward}: there is no file {path}. It takes {file} of the hub's {repository}.")
     raise RewardError(
-        f"{reward}: {problem}. `hf download {repository} {file}` fetches them and prints where they are, or pass their "
-        "file."
+        f"{reward}: its weights are not in the Hugging Face cache. `hf download {repository} {file}` fetches them and "
+        "prints where they are, or pass their file."
     )
 
 
@@ -58,6 +63,8 @@ def find_folder(reward: str, place: str | Path, file: str = "config.json") -> Pa
             f"{reward}: the folder {place} has no {file}: it takes what transformers' save_pretrained wrote."
         )
     cached = cached_file(str(place), file)
+    if cached is None and is_local(place):
+        raise RewardError(f"{reward}: there is no folder {place}. It takes what transformers' save_pretrained wrote.")
     if cached is None:
         raise RewardError(
             f"{reward}: {place} is neither a folder nor in the Hugging Face cache: `hf download {place}` fetches it, "
@@ -170,3 +177,11 @@ def linear_head(reward: str, state: Mapping[str, Tensor], width: int) -> nn.Sequ
         shapes = {key: list(value.shape) for key, value in state.items()}
         raise RewardError(f"{reward}: these are not the linear layers of its head: {shapes}.")
     return layers
+
+
+def is_local(place: str | Path) -> bool:
+    """Whether a name is a path of this machine, not a hub id (OWNER/NAME), whether or not it exists."""
+    text, path = str(place), Path(place)
+    if text.startswith((".", "/", "~")) or text.endswith(("/", *WEIGHT_FILES)) or text.count("/") > 1 or "\\" in text:
+        return True
+    return path.exists() or ("/" in text and path.parent.is_dir())

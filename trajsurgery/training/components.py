@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from trajsurgery.errors import RecipeError
 from trajsurgery.rewards.loading import Reward, load_reward, mixture_weights, quiet_rewards, score_one
-from trajsurgery.training import attention, compilation, lora, model_folder, precision, ranks, sharding, vae_decoding
+from trajsurgery.training import attention, compilation, lora, precision, ranks, sharding, vae_decoding
 from trajsurgery.training.objective import DETACHED
+from trajsurgery.training.pipeline_loading import load_pipeline as load_pipeline
 from trajsurgery.training.prompt_cache import PromptCache, free_text_encoders, open_folder
 from trajsurgery.training.prompts import Prompt, read_prompts
 from trajsurgery.training.recipe import EMBEDDED, Recipe
-from trajsurgery.training.settings import Trained
 
 Judge = Callable[[Tensor, Sequence[str]], tuple[Tensor, Tensor]]
 """judge(images, prompts) -> (correct Bool[batch], junk Float[batch], a share of pixels): rules no reward has seen."""
@@ -97,7 +97,7 @@ def load(recipe: Recipe) -> RunComponents:
         RecipeError: an unknown name; `preflight.check_recipe` reports all of them, and sooner.
     """
     with quiet():
-        pipe = prepare_pipeline(load_pipeline(recipe.model, ranks.choose_device(recipe.device), recipe.train), recipe)
+        pipe = prepare_pipeline(load_pipeline(recipe.source, ranks.choose_device(recipe.device), recipe.train), recipe)
         scorers = {
             name: load_reward(name, pipe.transformer.device) for name in (recipe.reward, *held_out_scorers(recipe))
         }
@@ -176,35 +176,6 @@ def prepare_pipeline(pipe: Any, recipe: Recipe) -> Any:
         vae_decoding.prepare_vae(pipe.vae, recipe.decoder, low)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def load_pipeline(model: str, device: torch.device | str = "cpu", trained: Trained | None = None) -> Any:
-    """Load the pipeline that a recipe names, on the CPU, in float32; for a GPU with text encoders in bfloat16.
-
-    Args:
-        trained: quantises the transformer, if it says so.
-    """
-    world, _, name = model.partition(":")
-    config = precision.quantisation(trained) if trained else None
-    if world == "tiny":
-        if config is not None:
-            raise RecipeError(f"--train.base int8 and nf4 need a folder or hub id as --model; {model} is embedded.")
-        return import_module("trajsurgery.tiny").pipeline(name or "flux")
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-
-    if missing := model_folder.model_problem(model):  # of a missing tokenizer transformers makes an empty one
-        raise RecipeError(missing)
-    try:
-        dtypes = _component_dtypes(torch.device(device)) | ({"transformer": torch.bfloat16} if config else {})
-        return DiffusionPipeline.from_pretrained(model, dtype=dtypes, quantization_config=config, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{model} can't be loaded: {error} Fetch it anew with `hf download`.") from error
-
-
-def _component_dtypes(device: torch.device) -> Any:
-    """Text encoders are frozen and large: bfloat16 on a GPU. The transformer and the VAE stay float32."""
-    small = torch.float32 if device.type == "cpu" else torch.bfloat16
-    return {"text_encoder": small, "text_encoder_2": small, "text_encoder_3": small, "default": torch.float32}
 
 
 def _embedded_world(prompts: str) -> Any:

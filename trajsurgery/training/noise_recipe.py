@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trajsurgery.errors import RecipeError
+from trajsurgery.training.settings import ModelSource
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,10 @@ class NoiseRecipe:
     """What the image is to show."""
     model: str = "tiny"
     """tiny (the embedded Flux), tiny:sd3, a folder that diffusers can load, or a hub id that is cached."""
+    model_variant: str | None = None
+    """In the names of the model's weight files: fp16 for model.fp16.safetensors. Left out, plain names."""
+    transformer: str | None = None
+    """Another transformer for the model: one file, as other tools have it (flux1-dev.safetensors), or a folder."""
     reward: str = "tiny"
     """As in the other recipes: tiny, tiny:SCORER, hpsv2.1, ..., NAME:FILE, remote:HOST:PORT, MODULE:NAME, FILE.py:NAME.
     """
@@ -86,6 +91,11 @@ class NoiseRecipe:
             raise RecipeError(f"{', '.join(wrong)}: each is at least 1.")
         if not self.prompt.strip():
             raise RecipeError("the prompt is empty: say what the image is to show, --prompt 'a red circle'.")
+
+    @property
+    def source(self) -> ModelSource:
+        """Where the model's files are."""
+        return ModelSource(self.model, self.model_variant, self.transformer)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a plain dict (JSON)."""

@@ -19,6 +19,7 @@ from trajsurgery.training.optimisers import MOMENTS
 from trajsurgery.training.precision import KEPT, kept_in
 from trajsurgery.training.prompts import read_prompts
 from trajsurgery.training.recipe import EMBEDDED, Recipe
+from trajsurgery.training.settings import ModelSource
 
 PARAMETERS = {"black-forest-labs/FLUX.1-dev": 11_901_408_320, "stabilityai/stable-diffusion-3.5-medium": 2_243_171_520}
 """Parameters of the transformers that the recipes name."""
@@ -40,7 +41,7 @@ def check_recipe(recipe: Recipe) -> None:
         RecipeError: everything that is missing, what the run would need, and what to do.
     """
     scorers = dict.fromkeys((recipe.reward, *(recipe.evaluation.metrics or ())))
-    named = model_problem(recipe.model), *map(reward_problem, scorers)
+    named = model_problem(recipe.source), *map(reward_problem, scorers)
     problems = (
         _method_problem(recipe),
         _judge_problem(recipe.reward),
@@ -59,25 +60,19 @@ def training_gib(recipe: Recipe) -> float | None:
     """Return GiB for weights, gradients, optimiser and averages, if the model's size is known; for frozen weights alone
     where adapters train.
     """
-    count, weight = parameter_count(recipe.model), KEPT[kept_in(recipe)]
+    count, weight = parameter_count(recipe.source), KEPT[kept_in(recipe)]
     averages = AVERAGE if recipe.ema_on == "device" else 0
     trained = weight + MOMENTS[recipe.optimiser.name] + averages if recipe.train.what == "full" else 0
     return None if count is None else (weight + trained) * count / 2**30
 
 
-def parameter_count(model: str) -> int | None:
-    """Return the transformer's number of parameters: of a known model, or from a local folder's file headers."""
-    if model in PARAMETERS:
-        return PARAMETERS[model]
-    files = sorted(Path(model, "transformer").glob("*.safetensors"))
-    return sum(map(_element_count, files)) if files else None
-
-
-def _element_count(file: Path) -> int:
-    from safetensors import safe_open
-
-    with safe_open(file, "pt") as weights:
-        return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+def parameter_count(source: ModelSource) -> int | None:
+    """Return the transformer's number of parameters: of a known model, or from the headers of local files."""
+    if source.name in PARAMETERS:
+        return PARAMETERS[source.name]
+    place = Path(source.transformer or Path(source.name, "transformer"))
+    files = [place] if place.is_file() else model_folder.weight_files(place, source.variant)
+    return sum(sum(map(math.prod, model_folder.shapes(file).values())) for file in files) or None
 
 
 def _method_problem(recipe: Recipe) -> str | None:
@@ -114,7 +109,7 @@ def _judge_problem(reward: str) -> str | None:
 
 
 def _device_problem(recipe: Recipe) -> str | None:
-    needed, count = training_gib(recipe), parameter_count(recipe.model)
+    needed, count = training_gib(recipe), parameter_count(recipe.source)
     if needed is None or count is None or count <= WITHOUT_GPU:
         return None
     if not torch.cuda.is_available():
@@ -132,13 +127,14 @@ def _device_problem(recipe: Recipe) -> str | None:
     )
 
 
-def model_problem(name: str) -> str | None:
-    """Return what the recipe's `model` is missing here and how to fix it; None if nothing."""
-    if name in EMBEDDED:
-        stage = name.partition(":")[2] or "flux"
+def model_problem(source: ModelSource) -> str | None:
+    """Return what the recipe's model is missing here and how to fix it; None if nothing."""
+    if source.name in EMBEDDED:
+        stage = source.name.partition(":")[2] or "flux"
         command = f"python -m benchmarks.world.train --stage {stage}, then --stage ship"
-        return None if FOLDERS[stage].is_dir() else f"no weights: {name} is not in this package. Make them: {command}."
-    return model_folder.model_problem(name)
+        problem = f"no weights: {source.name} is not in this package. Make them: {command}."
+        return None if FOLDERS[stage].is_dir() else problem
+    return model_folder.model_problem(source, (*EMBEDDED, *PARAMETERS))
 
 
 def _prompt_problems(recipe: Recipe) -> list[str]:
@@ -162,7 +158,7 @@ def prompts_problem(path: str) -> str | None:
 
 
 def _requirements(recipe: Recipe) -> list[str]:
-    needed, count, lines = training_gib(recipe), parameter_count(recipe.model), list[str]()
+    needed, count, lines = training_gib(recipe), parameter_count(recipe.source), list[str]()
     if needed is not None and count is not None and count > WITHOUT_GPU:
         full = "weights, gradients, moments and averages, shared by the GPUs of a node (the paper used 16)"
         lines.append(

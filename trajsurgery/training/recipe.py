@@ -18,6 +18,7 @@ from trajsurgery.training.settings import (
     Gather,
     Guards,
     Hardware,
+    ModelSource,
     Objective,
     Optimiser,
     Rollout,
@@ -53,6 +54,10 @@ class Recipe:
     """Draws a plan for each iteration."""
     model: str = "tiny"
     """tiny (the embedded Flux), tiny:sd3, tiny:wan, a folder that diffusers can load, or a hub id that is cached."""
+    model_variant: str | None = None
+    """In the names of the model's weight files: fp16 for model.fp16.safetensors. Left out, plain names."""
+    transformer: str | None = None
+    """Another transformer for the model: one file, as other tools have it (flux1-dev.safetensors), or a folder."""
     reward: str = "tiny"
     """tiny, tiny:SCORER, a name of trajsurgery.rewards.packaged (hpsv2.1, pickscore, imagereward, ...), the same with
     :FILE, remote:HOST:PORT, or MODULE:NAME or FILE.py:NAME: a reward, or what makes one without arguments. A weighted
@@ -186,6 +191,11 @@ class Recipe:
         if self.prompt_cache == "auto":
             return None if self.model in EMBEDDED else self.output.parent / "prompt-cache"
         return None if self.prompt_cache == "none" else Path(self.prompt_cache)
+
+    @property
+    def source(self) -> ModelSource:
+        """Where the model's files are."""
+        return ModelSource(self.model, self.model_variant, self.transformer)
 
     @property
     def weights_at(self) -> WeightsAt:

@@ -18,6 +18,24 @@ WeightsAt = Literal["all", "none", "j"] | tuple[int, ...]
 
 
 @dataclass(frozen=True)
+class ModelSource:
+    """Where a pipeline's files are."""
+
+    name: str
+    """An embedded model, a folder that `save_pretrained` wrote, or a hub id in the local cache."""
+    variant: str | None = None
+    """In the names of its weight files, such as fp16 in model.fp16.safetensors. Parts without it have plain names."""
+    transformer: str | None = None
+    """Another transformer for it: a file in any layout that diffusers' `from_single_file` reads, or a folder."""
+
+    def __post_init__(self) -> None:
+        if self.name.partition(":")[0] == "tiny" and (self.variant or self.transformer):
+            raise RecipeError(
+                f"{self.name} is embedded: --model-variant and --transformer need a folder or hub id as --model."
+            )
+
+
+@dataclass(frozen=True)
 class Objective:
     """Settings of the loss."""
 
