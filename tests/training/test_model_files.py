@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.world import sd3_parts
@@ -151,6 +151,13 @@ def write(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], Path]:
     return written
 
 
+def incomplete(folder: Path) -> Path:
+    other().save_pretrained(folder)
+    file = folder / "diffusion_pytorch_model.safetensors"
+    save_file({name: w for name, w in load_file(file).items() if name != "proj_out.weight"}, file, {"format": "pt"})
+    return folder
+
+
 def garbage(folder: Path, name: str) -> Path:
     (folder / name).write_bytes(b"not weights at all" * 9)
     return folder / name
@@ -162,6 +169,7 @@ WRONG: dict[str, tuple[Callable[[Path], Path], str]] = {
     "scales": (write(lambda s: s.update({"proj_out.scale_weight": torch.ones(1)})), "is quantised: take the file in b"),
     "gguf": (lambda f: garbage(f, "flux1-dev-Q4_0.gguf"), "is quantised: take the file in b"),
     "garbage": (lambda f: garbage(f, "file.safetensors"), "can't be read as the FluxTransformer2DModel"),
+    "a folder without a weight": (incomplete, "has no proj_out.weight and 0 further weights"),
     "no such file": (lambda f: f / "gone.safetensors", "there is no --transformer"),
     "an empty folder": (lambda f: f, "no config.json"),
 }
