@@ -15,7 +15,6 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from torch.distributed.checkpoint.api import CheckpointException
 
 from trajsurgery.errors import OutputError, RecipeError
 from trajsurgery.training import ranks
@@ -65,9 +64,6 @@ def storage_errors(path: Path) -> Generator[None]:
         yield
     except OSError as error:
         raise OutputError(_message(path, error.strerror or str(error))) from error
-    except CheckpointException as error:
-        cause = next(iter(error.failures.values()))[0]
-        raise OutputError(_message(path, getattr(cause, "strerror", None) or str(cause))) from cause
     except SafetensorError as error:
         raise OutputError(_message(path, str(error))) from error
     except RuntimeError as error:  # torch's writer does not say what the file system said

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -51,7 +52,7 @@ def write_folder(
             ranks.wait_for_all()
             sharded = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
             if sharded:
-                save(sharded, storage_writer=FileSystemWriter(partial, sync_files=True))
+                _save_sharded(partial, sharded)
             if ranks.is_main():
                 others = {name: tensor for name, tensor in tensors.items() if name not in sharded}
                 torch.save({"tensors": others, "state": dict(state)}, partial / STATE)
@@ -70,6 +71,13 @@ def write_folder(
                 shutil.rmtree(partial, ignore_errors=True)
             raise
     ranks.wait_for_all()
+
+
+def _save_sharded(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    try:
+        save(dict(tensors), storage_writer=FileSystemWriter(folder, sync_files=True))
+    except CheckpointException as error:  # what the file system said to one of the ranks
+        raise next(iter(error.failures.values()))[0] from error
 
 
 def _replace(folder: Path, new: Path) -> None:
