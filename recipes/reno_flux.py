@@ -6,7 +6,7 @@ import sys
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait are slow on a busy machine
 
 from trajsurgery.cli.recipe_script import cli
-from trajsurgery.training.noise_recipe import presets
+from trajsurgery.training.noise.noise_recipe import presets
 
 RECIPES = presets("outputs/reno_flux")
 

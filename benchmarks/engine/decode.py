@@ -24,7 +24,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from benchmarks.engine.memory import COLOURS, MIB, resident_bytes, run_in_process
 from benchmarks.provenance import provenance
 from trajsurgery import leapalign, operate
-from trajsurgery.training import vae_decoding
+from trajsurgery.training.model import vae_decoding
 from trajsurgery.training.settings import Decoder
 
 TILED = Decoder(tiling=256, checkpointing=True)

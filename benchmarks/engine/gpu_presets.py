@@ -15,14 +15,14 @@ from benchmarks.engine.gpu_models import Scale, pipeline
 from benchmarks.engine.gpu_recipe import RandomHPSv2, text_parts
 from trajsurgery import LeapAlign, tiny
 from trajsurgery.cli.train_command import main
-from trajsurgery.training import trial
 from trajsurgery.training.averages import update_averages
+from trajsurgery.training.checkpoints.training_state import TrainingState
+from trajsurgery.training.checks import trial
 from trajsurgery.training.components import PromptCache, RunComponents, pipeline_arguments, prepare_pipeline
 from trajsurgery.training.presets import presets
 from trajsurgery.training.prompts import Prompt
 from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.training_loop import training_step
-from trajsurgery.training.training_state import TrainingState
 
 
 def shortened(name: str, scale: Scale) -> Recipe:

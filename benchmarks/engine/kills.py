@@ -27,7 +27,7 @@ from typing import Any
 
 from benchmarks.provenance import provenance
 from tests.builders.saved_runs import assert_same_run
-from trajsurgery.training.run_log import METRICS
+from trajsurgery.training.checkpoints.run_log import METRICS
 
 RUN = """
 import sys, torch
@@ -36,7 +36,7 @@ from pathlib import Path
 from tests.builders import toy_world
 from trajsurgery.cli import train_command
 from trajsurgery.cli.command_line import INTERRUPTED
-from trajsurgery.training import ranks
+from trajsurgery.training.distributed import ranks
 from trajsurgery.training.prompts import Prompt
 from trajsurgery.training.settings import Guards
 torch.set_num_threads(1)

@@ -18,10 +18,11 @@ import torch
 import tyro
 
 from trajsurgery import LeapAlign
-from trajsurgery.training import components, ranks
+from trajsurgery.training import components
+from trajsurgery.training.checkpoints.training_state import TrainingState
+from trajsurgery.training.distributed import ranks
 from trajsurgery.training.presets import presets
 from trajsurgery.training.training_loop import StepRecord, iteration_generator, train
-from trajsurgery.training.training_state import TrainingState
 
 WAYS = {"ddp": ("ddp", "iteration"), "fsdp, iteration": ("fsdp", "iteration"), "fsdp, layer": ("fsdp", "layer")}
 ALONE = {"one process": ("none", "iteration")}

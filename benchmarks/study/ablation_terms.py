@@ -21,7 +21,7 @@ from benchmarks.study.tables import row
 from trajsurgery import leapalign, operate
 from trajsurgery.surgery.api import distances
 from trajsurgery.training import components, objective
-from trajsurgery.training.checkpoint import saved_tensors
+from trajsurgery.training.checkpoints.checkpoint import saved_tensors
 from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.training_loop import iteration_generator
 

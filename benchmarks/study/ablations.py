@@ -33,7 +33,7 @@ from benchmarks.study.runs import Task, diverged_runs, has_scores, is_finished, 
 from benchmarks.study.seed_statistics import NAMED, finished_seeds, interval, resolution
 from benchmarks.study.tables import cell, half_width, row
 from benchmarks.study.worker_pool import run_tasks
-from trajsurgery.training.output_files import write_atomically
+from trajsurgery.training.checkpoints.output_files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -34,10 +34,10 @@ from benchmarks.study.methods import METHODS
 from trajsurgery.methods import LeapAlign
 from trajsurgery.plans.nodes import Velocity
 from trajsurgery.training import components
+from trajsurgery.training.checkpoints.training_state import TrainingState
 from trajsurgery.training.presets import presets
 from trajsurgery.training.recipe import Method, Recipe
 from trajsurgery.training.training_loop import iteration_generator, training_step
-from trajsurgery.training.training_state import TrainingState
 
 MEASURED: dict[str, Method] = {**METHODS, "leaps 1": LeapAlign(leaps=1), "leaps 3": LeapAlign(leaps=3)}
 

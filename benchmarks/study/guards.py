@@ -30,9 +30,9 @@ from torch import Tensor
 from benchmarks.provenance import provenance
 from trajsurgery.cli.train_command import main as run
 from trajsurgery.methods import LeapAlign
+from trajsurgery.training.checkpoints.run_log import METRICS, Log
 from trajsurgery.training.presets import presets
 from trajsurgery.training.recipe import Recipe
-from trajsurgery.training.run_log import METRICS, Log
 from trajsurgery.training.settings import Evaluation, Guards, Objective, Optimiser
 
 RESULTS = Path(__file__).parent / "results"

@@ -17,12 +17,12 @@ from trajsurgery import tiny
 from trajsurgery.errors import DivergedError, RecipeError
 from trajsurgery.evaluation.held_out import HeldOutScores, evaluate
 from trajsurgery.training import components
-from trajsurgery.training.checkpoint import resume
-from trajsurgery.training.output_files import lock_folder, write_atomically
+from trajsurgery.training.checkpoints.checkpoint import resume
+from trajsurgery.training.checkpoints.output_files import lock_folder, write_atomically
+from trajsurgery.training.checkpoints.run_log import METRICS, Log
+from trajsurgery.training.checkpoints.training_state import TrainingState
 from trajsurgery.training.recipe import Recipe, differences
-from trajsurgery.training.run_log import METRICS, Log
 from trajsurgery.training.training_loop import train
-from trajsurgery.training.training_state import TrainingState
 
 DONE = "done.json"
 """The file that is written last into a run's folder."""

@@ -38,8 +38,8 @@ from trajsurgery.errors import SurgeryError
 from trajsurgery.evaluation.held_out import HeldOutScores, evaluate
 from trajsurgery.methods import ReFL
 from trajsurgery.training import components
-from trajsurgery.training.checkpoint import saved_tensors
-from trajsurgery.training.output_files import write_atomically
+from trajsurgery.training.checkpoints.checkpoint import saved_tensors
+from trajsurgery.training.checkpoints.output_files import write_atomically
 from trajsurgery.training.recipe import Recipe
 
 RESULTS = Path(__file__).parent / "results"

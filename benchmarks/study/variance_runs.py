@@ -13,12 +13,12 @@ import torch
 from benchmarks.study.seed_statistics import interval
 from trajsurgery.evaluation.held_out import evaluate
 from trajsurgery.methods import DRTune, LeapAlign
+from trajsurgery.training.checkpoints.output_files import write_atomically
+from trajsurgery.training.checkpoints.training_state import TrainingState
 from trajsurgery.training.components import PromptCache, hinge_threshold, load, pipeline_arguments
-from trajsurgery.training.output_files import write_atomically
 from trajsurgery.training.presets import presets
 from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.training_loop import training_step
-from trajsurgery.training.training_state import TrainingState
 
 METHODS: dict[str, Any] = {"leapalign": LeapAlign(alpha=0.3), "drtune": DRTune(connected=True)}
 CONFIGURATIONS = {

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.builders import toy_world
 from trajsurgery.cli import train_command
-from trajsurgery.training import ranks
+from trajsurgery.training.distributed import ranks
 from trajsurgery.training.recipe import Recipe
 
 

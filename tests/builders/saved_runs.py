@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trajsurgery.training.checkpoint import list_checkpoints, saved_tensors
-from trajsurgery.training.run_log import METRICS, Log
-from trajsurgery.training.tensor_folder import read_state
+from trajsurgery.training.checkpoints.checkpoint import list_checkpoints, saved_tensors
+from trajsurgery.training.checkpoints.run_log import METRICS, Log
+from trajsurgery.training.checkpoints.tensor_folder import read_state
 
 
 def load_checkpoint(output: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from trajsurgery.evaluation.held_out import HeldOutScores
-from trajsurgery.training.run_log import METRICS, Log
+from trajsurgery.training.checkpoints.run_log import METRICS, Log
 
 CATEGORIES = ("single object", "two objects", "counting", "colours", "position", "attribute binding")
 

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from trajsurgery.cli.command_line import INTERRUPTED, exit_code, read_recipe
 from trajsurgery.errors import RecipeError
-from trajsurgery.training.noise_recipe import presets
+from trajsurgery.training.noise.noise_recipe import presets
 
 
 def test_flags_change_the_preset_they_name() -> None:

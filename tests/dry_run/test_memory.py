@@ -21,7 +21,7 @@ from trajsurgery.cli.recipe_script import cli
 from trajsurgery.dry_run import MemoryPlan, PipelineSpec, find_spec
 from trajsurgery.dry_run.measure import PeakMemory, flop_counter
 from trajsurgery.dry_run.model_costs import ModelCosts, measure_model
-from trajsurgery.training import lora, vae_decoding
+from trajsurgery.training.model import lora, vae_decoding
 from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.settings import Decoder, Hardware, Rollout, Trained
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from tests.builders.small_pipelines import PIPELINES
 from tests.dry_run.test_memory import PLAN, recipe, small
 from trajsurgery import plan_memory
+from trajsurgery.training.checkpoints.training_state import TrainingState
 from trajsurgery.training.components import prepare_pipeline
 from trajsurgery.training.settings import Optimiser, Trained
-from trajsurgery.training.training_state import TrainingState
 
 CASES: dict[str, dict[str, Any]] = {
     "all weights": {},

@@ -23,7 +23,8 @@ from trajsurgery.evaluation.comparison_table import Comparison, to_markdown
 from trajsurgery.evaluation.geneval_folders import Sample
 from trajsurgery.evaluation.options import Evaluate
 from trajsurgery.evaluation.paired_statistics import paired
-from trajsurgery.training import components, lora
+from trajsurgery.training import components
+from trajsurgery.training.model import lora
 from trajsurgery.training.prompts import Prompt
 from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.settings import Trained

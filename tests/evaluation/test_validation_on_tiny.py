@@ -14,11 +14,11 @@ from torch import Tensor
 from trajsurgery import LeapAlign, tiny
 from trajsurgery.evaluation import validation_rounds
 from trajsurgery.training import components
+from trajsurgery.training.checkpoints.run_log import METRICS, Log
+from trajsurgery.training.checkpoints.training_state import TrainingState
 from trajsurgery.training.recipe import Recipe
-from trajsurgery.training.run_log import METRICS, Log
 from trajsurgery.training.settings import Evaluation, Guards, Objective, Optimiser, Rollout
 from trajsurgery.training.training_loop import train
-from trajsurgery.training.training_state import TrainingState
 
 HACKED, HELD = "tests.evaluation.test_validation_on_tiny:Brightness", "tiny:scorer_b"
 

@@ -23,16 +23,17 @@ from trajsurgery.cli.train_command import main
 from trajsurgery.evaluation import validation_rounds
 from trajsurgery.evaluation.held_out import evaluate
 from trajsurgery.reports import run_report, validation_report
-from trajsurgery.training import checkpoint, training_loop
-from trajsurgery.training.checkpoint import restore_best, resume
+from trajsurgery.training import training_loop
+from trajsurgery.training.checkpoints import checkpoint
+from trajsurgery.training.checkpoints.checkpoint import restore_best, resume
+from trajsurgery.training.checkpoints.run_log import METRICS, Log
+from trajsurgery.training.checkpoints.training_state import TrainingState
 from trajsurgery.training.components import RunComponents, load
 from trajsurgery.training.early_stopping import EarlyStopping
 from trajsurgery.training.prompts import Prompt
 from trajsurgery.training.recipe import Recipe, differences
-from trajsurgery.training.run_log import METRICS, Log
 from trajsurgery.training.settings import Guards
 from trajsurgery.training.training_loop import train
-from trajsurgery.training.training_state import TrainingState
 
 PROMPTS = tuple(Prompt(text, "any") for text in ("a blue circle", "a square near a circle", "three circles"))
 

@@ -23,10 +23,10 @@ from trajsurgery.evaluation.held_out import HeldOutScores, evaluate, spread_over
 from trajsurgery.evaluation.paired_statistics import compare, in_standard_errors, paired
 from trajsurgery.reports import run_report
 from trajsurgery.reports.validation_report import smoothed
-from trajsurgery.training.checkpoint import resume
+from trajsurgery.training.checkpoints.checkpoint import resume
+from trajsurgery.training.checkpoints.run_log import METRICS, Log
+from trajsurgery.training.checkpoints.training_state import TrainingState
 from trajsurgery.training.prompts import Prompt
-from trajsurgery.training.run_log import METRICS, Log
-from trajsurgery.training.training_state import TrainingState
 
 
 def scores(reward: Sequence[float], correct: Sequence[bool] | None = None, texts: str = "") -> HeldOutScores:

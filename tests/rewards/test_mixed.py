@@ -11,7 +11,7 @@ from trajsurgery import RecipeError, RewardError
 from trajsurgery.rewards.contract import Reward
 from trajsurgery.rewards.loading import mixture_parts, mixture_weights
 from trajsurgery.rewards.mixtures import Relative, Weighted
-from trajsurgery.training import preflight
+from trajsurgery.training.checks import preflight
 from trajsurgery.training.recipe import Recipe
 
 

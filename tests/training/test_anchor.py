@@ -19,11 +19,11 @@ from tests.training.test_several_plans import FixedPlans
 from trajsurgery import LeapAlign, Trajectory, leapalign, rollout
 from trajsurgery.testing import MLP
 from trajsurgery.training.anchor import Anchor, swapped
+from trajsurgery.training.checkpoints.training_state import TrainingState
 from trajsurgery.training.components import PromptCache
 from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.settings import Guards, Optimiser, Rollout, Trained
 from trajsurgery.training.training_loop import training_step
-from trajsurgery.training.training_state import TrainingState
 
 
 def add_noise(parameters: Any, by: float, seed: int = 0) -> None:

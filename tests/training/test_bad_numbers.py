@@ -20,12 +20,12 @@ from tests.training.test_trial import WithoutFiniteGradient
 from trajsurgery import DRTune, LeapAlign
 from trajsurgery.cli.train_command import main
 from trajsurgery.surgery.trajectory import Trajectory
-from trajsurgery.training.bad_numbers import BadNumbers, first_not_finite
+from trajsurgery.training.checkpoints.run_log import METRICS, Log
+from trajsurgery.training.checkpoints.training_state import TrainingState
 from trajsurgery.training.components import PromptCache, RunComponents
+from trajsurgery.training.faults.bad_numbers import BadNumbers, first_not_finite
 from trajsurgery.training.recipe import Recipe
-from trajsurgery.training.run_log import METRICS, Log
 from trajsurgery.training.training_loop import StepRecord, training_step
-from trajsurgery.training.training_state import TrainingState
 
 
 class NotOfBlue(toy_world.LikesRed):

@@ -18,12 +18,12 @@ from tests.builders.saved_runs import assert_same_run
 from trajsurgery import DRaFTLV, DRTune, LeapAlign, RecipeError, ReFL
 from trajsurgery.cli.train_command import main
 from trajsurgery.evaluation.held_out import evaluate
-from trajsurgery.training.checkpoint import discard, list_checkpoints, resume, save
+from trajsurgery.training.checkpoints.checkpoint import discard, list_checkpoints, resume, save
+from trajsurgery.training.checkpoints.run_log import METRICS, Log
+from trajsurgery.training.checkpoints.training_state import TrainingState
 from trajsurgery.training.recipe import Method, Recipe
-from trajsurgery.training.run_log import METRICS, Log
 from trajsurgery.training.settings import Optimiser, Trained
 from trajsurgery.training.training_loop import StepRecord, train
-from trajsurgery.training.training_state import TrainingState
 
 
 class Killed(BaseException):

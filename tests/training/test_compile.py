@@ -18,13 +18,13 @@ from tests.builders.problems import distance
 from tests.builders.small_pipelines import PIPELINES
 from tests.training.test_ranks import exact_world, first_gradient, recipe_of, spawn
 from trajsurgery import LeapAlign, RecipeError, leapalign, operate, tiny
-from trajsurgery.training import compilation
 from trajsurgery.training.anchor import swapped
-from trajsurgery.training.compilation import compile_blocks, compile_decoder, compile_image_tower
+from trajsurgery.training.checkpoints.training_state import TrainingState
 from trajsurgery.training.components import PromptCache
+from trajsurgery.training.model import compilation
+from trajsurgery.training.model.compilation import compile_blocks, compile_decoder, compile_image_tower
 from trajsurgery.training.settings import Guards, Trained
 from trajsurgery.training.training_loop import training_step
-from trajsurgery.training.training_state import TrainingState
 
 # both are torch's own, about what it traces: a tensor that is no leaf, and diffusers' cached look-up for checkpointing
 pytestmark = [

@@ -15,7 +15,7 @@ from torch.utils._device import _device_constructors
 
 from trajsurgery import LeapAlign, RecipeError
 from trajsurgery.cli import train_command
-from trajsurgery.training import ranks
+from trajsurgery.training.distributed import ranks
 from trajsurgery.training.presets import presets
 from trajsurgery.training.settings import Guards
 

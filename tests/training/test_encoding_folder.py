@@ -22,10 +22,10 @@ from tests.training.test_prompt_cache import flux, sana, sd3_with_three_encoders
 from tests.training.test_ranks import check_same_run, exact_world, run_whole, spawn
 from trajsurgery import RecipeError
 from trajsurgery.cli import train_command
-from trajsurgery.training import ranks
-from trajsurgery.training.encoder_fingerprint import checksum, fingerprint
-from trajsurgery.training.encoding_folder import EncodingFolder, remove_unused
-from trajsurgery.training.prompt_cache import PromptCache, free_text_encoders, open_folder
+from trajsurgery.training.distributed import ranks
+from trajsurgery.training.encodings.encoder_fingerprint import checksum, fingerprint
+from trajsurgery.training.encodings.encoding_folder import EncodingFolder, remove_unused
+from trajsurgery.training.encodings.prompt_cache import PromptCache, free_text_encoders, open_folder
 from trajsurgery.training.recipe import Recipe
 
 TEXTS = ("a circle", "a red circle left of a blue square", "two squares")

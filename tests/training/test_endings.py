@@ -18,12 +18,12 @@ from tests.training.test_bad_numbers import NotOfBlue
 from trajsurgery import RecipeError
 from trajsurgery.cli.train_command import main
 from trajsurgery.errors import DivergedError
-from trajsurgery.training.checkpoint import list_checkpoints
-from trajsurgery.training.loss_range import BACK, LossRange
+from trajsurgery.training.checkpoints.checkpoint import list_checkpoints
+from trajsurgery.training.checkpoints.run_log import METRICS, Log
+from trajsurgery.training.checkpoints.tensor_folder import read_tensors
+from trajsurgery.training.faults.loss_range import BACK, LossRange
 from trajsurgery.training.recipe import Recipe
-from trajsurgery.training.run_log import METRICS, Log
 from trajsurgery.training.settings import Optimiser
-from trajsurgery.training.tensor_folder import read_tensors
 
 
 def run(settings: Recipe, **changes: Any) -> tuple[dict[str, Any] | None, str]:

@@ -14,10 +14,10 @@ from benchmarks.engine.scaling_out_predicted import collectives
 from tests.builders import toy_world
 from tests.builders.problems import distance
 from tests.training.test_ranks import exact_world, first_gradient, recipe_of, spawn
-from trajsurgery.training import ranks
+from trajsurgery.training.checkpoints.training_state import TrainingState
 from trajsurgery.training.components import PromptCache
+from trajsurgery.training.distributed import ranks
 from trajsurgery.training.training_loop import training_step
-from trajsurgery.training.training_state import TrainingState
 
 GROUPS = 3
 """Of the toy transformer under FSDP: two blocks, and what is outside them."""

@@ -12,9 +12,9 @@ import pytest
 from benchmarks.engine import kills
 from tests.builders import toy_world
 from tests.builders.saved_runs import assert_same_run, load_checkpoint
-from trajsurgery.training.run_log import METRICS, Log
+from trajsurgery.training.checkpoints.run_log import METRICS, Log
+from trajsurgery.training.checkpoints.training_state import TrainingState
 from trajsurgery.training.training_loop import StepRecord, train
-from trajsurgery.training.training_state import TrainingState
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from tests.builders import toy_world
 from tests.builders.small_pipelines import PIPELINES
 from trajsurgery import RecipeError
 from trajsurgery.cli.train_command import main
-from trajsurgery.training import lora
+from trajsurgery.training.model import lora
 from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.settings import Trained
 

@@ -18,12 +18,12 @@ from trajsurgery.cli.train_command import main
 from trajsurgery.dry_run.memory_advice import memory_advice
 from trajsurgery.errors import OutOfMemoryError
 from trajsurgery.evaluation.held_out import evaluate
+from trajsurgery.training.checkpoints.training_state import TrainingState
+from trajsurgery.training.checks.trial import check_gradient_is_finite
 from trajsurgery.training.components import PromptCache, RunComponents
-from trajsurgery.training.memory_errors import is_out_of_memory, memory_of
+from trajsurgery.training.faults.memory_errors import is_out_of_memory, memory_of
 from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.training_loop import training_step
-from trajsurgery.training.training_state import TrainingState
-from trajsurgery.training.trial import check_gradient_is_finite
 
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype")  # the dry run's, of RMSNorm under autocast
 

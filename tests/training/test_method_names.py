@@ -16,7 +16,7 @@ import torch
 from tests.builders import toy_world
 from trajsurgery import DRaFTLV, DRTune, LeapAlign, Plan, RecipeError, latent
 from trajsurgery.cli import recipe_script, train_command
-from trajsurgery.training import preflight
+from trajsurgery.training.checks import preflight
 from trajsurgery.training.method_names import METHODS, load_method
 from trajsurgery.training.presets import presets
 from trajsurgery.training.recipe import Recipe, differences

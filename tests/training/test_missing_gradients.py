@@ -11,11 +11,11 @@ from tests.builders.problems import distance, problem
 from tests.builders.small_transformers import SD3Field
 from tests.surgery.test_recompute_models import adapted
 from trajsurgery import RecipeError, ReFL, apply, backward, leapalign
-from trajsurgery.training import missing_gradients
+from trajsurgery.training.checkpoints.training_state import TrainingState
 from trajsurgery.training.components import PromptCache
+from trajsurgery.training.faults import missing_gradients
 from trajsurgery.training.settings import Optimiser
 from trajsurgery.training.training_loop import train, training_step
-from trajsurgery.training.training_state import TrainingState
 
 PLAN = leapalign(6, 3, 0.3)
 IDLE_IN_SD3 = {

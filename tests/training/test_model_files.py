@@ -29,9 +29,11 @@ from trajsurgery.rewards import packaged
 from trajsurgery.rewards.weight_files import find_folder, is_local
 from trajsurgery.tiny import sd3
 from trajsurgery.tiny.pipe import WEIGHTS
-from trajsurgery.training import components, model_folder, preflight
+from trajsurgery.training import components
+from trajsurgery.training.checks import preflight
 from trajsurgery.training.components import load_pipeline
-from trajsurgery.training.noise_recipe import presets
+from trajsurgery.training.model import model_folder
+from trajsurgery.training.noise.noise_recipe import presets
 from trajsurgery.training.settings import ModelSource
 
 REWARD = "tests.builders.toy_world:LikesRed"

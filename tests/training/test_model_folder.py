@@ -19,7 +19,9 @@ from trajsurgery import RecipeError, tiny
 from trajsurgery.cli.train_command import main
 from trajsurgery.tiny import sd3
 from trajsurgery.tiny.pipe import WEIGHTS
-from trajsurgery.training import components, model_folder, preflight
+from trajsurgery.training import components
+from trajsurgery.training.checks import preflight
+from trajsurgery.training.model import model_folder
 from trajsurgery.training.settings import ModelSource
 
 LONG = {"height": 32, "width": 32, "max_sequence_length": 12, "num_inference_steps": 2, "output_type": "pt"}

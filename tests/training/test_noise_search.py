@@ -24,8 +24,8 @@ from trajsurgery.errors import RecipeError
 from trajsurgery.reports.filmstrip import choose_frames
 from trajsurgery.tiny.pipe import TEXT_LENGTH
 from trajsurgery.training.components import quiet
-from trajsurgery.training.noise_recipe import AscentSettings, NoiseRecipe, presets
-from trajsurgery.training.noise_search import Ascent, RewardPath, negative_log_density
+from trajsurgery.training.noise.noise_recipe import AscentSettings, NoiseRecipe, presets
+from trajsurgery.training.noise.noise_search import Ascent, RewardPath, negative_log_density
 
 RECIPE = Path(__file__).parents[2] / "recipes/reno_flux.py"
 PROMPT = "a red circle"

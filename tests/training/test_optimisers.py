@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from tests.builders import toy_world
 from trajsurgery import RecipeError
-from trajsurgery.training import precision
 from trajsurgery.training.averages import start_averages, update_averages
 from trajsurgery.training.components import load_pipeline, prepare_pipeline
+from trajsurgery.training.model import precision
 from trajsurgery.training.optimisers import make_optimiser, set_rate
 from trajsurgery.training.settings import Optimiser, Trained
 from trajsurgery.training.training_loop import training_step
@@ -136,9 +136,9 @@ def recipe_with(tmp_path: Path, **trained_settings: Any) -> Any:
 def test_weights_have_the_recipe_s_dtype_and_a_step_changes_them(
     settings: dict[str, Any], frozen: Any, training: Any, tmp_path: Path
 ) -> None:
-    from trajsurgery.training.checkpoint import resume, save
+    from trajsurgery.training.checkpoints.checkpoint import resume, save
+    from trajsurgery.training.checkpoints.training_state import TrainingState
     from trajsurgery.training.components import PromptCache
-    from trajsurgery.training.training_state import TrainingState
 
     recipe = recipe_with(tmp_path, **settings)
     world = toy_world.world(recipe)
@@ -166,8 +166,8 @@ def test_an_int8_base_trains_adapters(tmp_path: Path) -> None:
     frozen = {type(p).__name__ for p in pipe.transformer.parameters() if not p.requires_grad}
     assert "Int8Tensor" in frozen
     world = toy_world.components(pipe)
+    from trajsurgery.training.checkpoints.training_state import TrainingState
     from trajsurgery.training.components import PromptCache
-    from trajsurgery.training.training_state import TrainingState
 
     state = TrainingState.start(recipe, world.module)
     record = training_step(recipe, world, PromptCache(world.pipe, world.texts), state, 0.9)

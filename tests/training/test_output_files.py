@@ -17,11 +17,11 @@ from tests.builders.saved_runs import assert_same_run
 from trajsurgery import RecipeError
 from trajsurgery.cli.train_command import main
 from trajsurgery.errors import OutputError
-from trajsurgery.training.checkpoint import list_checkpoints, resume
-from trajsurgery.training.output_files import OWNER, lock_folder, write_atomically
-from trajsurgery.training.run_log import METRICS, Log
-from trajsurgery.training.tensor_folder import damage, write_folder
-from trajsurgery.training.training_state import TrainingState
+from trajsurgery.training.checkpoints.checkpoint import list_checkpoints, resume
+from trajsurgery.training.checkpoints.output_files import OWNER, lock_folder, write_atomically
+from trajsurgery.training.checkpoints.run_log import METRICS, Log
+from trajsurgery.training.checkpoints.tensor_folder import damage, write_folder
+from trajsurgery.training.checkpoints.training_state import TrainingState
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,7 +47,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from trajsurgery.training.output_files import lock_folder
+from trajsurgery.training.checkpoints.output_files import lock_folder
 with lock_folder(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -18,7 +18,7 @@ from trajsurgery import RecipeError, tiny
 from trajsurgery.cli import train_command
 from trajsurgery.tiny import sd3
 from trajsurgery.tiny.pipe import WEIGHTS
-from trajsurgery.training.prompt_cache import PromptCache, free_text_encoders
+from trajsurgery.training.encodings.prompt_cache import PromptCache, free_text_encoders
 
 TEXTS = ("a circle", "a red circle left of a blue square")
 CALL = {"height": 16, "width": 16, "guidance_scale": 3.5}

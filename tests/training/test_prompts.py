@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from trajsurgery import LeapAlign, RecipeError, tiny
-from trajsurgery.training import preflight, prompts
+from trajsurgery.training import prompts
+from trajsurgery.training.checks import preflight
 from trajsurgery.training.prompts import Prompt, read_prompts, repetitions
 from trajsurgery.training.recipe import Recipe
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.builders import failing_rank, toy_world
 from trajsurgery.cli import train_command
-from trajsurgery.training.run_log import METRICS
+from trajsurgery.training.checkpoints.run_log import METRICS
 
 ROOT = Path(__file__).parents[2]
 

@@ -20,13 +20,13 @@ from tests.builders.problems import distance
 from tests.builders.saved_runs import load_checkpoint
 from trajsurgery import DRaFTLV, DRTune, FlowBPLagrange, LeapAlign, RecipeError
 from trajsurgery.cli import train_command
-from trajsurgery.training import ranks, sharding
+from trajsurgery.training.checkpoints.run_log import METRICS
+from trajsurgery.training.checkpoints.training_state import TrainingState
 from trajsurgery.training.components import PromptCache, RunComponents, prepare_pipeline
+from trajsurgery.training.distributed import ranks, sharding
 from trajsurgery.training.recipe import Method, Recipe
-from trajsurgery.training.run_log import METRICS
 from trajsurgery.training.settings import Decoder, Guards, Optimiser, Trained
 from trajsurgery.training.training_loop import training_step
-from trajsurgery.training.training_state import TrainingState
 
 METHODS: dict[str, Method] = {
     "leapalign": LeapAlign(),

@@ -16,7 +16,8 @@ import torch
 
 from trajsurgery import DRaFTLV, DRTune, LeapAlign, RecipeError, ReFL
 from trajsurgery.cli import recipe_script, train_command
-from trajsurgery.training import model_folder, preflight
+from trajsurgery.training.checks import preflight
+from trajsurgery.training.model import model_folder
 from trajsurgery.training.presets import paper, presets
 from trajsurgery.training.recipe import FREE, Method, Recipe, differences
 from trajsurgery.training.settings import Evaluation, Objective, Optimiser, Rollout, Shard, Trained

@@ -13,7 +13,7 @@ from tests.builders import toy_world
 from tests.builders.problems import distance
 from tests.training.test_training_loop import gradient, run_loop
 from trajsurgery import DRTune, FlowBPLagrange, LeapAlign, Plan, ReFL, leapalign
-from trajsurgery.training.preflight import check_recipe
+from trajsurgery.training.checks.preflight import check_recipe
 from trajsurgery.training.recipe import RecipeError
 
 PLANS = (leapalign(4, 1, 0.3), leapalign(3, 2, 0.3), leapalign(5, 3, 0.3))

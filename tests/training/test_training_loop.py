@@ -17,12 +17,12 @@ from tests.builders.problems import distance
 from tests.builders.saved_runs import load_checkpoint, tensors
 from trajsurgery import DRaFTLV, DRTune, LeapAlign, RecipeError, ReFL
 from trajsurgery.cli import train_command
+from trajsurgery.training.checkpoints.run_log import METRICS, Log
+from trajsurgery.training.checkpoints.training_state import TrainingState
 from trajsurgery.training.components import PromptCache, RunComponents, check_reward, pipeline_arguments
 from trajsurgery.training.recipe import Method, Recipe
-from trajsurgery.training.run_log import METRICS, Log
 from trajsurgery.training.settings import Objective, Optimiser
 from trajsurgery.training.training_loop import PATIENCE, StepRecord, iteration_generator, train, training_step
-from trajsurgery.training.training_state import TrainingState
 
 METHODS: dict[str, Method] = {
     "leapalign": LeapAlign(),

@@ -15,7 +15,7 @@ from torch import Tensor
 from tests.builders import toy_world
 from trajsurgery import DRaFTLV, RecipeError, SamplerError
 from trajsurgery.cli import train_command
-from trajsurgery.training import trial
+from trajsurgery.training.checks import trial
 from trajsurgery.training.components import check_reward
 from trajsurgery.training.settings import Guards
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from tests.builders import toy_world
 from tests.tolerances import VALUE
 from trajsurgery import RecipeError
+from trajsurgery.training.model.vae_decoding import OffloadedModule, prepare_vae, vae_dtype
 from trajsurgery.training.settings import Decoder
-from trajsurgery.training.vae_decoding import OffloadedModule, prepare_vae, vae_dtype
 
 
 @pytest.fixture

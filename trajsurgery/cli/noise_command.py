@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from trajsurgery.errors import RecipeError
 from trajsurgery.reports.filmstrip import draw_filmstrip
 from trajsurgery.rewards.loading import Reward, load_reward, reward_problem, score_one
-from trajsurgery.training import components, preflight, ranks
-from trajsurgery.training.noise_recipe import NoiseRecipe
-from trajsurgery.training.noise_search import Ascent, Frame, RewardPath
-from trajsurgery.training.output_files import lock_folder, write_atomically
+from trajsurgery.training import components
+from trajsurgery.training.checkpoints.output_files import lock_folder, write_atomically
+from trajsurgery.training.checks import preflight
+from trajsurgery.training.distributed import ranks
+from trajsurgery.training.noise.noise_recipe import NoiseRecipe
+from trajsurgery.training.noise.noise_search import Ascent, Frame, RewardPath
 from trajsurgery.training.progress_bar import progress_bar
 from trajsurgery.training.recipe import EMBEDDED, changed_settings
 from trajsurgery.training.training_loop import catch_interruptions

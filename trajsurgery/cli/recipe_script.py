@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 
 from trajsurgery.cli.command_line import INTERRUPTED, exit_code, read_recipe
-from trajsurgery.training.noise_recipe import NoiseRecipe
+from trajsurgery.training.noise.noise_recipe import NoiseRecipe
 from trajsurgery.training.recipe import Recipe
 
 
@@ -34,7 +34,7 @@ def cli(
 
 def _train(recipe: Recipe, console: Console, words: Sequence[str]) -> int:
     from trajsurgery.cli import train_command
-    from trajsurgery.training import ranks
+    from trajsurgery.training.distributed import ranks
 
     if recipe.dry_run:
         return train_command.dry_run(recipe, console, words)

@@ -20,17 +20,21 @@ from trajsurgery.evaluation import validation_rounds
 from trajsurgery.evaluation.held_out import HeldOutScores, evaluate, needed_prompts
 from trajsurgery.evaluation.paired_statistics import compare
 from trajsurgery.reports import run_report, validation_report
-from trajsurgery.training import components, lora, missing_gradients, preflight, ranks, sharding, srpo_support, trial
-from trajsurgery.training.checkpoint import restore_best, resume, save, start_from
+from trajsurgery.training import components, srpo_support
+from trajsurgery.training.checkpoints.checkpoint import restore_best, resume, save, start_from
+from trajsurgery.training.checkpoints.output_files import lock_folder, storage_errors, write_atomically
+from trajsurgery.training.checkpoints.run_log import METRICS, Log
+from trajsurgery.training.checkpoints.training_state import TrainingState
+from trajsurgery.training.checks import preflight, trial
+from trajsurgery.training.distributed import ranks, sharding
 from trajsurgery.training.endings import range_left, range_report
-from trajsurgery.training.memory_errors import memory_of
-from trajsurgery.training.output_files import lock_folder, storage_errors, write_atomically
+from trajsurgery.training.faults import missing_gradients
+from trajsurgery.training.faults.memory_errors import memory_of
+from trajsurgery.training.model import lora
 from trajsurgery.training.progress_bar import Advance, progress_bar
 from trajsurgery.training.prompts import repetitions
 from trajsurgery.training.recipe import Recipe
-from trajsurgery.training.run_log import METRICS, Log
 from trajsurgery.training.training_loop import StepRecord, iteration_generator, train
-from trajsurgery.training.training_state import TrainingState
 
 
 def dry_run(recipe: Recipe, console: Console, words: Sequence[str]) -> int:

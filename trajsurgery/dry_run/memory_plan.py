@@ -18,10 +18,10 @@ from trajsurgery.plans.nodes import Velocity
 from trajsurgery.plans.plan import Plan
 from trajsurgery.surgery.velocity_calls import IN_ROLLOUT
 from trajsurgery.training.averages import AVERAGE
-from trajsurgery.training.precision import kept_in
+from trajsurgery.training.distributed.sharding import choose
+from trajsurgery.training.model.precision import kept_in
 from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.settings import Hardware
-from trajsurgery.training.sharding import choose
 
 Kernels = Literal["cuda", "cpu"]
 TEXT_WORD = 2

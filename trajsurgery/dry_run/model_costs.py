@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trajsurgery.dry_run.fake_pipeline import FakePipeline, PipelineSpec, build_model, build_pipeline, latents
 from trajsurgery.dry_run.measure import MeasuredWork, measure
-from trajsurgery.training import lora, precision, vae_decoding
+from trajsurgery.training.model import lora, precision, vae_decoding
 from trajsurgery.training.recipe import Recipe
 
 

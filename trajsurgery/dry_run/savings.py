@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from trajsurgery.dry_run.fake_pipeline import PipelineSpec
 from trajsurgery.dry_run.model_costs import prepare_decoder
 from trajsurgery.errors import RecipeError
-from trajsurgery.training.precision import KEPT, kept_in
+from trajsurgery.training.model.precision import KEPT, kept_in
 from trajsurgery.training.recipe import EMBEDDED, Recipe
 
 NOT_OF_A_RUN = ("dry_run", "fit", "hardware.")

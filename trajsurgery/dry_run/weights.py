@@ -7,10 +7,10 @@ import torch
 from trajsurgery.dry_run.fake_pipeline import PipelineSpec, build_model
 from trajsurgery.dry_run.model_costs import Measurements, ModelCosts
 from trajsurgery.training.averages import AVERAGE
+from trajsurgery.training.distributed.sharding import choose
+from trajsurgery.training.model.precision import KEPT, kept_in
 from trajsurgery.training.optimisers import MOMENTS
-from trajsurgery.training.precision import KEPT, kept_in
 from trajsurgery.training.recipe import Recipe
-from trajsurgery.training.sharding import choose
 
 UNREDUCED = 4
 """Bytes of each trained weight's whole gradient, which --gather iteration adds up in float32 until it is reduced."""

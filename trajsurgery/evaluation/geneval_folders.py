@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from trajsurgery.errors import RecipeError
-from trajsurgery.training.output_files import write_atomically
+from trajsurgery.training.checkpoints.output_files import write_atomically
 from trajsurgery.training.prompts import Prompt
 
 

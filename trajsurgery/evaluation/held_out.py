@@ -13,9 +13,9 @@ from torch import Tensor
 
 from trajsurgery.evaluation import diversity
 from trajsurgery.rewards.loading import mixture_parts
-from trajsurgery.training import ranks
 from trajsurgery.training.components import PromptCache, RunComponents, pipeline_arguments
-from trajsurgery.training.memory_errors import memory_of
+from trajsurgery.training.distributed import ranks
+from trajsurgery.training.faults.memory_errors import memory_of
 from trajsurgery.training.prompts import Prompt
 from trajsurgery.training.recipe import Recipe
 

@@ -25,11 +25,11 @@ from trajsurgery.evaluation.model_variants import BASE, ModelVariant, base_model
 from trajsurgery.evaluation.options import Evaluate
 from trajsurgery.evaluation.picture_scores import Picture, check_rewards, reward_facts, score_pictures
 from trajsurgery.rewards.loading import Reward, load_reward, score_one
+from trajsurgery.training.checkpoints.output_files import write_atomically
 from trajsurgery.training.components import quiet
-from trajsurgery.training.output_files import write_atomically
+from trajsurgery.training.distributed.ranks import choose_device
 from trajsurgery.training.progress_bar import progress_bar
 from trajsurgery.training.prompts import Prompt, read_prompts, repetitions
-from trajsurgery.training.ranks import choose_device
 from trajsurgery.training.recipe import EMBEDDED, changed_settings
 
 SETTINGS, FIGURES = "settings.json", "evaluation.json"

@@ -11,9 +11,10 @@ from typing import Any, Literal
 from trajsurgery.errors import RecipeError
 from trajsurgery.evaluation.options import Evaluate
 from trajsurgery.rewards.weight_files import cached_file
-from trajsurgery.training import components, ranks
-from trajsurgery.training.checkpoint import CHECKPOINTS
-from trajsurgery.training.preflight import model_problem
+from trajsurgery.training import components
+from trajsurgery.training.checkpoints.checkpoint import CHECKPOINTS
+from trajsurgery.training.checks.preflight import model_problem
+from trajsurgery.training.distributed import ranks
 from trajsurgery.training.recipe import EMBEDDED, Recipe
 from trajsurgery.training.settings import ModelSource, Rollout
 

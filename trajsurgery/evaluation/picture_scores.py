@@ -22,9 +22,9 @@ from trajsurgery.evaluation.picture_files import picture_remarks, read_picture
 from trajsurgery.rewards import contract
 from trajsurgery.rewards.loading import Reward, load_reward, quiet_rewards, reward_problem
 from trajsurgery.rewards.packaged import is_packaged
-from trajsurgery.training.output_files import write_atomically
+from trajsurgery.training.checkpoints.output_files import write_atomically
+from trajsurgery.training.distributed.ranks import choose_device
 from trajsurgery.training.prompts import read_prompts
-from trajsurgery.training.ranks import choose_device
 
 KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 

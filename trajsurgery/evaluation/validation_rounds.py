@@ -15,11 +15,11 @@ from trajsurgery.errors import RecipeError
 from trajsurgery.evaluation.held_out import HeldOutScores, evaluate, spread_over_categories
 from trajsurgery.rewards.loading import mixture_weights
 from trajsurgery.training.anchor import swapped
-from trajsurgery.training.checkpoint import save_best
+from trajsurgery.training.checkpoints.checkpoint import save_best
+from trajsurgery.training.checkpoints.run_log import METRICS, Log
+from trajsurgery.training.checkpoints.training_state import TrainingState
 from trajsurgery.training.components import PromptCache, RunComponents
 from trajsurgery.training.recipe import Recipe
-from trajsurgery.training.run_log import METRICS, Log
-from trajsurgery.training.training_state import TrainingState
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from trajsurgery.surgery.trajectory import Trajectory
-from trajsurgery.training import sharding
+from trajsurgery.training.distributed import sharding
 
 _SEED = 2**42
 """Keeps these draws apart from those of training and evaluation."""

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from trajsurgery.errors import RecipeError
 from trajsurgery.rewards.loading import Reward, load_reward, mixture_weights, quiet_rewards, score_one
-from trajsurgery.training import attention, compilation, lora, precision, ranks, sharding, vae_decoding
+from trajsurgery.training.distributed import ranks, sharding
+from trajsurgery.training.encodings.prompt_cache import PromptCache, free_text_encoders, open_folder
+from trajsurgery.training.model import attention, compilation, lora, precision, vae_decoding
+from trajsurgery.training.model.pipeline_loading import load_pipeline as load_pipeline
 from trajsurgery.training.objective import DETACHED
-from trajsurgery.training.pipeline_loading import load_pipeline as load_pipeline
-from trajsurgery.training.prompt_cache import PromptCache, free_text_encoders, open_folder
 from trajsurgery.training.prompts import Prompt, read_prompts
 from trajsurgery.training.recipe import EMBEDDED, Recipe
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from trajsurgery.errors import DivergedError, RecipeError
-from trajsurgery.training.bad_numbers import BadNumbers
-from trajsurgery.training.checkpoint import CHECKPOINTS, checkpoint_in_range, save
+from trajsurgery.training.checkpoints.checkpoint import CHECKPOINTS, checkpoint_in_range, save
+from trajsurgery.training.checkpoints.training_state import TrainingState
+from trajsurgery.training.faults.bad_numbers import BadNumbers
 from trajsurgery.training.recipe import Recipe
-from trajsurgery.training.training_state import TrainingState
 
 _RATE = "lower --optimiser.rate"
 _REMEDIES = {

@@ -15,9 +15,9 @@ from trajsurgery.plans.plan import Plan
 from trajsurgery.surgery.api import apply, backward, distances, values
 from trajsurgery.surgery.parameters import Fields
 from trajsurgery.training import objective, srpo_support
-from trajsurgery.training.bad_numbers import first_not_finite
 from trajsurgery.training.components import RunComponents, pipeline_arguments
-from trajsurgery.training.memory_errors import memory_of
+from trajsurgery.training.faults.bad_numbers import first_not_finite
+from trajsurgery.training.faults.memory_errors import memory_of
 from trajsurgery.training.recipe import Recipe
 
 ExtraGradient = Callable[[Surgery, float], Tensor]

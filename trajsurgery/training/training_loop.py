@@ -15,15 +15,18 @@ import torch
 
 from trajsurgery.errors import RecipeError
 from trajsurgery.plans.nodes import Velocity
-from trajsurgery.training import endings, missing_gradients, ranks, sharding
+from trajsurgery.training import endings
 from trajsurgery.training.averages import update_averages
-from trajsurgery.training.bad_numbers import BadNumbers, name_bad_numbers
-from trajsurgery.training.checkpoint import save
+from trajsurgery.training.checkpoints.checkpoint import save
+from trajsurgery.training.checkpoints.run_log import METRICS, Log
+from trajsurgery.training.checkpoints.training_state import TrainingState
 from trajsurgery.training.components import PromptCache, RunComponents, draw_batch_prompts, hinge_threshold
-from trajsurgery.training.memory_errors import memory_of
+from trajsurgery.training.distributed import ranks, sharding
+from trajsurgery.training.faults import missing_gradients
+from trajsurgery.training.faults.bad_numbers import BadNumbers, name_bad_numbers
+from trajsurgery.training.faults.memory_errors import memory_of
 from trajsurgery.training.optimisers import set_rate, step
 from trajsurgery.training.recipe import Recipe
-from trajsurgery.training.run_log import METRICS, Log
 from trajsurgery.training.step_gradient import (
     RolloutInputs,
     add_gradient,
@@ -31,7 +34,6 @@ from trajsurgery.training.step_gradient import (
     draw_plans,
     plan_of_samples,
 )
-from trajsurgery.training.training_state import TrainingState
 
 PATIENCE = 3
 """So many iterations in a row without a finite gradient stop the run."""

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from trajsurgery.errors import RecipeError
-from trajsurgery.training.encoder_fingerprint import UNUSED
-from trajsurgery.training.encoding_folder import EncodingFolder
-from trajsurgery.training.result_layout import ResultLayout, flat
+from trajsurgery.training.encodings.encoder_fingerprint import UNUSED
+from trajsurgery.training.encodings.encoding_folder import EncodingFolder
+from trajsurgery.training.encodings.result_layout import ResultLayout, flat
 
 _LONGER = " too"
 

@@ -24,7 +24,7 @@ from trajsurgery.errors import RecipeError
 from trajsurgery.methods.reno import reno
 from trajsurgery.pipelines.operate import operate
 from trajsurgery.rewards.loading import Reward
-from trajsurgery.training.noise_recipe import AscentSettings
+from trajsurgery.training.noise.noise_recipe import AscentSettings
 from trajsurgery.training.objective import DETACHED
 
 RETAINED = 4

@@ -13,10 +13,11 @@ from trajsurgery.rewards.loading import mixture_weights, reward_problem
 from trajsurgery.rewards.packaged import is_differentiable
 from trajsurgery.rewards.user_code import error_text
 from trajsurgery.tiny.pipe import FOLDERS
-from trajsurgery.training import model_folder, ranks
 from trajsurgery.training.averages import AVERAGE
+from trajsurgery.training.distributed import ranks
+from trajsurgery.training.model import model_folder
+from trajsurgery.training.model.precision import KEPT, kept_in
 from trajsurgery.training.optimisers import MOMENTS
-from trajsurgery.training.precision import KEPT, kept_in
 from trajsurgery.training.prompts import read_prompts
 from trajsurgery.training.recipe import EMBEDDED, Recipe
 from trajsurgery.training.settings import ModelSource

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trajsurgery.errors import RecipeError
-from trajsurgery.training import ranks
+from trajsurgery.training.distributed import ranks
 from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.settings import Gather, Shard
 

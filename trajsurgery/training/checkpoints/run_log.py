@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from trajsurgery.training import ranks
-from trajsurgery.training.output_files import storage_errors, write_atomically
+from trajsurgery.training.checkpoints.output_files import storage_errors, write_atomically
+from trajsurgery.training.distributed import ranks
 
 METRICS = "metrics.jsonl"
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from trajsurgery.errors import RecipeError
-from trajsurgery.training import precision
-from trajsurgery.training.model_folder import advice, cached_snapshot, chosen_variant, model_problem
+from trajsurgery.training.model import precision
+from trajsurgery.training.model.model_folder import advice, cached_snapshot, chosen_variant, model_problem
 from trajsurgery.training.settings import ModelSource, Trained
 
 

@@ -17,10 +17,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from trajsurgery.errors import RecipeError
-from trajsurgery.training import ranks
-from trajsurgery.training.recipe import Recipe, differences
-from trajsurgery.training.run_log import METRICS, Log
-from trajsurgery.training.tensor_folder import (
+from trajsurgery.training.checkpoints.run_log import METRICS, Log
+from trajsurgery.training.checkpoints.tensor_folder import (
     damage,
     read_about,
     read_into,
@@ -30,7 +28,9 @@ from trajsurgery.training.tensor_folder import (
     tensor_shapes,
     write_folder,
 )
-from trajsurgery.training.training_state import TrainingState
+from trajsurgery.training.checkpoints.training_state import TrainingState
+from trajsurgery.training.distributed import ranks
+from trajsurgery.training.recipe import Recipe, differences
 
 CHECKPOINTS, BEST = "checkpoints", "best"
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from trajsurgery.pipelines.call_record import encoder_methods
-from trajsurgery.training import ranks
-from trajsurgery.training.cached_encoder import CachedEncoder, EncoderState
-from trajsurgery.training.encoder_fingerprint import fingerprint
-from trajsurgery.training.encoding_folder import EncodingFolder
+from trajsurgery.training.distributed import ranks
+from trajsurgery.training.encodings.cached_encoder import CachedEncoder, EncoderState
+from trajsurgery.training.encodings.encoder_fingerprint import fingerprint
+from trajsurgery.training.encodings.encoding_folder import EncodingFolder
 
 _PLACE = "_encodings_of_trajsurgery"
 _PROBE = "a probe"

@@ -19,9 +19,11 @@ from trajsurgery.methods.refl import refl
 from trajsurgery.pipelines.operate import operate
 from trajsurgery.surgery.api import backward
 from trajsurgery.surgery.velocity_calls import IN_ROLLOUT
-from trajsurgery.training import attention, ranks, sharding, srpo_support
+from trajsurgery.training import srpo_support
 from trajsurgery.training.components import PromptCache, RunComponents, pipeline_arguments
-from trajsurgery.training.memory_errors import memory_of
+from trajsurgery.training.distributed import ranks, sharding
+from trajsurgery.training.faults.memory_errors import memory_of
+from trajsurgery.training.model import attention
 from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.training_loop import as_argument
 

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from trajsurgery.errors import OutputError, RecipeError
-from trajsurgery.training import ranks
+from trajsurgery.training.distributed import ranks
 
 LOCK, OWNER = "run.lock", "run.lock.json"
 

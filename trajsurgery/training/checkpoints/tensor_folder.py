@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
-from trajsurgery.training import ranks, sharding
-from trajsurgery.training.output_files import flush_to_disk, storage_errors
+from trajsurgery.training.checkpoints.output_files import flush_to_disk, storage_errors
+from trajsurgery.training.distributed import ranks, sharding
 
 ABOUT, STATE, SUMS = "about.json", "state.pt", "SHA256SUMS"
 

@@ -11,11 +11,11 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from trajsurgery.training import ranks, sharding
 from trajsurgery.training.anchor import Anchor
 from trajsurgery.training.averages import start_averages
+from trajsurgery.training.distributed import ranks, sharding
 from trajsurgery.training.early_stopping import EarlyStopping
-from trajsurgery.training.loss_range import LossRange
+from trajsurgery.training.faults.loss_range import LossRange
 from trajsurgery.training.optimisers import make_optimiser
 from trajsurgery.training.recipe import Recipe
 

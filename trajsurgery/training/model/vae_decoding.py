@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trajsurgery.errors import RecipeError
-from trajsurgery.training.compilation import compile_decoder
-from trajsurgery.training.memory_errors import memory_of
+from trajsurgery.training.faults.memory_errors import memory_of
+from trajsurgery.training.model.compilation import compile_decoder
 from trajsurgery.training.settings import Decoder
 
 OVERLAP = 0.25

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trajsurgery.errors import RecipeError
-from trajsurgery.training import ranks, sharding
+from trajsurgery.training.distributed import ranks, sharding
 from trajsurgery.training.settings import Trained
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from trajsurgery.training import ranks, sharding
+from trajsurgery.training.distributed import ranks, sharding
 
 SHOWN = 8
 """The most names that a warning lists."""

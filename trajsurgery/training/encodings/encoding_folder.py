@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor, uint8
 
 from trajsurgery.errors import RecipeError
-from trajsurgery.training import ranks
+from trajsurgery.training.distributed import ranks
 
 try:
     import fcntl
