@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import weakref
 from typing import Any
@@ -12,8 +13,22 @@ from torch import Tensor
 
 from tests.builders.problems import Problem, distance, problem
 from tests.tolerances import EXACT
-from trajsurgery import Plan, RecipeError, apply, backward, distances, draft_lv, drtune, latent, leapalign, leaps, refl
-from trajsurgery.methods import DRaFTLV, DRTune, LeapAlign, ReFL
+from trajsurgery import Plan, RecipeError, apply, backward, distances, latent, rollout
+from trajsurgery.methods import (
+    DRaFTLV,
+    DRTune,
+    LeapAlign,
+    ReFL,
+    draft_k,
+    draft_lv,
+    drtune,
+    flowbp_bridge,
+    flowbp_lagrange,
+    flowbp_sparse,
+    leapalign,
+    leaps,
+    refl,
+)
 from trajsurgery.testing import MLP
 from trajsurgery.training.objective import (
     Weights,
@@ -84,24 +99,52 @@ def test_weights_do_not_depend_on_the_reward_s_input(rolled: Problem) -> None:
     "plan, times",
     [
         (leapalign(6, 3), (3, 0)),
-        (leapalign(4, 3), (0,)),
-        (leapalign(6, 1), (1,)),
-        (leapalign(2, 1), ()),
+        (leapalign(4, 3), (3, 0)),
+        (leapalign(6, 1), (1, 0)),
+        (leapalign(2, 1), (1, 0)),
+        (leaps((2, 1), 0.3, "prediction"), (1, 0)),
+        (leaps((2, 1), 0.3, "prediction", straight=False), (1, 0)),
+        (Plan(latent(2).leap(1).discount(0.5).connect().leap(0).discount(0.5)), (1, 0)),
         (leaps((7, 5, 2)), (5, 2, 0)),
         (drtune(8, 4, {8, 5}), (0,)),
         (drtune(8, 1, {8}), ()),
         (refl(5), (0,)),
         (refl(1), ()),
         (draft_lv(1), (0,)),
+        (draft_k(4), ()),
+        (flowbp_sparse(8, {3}), (0,)),
+        (flowbp_bridge(8, 4, {6}), (4, 0)),
+        (flowbp_lagrange(6, 3), (3, 0)),
     ],
 )
-def test_steps_of_the_sampler_are_not_measured(rolled: Problem, plan: Plan, times: tuple[int, ...]) -> None:
+def test_of_the_sampler_s_steps_only_connected_ones_are_measured(
+    rolled: Problem, plan: Plan, times: tuple[int, ...]
+) -> None:
     assert landings(plan, rolled.trajectory) == times
 
 
-def test_without_a_leap_to_measure_the_weight_is_one(rolled: Problem) -> None:
-    assert torch.equal(similarity_weights(rolled, leapalign(2, 1)).w, torch.ones(3))
-    assert float(similarity_weights(rolled, leapalign(2, 1)).clamped) == 0
+def test_without_a_prediction_the_weight_is_one(rolled: Problem) -> None:
+    steps_alone = similarity_weights(rolled, drtune(8, 1, {8}))
+    assert torch.equal(steps_alone.w, torch.ones(3))
+    assert float(steps_alone.clamped) == 0
+
+
+@pytest.mark.parametrize("reward_at", ["image", "prediction"])
+def test_the_weights_of_all_pairs_of_a_sampler_are_eq_12(mlp: MLP, reward_at: Any) -> None:
+    """All 300 pairs of 25 steps, the 47 among them that hold a step of the sampler; d from its latents by Eq. 4-5."""
+    steps, tau = 25, 0.1
+    sigmas = [3 * s / (1 + 2 * s) for s in (t / steps for t in range(steps, -1, -1))]  # SD3's shift
+    noise = torch.randn(2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = rollout(mlp, noise, sigmas)
+    own_steps = 0
+    for k, j in itertools.combinations(range(steps, 0, -1), 2):
+        miss = {end: (x[end] - x[start] + (x.sigma(start) - x.sigma(end)) * x.velocity(start)).abs().mean(1)
+                for start, end in ((k, j), (j, 0))}  # fmt: skip
+        plan = leaps((k, j), 0.3, reward_at)
+        measured = weights(plan, x, distances(plan, x, mlp), "all", tau)
+        torch.testing.assert_close(measured.w, 1 / (miss[j].clamp(min=tau) + miss[0].clamp(min=tau)))
+        own_steps += any(float(d.max()) < EXACT for d in miss.values())
+    assert own_steps == 47
 
 
 def test_each_method_has_default_times() -> None:
@@ -147,10 +190,11 @@ def algorithm_1(p: Problem, k: int, j: int, alpha: float, tau: float, lambda_: f
     return list(torch.autograd.grad(value, p.params))
 
 
+@pytest.mark.parametrize("k, j", [(6, 3), (4, 3), (6, 1), (2, 1)])
 @pytest.mark.parametrize("memory", ["retain", "recompute", "staged"])
-def test_the_whole_gradient_is_that_of_algorithm_1(mlp: MLP, memory: Any) -> None:
-    p, plan = problem(mlp), leapalign(6, 3, 0.3)
-    expected = algorithm_1(p, 6, 3, 0.3, tau=0.05, lambda_=2.0)
+def test_the_whole_gradient_is_that_of_algorithm_1(mlp: MLP, memory: Any, k: int, j: int) -> None:
+    p, plan = problem(mlp), leapalign(k, j, 0.3)
+    expected = algorithm_1(p, k, j, 0.3, tau=0.05, lambda_=2.0)
     output = apply(plan, p.trajectory, p.field, "retain" if memory == "staged" else memory)
     assert isinstance(output, Tensor)
     if memory == "staged":

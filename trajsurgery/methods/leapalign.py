@@ -24,7 +24,7 @@ def leapalign(k: Time, j: Time, alpha: Factor = 0.3) -> Plan:
 
         - j dv(x_j)/dtheta - (k - j) dv(x_k)/dtheta + alpha j (k - j) dv/dx_j dv(x_k)/dtheta
 
-    No deviation from the paper here; of the similarity weight, `objective.weights` tells one.
+    No deviation from the paper.
 
     Args:
         k: the start of the first leap, T >= k > j, or a name.
@@ -89,7 +89,7 @@ class LeapAlign(Method):
     straight: bool = True
 
     weights_at = "all"
-    """Trajectory-similarity weights at every connected prediction (Eq. 12) that is not the sampler's own step."""
+    """Trajectory-similarity weights at every prediction (Eq. 12); one that is the sampler's own step counts as tau."""
 
     def _draw(self, steps: int, generator: torch.Generator | None) -> Plan:
         return leaps(self._times(steps, generator), self.alpha, self.reward_at, self.straight)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trajsurgery.errors import RecipeError
 from trajsurgery.plans.graph import faithful
-from trajsurgery.plans.nodes import Advance, Leap
+from trajsurgery.plans.nodes import Advance, Connect, Detach, Discount, LatentNode, Leap
 from trajsurgery.plans.per_sample import PerSample
 from trajsurgery.plans.plan import Plan
 from trajsurgery.surgery.trajectory import Trajectory
@@ -33,11 +33,27 @@ class Weights:
 
 
 def landings(plan: Plan, trajectory: Trajectory) -> tuple[int, ...]:
-    """Return the times, falling, at which leaps and advances land that are not the sampler's own step."""
+    """Return the times, falling, at which the predictions of a plan land: where Eq. 12 may measure them.
+
+    A leap or advance that a connector follows is a prediction, also where it is the sampler's own step (k = j + 1). So
+    is an output that starts from a connector: the reward may look at the prediction (Fig. 4c). Of the others, those
+    that are the sampler's own steps are left out (DRTune, DRaFT-K), or plans would be weighted by their number of
+    steps.
+    """
     bound = plan.prepared(trajectory.steps)
     own_steps = faithful(bound.outputs, trajectory.is_step)
-    times = {n.t for n in bound.nodes if isinstance(n, Leap | Advance) and n not in own_steps and isinstance(n.t, int)}
-    return tuple(sorted(times, reverse=True))
+    connected = {_underlying(node.x) for node in bound.nodes if isinstance(node, Connect)}
+    landed = [node for node in bound.nodes if isinstance(node, Leap | Advance)]
+    ends = {end for end in map(_underlying, bound.outputs) if isinstance(end, Leap | Advance)}
+    connected |= {end for end in ends if isinstance(_underlying(end.x), Connect)}
+    return tuple(sorted({int(node.t) for node in landed if node in connected or node not in own_steps}, reverse=True))
+
+
+def _underlying(x: LatentNode) -> LatentNode:
+    """Return the latent whose value discounts and detaches pass on."""
+    while isinstance(x, Discount | Detach):
+        x = x.x
+    return x
 
 
 def measured_landings(where: WeightsAt, landed: Sequence[int]) -> tuple[int, ...]:
@@ -58,9 +74,8 @@ def weights(
 ) -> Weights:
     """Return w = 1 / sum_t max(d_t, tau) (Eq. 12); 1 where nothing is measured.
 
-    Unlike Eq. 12, a leap that is the sampler's own step (k = j + 1) is left out of the sum instead of counting as tau:
-    its error is zero, and plans of many steps would be weighted by their number of steps. With a plan for each sample,
-    each is measured where its own leaps land.
+    A connected leap that is the sampler's own step has distance 0 and counts as tau; see `landings`. With a plan for
+    each sample, each is measured where its own leaps land.
 
     Args:
         distances: {t: [batch]}, from `trajsurgery.distances` or `surgery.distances`.
