@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FluxPipeline  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor
 
 from tests.builders import toy_world
@@ -76,6 +77,36 @@ def test_entries_are_the_pipeline_s_own_and_a_later_run_encodes_nothing(build: A
     if build is flux:  # others call the transformer with each prompt twice, for guidance
         alone = [encoded(later[0], later[1]([text]), call)[0] for text in TEXTS]
         assert torch.equal(encoded(later[0], later[1](TEXTS), call)[0], torch.cat(alone))
+
+
+class PadsToLongest(FluxPipeline):
+    """Encodes to the longest prompt of a batch, with a mask only where one is padded, and rounds as its batch is."""
+
+    def encode_prompt(self, prompt: list[str], device: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        sizes = [len(text.split()) for text in prompt]
+        states = self._get_t5_prompt_embeds(prompt, max_sequence_length=16)[:, : max(sizes)]
+        mask = torch.tensor([[i < size for i in range(max(sizes))] for size in sizes])
+        states = torch.where(mask[..., None], states * (1 + len(prompt) / 100), 0)
+        return states, None if mask.all() else mask.long()
+
+    def __call__(self, prompt: Any, **_: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self.transformer(*self.encode_prompt(prompt))
+
+
+def test_an_entry_does_not_depend_on_its_batch_and_masks_come_back_where_prompts_are_padded(tmp_path: Path) -> None:
+    def build() -> tuple[Any, dict[str, Any]]:
+        return PadsToLongest(**toy_world.pipeline().components), {}
+
+    cached(build, tmp_path)
+    pipe, *_, runs = cached(build, tmp_path)
+    assert not runs
+    plain, sizes = build()[0], [len(text.split()) for text in TEXTS]
+    states, mask = pipe.encode_prompt(list(TEXTS))
+    assert mask.tolist() == [[int(i < size) for i in range(max(sizes))] for size in sizes]
+    for text, row, size in zip(TEXTS, states, sizes, strict=True):
+        with torch.no_grad():  # attention has another kernel, which rounds otherwise
+            assert torch.equal(row[:size], plain.encode_prompt([text])[0][0])
+        assert not row[size:].any()
 
 
 def other_weight(pipe: Any) -> None:
