@@ -76,22 +76,23 @@ def give_up(recipe: Recipe, training: TrainingState, bad: Sequence[BadNumbers]) 
     )
 
 
-def check_something_trained(recipe: Recipe, training: TrainingState, bad: Sequence[BadNumbers], closed: float) -> None:
+def check_something_trained(recipe: Recipe, training: TrainingState, bad: Sequence[BadNumbers]) -> None:
     """Raise if a run that is at its end has changed nothing.
 
     Args:
         bad: of the last iteration.
-        closed: the share of the last iteration's scores that gave no gradient.
 
     Raises:
         RecipeError: all iterations were skipped, had no gradient, or made steps that left every weight as it was.
     """
     if training.skipped == training.iteration:
         cause = f"in each one numbers were not finite; in the last one {'; '.join(map(str, bad))}. {advice(bad)}"
-    elif training.steps == 0 and closed == 1:
-        cause = "all scores were at or above the hinge's lambda, which gives no gradient. Raise --objective.threshold"
     elif training.steps == 0:
-        cause = "the gradient was 0. Check that the reward depends on its images where they are now"
+        skipped = f" ({training.skipped} others were skipped: numbers were not finite)" if training.skipped else ""
+        cause = (
+            f"all scores were at or above the hinge's lambda, which gives no gradient{skipped}. "
+            "Raise --objective.threshold"
+        )
     elif training.fingerprint() == training.started:
         cause = "each step was smaller than the weights can hold. Raise --optimiser.rate"
     else:

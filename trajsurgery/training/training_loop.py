@@ -130,7 +130,7 @@ def train(
         interrupted = ranks.any_rank(bool(signals))
     ended = training.iteration >= recipe.iterations or training.early_stopping.stops(recipe.guards.patience)
     if ended and record:
-        endings.check_something_trained(recipe, training, record.bad, record.closed)
+        endings.check_something_trained(recipe, training, record.bad)
     return ended and not interrupted
 
 
