@@ -12,47 +12,61 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+import torch
+from rich.console import Console
 
 from benchmarks.provenance import provenance
-from tests.builders.saved_runs import assert_same_run
-from trajsurgery.training.checkpoints.run_log import METRICS
-
-RUN = """
-import sys, torch
-from dataclasses import replace
-from pathlib import Path
 from tests.builders import toy_world
+from tests.builders.saved_runs import assert_same_run
 from trajsurgery.cli import train_command
 from trajsurgery.cli.command_line import INTERRUPTED
+from trajsurgery.training.checkpoints.run_log import METRICS
 from trajsurgery.training.distributed import ranks
 from trajsurgery.training.prompts import Prompt
 from trajsurgery.training.settings import Guards
-torch.set_num_threads(1)
-ranks.join(torch.device("cpu"))
-recipe = toy_world.recipe(
-    Path(sys.argv[1]), iterations=int(sys.argv[2]), save_every=3, shard="auto" if ranks.count() == 1 else "fsdp",
-    guards=Guards(every=8, images=4, patience=99),
-)
-world = replace(
-    toy_world.world(recipe), validation=(Prompt("a blue circle", "any"), Prompt("three circles", "any")),
-    metrics={"green": lambda images, prompts: images[:, 1].mean((1, 2))},
-)
-result = train_command.main(recipe, world)
-ranks.leave()
-sys.exit(INTERRUPTED if result is None else 0)
-"""
+
+PROCESSES = multiprocessing.get_context("forkserver")
+"""A server that has imported all once forks each process: what starts anew is the run, not Python."""
+PROCESSES.set_forkserver_preload(["benchmarks.engine.kills"])
+
+
+def run(output: Path, iterations: int, environment: dict[str, str]) -> NoReturn:
+    """Run a toy recipe as the command line does, and exit with its code."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    ranks.join(torch.device("cpu"))
+    recipe = toy_world.recipe(
+        output,
+        iterations=iterations,
+        save_every=3,
+        shard="auto" if ranks.count() == 1 else "fsdp",
+        guards=Guards(every=8, images=4, patience=99),
+    )
+    world = replace(
+        toy_world.world(recipe),
+        validation=(Prompt("a blue circle", "any"), Prompt("three circles", "any")),
+        metrics={"green": lambda images, prompts: images[:, 1].mean((1, 2))},
+    )
+    with open(os.devnull, "w") as nowhere:
+        result = train_command.main(recipe, world, Console(file=nowhere))
+    ranks.leave()
+    sys.exit(INTERRUPTED if result is None else 0)
 
 
 @dataclass(frozen=True)
@@ -65,18 +79,24 @@ class Moment:
     """Whether a file or folder was half written."""
 
 
-def start(output: Path, iterations: int, ranks: int) -> list[subprocess.Popen[bytes]]:
-    """Start the run's processes, as a launcher starts them."""
+def start(output: Path, iterations: int, count: int) -> list[ForkServerProcess]:
+    """Start a run's processes, with what a launcher sets."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    places = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    common = {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in places.items()}}
-    command = [sys.executable, "-W", "ignore", "-c", RUN, str(output), str(iterations)]
-    return [
-        subprocess.Popen(command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.DEVNULL)
-        for rank in range(ranks)
-    ]
+    places = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    processes = list[ForkServerProcess]()
+    for rank in range(count):
+        environment = {name: str(value) for name, value in (places | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        processes.append(PROCESSES.Process(target=run, args=(output, iterations, environment), daemon=True))
+        processes[-1].start()
+    return processes
+
+
+def signal_to(process: ForkServerProcess, number: int) -> None:
+    """Send a signal, unless the process has ended."""
+    if process.pid and process.is_alive():
+        os.kill(process.pid, number)
 
 
 def count_lines(output: Path) -> int:
@@ -90,68 +110,70 @@ def is_writing(output: Path) -> bool:
     return any(path.name.endswith((".partial", ".old")) for path in [*output.glob("*"), *output.glob("*/*")])
 
 
-def kill_once(output: Path, iterations: int, ranks: int, draw: random.Random, in_write: bool) -> Moment | None:
+def kill_once(output: Path, iterations: int, count: int, draw: random.Random, in_write: bool) -> Moment | None:
     """Go on with the run and kill it after one to six more lines. Return when; None if it ended before."""
-    processes, lines = start(output, iterations, ranks), count_lines(output)
+    processes, lines = start(output, iterations, count), count_lines(output)
     later, delay = draw.randint(1, 6), draw.random()
     try:
-        while all(process.poll() is None for process in processes):
+        while all(process.is_alive() for process in processes):
             due = count_lines(output) >= lines + later
             if due and not in_write:
                 time.sleep(0.1 * delay)
             if due and (not in_write or _stops_within_a_write(processes, output, 0.005 * delay)):
                 draw.shuffle(processes)
                 for process in processes:
-                    process.send_signal(signal.SIGKILL)
+                    signal_to(process, signal.SIGKILL)
                     time.sleep(0.01 * delay)
                 for process in processes:
-                    process.wait()
+                    process.join()
                 return Moment(count_lines(output), is_writing(output))
             time.sleep(0.0005)
         finish(processes)
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.join()
     return None
 
 
-def _stops_within_a_write(processes: list[subprocess.Popen[bytes]], output: Path, delay: float) -> bool:
+def _stops_within_a_write(processes: list[ForkServerProcess], output: Path, delay: float) -> bool:
     """Stop the processes if a file is half written, and let them go on if it was whole before they stopped."""
     if not is_writing(output):
         return False
     time.sleep(delay)
     for process in processes:
-        process.send_signal(signal.SIGSTOP)
+        signal_to(process, signal.SIGSTOP)
     if is_writing(output):
         return True
     for process in processes:
-        process.send_signal(signal.SIGCONT)
+        signal_to(process, signal.SIGCONT)
     return False
 
 
-def finish(processes: list[subprocess.Popen[bytes]]) -> None:
+def finish(processes: list[ForkServerProcess]) -> None:
     """Wait for a run's end.
 
     Raises:
         RuntimeError: a process failed.
     """
-    codes = [process.wait(timeout=600) for process in processes]
-    if any(codes):
+    for process in processes:
+        process.join(600)
+    codes = [process.exitcode for process in processes]
+    if codes != [0] * len(processes):
         raise RuntimeError(f"a run ended with {codes}")
 
 
-def compare_runs(folder: Path, kills: int, iterations: int, ranks: int, seed: int) -> list[Moment]:
+def compare_runs(folder: Path, kills: int, iterations: int, count: int, seed: int) -> list[Moment]:
     """Run once in peace and once with kills; assert that they ended alike. Return when it was killed."""
     whole, killed, draw, moments = folder / "whole", folder / "killed", random.Random(seed), list[Moment]()
-    finish(start(whole, iterations, ranks))
+    finish(start(whole, iterations, count))
     while len(moments) < kills:
-        moment = kill_once(killed, iterations, ranks, draw, in_write=len(moments) % 2 == 0)
+        moment = kill_once(killed, iterations, count, draw, in_write=len(moments) % 2 == 0)
         if moment is None:
             raise RuntimeError(f"the run ended after {len(moments)} kills: take more iterations")
         moments.append(moment)
         print(f"kill {len(moments)}: {moment}", flush=True)
-    finish(start(killed, iterations, ranks))
+    finish(start(killed, iterations, count))
     assert_same_run(whole, killed)
     return moments
 

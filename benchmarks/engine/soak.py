@@ -66,10 +66,10 @@ def sample(process: int, line: int) -> Sample:
 
 def watch(output: Path, iterations: int, every: int) -> list[Sample]:
     """Run to the end; return a sample for each `every` lines of the log."""
-    (process,) = start(output, iterations, ranks=1)
+    (process,) = start(output, iterations, count=1)
     samples = list[Sample]()
     try:
-        while process.poll() is None:
+        while process.is_alive() and process.pid:
             line = count_lines(output)
             if line >= every * (len(samples) + 1):
                 samples.append(sample(process.pid, line))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import time
 from pathlib import Path
@@ -19,21 +20,23 @@ from trajsurgery.training.training_loop import StepRecord, train
 
 @pytest.mark.slow
 def test_sigkill_within_a_write_and_sigterm_lose_nothing(tmp_path: Path) -> None:
-    (moment,) = kills.compare_runs(tmp_path, kills=1, iterations=24, ranks=1, seed=1)
+    whole, stopped, iterations = tmp_path / "whole", tmp_path / "stopped", 16
+    kills.finish(kills.start(whole, iterations, 1))
+    moment = kills.kill_once(stopped, iterations, 1, random.Random(1), in_write=True)
+    assert moment is not None
     assert moment.writing
-    interrupted = tmp_path / "interrupted"
-    (process,) = kills.start(interrupted, 24, 1)
-    try:
-        while kills.count_lines(interrupted) < 7 and process.poll() is None:
-            time.sleep(0.005)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 130
-    finally:
-        process.kill()
-    lines = [line for line in Log(interrupted / METRICS).read() if line["kind"] == "iteration"]
-    assert len(lines) == load_checkpoint(interrupted)["iteration"] < 24, "an interrupted run saves its last iteration"
-    kills.finish(kills.start(interrupted, 24, 1))
-    assert_same_run(tmp_path / "whole", interrupted)
+    (process,) = kills.start(stopped, iterations, 1)
+    while kills.count_lines(stopped) < moment.lines + 2 and process.is_alive():
+        time.sleep(0.005)
+    process.terminate()
+    process.join()
+    assert process.exitcode == 130
+    lines = [line for line in Log(stopped / METRICS).read() if line["kind"] == "iteration"]
+    assert len(lines) == load_checkpoint(stopped)["iteration"] < iterations, (
+        "an interrupted run saves its last iteration"
+    )
+    kills.finish(kills.start(stopped, iterations, 1))
+    assert_same_run(whole, stopped)
 
 
 def test_an_interruption_in_the_last_iteration_is_one(tmp_path: Path) -> None:
