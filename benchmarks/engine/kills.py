@@ -42,7 +42,7 @@ from trajsurgery.training.settings import Guards
 
 PROCESSES = multiprocessing.get_context("forkserver")
 """A server that has imported all once forks each process: what starts anew is the run, not Python."""
-PROCESSES.set_forkserver_preload(["benchmarks.engine.kills"])
+PROCESSES.set_forkserver_preload(["tests.builders.toy_world", "trajsurgery.cli.train_command"])
 
 
 def run(output: Path, iterations: int, environment: dict[str, str]) -> NoReturn:

@@ -201,7 +201,7 @@ def test_an_address_is_host_and_port(text: str) -> None:
 
 def test_an_address_where_nothing_listens_is_reported() -> None:
     with raw_server(b"") as address, contextlib.suppress(RewardError):
-        Remote(address)
+        Remote(address, timeout=0.2)
     with pytest.raises(RewardError, match="nothing listens") as error:
         Remote(address)
     assert str(error.value).count("Nothing was changed here") == 1
