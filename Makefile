@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE := 1
 .PHONY: test lint demo docs environment study study-quick ablations
 
 test: lint
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: $(STAMP)
 	$(BIN)/ruff check

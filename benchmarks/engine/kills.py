@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -32,6 +31,7 @@ from rich.console import Console
 
 from benchmarks.provenance import provenance
 from tests.builders import toy_world
+from tests.builders.processes import PROCESSES
 from tests.builders.saved_runs import assert_same_run
 from trajsurgery.cli import train_command
 from trajsurgery.cli.command_line import INTERRUPTED
@@ -39,10 +39,6 @@ from trajsurgery.training.checkpoints.run_log import METRICS
 from trajsurgery.training.distributed import ranks
 from trajsurgery.training.prompts import Prompt
 from trajsurgery.training.settings import Guards
-
-PROCESSES = multiprocessing.get_context("forkserver")
-"""A server that has imported all once forks each process: what starts anew is the run, not Python."""
-PROCESSES.set_forkserver_preload(["tests.builders.toy_world", "trajsurgery.cli.train_command"])
 
 
 def run(output: Path, iterations: int, environment: dict[str, str]) -> NoReturn:

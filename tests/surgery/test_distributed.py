@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
+from tests.builders.processes import spawn_ranks
 from trajsurgery import SamplerError, Trajectory, apply, backward, leapalign, operate, rollout, sample, tiny
 
 RANKS = 2
@@ -134,4 +135,4 @@ def run_rank(rank: int, folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_two_ranks_train_on_the_mean_gradient(name: str, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(run_rank, args=(tmp_path, name), nprocs=RANKS)  # type: ignore[attr-defined]
+    spawn_ranks(run_rank, (tmp_path, name), RANKS)

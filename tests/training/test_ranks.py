@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tests.builders import toy_world
 from tests.builders.problems import distance
+from tests.builders.processes import spawn_ranks
 from tests.builders.saved_runs import load_checkpoint
 from trajsurgery import DRaFTLV, DRTune, FlowBPLagrange, LeapAlign, RecipeError
 from trajsurgery.cli import train_command
@@ -93,7 +94,7 @@ def spawn(count: int, work: Callable[..., Any], *args: Any, per_node: int | None
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, (count, per_node or count, port, work, args), count)  # type: ignore[attr-defined]
+    spawn_ranks(_rank, (count, per_node or count, port, work, args), count)
 
 
 def _rank(rank: int, count: int, per_node: int, port: int, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
