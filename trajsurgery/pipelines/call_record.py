@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
 import math
@@ -53,6 +54,10 @@ class CallRecord:
     """What carries tensors from one model call to the next beside the latents, if that was seen."""
     arrived: set[tuple[int, int]] = field(default_factory=set[tuple[int, int]])
     """Replays (call, skipped steps) whose timestep was checked against the recorded one."""
+    prepared: list[Tensor] = field(default_factory=list[Tensor])
+    """What the pipeline's methods that prepare latents have returned, until the loop's first step."""
+    own_latents: bool = False
+    """Whether the loop begins with the very tensor that such a method returns, and no other there is like it."""
     doubled: bool = False
     """Whether the first step's latents can only be substituted after another step."""
     schedule: Schedule = field(init=False)
@@ -141,6 +146,30 @@ class CallRecord:
                 stack.enter_context(shadow_attribute(owner, name, kept(owner, name, getattr(owner, name))))
             yield
 
+    @contextlib.contextmanager
+    def preparing(self) -> Generator[None]:
+        """Collect what the pipeline's methods that prepare latents return."""
+
+        def noting(prepare: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(prepare)
+            def call(*args: Any, **kwargs: Any) -> Any:
+                prepared = prepare(*args, **kwargs)
+                self.prepared += [value for value in tree_leaves(prepared) if isinstance(value, Tensor)]
+                return prepared
+
+            return call
+
+        with contextlib.ExitStack() as stack:
+            for name in latents_methods(self.base):
+                method = noting(getattr(self.base, name).__get__(self.pipe))
+                stack.enter_context(shadow_attribute(self.pipe, name, method))
+            yield
+
+    def note_own_latents(self, sample: Tensor) -> None:
+        """Compare the sample of the loop's first step with what the pipeline has prepared, by identity."""
+        self.own_latents = [value is sample for value in self.prepared if is_like(value, sample)] == [True]
+        self.prepared.clear()
+
     def again(self) -> dict[str, Any]:
         """Return the call's arguments, generators reset to their states and callbacks left out."""
 
@@ -165,6 +194,16 @@ def encoder_methods(pipe: Any, base: type) -> Iterator[tuple[Any, str]]:
     for component in pipe.components.values():
         if isinstance(component, nn.Module) and callable(getattr(component, "encode", None)):
             yield component, "encode"
+
+
+def latents_methods(base: type) -> list[str]:
+    """Return the names of a pipeline's methods that prepare latents."""
+    return [name for name in dir(base) if name.startswith("prepare_") and "latents" in name]
+
+
+def is_like(value: Any, start: Tensor) -> bool:
+    """Whether a value may be the loop's first latents, by shape and kind."""
+    return isinstance(value, Tensor) and value.shape == start.shape and value.is_floating_point()
 
 
 @contextlib.contextmanager

@@ -18,6 +18,8 @@ from trajsurgery.pipelines.scheduler import (
     Schedule,
     calling_first,
     first_timetable_entry,
+    is_euler_step,
+    remember_sigmas,
     reroute,
     shadow_attribute,
     step_output,
@@ -72,6 +74,7 @@ class DenoisingLoop:
             stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))  # restores it
             stack.enter_context(reroute(self.scheduler, set_timesteps=self._set_timesteps, step=self._step))
             stack.enter_context(self.record.encoding())
+            stack.enter_context(self.record.preparing())
             progress_bar = calling_first(self._begin, pipe.progress_bar)
             stack.enter_context(shadow_attribute(pipe, "progress_bar", progress_bar))
             stack.callback(self.record.watching.close)
@@ -109,6 +112,7 @@ class DenoisingLoop:
                 "resolution): operate() follows one loop a call."
             )
         set_timesteps(*args, **kwargs)
+        remember_sigmas(self.scheduler, (args, kwargs))
         self.count = 0
         if self.options.plan is not None and torch.is_inference_mode_enabled():
             raise SamplerError("a plan's gradient can't be kept under torch.inference_mode(): leave that block.")
@@ -146,6 +150,8 @@ class DenoisingLoop:
             self.record.trim(4 * sample.numel())
         if self.count in schedule.starts:
             self._record_step(model_output, sample)
+            if not args and is_euler_step(step, self.scheduler, kwargs):
+                self.trajectory.note_euler_step(self.t)
             if not self.options.whole and self.plan is not None and 1 < self.t == _last_needed_time(self.plan):
                 self._end(self.plan)
                 return output
@@ -167,6 +173,7 @@ class DenoisingLoop:
         schedule = self.record.schedule = Schedule.of(self.scheduler, first_timetable_entry(self.scheduler))
         self.t = schedule.steps
         start = self.record.start = sample.detach().clone()  # it may be a buffer that is written to again
+        self.record.note_own_latents(sample)
         if self.options.plan is not None:
             self.record.stateless()
             try:

@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from trajsurgery.errors import SamplerError
-from trajsurgery.pipelines.call_record import CallRecord, encoder_methods, skipped_calls
+from trajsurgery.pipelines.call_record import CallRecord, encoder_methods, is_like, latents_methods, skipped_calls
 from trajsurgery.pipelines.guidance import GuidancePasses
 from trajsurgery.pipelines.scheduler import calling_first, reroute, shadow_attribute, step_output
+from trajsurgery.surgery.deferred_checks import require
 
 
 class _Stop(BaseException):
@@ -41,6 +42,8 @@ class Replay:
         self.calls = calls
         self.count = 0
         self.begun = False
+        self.handed: Tensor | None = None
+        """x, as the pipeline's loop was handed it in place of its first latents."""
         self.passes = GuidancePasses(())
         self.stack: contextlib.ExitStack
         self.skipping: contextlib.ExitStack
@@ -81,19 +84,24 @@ class Replay:
                 if (id(owner), name) in self.record.encodings:
                     enter(shadow_attribute(owner, name, lambda *_, memory=memory, **__: next(memory)))
             if self.skipped == 0:
-                for name in (n for n in dir(base) if n.startswith("prepare_") and "latents" in n):
+                for name in latents_methods(base):
                     pipe.__dict__[name] = self._substituting(getattr(base, name).__get__(pipe))
             pipe.__dict__["_progress_bar_config"] = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
             pipe.__dict__["progress_bar"] = calling_first(self._begin, base.progress_bar.__get__(pipe))
             return inspect.unwrap(base.__call__)(pipe, **arguments)
 
     def _substituting(self, prepare: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap a method that prepares latents: replace the loop's initial latents by x."""
-        start = self.record.start
+        """Wrap a method that prepares latents: replace the loop's initial latents by x.
+
+        Where the record does not tell them, they are found by their value, for which the host waits for the device.
+        """
+        start, own = self.record.start, self.record.own_latents
 
         def substituted(value: Any) -> Any:
-            same = isinstance(value, Tensor) and value.shape == start.shape and value.is_floating_point()
-            return self.x.to(value.dtype) if same and torch.equal(value.to(start.dtype), start) else value
+            if not is_like(value, start) or not (own or torch.equal(value.to(start.dtype), start)):
+                return value
+            self.handed = self.x.to(value.dtype)
+            return self.handed
 
         def call(*args: Any, **kwargs: Any) -> Any:
             return tree_map(substituted, prepare(*args, **kwargs))
@@ -143,16 +151,21 @@ class Replay:
         """Leave with the velocity, if this is the wanted call."""
         if self.skipped == 0:
             lost = self.x.requires_grad and self.gradient and not sample.requires_grad
-            if lost or sample.shape != self.x.shape or not torch.equal(sample, self.x.to(sample.dtype)):
+            other = sample is not self.handed and (
+                sample.shape != self.x.shape or not torch.equal(sample, self.x.to(sample.dtype))
+            )
+            if lost or other:
                 raise _Stop(None)
         recorded_timestep = self.record.timesteps[self.call]
         arrived = self.call, self.skipped
-        if arrived not in self.record.arrived and not torch.equal(
-            torch.as_tensor(timestep), torch.as_tensor(recorded_timestep)
-        ):
-            raise SamplerError(
-                f"{self.record.base.__name__}'s loop, replayed for timestep {recorded_timestep}, came to {timestep}: "
-                "its schedule depends on more than its arguments. Use memory='retain' with a plan that fits one pass."
+        if arrived not in self.record.arrived:
+            require(
+                (torch.as_tensor(timestep) == torch.as_tensor(recorded_timestep)).all(),
+                lambda: SamplerError(
+                    f"{self.record.base.__name__}'s loop, replayed for timestep {recorded_timestep}, came to "
+                    f"{timestep}: its schedule depends on more than its arguments. Use memory='retain' with a plan "
+                    "that fits one pass."
+                ),
             )
         self.record.arrived.add(arrived)
         self.passes.tell(v)

@@ -8,13 +8,16 @@ import inspect
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from trajsurgery.errors import SamplerError
 from trajsurgery.plans.interpolants import InvertedFlow, RectifiedFlow
-from trajsurgery.surgery.trajectory import check_sigmas, numbers, pick
+from trajsurgery.surgery.deferred_checks import are_deferred
+from trajsurgery.surgery.trajectory import assume_numbers, check_sigmas, numbers, pick
 
 _MISSING = object()
 
@@ -103,6 +106,37 @@ def step_output(sample: Tensor, return_dict: bool = True, **_: Any) -> Any:
     from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
     return SchedulerOutput(prev_sample=sample) if return_dict else (sample,)
+
+
+_SIGMAS: WeakKeyDictionary[Any, dict[str, Tensor]] = WeakKeyDictionary()
+"""Of a scheduler: the sigmas that it made from some arguments."""
+
+
+def remember_sigmas(scheduler: Any, arguments: Any) -> None:
+    """Take the numbers of the scheduler's new sigmas for those that it made from the same arguments before.
+
+    Only inside `deferred_checks`, which checks that they are equal; elsewhere they are read off the device when needed.
+    """
+    sigmas, leaves = getattr(scheduler, "sigmas", None), tree_leaves(arguments)
+    if not are_deferred() or not isinstance(sigmas, Tensor) or any(isinstance(leaf, Tensor) for leaf in leaves):
+        return
+    values = repr([leaf.tolist() if hasattr(leaf, "tolist") else leaf for leaf in leaves])
+    earlier = _SIGMAS.setdefault(scheduler, {}).setdefault(values, sigmas)
+    if earlier is not sigmas and (earlier.shape, earlier.device) == (sigmas.shape, sigmas.device):
+        assume_numbers(sigmas, earlier)
+
+
+def is_euler_step(step: Any, scheduler: Any, options: dict[str, Any]) -> bool:
+    """Whether a scheduler's step is known to be x + dsigma v (`Trajectory.is_step` measures others).
+
+    Args:
+        step: its own method.
+        options: keyword arguments of the call.
+    """
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler as Euler
+
+    own = getattr(step, "__func__", None) is Euler.step and not options.keys() - {"return_dict", "generator"}
+    return own and not scheduler.config.get("stochastic_sampling")
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trajsurgery.errors import RewardError
+from trajsurgery.surgery.deferred_checks import require
 
 SLACK = 1e-3
 """How far outside [0, 1] a value may lie: decoders round."""
@@ -91,25 +92,31 @@ def _check_images(name: str, images: Tensor) -> None:
             f"{name} takes images of floats in [0, 1], received {images.dtype}: divide bytes by 255, but note that no "
             "gradient passes a rounding."
         )
-    low, high = torch.stack(torch.aminmax(images.detach())).tolist()  # the one wait for the device
-    if math.isnan(low):
-        raise RewardError(f"{name} received images with NaN: the sampler or the decoder has diverged.")
-    if low < -SLACK or high > 1 + SLACK:
-        raise RewardError(
+    low, high = torch.aminmax(images.detach())
+
+    def error() -> RewardError:
+        if math.isnan(low):
+            return RewardError(f"{name} received images with NaN: the sampler or the decoder has diverged.")
+        return RewardError(
             f"{name} takes images in [0, 1], received values from {low:.3g} to {high:.3g}: ask the pipeline for "
             "output_type='pt', map [-1, 1] by x / 2 + 0.5, or divide bytes by 255."
         )
+
+    require((low >= -SLACK) & (high <= 1 + SLACK), error)
 
 
 def _check_scores(name: str, images: Tensor, scores: Any) -> Tensor:
     if not isinstance(scores, Tensor) or scores.shape != (len(images),):
         received = f"shape {list(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
         raise RewardError(f"{name} returned {received} for {len(images)} images: `score` gives one number an image.")
-    if not bool(scores.detach().isfinite().all()):
-        raise RewardError(
-            f"{name} gave scores that are not finite ({scores.tolist()}): its weights are spoilt, or too large for "
-            f"{scores.dtype}; load them in float32."
-        )
+    numbers = scores.detach()
+    require(
+        numbers.isfinite().all(),
+        lambda: RewardError(
+            f"{name} gave scores that are not finite ({numbers.tolist()}): its weights are spoilt, or too large for "
+            f"{numbers.dtype}; load them in float32."
+        ),
+    )
     if images.requires_grad and torch.is_grad_enabled() and not scores.requires_grad:
         raise RewardError(
             f"{name} gave scores without a gradient to the images: somewhere `score` leaves autograd (no_grad, detach, "

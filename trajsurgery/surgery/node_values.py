@@ -13,6 +13,7 @@ from trajsurgery.plans import nodes
 from trajsurgery.plans.interpolants import Interpolant, RectifiedFlow, weights
 from trajsurgery.plans.nodes import Node, Time, walk
 from trajsurgery.surgery import autograd_functions
+from trajsurgery.surgery.deferred_checks import require
 from trajsurgery.surgery.validation import Generators
 
 Of = Mapping[Node, Tensor]
@@ -56,10 +57,13 @@ def _renoise(node: nodes.Renoise, of: Of, trajectory: Any, _: bool, generator: G
 def _recover(node: nodes.Recover, of: Of, trajectory: Any, _: bool, generator: Generators) -> Tensor:
     t = node.x.t
     alpha, beta = _shares(trajectory, t)
-    # times are monotone: alpha vanishes at T alone, and only there does the host wait for the device
-    if t == trajectory.steps and bool((alpha.abs() < torch.finfo(alpha.dtype).eps).any()):
-        raise SamplerError(
-            f"recover from t = {t}, where the image's share alpha_t is 0: recover from an earlier step (t < T)."
+    # times are monotone: alpha vanishes at T alone, and only there is it looked at
+    if t == trajectory.steps:
+        require(
+            (alpha.abs() >= torch.finfo(alpha.dtype).eps).all(),
+            lambda: SamplerError(
+                f"recover from t = {t}, where the image's share alpha_t is 0: recover from an earlier step (t < T)."
+            ),
         )
     drawn = [up.to for up in walk([node]) if isinstance(up, nodes.Renoise) and up.draw == node.draw]
     eps = trajectory.noise(node.draw, drawn[0] if drawn else t, generator)

@@ -17,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from trajsurgery.errors import PlanError, SamplerError
 from trajsurgery.plans.interpolants import Interpolant, RectifiedFlow
 from trajsurgery.plans.nodes import START, Draw
+from trajsurgery.surgery.deferred_checks import require
 from trajsurgery.surgery.parameters import Fields, Params
 from trajsurgery.surgery.term_evaluation import Evaluation, evaluate
 from trajsurgery.surgery.validation import Generators, check_noise, match_cotangents
@@ -33,7 +34,9 @@ def _draw_noise(like: Tensor, generator: Generators) -> Tensor:
             )
         return torch.cat([_draw_noise(x, each) for x, each in zip(like.split(1), generator, strict=True)])
     device = like.device if generator is None else generator.device
-    return torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
+    return torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype).to(
+        like.device, non_blocking=not like.is_cpu
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +96,17 @@ class Trajectory:
         """Return the time of t, 0-dim, in [0, 1]."""
         self._check(t, 0)
         return self.sigmas[self.steps - t]
+
+    def times(self, ts: Sequence[int]) -> Tensor:
+        """Return the times of several t, [len(ts)], whose numbers are known without reading them off the device."""
+        times, known = torch.stack([*map(self.sigma, ts)]), numbers(self.sigmas)
+        if not times.is_inference():
+            _NUMBERS[times] = times._version, tuple(known[self.steps - t] for t in ts)
+        return times
+
+    def note_euler_step(self, t: int) -> None:
+        """Record that the sampler's step from x_t is Euler's, which is then not measured."""
+        self._measured[t] = True
 
     def is_step(self, t: int) -> bool:
         """Whether `leap(t - 1)` from x_t is the sampler's own step: Euler's, on a rectified flow."""
@@ -200,6 +214,24 @@ def numbers(values: Tensor) -> tuple[float, ...]:
     if stored is None or version is None or stored[0] != version:
         _NUMBERS[values] = stored = version, tuple(map(float, values.tolist()))
     return stored[1]
+
+
+def assume_numbers(values: Tensor, earlier: Tensor) -> None:
+    """Take the numbers of a 1-dim tensor for those of an earlier one, which should be equal, without reading them.
+
+    Raises:
+        SamplerError: they are not equal; inside `deferred_checks` at its end.
+    """
+    if values.is_inference() or earlier.is_inference():
+        return
+    _NUMBERS[values] = values._version, numbers(earlier)
+    require(
+        (values == earlier).all(),
+        lambda: SamplerError(
+            f"the scheduler made the sigmas {values.tolist()}, and {earlier.tolist()} from the same arguments before: "
+            "its schedule is to depend on its arguments alone."
+        ),
+    )
 
 
 def pick(values: Tensor, indices: Sequence[int]) -> Tensor:

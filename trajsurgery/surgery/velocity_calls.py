@@ -43,7 +43,7 @@ class ModelCall:
 
     def __call__(self, x: Tensor) -> Tensor:
         t, sigma_of, field = self.t, self.trajectory.sigma, field_named(self.fields, self.name)
-        first, sigma = (t, sigma_of(t)) if isinstance(t, int) else (t[0], torch.stack([*map(sigma_of, t)]))
+        first, sigma = (t, sigma_of(t)) if isinstance(t, int) else (t[0], self.trajectory.times(t))
         v = call_field(field, x, sigma, t, self.trajectory.velocities.get(first))
         lost = torch.is_grad_enabled() and not v.requires_grad and not _inside_torch_func()
         if lost and parameters.has_trainable_parameters(field):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trajsurgery.errors import RewardError, suggest
+from trajsurgery.surgery.deferred_checks import require
 from trajsurgery.tiny.pipe import TEXT_LENGTH
 from trajsurgery.tiny.prompt import Prompt
 from trajsurgery.tiny.scene import SIDE
@@ -107,14 +108,17 @@ def check_prompt_count(name: str, images: Tensor, prompts: Sequence[object]) -> 
 
 def check_range(name: str, images: Tensor) -> None:
     """Raise RewardError for values outside [0, 1] or NaN."""
-    low, high = torch.stack(torch.aminmax(images.detach())).tolist()  # the one wait for the device
-    if math.isnan(low):
-        raise RewardError(f"{name} received images with NaN: the sampler or the decoder has diverged")
-    if low < -1e-3 or high > 1 + 1e-3:
-        raise RewardError(
+    low, high = torch.aminmax(images.detach())
+
+    def error() -> RewardError:
+        if math.isnan(low):
+            return RewardError(f"{name} received images with NaN: the sampler or the decoder has diverged")
+        return RewardError(
             f"{name} takes images in [0, 1], received values from {low:.3g} to {high:.3g}: "
             "ask the pipeline for output_type='pt', or map [-1, 1] by x / 2 + 0.5"
         )
+
+    require((low >= -1e-3) & (high <= 1 + 1e-3), error)
 
 
 def _folder(weights: str | Path) -> Path:

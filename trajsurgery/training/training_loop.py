@@ -15,6 +15,7 @@ import torch
 
 from trajsurgery.errors import RecipeError
 from trajsurgery.plans.nodes import Velocity
+from trajsurgery.surgery.deferred_checks import deferred_checks
 from trajsurgery.training import endings
 from trajsurgery.training.averages import update_averages
 from trajsurgery.training.checkpoints.checkpoint import save
@@ -151,7 +152,7 @@ def training_step(
     add_anchor = anchor and (
         lambda surgery, share: anchor.add_gradient(surgery.field, surgery.trajectory, number, share)
     )
-    with missing_gradients.clear_untouched_gradients(training.parameters):
+    with missing_gradients.clear_untouched_gradients(training.parameters), deferred_checks() as checks:
         for start in rows[::at_once]:
             end = min(start + at_once, rows.stop)
             part = texts[start:end]
@@ -172,9 +173,11 @@ def training_step(
         raise RecipeError(_NOTHING)
     norm = sharding.whole(torch.nn.utils.clip_grad_norm_(training.parameters, recipe.optimiser.clip))
     sums = ranks.total(sums)
-    numbers = torch.cat([sums, norm.reshape(1).to(sums)]).tolist()  # the iteration's one wait for the device
+    on_device = (norm.reshape(1).to(sums), sums, checks.flags(sums))
+    grad_norm, *numbers = torch.cat(on_device).tolist()  # the iteration's one wait for the device
+    checks.raise_failed(numbers[len(sums) :])
     reward, loss, clamped, weight, closed, anchor_figure = numbers[:6]
-    places, grad_norm = [int(place) for place in numbers[6:-1]], numbers[-1]
+    places = [int(place) for place in numbers[6 : len(sums)]]
     checked = {"the loss": loss, "the anchor's gradient": anchor_figure, "the transformer's gradient": grad_norm}
     is_finite = {name: math.isfinite(value) for name, value in checked.items()}
     seeds = [generator.initial_seed() for generator in noise]

@@ -170,4 +170,5 @@ def _moved(value: Any, device: torch.device, dtype: torch.dtype, copy: bool) -> 
     """Return a leaf on a device; floating-point numbers get a dtype."""
     if not isinstance(value, Tensor):
         return value
-    return value.to(device, dtype if value.is_floating_point() else value.dtype, copy=copy)
+    dtype = dtype if value.is_floating_point() else value.dtype
+    return value.to(device, dtype, copy=copy, non_blocking=device.type != "cpu")
