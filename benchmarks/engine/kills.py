@@ -52,7 +52,7 @@ def run(output: Path, iterations: int, environment: dict[str, str]) -> NoReturn:
         iterations=iterations,
         save_every=3,
         shard="auto" if ranks.count() == 1 else "fsdp",
-        guards=Guards(every=8, images=4, patience=99),
+        guards=Guards(every=8, images=4, patience=9999),
     )
     world = replace(
         toy_world.world(recipe),

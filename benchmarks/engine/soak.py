@@ -120,6 +120,8 @@ def main(iterations: int = 2000, every: int = 5, results: Path = Path(__file__).
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         samples = watch(Path(folder) / "run", iterations, every)
+    if samples[-1].line < iterations:
+        raise SystemExit(f"the run ended after {samples[-1].line} lines of its log")
     after = samples[len(samples) // 10 :]
     lines = [sample.line for sample in after]
     slopes = {
