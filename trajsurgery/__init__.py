@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from trajsurgery.plans.plan import latent as latent
     from trajsurgery.plans.plan import noise as noise
     from trajsurgery.plans.plan import recorded as recorded
+    from trajsurgery.plans.step_gain import StepGain as StepGain
     from trajsurgery.surgery.api import apply as apply
     from trajsurgery.surgery.api import backward as backward
     from trajsurgery.surgery.api import distances as distances
@@ -40,6 +41,7 @@ _NAMES = {
     "plans.interpolants": "Interpolant Polynomial RectifiedFlow Trigonometric",
     "plans.plan": "Plan latent noise recorded",
     "plans.per_sample": "PerSample",
+    "plans.step_gain": "StepGain",
     "surgery.api": "apply backward distances rollout sample values",
     "surgery.trajectory": "Trajectory",
     "pipelines.operate": "Surgery operate",

@@ -1,16 +1,23 @@
 """The methods beyond Algorithm 1 against loops written from their descriptions: value, gradient and draws."""
 
+import math
+import sys
+
 import pytest
 import torch
 
-from tests.builders.problems import WAYS, cotangents, distance, problem, seeded
+from tests.builders.problems import WAYS, Problem, cotangents, distance, problem, seeded
 from tests.tolerances import EXACT
 from trajsurgery import (
+    FlowBPBridge,
+    FlowBPLagrange,
+    FlowBPSparse,
     draft_k,
     flowbp_bridge,
     flowbp_lagrange,
     flowbp_sparse,
     leaps,
+    rollout,
     srpo,
 )
 from trajsurgery.methods import reno
@@ -120,21 +127,20 @@ def leaping(times, alpha, connected, straight):
     return x
 
 
-SIGMAS = P.sigmas.tolist()
 CASES = {
     "DRaFT-1": (draft_k(1), lambda: through_the_last(1)),
     "DRaFT-3": (draft_k(3), lambda: through_the_last(3)),
     "the whole trajectory": (draft_k(6), lambda: through_the_last(6)),
-    "sparse": (flowbp_sparse(6, {6, 3, 2}, SIGMAS), lambda: sparse({6, 3, 2})),
-    "sparse at one": (flowbp_sparse(6, {4}, SIGMAS), lambda: sparse({4})),
-    "sparse, half made up for": (flowbp_sparse(6, {6, 1}, SIGMAS, 0.5), lambda: sparse({6, 1}, 0.5)),
-    "bridge": (flowbp_bridge(6, 3, {5, 1}, 0.3, SIGMAS), lambda: bridge(3, {5, 1}, 0.3)),
-    "bridge at 1": (flowbp_bridge(6, 1, {2}, 0.5, SIGMAS), lambda: bridge(1, {2}, 0.5)),
-    "bridge as it is": (flowbp_bridge(6, 4, {6, 2}, 0.3, SIGMAS, 0.0), lambda: bridge(4, {6, 2}, 0.3, 0.0)),
-    "lagrange": (flowbp_lagrange(6, 3, sigmas=SIGMAS), lambda: lagrange(6, 3, 0.1, 0.25)),
-    "lagrange, long": (flowbp_lagrange(6, 5, sigmas=SIGMAS), lambda: lagrange(6, 5, 0.1, 0.25)),
-    "lagrange next": (flowbp_lagrange(3, 2, 0.4, 0.5, SIGMAS), lambda: lagrange(3, 2, 0.4, 0.5)),
-    "lagrange at 1": (flowbp_lagrange(5, 1, 0.4, 0.2, SIGMAS, 1.0), lambda: lagrange(5, 1, 0.4, 0.2, 1.0)),
+    "sparse": (flowbp_sparse(6, {6, 3, 2}), lambda: sparse({6, 3, 2})),
+    "sparse at one": (flowbp_sparse(6, {4}), lambda: sparse({4})),
+    "sparse, half made up for": (flowbp_sparse(6, {6, 1}, 0.5), lambda: sparse({6, 1}, 0.5)),
+    "bridge": (flowbp_bridge(6, 3, {5, 1}, 0.3), lambda: bridge(3, {5, 1}, 0.3)),
+    "bridge at 1": (flowbp_bridge(6, 1, {2}, 0.5), lambda: bridge(1, {2}, 0.5)),
+    "bridge as it is": (flowbp_bridge(6, 4, {6, 2}, 0.3, 0.0), lambda: bridge(4, {6, 2}, 0.3, 0.0)),
+    "lagrange": (flowbp_lagrange(6, 3), lambda: lagrange(6, 3, 0.1, 0.25)),
+    "lagrange, long": (flowbp_lagrange(6, 5), lambda: lagrange(6, 5, 0.1, 0.25)),
+    "lagrange next": (flowbp_lagrange(3, 2, 0.4, 0.5), lambda: lagrange(3, 2, 0.4, 0.5)),
+    "lagrange at 1": (flowbp_lagrange(5, 1, 0.4, 0.2, 1.0), lambda: lagrange(5, 1, 0.4, 0.2, 1.0)),
     "lagrange as it is": (flowbp_lagrange(6, 2, 0.4, rescale=0), lambda: lagrange(6, 2, 0.4, 0.25, 0.0)),
     "srpo": (srpo(4, 2), lambda: srpo_loop(4, 2)),
     "srpo, a noise of its own": (srpo(4, 2, draw=0), lambda: srpo_loop(4, 2, drawn())),
@@ -157,6 +163,29 @@ def test_gradient_and_value(case, way):
     torch.testing.assert_close(out.detach(), expected.detach(), rtol=EXACT, atol=EXACT)
     gradient = torch.autograd.grad(expected, P.params, cotangents([expected]))
     assert distance(got, gradient) <= EXACT
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("method", [FlowBPSparse(), FlowBPBridge(), FlowBPLagrange()], ids=lambda m: type(m).__name__)
+def test_flowbp_as_drawn_is_its_authors_loop_on_flux_s_shifted_times(method, seed, monkeypatch):
+    """25 steps at 720 px (mu = 0.799), where even lengths give other gains."""
+    even = torch.linspace(1, 1 / 25, 25, dtype=torch.float64)
+    sigmas = torch.cat([math.exp(0.799) / (math.exp(0.799) + 1 / even - 1), even.new_zeros(1)])
+    on_flux = Problem(P.field, P.noise, sigmas, rollout(P.field, P.noise, sigmas))
+    for name, value in {"P": on_flux, "X": on_flux.trajectory, "V": on_flux.trajectory.velocity, "STEPS": 25}.items():
+        monkeypatch.setattr(sys.modules[__name__], name, value)
+    plan = method.draw(25, seeded(seed))
+    calls = {node.t for node in plan.nodes if node.op == "velocity"}
+    starts = [node.x.t for node in plan.nodes if node.op == "advance"]
+    (j,) = {node.t for node in plan.nodes if node.op == "connect"} - {0} or {0}
+    looped = {
+        "FlowBPSparse": lambda: sparse(calls),
+        "FlowBPBridge": lambda: bridge(j, calls, 0.1),
+        "FlowBPLagrange": lambda: lagrange(max(starts), j, 0.1, 0.25),
+    }[type(method).__name__]()
+    expected = torch.autograd.grad(looped, P.params, cotangents([looped]))
+    for way in ("retain", "staged", "sample split"):
+        assert distance(WAYS[way](plan, on_flux, P.params, P.field)[1], expected) <= EXACT * 10, way
 
 
 def test_reno_with_single_steps_is_plain_backpropagation():

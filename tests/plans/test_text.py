@@ -36,7 +36,7 @@ def test_str_is_the_paper_s_arrows(plan, arrows):
 @given(plans(STEPS, fields=("guided",), calls=1))
 def test_repr_is_code_that_builds_the_plan(plan):
     assume("nodes>" not in repr(plan))
-    names = {name: getattr(trajsurgery, name) for name in ("Plan", "latent", "noise", "recorded")}
+    names = {name: getattr(trajsurgery, name) for name in ("Plan", "StepGain", "latent", "noise", "recorded")}
     assert eval(repr(plan), names) == plan
 
 

@@ -17,7 +17,7 @@ def named(plan: Plan) -> tuple[Plan, dict[str, float]]:
     data, values = plan.to_dict(), {}
     for entry in data["nodes"]:
         for key in ("time", "to", "a"):
-            if not isinstance(entry.get(key, "T"), str):
+            if isinstance(entry.get(key), int | float):
                 name = ("a_" if key == "a" else "t_") + str(entry[key]).replace(".", "_").replace("-", "m")
                 values[name] = entry[key]
                 entry[key] = name

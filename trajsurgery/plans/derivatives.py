@@ -13,8 +13,10 @@ from typing import Any
 
 import sympy
 
+from trajsurgery.plans.expression import Factor
 from trajsurgery.plans.interpolants import Interpolant, weights
 from trajsurgery.plans.nodes import START, Advance, Connect, Discount, Leap, Node, Recover, Renoise, Scale, Time
+from trajsurgery.plans.step_gain import StepGain
 
 WRITTEN_OUT = 3
 """An advance over more supports than this keeps its weights as names, `QuadratureWeight`, until numbers are put in."""
@@ -42,10 +44,15 @@ class TimeSymbols:
             return self.sigmas[len(self.sigmas) - 1 - t]
         return sympy.Integer(0) if t == 0 else sympy.Symbol(f"sigma_{t}")
 
-    def factor(self, a: float | str) -> Any:
+    def factor(self, a: Factor) -> Any:
         """A discount or scale; among exact numbers it is the decimal that it is written as."""
         if isinstance(a, str):
             return sympy.Symbol(a)
+        if isinstance(a, StepGain):
+            rescale = self.factor(a.rescale)
+            if self.sigmas is None and a.rule == "lagrange":
+                return QuadratureGain(rescale, self(a.to), *(arg for t in a.times for arg in (self(t), t in a.active)))
+            return a.value(self, rescale)
         if self.xp is math:
             return a
         if float(a).is_integer():
@@ -89,6 +96,33 @@ class QuadratureWeight(sympy.Function):
     def _latex(self, printer: Any) -> str:
         at, start, to = (printer.doprint(arg) for arg in self.args[:3])
         return rf"w_{{{at}}}^{{{start} \to {to}}}"
+
+
+class QuadratureGain(sympy.Function):
+    """The value of a `StepGain` of the rule "lagrange": (its rescale, the sigma of `to`, and of each time its sigma and
+    whether it is active).
+
+    It stands for itself like `QuadratureWeight`.
+    """
+
+    @classmethod
+    def eval(cls, *args: Any) -> Any:
+        """The number, once there are only numbers."""
+        rescale, to, *supports = args
+        sigmas = [*supports[::2], to][::-1]  # of the times len(sigmas) - 1, ..., 0
+        if not all(sigma.is_number for sigma in sigmas):
+            return None
+        times = tuple(range(len(sigmas) - 1, 0, -1))
+        active = tuple(t for t, chosen in zip(times, supports[1::2], strict=True) if chosen)
+        return StepGain(times, active, rule="lagrange").value(sigmas.__getitem__, rescale)
+
+    def _sympystr(self, printer: Any) -> str:
+        _, to, start, *_ = map(printer.doprint, self.args)
+        return f"g[{start} -> {to}]"
+
+    def _latex(self, printer: Any) -> str:
+        _, to, start, *_ = map(printer.doprint, self.args)
+        return rf"g^{{{start} \to {to}}}"
 
 
 def _advance(node: Advance, times: TimeSymbols, interpolant: Interpolant) -> Sequence[Any]:

@@ -13,12 +13,13 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self, dataclass_transform
 
 from trajsurgery.errors import PlanError
+from trajsurgery.plans.step_gain import StepGain
 
 Time = int | str
 """A timestep index, T (noise) down to 0 (image), or a name to bind later; "T" is the trajectory's first time."""
 
-Factor = float | str
-"""A number, or a name to bind later."""
+Factor = float | str | StepGain
+"""A number, a name to bind later, or (of a scale) a number that the sampler's times make."""
 
 Draw = int | str
 """Which noise a renoised sample is made of: a count, or "rollout" for the rollout's own x_T."""

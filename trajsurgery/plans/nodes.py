@@ -77,7 +77,7 @@ class VelocityNode(Node):
     """A node that stands for a velocity v_t."""
 
     def scale(self, a: Factor) -> Scale:
-        """The same value; the gradient times a, finite and >= 0."""
+        """The same value; the gradient times a, finite and >= 0, or a `StepGain`."""
         return Scale(self, _factor(a))
 
     discount = scale

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from trajsurgery.plans import graph, legality, notation
 from trajsurgery.plans.expression import PARENTS, START, Factor, Node, Time, walk
 from trajsurgery.plans.interpolants import Interpolant, RectifiedFlow
 from trajsurgery.plans.nodes import PRIMITIVES, Latent, LatentNode, Leap, Noise, Recorded, Velocity, VelocityNode
+from trajsurgery.plans.step_gain import StepGain
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -199,7 +200,8 @@ class Plan:
         for node in self.nodes:
             inputs = {name: [index[v] for v in value] if name == "velocities" else index[value]
                       for name, value in node.inputs.items()}  # fmt: skip
-            nodes.append({"op": node.op, **node.settings(), **inputs})
+            settings = {k: asdict(v) if isinstance(v, StepGain) else v for k, v in node.settings().items()}
+            nodes.append({"op": node.op, **settings, **inputs})
         return {"steps": self.steps, "nodes": nodes, "outputs": [index[output] for output in self.outputs]}
 
     @classmethod
@@ -269,6 +271,8 @@ def _node(entry: dict[str, Any], made: list[Any]) -> Node:
     for name in entry.keys() & PARENTS:
         value = entry[name]
         entry[name] = tuple(_at(v, made) for v in value) if name == "velocities" else _at(value, made)
+    if isinstance(entry.get("a"), Mapping):
+        entry["a"] = StepGain(**entry["a"])
     if "discount" in entry:
         return entry["x"].leap(entry["to"], discount=entry["discount"], velocity=entry.get("v"))
     return kind(**entry)

@@ -10,6 +10,7 @@ from typing import Any
 from trajsurgery.plans import nodes
 from trajsurgery.plans.expression import START, Node, walk
 from trajsurgery.plans.nodes import Advance, Discount, Leap, Noise, Recorded, Recover, Renoise, Scale, Velocity
+from trajsurgery.plans.step_gain import StepGain
 
 QUADRATURES = ("lagrange", "adams-bashforth", "euler")
 Predicate = Callable[[Any, int | None], Iterator[str]]
@@ -36,6 +37,8 @@ def _bound(t: object, steps: int | None) -> int | None:
 def _times(node: Node) -> Iterator[object]:
     settings = node.settings()
     yield from (settings[name] for name in ("time", "to") if name in settings)
+    if isinstance(settings.get("a"), StepGain):
+        yield from settings["a"].times
 
 
 def _time_type(node: Node, steps: int | None) -> Iterator[str]:
@@ -69,7 +72,9 @@ def _factor_type(node: Discount | Scale, steps: int | None) -> Iterator[str]:
     if isinstance(node.a, str):
         if not node.a.isidentifier() or node.a == START:
             yield f"the factor {node.a!r}"
-    elif isinstance(node.a, bool) or not isinstance(node.a, int | float):  # pyright: ignore[reportUnnecessaryIsInstance]
+    elif isinstance(node.a, StepGain) and isinstance(node, Scale):
+        return
+    elif isinstance(node.a, bool) or not isinstance(node.a, int | float):
         yield f"the factor {node.a!r}"
 
 

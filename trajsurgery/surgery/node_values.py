@@ -12,6 +12,7 @@ from trajsurgery.errors import SamplerError
 from trajsurgery.plans import nodes
 from trajsurgery.plans.interpolants import Interpolant, RectifiedFlow, weights
 from trajsurgery.plans.nodes import Node, Time, walk
+from trajsurgery.plans.step_gain import StepGain
 from trajsurgery.surgery import autograd_functions
 from trajsurgery.surgery.deferred_checks import require
 from trajsurgery.surgery.validation import Generators
@@ -34,6 +35,11 @@ def predict(interpolant: Interpolant, x: Tensor, v: Tensor, k: Tensor, j: Tensor
     """Return A x + B v: the one-step prediction at sigma j from x and v at sigma k (Eq. 3, Eq. 20)."""
     a, b = interpolant.leap(k, j, torch)
     return (x if isinstance(interpolant, RectifiedFlow) else a * x) + b * v
+
+
+def _scale(node: nodes.Scale, of: Of, trajectory: Any, *_: Any) -> Tensor:
+    gain: Any = node.a.value(trajectory.number) if isinstance(node.a, StepGain) else node.a
+    return autograd_functions.scale(of[node.v], gain)
 
 
 def _leap(node: nodes.Leap, of: Of, trajectory: Any, faithful: bool, _: Any) -> Tensor:
@@ -103,7 +109,7 @@ _VALUES: dict[type[Node], Callable[..., Tensor]] = {
     nodes.Advance: _advance,
     nodes.Connect: lambda node, of, trajectory, *_: autograd_functions.connect(of[node.x], trajectory[node.t]),
     nodes.Discount: lambda node, of, *_: autograd_functions.scale(of[node.x], node.a),
-    nodes.Scale: lambda node, of, *_: autograd_functions.scale(of[node.v], node.a),
+    nodes.Scale: _scale,
     nodes.Detach: lambda node, of, *_: of[node.x].detach(),
     nodes.DetachVelocity: lambda node, of, *_: of[node.v].detach(),
     nodes.Renoise: _renoise,

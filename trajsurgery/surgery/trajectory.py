@@ -108,6 +108,11 @@ class Trajectory:
         """Record that the sampler's step from x_t is Euler's, which is then not measured."""
         self._measured[t] = True
 
+    def number(self, t: int) -> float:
+        """Return the time of t as a number; the device is waited for once a rollout."""
+        self._check(t, 0)
+        return numbers(self.sigmas)[self.steps - t]
+
     def is_step(self, t: int) -> bool:
         """Whether `leap(t - 1)` from x_t is the sampler's own step: Euler's, on a rectified flow."""
         if self.euler is None and isinstance(self.interpolant, RectifiedFlow):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from trajsurgery.plans import nodes
 from trajsurgery.plans.nodes import Node, walk
+from trajsurgery.plans.step_gain import StepGain
 from trajsurgery.testing.proof_cases import Case
 
 STENCIL = ((1, 4 / 5), (2, -1 / 5), (3, 4 / 105), (4, -1 / 280))
@@ -76,7 +77,7 @@ class FrozenPlan:
                 return x[node.t] + (of[node.x] - constant[node.x])
             case nodes.Discount() | nodes.Scale():
                 (y,) = node.parents
-                return constant[y] + float(node.a) * (of[y] - constant[y])
+                return constant[y] + self._factor(node.a) * (of[y] - constant[y])
             case nodes.Detach() | nodes.DetachVelocity():
                 return constant[node.parents[0]]
             case nodes.Leap():
@@ -95,6 +96,14 @@ class FrozenPlan:
                 return (of[node.x] - path.beta(at, torch) * eps) / path.alpha(at, torch)
             case _:
                 raise AssertionError(node)
+
+    def _factor(self, a: Any) -> float:
+        if not isinstance(a, StepGain):
+            return float(a)
+        times = [float(self.trajectory.sigma(t)) for t in a.times]
+        ws = quadrature(a.rule, times, times[0], float(self.trajectory.sigma(a.to)))
+        carried = sum(abs(w) for t, w in zip(a.times, ws, strict=True) if t in a.active)
+        return 1 - a.rescale + a.rescale * sum(map(abs, ws)) / carried
 
 
 def straight(path: Any, x: Tensor, v: Tensor, k: Tensor, j: Tensor) -> Tensor:

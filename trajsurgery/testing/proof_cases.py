@@ -121,7 +121,8 @@ def _of_names(function: Any) -> tuple[Plan, dict[str, float]]:
 
 def _at_random(plan: Plan, steps: int, defaults: Mapping[str, float], generator: torch.Generator) -> Bound:
     """Return the plan with random legal times, in falling order first, and its factors at their defaults."""
-    factors = {n.a: defaults.get(n.a, 0.3) for n in plan.nodes if isinstance(n, Discount | Scale) and n.a in plan.names}
+    named = [n.a for n in plan.nodes if isinstance(n, Discount | Scale) and isinstance(n.a, str)]
+    factors = {name: defaults.get(name, 0.3) for name in named}
     times = [name for name in plan.names if name not in factors]
     for i in range(TRIES):
         drawn = (1 + torch.randperm(steps, generator=generator)[: len(times)]).tolist()
@@ -133,14 +134,15 @@ def _at_random(plan: Plan, steps: int, defaults: Mapping[str, float], generator:
             bound = plan.at(**at, **factors)
         except PlanError:
             continue
-        return bound, at, _factors(bound, {str(name): a for name, a in factors.items()})
+        return bound, at, _factors(bound, factors)
     raise PlanError(f"no times among 1..{steps} were found for {times} of {plan}: bind them with plan.at(...).")
 
 
 def _factors(plan: Plan, known: Mapping[str, float]) -> dict[str, float]:
     """Return the factors of a bound plan by name: the method's names, else alpha, alpha_2, ..."""
     called = {value: name for name, value in reversed(list(known.items()))}
-    values = dict.fromkeys(float(n.a) for n in plan.nodes if isinstance(n, Discount | Scale) and n.a not in (0, 1))
+    numbers = [n.a for n in plan.nodes if isinstance(n, Discount | Scale) and isinstance(n.a, float)]
+    values = dict.fromkeys(a for a in numbers if a not in (0.0, 1.0))
     free = iter(["alpha", *(f"alpha_{i}" for i in range(2, len(values) + 2))])
     return {called[a] if a in called else next(n for n in free if n not in known): a for a in values}
 

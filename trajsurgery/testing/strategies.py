@@ -14,6 +14,7 @@ from trajsurgery.plans.interpolants import Interpolant, Polynomial, RectifiedFlo
 from trajsurgery.plans.nodes import START, LatentNode, Node, Noise, Recover, Velocity, VelocityNode, walk
 from trajsurgery.plans.plan import Plan, latent, noise, recorded
 from trajsurgery.plans.rules import QUADRATURES, renoised
+from trajsurgery.plans.step_gain import StepGain
 from trajsurgery.surgery.api import rollout
 from trajsurgery.surgery.parameters import Field
 from trajsurgery.surgery.trajectory import Trajectory
@@ -107,7 +108,7 @@ MOVES: dict[str, Move] = {
     "detach": lambda draw, grown: grown.latent(draw).detach(),
     "velocity": _by(_named),
     "recorded": _by(lambda draw, grown, x: recorded(x.t)),
-    "scale": _by(lambda draw, grown, x: _some_velocity(draw, grown, x).scale(draw(factors(2.0)))),
+    "scale": _by(lambda draw, grown, x: _some_velocity(draw, grown, x).scale(draw(factors(2.0) | gains(grown.steps)))),
     "detach_velocity": _by(lambda draw, grown, x: _some_velocity(draw, grown, x).detach()),
     "renoise": lambda draw, grown: grown.latent(draw, 0, 0).renoise(draw(st.integers(1, grown.steps)), draw(_draws)),
     "recover": _recover,
@@ -122,6 +123,14 @@ _USUAL = ("leap", "leap", "connect", "velocity", *MOVES)
 def factors(largest: float = 1.0) -> st.SearchStrategy[float]:
     """Factors of discount and scale: 0, 1 and values between, up to `largest`."""
     return st.sampled_from((1.0, 0.0, 0.5, largest)) | st.floats(0, largest, width=16, allow_subnormal=False)
+
+
+@st.composite
+def gains(draw: st.DrawFn, steps: int) -> StepGain:
+    """Gains over any times of a sampler of `steps` steps."""
+    *times, to = sorted(draw(st.sets(st.integers(0, steps), min_size=2)), reverse=True)
+    active = draw(st.sets(st.sampled_from(times), min_size=1))
+    return StepGain(tuple(times), tuple(active), to, rescale=draw(factors()))
 
 
 @st.composite

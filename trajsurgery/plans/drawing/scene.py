@@ -16,6 +16,7 @@ import networkx as nx
 from trajsurgery.plans import nodes
 from trajsurgery.plans.expression import START, Node, Time, walk
 from trajsurgery.plans.graph import needs_gradient, reached
+from trajsurgery.plans.step_gain import StepGain
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,8 @@ def _changed(scene: Scene, node: nodes.Discount | nodes.Scale | nodes.Detach | n
         return replace(value, stopped=True)
     if isinstance(node.a, str):
         size, note = 0.4, rf"\{node.a}" if node.a in ("alpha", "beta", "gamma") else rf"\mathrm{{{node.a}}}"
+    elif isinstance(node.a, StepGain):
+        size, note = 1.0, rf"\times {node.a}"
     else:
         size, note = node.a, rf"\alpha = {node.a:g}" if isinstance(node, nodes.Discount) else rf"\times {node.a:g}"
     return replace(value, weight=value.weight * size, notes=(*value.notes, note))
