@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from torch import Tensor, nn
 
@@ -87,10 +88,10 @@ def test_pickscore_is_transformers_model_on_the_center_crop(folder: Path, size: 
 @pytest.mark.parametrize("size", [(28, 28), (40, 40), (31, 60), (77, 30), (300, 401)])
 def test_pixels_are_those_of_transformers_processor(size: tuple[int, int]) -> None:
     """PickScore was trained with the processor on arrays, which rounds bytes twice (test_pixels.py)."""
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
+    # PIL's is the only one in transformers 5.0.
+    kind = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
     raw = (images(*size)[:1] * 255).round().to(torch.uint8)
-    processor = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    processor = kind(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     picture = Image.fromarray(raw[0].permute(1, 2, 0).numpy())
     expected = torch.from_numpy(np.asarray(processor(picture, return_tensors="np")["pixel_values"]))
     pixels = normalize(resize_and_crop(raw.float() / 255, 28, floor_offset))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,16 +18,15 @@ from trajsurgery.rewards.judge import Judge
 
 
 def test_the_gradient_agrees_with_finite_differences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float64: Qwen2-VL's casts to float32 are removed."""
-    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRMSNorm
+    """In float64: the casts to float32 of Qwen2-VL and its norms are removed."""
 
-    def norm(self: Qwen2VLRMSNorm, x: Tensor) -> Tensor:
+    def norm(self: Any, x: Tensor) -> Tensor:
         return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
 
-    monkeypatch.setattr(Qwen2VLRMSNorm, "forward", norm)
-    cast = torch.Tensor.float
-    monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else cast(x))
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     reward = small_hpsv3(tmp_path).double()
+    for kind in {type(module) for module in reward.modules() if hasattr(module, "variance_epsilon")}:
+        monkeypatch.setattr(kind, "forward", norm)
     assert not any(p.requires_grad for p in reward.parameters())
     assert not any(module.training for module in reward.modules())
     generator = torch.Generator().manual_seed(0)

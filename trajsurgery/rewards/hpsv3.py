@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -207,7 +208,10 @@ def build_parts(
         first, second = nn.Linear(int(text_config.hidden_size), 1024), nn.Linear(1024, 16)
         head = nn.Sequential(first, nn.ReLU(), nn.Dropout(0.05), second, nn.ReLU(), nn.Linear(16, 2))
     # what is computed and not stored
-    image_tower.rotary_pos_emb = type(image_tower.rotary_pos_emb)(image_config)
+    rotary = type(image_tower.rotary_pos_emb)
+    takes_config = "config" in inspect.signature(rotary).parameters  # older ones take half of a head's width
+    half = image_config.embed_dim // image_config.num_heads // 2
+    image_tower.rotary_pos_emb = rotary(image_config if takes_config else half)
     text_tower.rotary_emb = type(text_tower.rotary_emb)(config=text_config)
     return image_tower, text_tower, head
 
