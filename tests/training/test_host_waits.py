@@ -27,6 +27,7 @@ from trajsurgery import (
     ReFL,
     RewardError,
     SamplerError,
+    WholeTrajectory,
     operate,
 )
 from trajsurgery.pipelines import scheduler
@@ -47,9 +48,12 @@ METHODS: dict[str, Method] = {
     "FlowBP-Sparse": FlowBPSparse(),
     "FlowBP-Bridge": FlowBPBridge(),
     "FlowBP-Lagrange": FlowBPLagrange(),
+    "whole trajectory": WholeTrajectory(),  # whose calls begin at T
 }
-WAYS = [(name, memory) for name in METHODS for memory in ("split", "staged")]
-WAYS += [("LeapAlign", "retain"), ("LeapAlign", "recompute"), ("DRaFT-LV", "retain")]
+WAYS = [
+    *((name, memory) for name in METHODS for memory in ("split", "staged")),
+    *(("LeapAlign", "retain"), ("LeapAlign", "recompute"), ("DRaFT-LV", "retain")),
+]
 
 
 class Strict(Reward):

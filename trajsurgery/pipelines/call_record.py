@@ -161,8 +161,7 @@ class CallRecord:
 
         with contextlib.ExitStack() as stack:
             for name in latents_methods(self.base):
-                method = noting(getattr(self.base, name).__get__(self.pipe))
-                stack.enter_context(shadow_attribute(self.pipe, name, method))
+                stack.enter_context(shadow_attribute(self.pipe, name, noting(getattr(self.pipe, name))))
             yield
 
     def note_own_latents(self, sample: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from trajsurgery.pipelines.scheduler import (
     step_output,
 )
 from trajsurgery.plans import nodes
+from trajsurgery.plans.graph import last_needed_time
 from trajsurgery.plans.plan import Plan
 from trajsurgery.surgery.execution import Execution, first_call
 from trajsurgery.surgery.trajectory import Trajectory
@@ -41,6 +43,7 @@ class OperateOptions:
     generator: Generators
     guidance: GuidanceGradient
     whole: bool
+    keep: Collection[int] | None
 
 
 class DenoisingLoop:
@@ -152,7 +155,7 @@ class DenoisingLoop:
             self._record_step(model_output, sample)
             if not args and is_euler_step(step, self.scheduler, kwargs):
                 self.trajectory.note_euler_step(self.t)
-            if not self.options.whole and self.plan is not None and 1 < self.t == _last_needed_time(self.plan):
+            if not self.options.whole and self.plan is not None and 1 < self.t == last_needed_time(self.plan.nodes):
                 self._end(self.plan)
                 return output
         landed, self.count = schedule.lands(self.count), self.count + 1
@@ -161,6 +164,8 @@ class DenoisingLoop:
             return output
         self.t -= 1
         self.trajectory.latents[self.t] = real
+        if not self._keeps(self.t + 1):
+            self.trajectory.drop(self.t + 1)
         next_sample = self._next(real)
         self.given, self.version = next_sample, next_sample._version if self.execution is not None else 0
         if isinstance(output, tuple):
@@ -232,6 +237,11 @@ class DenoisingLoop:
         if given.requires_grad or self.execution.wanted(self.t) is not self.call:
             self.call = None
 
+    def _keeps(self, t: int) -> bool:
+        """Whether the trajectory is to hold x_t and v_t after the step from there."""
+        keep, nodes_of_plan = self.options.keep, () if self.plan is None else self.plan.nodes
+        return keep is None or t == self.trajectory.steps or t in keep or any(node.t == t for node in nodes_of_plan)
+
     def _next(self, real: Tensor) -> Tensor:
         """Return the next sample for the loop: the plan's node where its next call is the plan's, else the sampler's
         own.
@@ -283,17 +293,3 @@ def _copy_arguments(module: nn.Module, args: Any, kwargs: Any) -> Any:
         return value.clone() if isinstance(value, Tensor) and value.is_floating_point() else value
 
     return tree_map(copied, (args, kwargs)) if torch.is_grad_enabled() else None
-
-
-def _last_needed_time(plan: Plan) -> int:
-    """Return the last time of the rollout that an output of a bound plan needs."""
-
-    def read(node: nodes.Node) -> nodes.Time | None:
-        if isinstance(node, nodes.Latent | nodes.Recorded | nodes.Connect):
-            return node.t
-        if isinstance(node, nodes.Renoise | nodes.Recover):  # noises are drawn like x_0
-            return 0
-        step = isinstance(node, nodes.Leap) and isinstance(node.x.t, int) and node.to == node.x.t - 1
-        return node.t if step else None
-
-    return min((t for node in plan.nodes if isinstance(t := read(node), int)), default=0)

@@ -8,6 +8,7 @@ grad, and returns the plan's own node as the next sample: the sampler's value, b
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor
@@ -36,6 +37,7 @@ def operate(
     *,
     guidance_gradient: GuidanceGradient = "both",
     whole: bool = True,
+    keep: Collection[int] | None = None,
 ) -> Surgery:
     """Return a context in which the pipeline's calls carry the plan's gradient; images are the plain call's, bit for
     bit.
@@ -61,6 +63,8 @@ def operate(
             "conditional": the conditional one alone, s dc/dtheta; u is a constant. The values are the same.
         whole: False ends the rollout at the last time that an output needs (ReFL, DRTune): no later model call is made,
             and the trajectory and `distances` hold no later times.
+        keep: the times whose x_t and v_t the trajectory keeps, beside T, 0 and those of the plan; by default all. Those
+            of a video are large.
 
     Raises:
         SamplerError: no flow-matching scheduler; a block inside a block on one pipeline.
@@ -72,7 +76,7 @@ def operate(
     if plan is not None:
         check_plan(plan)
         legality.check_bound(plan.outputs, plan.names)
-    return Surgery(pipe, OperateOptions(plan, memory, generator, guidance_gradient, whole))
+    return Surgery(pipe, OperateOptions(plan, memory, generator, guidance_gradient, whole, keep))
 
 
 class Surgery:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trajsurgery.plans import nodes
 from trajsurgery.plans.expression import Node, walk
-from trajsurgery.plans.nodes import Noise, Velocity
+from trajsurgery.plans.nodes import Noise, Time, Velocity
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -118,3 +118,17 @@ def own_step(leap: nodes.Leap, is_step: Callable[[int], bool]) -> bool:
     """Whether a leap between faithful values is the sampler's own step."""
     t = leap.x.t
     return isinstance(t, int) and leap.to == t - 1 and is_step(t)
+
+
+def last_needed_time(plan: Iterable[Node]) -> int:
+    """Return the last time of the rollout that a value of a bound plan's nodes needs."""
+
+    def read(node: Node) -> Time | None:
+        if isinstance(node, nodes.Latent | nodes.Recorded | nodes.Connect):
+            return node.t
+        if isinstance(node, nodes.Renoise | nodes.Recover):  # noises are drawn like x_0
+            return 0
+        step = isinstance(node, nodes.Leap) and isinstance(node.x.t, int) and node.to == node.x.t - 1
+        return node.t if step else None
+
+    return min((t for node in plan if isinstance(t := read(node), int)), default=0)

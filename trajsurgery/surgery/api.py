@@ -182,7 +182,7 @@ def backward(
     def stand_in(call: ModelCall, x: Tensor) -> Tensor:
         with torch.no_grad():
             v = call(x.detach()) if call.value is None else call.value
-        leaf = v.detach().clone().requires_grad_()
+        leaf = v.detach().requires_grad_()  # shares its memory, and nothing writes into it
         stages.append((call, x, leaf))
         return leaf
 

@@ -56,6 +56,8 @@ class Trajectory:
     """x_T as it was passed in: the leaf that `noise()` gives its gradient to."""
     noises: dict[tuple[Draw, int], Tensor] = field(default_factory=dict[tuple[Draw, int], Tensor])
     """{(draw, to): [batch, *latent]}: noises of renoised samples, each drawn once."""
+    sums: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+    """{t: [batch]}, float32: the sums of the velocities that were dropped; not finite if one of the numbers was not."""
     _measured: dict[int, bool] = field(default_factory=dict[int, bool])
     _sample: int | None = None
     """The one sample that latents, velocities and noises are read of; what is measured and drawn is the batch's."""
@@ -96,6 +98,11 @@ class Trajectory:
         """Return the time of t, 0-dim, in [0, 1]."""
         self._check(t, 0)
         return self.sigmas[self.steps - t]
+
+    def drop(self, t: int) -> None:
+        """Free x_t and v_t, and keep each sample's sum of v_t."""
+        self.sums[t] = sample_sums(self.velocities.pop(t))
+        del self.latents[t]
 
     def times(self, ts: Sequence[int]) -> Tensor:
         """Return the times of several t, [len(ts)], whose numbers are known without reading them off the device."""
@@ -171,6 +178,11 @@ class Trajectory:
 
     def _rows(self, batch: Tensor) -> Tensor:
         return batch if self._sample is None else batch[self._sample : self._sample + 1]
+
+
+def sample_sums(tensor: Tensor) -> Tensor:
+    """Return each sample's sum, Float32[batch]: not finite if one of its numbers is not."""
+    return tensor.detach().flatten(1).sum(1, dtype=torch.float32) if tensor.dim() > 1 else tensor.detach().float()
 
 
 def _check_records(name: str, tensors: object, lowest: int, steps: int) -> None:

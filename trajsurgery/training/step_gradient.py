@@ -37,6 +37,8 @@ class RolloutInputs:
     """The same for all rollouts of an iteration: seed of what a method draws beside a shared plan (SRPO's words)."""
     share: float
     """Of the iteration's batch."""
+    keep: frozenset[int] | None = None
+    """The times whose latents and velocities the rollout keeps; None: all."""
 
 
 def draw_plans(recipe: Recipe, generator: torch.Generator) -> list[Plan | PerSample]:
@@ -46,6 +48,11 @@ def draw_plans(recipe: Recipe, generator: torch.Generator) -> list[Plan | PerSam
         return [method.draw(rollout.steps, generator) for _ in range(rollout.plans)]
     batch = range(rollout.batch)
     return [PerSample(method.draw(rollout.steps, generator) for _ in batch) for _ in range(rollout.plans)]
+
+
+def times_of_plans(plans: Sequence[Plan | PerSample]) -> frozenset[int]:
+    """Return the times of the plans' nodes: what they read of a rollout."""
+    return frozenset(node.t for plan in plans for node in plan.nodes if isinstance(node.t, int))
 
 
 def plan_of_samples(plan: Plan | PerSample, start: int, end: int) -> Plan | PerSample:
@@ -112,7 +119,7 @@ def add_shared_gradient(
     All of them output the rollout's x_0. The loss is the mean over plans, each with its own similarity weights.
     """
     texts, renoise, share = inputs.texts, inputs.renoise, inputs.share
-    with memory_of("the rollout"), operate(world.pipe) as surgery:
+    with memory_of("the rollout"), operate(world.pipe, keep=inputs.keep) as surgery:
         call = {"num_inference_steps": recipe.rollout.steps, **pipeline_arguments(recipe), **inputs.arguments}
         world.pipe(**call, output_type="latent")
     x_0, tail = surgery.trajectory[0].detach().requires_grad_(), (surgery.trajectory, surgery.field)
@@ -157,10 +164,10 @@ def _sample(
         **srpo_support.rollout_guidance(recipe),
     }
     if memory != "staged" and isinstance(plan, Plan) and not srpo_support.needs_guided_field(plan):
-        with operate(world.pipe, plan, memory=memory, generator=renoise) as surgery:
+        with operate(world.pipe, plan, memory=memory, generator=renoise, keep=inputs.keep) as surgery:
             images = world.pipe(**call, output_type="pt")[0]
         return images, surgery.outputs, surgery.distances, surgery, surgery.field
-    with operate(world.pipe) as surgery:
+    with operate(world.pipe, keep=inputs.keep) as surgery:
         world.pipe(**call, output_type="latent")
     run = surgery.trajectory, srpo_support.velocity_fields(recipe, plan, surgery)
     if memory == "staged":

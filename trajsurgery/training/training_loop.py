@@ -34,6 +34,7 @@ from trajsurgery.training.step_gradient import (
     add_shared_gradient,
     draw_plans,
     plan_of_samples,
+    times_of_plans,
 )
 
 PATIENCE = 3
@@ -148,7 +149,7 @@ def training_step(
     rows = ranks.rows(len(texts))
     at_once = min(recipe.rollout.at_once or len(rows), len(rows))
     sums = torch.zeros(6 + len(texts), device=world.device)  # six figures, and a place for each sample
-    anchor = training.anchor
+    anchor, keep = training.anchor, None if training.anchor else times_of_plans(plans)
     add_anchor = anchor and (
         lambda surgery, share: anchor.add_gradient(surgery.field, surgery.trajectory, number, share)
     )
@@ -157,7 +158,7 @@ def training_step(
             end = min(start + at_once, rows.stop)
             part = texts[start:end]
             arguments = {**embeddings(part), "generator": as_argument(noise[start:end])}
-            inputs = RolloutInputs(part, arguments, renoise[start:end], seed, len(part) / len(texts))
+            inputs = RolloutInputs(part, arguments, renoise[start:end], seed, len(part) / len(texts), keep)
             part_plans = [plan_of_samples(plan, start, end) for plan in plans]
             sharding.reduce_in(world.module, last=end == rows.stop)
             if len(part_plans) == 1:

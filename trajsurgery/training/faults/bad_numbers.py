@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trajsurgery.surgery.trajectory import Trajectory
+from trajsurgery.surgery.trajectory import Trajectory, sample_sums
 
 PARTS = ("the plan's output", "the decoder's output", "the reward", "the gradient of reward and decoder")
 """What follows the rollout's velocities, in the order of the data."""
@@ -46,16 +46,12 @@ def first_not_finite(trajectory: Trajectory, parts: Sequence[Sequence[Tensor]]) 
         Float32[batch]: t for the velocity at t, -1, -2, ... for `PARTS`, 0 if all are finite.
     """
     steps = trajectory.steps
-    sums = [_sums(trajectory.velocity(t)) for t in range(steps, 0, -1)]
-    sums += [torch.stack([_sums(tensor) for tensor in tensors]).sum(0) for tensors in parts]
+    dropped = trajectory.sums
+    sums = [dropped[t] if t in dropped else sample_sums(trajectory.velocity(t)) for t in range(steps, 0, -1)]
+    sums += [torch.stack([*map(sample_sums, tensors)]).sum(0) for tensors in parts]
     bad = ~torch.stack([x.to(sums[0].device) for x in sums]).isfinite()
     first = bad.int().argmax(0)
     return torch.where(bad.any(0), steps - first - (first >= steps).int(), 0).float()
-
-
-def _sums(tensor: Tensor) -> Tensor:
-    """Return each sample's sum: not finite if one of its numbers is not."""
-    return tensor.detach().flatten(1).sum(1, dtype=torch.float32) if tensor.dim() > 1 else tensor.detach().float()
 
 
 def name_bad_numbers(
