@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from PIL import Image
 
 from tests.builders import toy_world
@@ -24,7 +25,7 @@ from trajsurgery.evaluation.geneval_folders import Sample
 from trajsurgery.evaluation.options import Evaluate
 from trajsurgery.evaluation.paired_statistics import paired
 from trajsurgery.training import components
-from trajsurgery.training.model import lora
+from trajsurgery.training.model import compilation, lora
 from trajsurgery.training.prompts import Prompt
 from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.settings import Trained
@@ -306,3 +307,28 @@ def test_the_tiny_model_is_scored_by_the_rules(tmp_path: Path, capsys: pytest.Ca
     assert len(result["means"]) == 1 + 6
     assert not math.isnan(result["means"]["all"]["base"]["tiny"]["standard_error"])
     assert "position: rules" in capsys.readouterr().out
+
+
+def test_images_are_generated_in_inference_mode_by_compiled_blocks(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compiled, inference = list[str](), set[bool]()
+
+    def backend(graph: Any, _: Any) -> Any:
+        compiled.append("a graph")
+        return graph
+
+    forward = FluxTransformer2DModel.forward
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        inference.add(torch.is_inference_mode_enabled())
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(FluxTransformer2DModel, "forward", recording)
+    monkeypatch.setattr(compilation, "BACKEND", backend)
+    line = [*command_line(models, tmp_path), "--limit", "1"]
+    assert main([*line, "--compile"]) == 0
+    assert compiled
+    assert inference == {True}
+    assert main(line) == 1
+    assert "compile: True there, None here" in " ".join(capsys.readouterr().out.split())

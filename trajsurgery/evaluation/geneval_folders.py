@@ -70,6 +70,7 @@ def missing_samples(folder: Path, samples: Sequence[Sample], batch: int) -> Iter
             yield part
 
 
+@torch.inference_mode()
 def make_images(
     pipe: Any,
     call: Mapping[str, Any],

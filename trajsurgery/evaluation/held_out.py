@@ -74,6 +74,9 @@ def needed_prompts(prompts: Sequence[Prompt], count: int) -> list[str]:
 def evaluate(recipe: Recipe, world: RunComponents, embeddings: PromptCache | None = None) -> HeldOutScores:
     """Make images of the held-out prompts with the current weights, and score them; each rank makes its share.
 
+    Under no_grad and not in inference mode: what a model caches (rotary embeddings, a reward's texts) and what FSDP
+    gathers would be of no use to a later backward pass, and compiled blocks would be compiled anew.
+
     Args:
         embeddings: the encodings of these prompts, if they exist.
     """

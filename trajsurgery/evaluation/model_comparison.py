@@ -31,6 +31,7 @@ from trajsurgery.training.distributed.ranks import choose_device
 from trajsurgery.training.progress_bar import progress_bar
 from trajsurgery.training.prompts import Prompt, read_prompts, repetitions
 from trajsurgery.training.recipe import EMBEDDED, changed_settings
+from trajsurgery.training.settings import Rollout
 
 SETTINGS, FIGURES = "settings.json", "evaluation.json"
 RULES = "rules"
@@ -132,6 +133,7 @@ def _record_or_check_settings(
         "call": call,
         **{name: getattr(options, name) for name in ("precision", "batch", "images", "seed")},
         "prompts": f"{options.prompts}, {hashlib.sha256(rows).hexdigest()}",
+        "compile": options.compile or None,  # which older folders do not name
     }
     weights = {variant.name: variant.fingerprint() for variant in variants}
     if source.transformer:
@@ -173,7 +175,8 @@ def _make_images(
     if not missing:
         return
     with console.status(f"loading {variant.where}"):
-        pipe = variant.load(base_source(options), options.precision, options.device)
+        rollout = Rollout(precision=options.precision, compile=options.compile)
+        pipe = variant.load(base_source(options), rollout, options.device)
     accepted = inspect.signature(pipe.__call__).parameters
     unknown = [name for name in call if name not in accepted]
     if unknown and any(getattr(options, {"guidance_scale": "guidance"}.get(name, name), None) for name in unknown):

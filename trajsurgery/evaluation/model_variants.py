@@ -36,8 +36,12 @@ class ModelVariant:
     where: str
     """Name or path of a whole model, of a transformer alone, or of adapters for the base."""
 
-    def load(self, base: ModelSource, precision: Literal["float32", "bfloat16"], device: str = "auto") -> Any:
-        """Load its pipeline, in eval mode and without progress bars."""
+    def load(self, base: ModelSource, rollout: Rollout, device: str = "auto") -> Any:
+        """Load its pipeline, in eval mode and without progress bars.
+
+        Args:
+            rollout: its precision, and whether blocks are compiled.
+        """
         with components.quiet():
             pipe = components.load_pipeline(
                 self.where if self.kind == "model" and self.name != BASE else base, ranks.choose_device(device)
@@ -48,7 +52,7 @@ class ModelVariant:
             elif self.kind == "adapters":
                 file = _adapter_file(Path(self.where)) or Path(self.where) / LORA
                 pipe.load_lora_weights(str(file.parent), weight_name=file.name, local_files_only=True)
-        return components.prepare_pipeline(pipe, Recipe(rollout=Rollout(precision=precision), device=device))
+        return components.prepare_pipeline(pipe, Recipe(rollout=rollout, device=device))
 
     def fingerprint(self) -> str | None:
         """Return a hash that changes if the weight files do; None for embedded models and hub ids."""

@@ -65,6 +65,8 @@ class Evaluate:
     """In pixels."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 runs the transformer under autocast."""
+    compile: bool = False
+    """Compiles the transformer's repeated blocks (torch.compile), which changes an image slightly."""
     batch: int = 4
     """Images at once. It changes an image slightly: other batch sizes round differently."""
     seed: int = 0
