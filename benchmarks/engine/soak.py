@@ -1,10 +1,11 @@
-"""Memory and open files of a run of 2,000 iterations, watched from outside: neither grows.
+"""Memory and open files of a run, watched from outside over 2,000 iterations after as many: neither grows.
 
     python -m benchmarks.engine.soak
 
 The run is a whole one of the command line (benchmarks/engine/kills.py): evaluation, training with a validation round
-every 8 iterations and a checkpoint every 3, closing evaluation. After a tenth of it as a warm-up, the rest is cut into
-blocks; the slope is that of a line through the blocks' means, its standard error that of their scatter around the line.
+every 8 iterations and a checkpoint every 3, closing evaluation. In its first half caches fill, of plans among others.
+The second half is cut into blocks; the slope is that of a line through the blocks' means, its standard error that of
+their scatter around the line.
 Fails if a slope is more than `MOST` standard errors above zero. Writes soak.json and soak.png to results/.
 """
 
@@ -99,17 +100,18 @@ def draw(samples: list[Sample], path: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     lines = [sample.line for sample in samples]
-    above.plot(lines, [sample.mebibytes for sample in samples], lw=1)
-    above.set_ylabel("resident MiB")
+    above.plot(lines, [sample.mebibytes - samples[0].mebibytes for sample in samples], lw=1)
+    above.set_ylabel(f"MiB above {samples[0].mebibytes:.0f}")
     below.plot(lines, [sample.files for sample in samples], lw=1)
     below.set_ylabel("open files")
     below.set_xlabel("line of metrics.jsonl")
     for axes in (above, below):
+        axes.axvline(lines[len(lines) // 2], color="0.7", lw=1)
         axes.set_ylim(bottom=0)
     figure.savefig(path, dpi=120)
 
 
-def main(iterations: int = 2000, every: int = 5, results: Path = Path(__file__).parent / "results") -> None:
+def main(iterations: int = 4000, every: int = 5, results: Path = Path(__file__).parent / "results") -> None:
     """Run the study.
 
     Args:
@@ -122,7 +124,7 @@ def main(iterations: int = 2000, every: int = 5, results: Path = Path(__file__).
         samples = watch(Path(folder) / "run", iterations, every)
     if samples[-1].line < iterations:
         raise SystemExit(f"the run ended after {samples[-1].line} lines of its log")
-    after = samples[len(samples) // 10 :]
+    after = samples[len(samples) // 2 :]
     lines = [sample.line for sample in after]
     slopes = {
         "mebibytes": slope(lines, [sample.mebibytes for sample in after]),

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 LIBRARY = ROOT / "trajsurgery"
 FILES = sorted(LIBRARY.rglob("*.py"))
 
-PACKAGES = "errors plans surgery pipelines methods tiny rewards training evaluation reports dry_run cli testing"
+PACKAGES = "errors plans surgery pipelines methods testing tiny rewards training evaluation reports dry_run cli"
 """In the order of the data: a file imports only from its own package and from those before it."""
 
 RANK = {name: i for i, name in enumerate([*PACKAGES.split(), "__main__"])}

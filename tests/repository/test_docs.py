@@ -60,6 +60,11 @@ def test_a_command_that_a_page_shows_is_accepted(
             "".join(code for kind, code in SNIPPETS.findall(PAGES[name].read_text()) if kind == "python")
         )
     words = shlex.split(re.sub(r"^\w+=\S+ ", "", command), comments=True)
+    parsed: list[object] = []
+    for module in (noise_command, train_command):
+        monkeypatch.setattr(module, "main", lambda recipe, console: parsed.append(recipe) or {})
+    monkeypatch.setattr(train_command, "dry_run", lambda recipe, *_: parsed.append(recipe) or 0)
+    monkeypatch.setattr(cli, "_run", lambda options, console: parsed.append(options) or 0)
     if words[:1] == ["torchrun"]:
         words = ["python", *words[next(i for i, word in enumerate(words) if word.endswith(".py")) :]]
     if words[:1] == ["python"] and words[1].startswith("recipes/"):
@@ -68,15 +73,11 @@ def test_a_command_that_a_page_shows_is_accepted(
         assert spec.loader is not None
         recipe: Any = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(recipe)
-        command_module = noise_command if "reno" in words[1] else train_command
-        parsed: list[object] = []
-        monkeypatch.setattr(command_module, "main", lambda recipe, console: parsed.append(recipe) or {})
-        monkeypatch.setattr(train_command, "dry_run", lambda recipe, *_: parsed.append(recipe) or 0)
         assert recipe_script.cli(recipe.RECIPES, "", words[2:]) == 0
         assert len(parsed) == 1
     elif words[:1] == ["trajsurgery"]:
-        monkeypatch.setattr(cli, "_run", lambda options, console: 0)
         assert cli.main(words[1:]) == 0
+        assert len(parsed) == 1
     elif words[:1] == ["make"]:
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.M)
     else:

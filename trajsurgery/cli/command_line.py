@@ -25,8 +25,13 @@ INTERRUPTED = 130
 AnyRecipe = TypeVar("AnyRecipe")
 
 
-def read_recipe(presets: Mapping[str, AnyRecipe], description: str, args: Sequence[str] | None) -> AnyRecipe:
+def read_recipe(
+    presets: Mapping[str, AnyRecipe], description: str, args: Sequence[str] | None, program: str | None = None
+) -> AnyRecipe:
     """Return the recipe of `--preset` (the first one by default) with `--method`, changed by the other flags.
+
+    Args:
+        program: what `--help` calls the command; by default this script's name.
 
     Raises:
         RecipeError: no such preset or method.
@@ -43,7 +48,7 @@ def read_recipe(presets: Mapping[str, AnyRecipe], description: str, args: Sequen
         description += f"\n\n--method NAME takes another method: {', '.join(METHODS)}, MODULE:NAME or FILE.py:NAME."
     with warnings.catch_warnings():  # tyro reads a user's own method all the same
         warnings.filterwarnings("ignore", message=".*does not match any type in Union")
-        return tyro.cli(type(preset), default=preset, args=words, description=description, console_outputs=True)
+        return tyro.cli(type(preset), default=preset, args=words, description=description, prog=program)
 
 
 def _with_method(recipe: Recipe, words: Sequence[str]) -> tuple[Recipe, list[str]]:

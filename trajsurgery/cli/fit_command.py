@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -14,11 +13,11 @@ from trajsurgery.dry_run.savings import flags
 from trajsurgery.training.recipe import Recipe
 
 
-def search(recipe: Recipe, console: Console, words: Sequence[str]) -> MemoryPlan:
+def search(recipe: Recipe, console: Console, command: Sequence[str]) -> MemoryPlan:
     """Search for the setting, print it or the nearest miss, and return its memory plan.
 
     Args:
-        words: the command line's, without the script's name.
+        command: the whole command line.
 
     Raises:
         RecipeError: `recipe.fit` names no memory; no config of the model.
@@ -26,7 +25,7 @@ def search(recipe: Recipe, console: Console, words: Sequence[str]) -> MemoryPlan
     memory = parse_memory(recipe.fit or "")
     with console.status("settings are tried under fake tensors"):
         result = fit(recipe, memory)
-    for line in _lines(recipe, result, [sys.argv[0], *words]):
+    for line in _lines(recipe, result, command):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return result.plan
 
@@ -67,4 +66,6 @@ def _command(before: Recipe, after: Recipe, command: Sequence[str]) -> str:
     for i, word in enumerate(command):
         if word not in ("--dry-run", "--fit") and not word.startswith("--fit=") and command[i - 1] != "--fit":
             words.append(word)
-    return f"python {shlex.join(words)} {' '.join(flags(before, after))}"
+    if words[1:2] == ["plan-memory"]:
+        words[1] = "train"
+    return f"{shlex.join(words)} {' '.join(flags(before, after))}"

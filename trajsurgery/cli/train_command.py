@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -37,17 +38,19 @@ from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.training_loop import StepRecord, iteration_generator, train
 
 
-def dry_run(recipe: Recipe, console: Console, words: Sequence[str]) -> int:
+def dry_run(recipe: Recipe, console: Console, command: Sequence[str]) -> int:
     """Print what the run would take, or what fits, and write it to memory.json; return the exit code.
 
     Args:
-        words: the command line's, which a search repeats with other flags.
+        command: the whole command line, which a search repeats with other flags.
     """
-    if recipe.fit is not None:
-        plan = fit_command.search(recipe, console, words)
-    else:
-        with console.status("counting under fake tensors"):
-            plan = plan_memory(recipe)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Mismatch dtype")  # RMSNorm under autocast is not fused on a CPU
+        if recipe.fit is not None:
+            plan = fit_command.search(recipe, console, command)
+        else:
+            with console.status("counting under fake tensors"):
+                plan = plan_memory(recipe)
     console.print(table(plan), highlight=False)
     path = recipe.output / "memory.json"
     write_atomically(path, lambda partial: partial.write_text(json.dumps(plan.to_dict(), indent=1) + "\n"))

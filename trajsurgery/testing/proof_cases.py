@@ -98,6 +98,11 @@ def bind_names(plan: Drawable, steps: int | None, seed: int) -> Bound:
         return _at_random(plan, steps or _enough_steps(plan), {}, generator)
     if hasattr(plan, "draw"):
         drawn = plan.draw(steps or STEPS, generator)  # pyright: ignore[reportFunctionMemberAccess,reportAttributeAccessIssue]
+        if not isinstance(drawn, Plan):
+            raise PlanError(
+                f"{type(plan).__name__}.draw returned a {type(drawn).__name__}: a method's draw returns Plan(output, "
+                "..., steps=steps)."
+            )
         settings = getattr(plan, "__dict__", {})
         return drawn, {}, _factors(drawn, {n: v for n, v in settings.items() if isinstance(v, float)})
     named_plan, defaults = _of_names(plan)
