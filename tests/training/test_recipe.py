@@ -52,7 +52,7 @@ def test_the_paper_preset_has_the_paper_s_numbers(monkeypatch: pytest.MonkeyPatc
     recipe = parse_recipe(["--preset", "paper", "--model", "some/folder"], monkeypatch)
     assert recipe == replace(TINY["paper"], model="some/folder")
     assert recipe.method == LeapAlign(alpha=0.3)
-    assert recipe.objective == Objective(threshold=0.55, tau=0.1)
+    assert recipe.objective == Objective(tau=0.1)
     rollout, optimiser = recipe.rollout, recipe.optimiser
     assert (rollout.steps, rollout.size, rollout.guidance, rollout.batch) == (25, 720, 3.5, 64)
     assert (optimiser.rate, optimiser.betas, optimiser.weight_decay) == (1e-5, (0.9, 0.999), 1e-4)
@@ -66,7 +66,7 @@ def test_help_names_and_explains_the_flags(capsys: pytest.CaptureFixture[str]) -
     text = capsys.readouterr().out
     for words in (
         "LeapAlign on Flux.",
-        "--preset {tiny,paper,lora-24gb,lora-80gb,full-80gb}",
+        "--preset {tiny,paper,paper-pickscore,paper-hpsv3,",
         "--method.alpha",
         "The learning rate, constant after the warm-up.",
         "tau",

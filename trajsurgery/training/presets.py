@@ -6,12 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from trajsurgery import methods
 from trajsurgery.training.recipe import Method, Recipe
 from trajsurgery.training.settings import Decoder, Evaluation, Hardware, Objective, Optimiser, Rollout, Trained
 
+IN_TABLE_3 = methods.LeapAlign, methods.ReFL, methods.DRaFTLV, methods.DRTune
+
 
 def paper(method: Method, output: str) -> Recipe:
-    """FLUX.1-dev with the paper's numbers (section 6.1, appendix E), HPSv2.1 as the reward."""
+    """FLUX.1-dev with the paper's numbers (section 6.1, appendix E), HPSv2.1 as the reward, whose lambda it states.
+
+    `docs/how-to/paper-preset.md` lists them, and what the paper leaves open.
+    """
     return Recipe(
         preset="paper",
         method=method,
@@ -19,7 +25,7 @@ def paper(method: Method, output: str) -> Recipe:
         reward="hpsv2.1",
         prompts="prompts/hpdv2_train.txt",
         heldout="prompts/hpdv2_test.txt",
-        objective=Objective(threshold=0.55, tau=0.1),
+        objective=Objective(tau=0.1),
         rollout=Rollout(
             steps=25,
             batch=64,
@@ -37,6 +43,23 @@ def paper(method: Method, output: str) -> Recipe:
         hardware=Hardware(gpus=16),
         output=Path(output),
     )
+
+
+def other_rewards(large: Recipe) -> dict[str, Recipe]:
+    """Return the paper's run with PickScore, and with HPSv3 on MJHQ-30K (Table 3), with appendix E's numbers."""
+    method = replace(large.method, alpha=0.1) if isinstance(large.method, methods.LeapAlign) else large.method
+    pickscore = replace(large, preset="paper-pickscore", method=method, reward="pickscore")
+    hpsv3 = replace(
+        pickscore,
+        preset="paper-hpsv3",
+        reward="hpsv3",
+        prompts="prompts/mjhq_train.txt",
+        heldout="prompts/mjhq_test.txt",
+        optimiser=replace(large.optimiser, rate=8e-6),
+        evaluation=replace(large.evaluation, images=2000),
+    )
+    output = str(large.output).removesuffix("_paper")
+    return {recipe.preset: replace(recipe, output=Path(f"{output}_{recipe.preset}")) for recipe in (pickscore, hpsv3)}
 
 
 def on_one_card(large: Recipe) -> dict[str, Recipe]:
@@ -68,6 +91,8 @@ def on_one_card(large: Recipe) -> dict[str, Recipe]:
 def presets(method: Method, output: str) -> dict[str, Recipe]:
     """The recipes of a method: on the embedded world, the paper's on 16 GPUs, and the same on one.
 
+    Methods that the paper trained with other rewards have its recipes for these, too.
+
     The embedded world's settings were chosen on validation prompts (benchmarks/demo/choose_settings.py): its rate in
     this world.
     """
@@ -81,6 +106,7 @@ def presets(method: Method, output: str) -> dict[str, Recipe]:
             output=Path(output),
         ),
         "paper": paper(method, f"{output}_paper"),
+        **(other_rewards(paper(method, f"{output}_paper")) if isinstance(method, IN_TABLE_3) else {}),
         **on_one_card(paper(method, output)),
     }
 

@@ -47,9 +47,10 @@ Method = (
 class Recipe:
     """Fine-tunes a flow-matching pipeline by a reward's gradient, along the edges that the plan leaves open."""
 
-    preset: Literal["tiny", "paper", "lora-24gb", "lora-80gb", "full-80gb"] = "tiny"
+    preset: Literal["tiny", "paper", "paper-pickscore", "paper-hpsv3", "lora-24gb", "lora-80gb", "full-80gb"] = "tiny"
     """Where defaults come from: tiny is the embedded world on a CPU, paper is FLUX.1-dev with the paper's numbers on 16
-    GPUs of 80 GB; the others fit the same run on one card, with adapters or (full) with all weights."""
+    GPUs of 80 GB, paper-REWARD the same with another reward; the others fit the run on one card, with adapters or
+    (full) with all weights."""
     method: Annotated[Method, tyro.conf.AvoidSubcommands] = field(default_factory=methods.LeapAlign)
     """Draws a plan for each iteration."""
     model: str = "tiny"
