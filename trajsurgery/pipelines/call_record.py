@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from trajsurgery.errors import SamplerError
+from trajsurgery.pipelines.callback_changes import CALLBACKS, CallbackChanges
 from trajsurgery.pipelines.guidance import GuidanceGradient, GuidancePasses
 from trajsurgery.pipelines.scheduler import Schedule, shadow_attribute
 from trajsurgery.pipelines.timestep_inputs import TimestepInputs
@@ -60,6 +61,8 @@ class CallRecord:
     """Whether the loop begins with the very tensor that such a method returns, and no other there is like it."""
     doubled: bool = False
     """Whether the first step's latents can only be substituted after another step."""
+    changes: CallbackChanges = field(default_factory=CallbackChanges)
+    """What the call's step callback changes beside the latents."""
     schedule: Schedule = field(init=False)
     start: Tensor = field(init=False)
     """x_T at the start of the loop."""
@@ -71,12 +74,20 @@ class CallRecord:
         """Return the record of a call that is about to be made."""
         bound = inspect.signature(inspect.unwrap(base.__call__)).bind(pipe, *args, **kwargs)
         bound.apply_defaults()
-        arguments = dict(bound.arguments)
+        arguments: dict[str, Any] = _own_containers(dict(bound.arguments))
         arguments.pop(next(iter(arguments)))
         arguments.update(arguments.pop("kwargs", {}))
         states = {id(g): g.get_state() for g in _generators(arguments)}
         gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         return cls(pipe, base, arguments, states, torch.get_rng_state(), gpus, guidance)
+
+    def with_recorded_callback(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Return the call's arguments, the step callback replaced by one whose changes are recorded."""
+        bound = inspect.signature(inspect.unwrap(self.base.__call__)).bind(self.pipe, *args, **kwargs)
+        for name in CALLBACKS:
+            if bound.arguments.get(name) is not None:
+                bound.arguments[name] = self.changes.recording(self.pipe, bound.arguments[name])
+        return bound.args[1:], bound.kwargs
 
     def modules(self) -> list[nn.Module]:
         """Return the pipeline's components that are modules."""
@@ -169,8 +180,8 @@ class CallRecord:
         self.own_latents = [value is sample for value in self.prepared if is_like(value, sample)] == [True]
         self.prepared.clear()
 
-    def again(self) -> dict[str, Any]:
-        """Return the call's arguments, generators reset to their states and callbacks left out."""
+    def again(self, changes: bool) -> dict[str, Any]:
+        """Return the call's arguments: generators reset, of callbacks the recorded changes, if asked."""
 
         def rewound(value: Any) -> Any:
             if isinstance(value, list | tuple):
@@ -181,8 +192,11 @@ class CallRecord:
             copy.set_state(self.generators[id(value)])
             return copy
 
-        silent = {name: None for name in ("callback_on_step_end", "callback") if name in self.arguments}
-        return {name: rewound(value) for name, value in self.arguments.items()} | silent
+        callback = self.changes.replaying(self.pipe) if changes else None
+        callbacks = {
+            name: callback if self.arguments[name] is not None else None for name in CALLBACKS if name in self.arguments
+        }
+        return {name: rewound(value) for name, value in _own_containers(self.arguments).items()} | callbacks
 
 
 def encoder_methods(pipe: Any, base: type) -> Iterator[tuple[Any, str]]:
@@ -231,6 +245,11 @@ def _zeros_for_meta(template: Any) -> Any:
         return value.clone() if isinstance(value, Tensor) else value
 
     return tree_map(filled, template, is_leaf=is_shape)
+
+
+def _own_containers(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Copy the dicts and lists, which loops and callbacks write into; what is in them stays the same."""
+    return tree_map(lambda value: value, arguments)
 
 
 def _generators(arguments: dict[str, Any]) -> list[torch.Generator]:

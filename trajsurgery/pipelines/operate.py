@@ -133,6 +133,7 @@ class Surgery:
             loop = DenoisingLoop(self._options, record)
             try:
                 with loop:
+                    args, kwargs = record.with_recorded_callback(args, kwargs)
                     return self._base.__call__(pipe, *args, **kwargs)
             finally:
                 self.__dict__.update(loop.results)

@@ -15,6 +15,8 @@ from trajsurgery.pipelines.replay import Replay
 from trajsurgery.surgery.deferred_checks import are_deferred, require
 from trajsurgery.surgery.trajectory import Trajectory, numbers
 
+_ONE_PLAN = "Take one plan for the batch (--rollout.times shared)."
+
 
 class PipelineField:
     """The velocity field of a recorded call: `field(x, sigma) -> v`, after guidance.
@@ -78,6 +80,11 @@ class PipelineField:
                 return velocity
             self.record.doubled = True  # the latents that it prepares are not what its loop begins with
         own = calls if len(set(calls)) > 1 else None
+        if self.record.changes.differ(min(calls), max(calls)):
+            raise SamplerError(
+                f"a callback of {self.record.base.__name__} changed more than the latents (guidance, prompts) between "
+                f"the times asked for, and one model call has one setting of them. {_ONE_PLAN}"
+            )
         velocity = Replay(self.record, call, max(call, 1), x, gradient, own).velocity()
         assert velocity is not None
         return velocity
@@ -120,8 +127,7 @@ class PipelineField:
         if len(set(times)) > 1:
             return SamplerError(
                 f"{name}, entered with times of their own for its samples, t = {times}, gives other velocities than "
-                f"{difference}: more depends on the time there than the vectors that its model receives. Take one plan "
-                "for the batch (--rollout.times shared)."
+                f"{difference}: more depends on the time there than the vectors that its model receives. {_ONE_PLAN}"
             )
         return SamplerError(
             f"{name}, entered again at t = {times[0]}, gives another velocity than {difference}: its loop or a "

@@ -51,7 +51,8 @@ class Replay:
     def velocity(self) -> Tensor | None:
         """Return what the loop passes to `scheduler.step` at the call; None if the latents were not substituted."""
         try:
-            self._run(self.record.again())
+            # before the first call no callback was made; an iteration that comes before it has none either
+            self._run(self.record.again(changes=self.call != 0))
         except _Stop as stop:
             return stop.velocity
         raise SamplerError(
@@ -61,7 +62,7 @@ class Replay:
 
     def decoded(self) -> Any:
         """Return what the pipeline returns for the latents."""
-        images = self._run(self.record.again() | {"output_type": "pt", "return_dict": True})
+        images = self._run(self.record.again(changes=True) | {"output_type": "pt", "return_dict": True})
         return next(iter(images.values())) if hasattr(images, "values") else images[0]
 
     def _run(self, arguments: dict[str, Any]) -> Any:
@@ -69,6 +70,7 @@ class Replay:
         with contextlib.ExitStack() as self.stack:
             enter = self.stack.enter_context
             enter(_restore_attributes(pipe))
+            self.record.changes.rewind(pipe)
             enter(_restore_attributes(pipe.scheduler))
             # of all devices, which is the default, torch warns where there are several
             devices = [self.x.device] if self.x.is_cuda else []
