@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from fractions import Fraction
 from typing import Any
 
 import pytest
 import sympy
 import torch
+from hypothesis import given
 
 from trajsurgery import Plan, Polynomial, RectifiedFlow, Trigonometric, latent, leapalign, noise, recorded
 from trajsurgery.plans.derivatives import QuadratureWeight, simplify
+from trajsurgery.plans.graph import passes_gradient
 from trajsurgery.plans.interpolants import Interpolant, weights
+from trajsurgery.plans.nodes import Node, Noise, Velocity
+from trajsurgery.testing import plans
 
 SIGMAS = [1.0, 0.75, 0.5, 0.0]
 S = dict(zip("kjts", sympy.symbols("k j t s"), strict=True))
@@ -192,3 +197,25 @@ def test_numbers_replace_symbols() -> None:
     assert substituted.count == 3
     exact = plan.gradient(sigmas=[1, sympy.Rational(3, 4), sympy.Rational(1, 2), 0])
     assert [str(term.coefficient) for term in exact.terms] == ["-1/2", "-1/2", "1/16"]
+
+
+def chains(node: Node) -> Counter[tuple[Node, ...]]:
+    """The chains of calls below a node, the output side first, each once for every way to it; none cancels here."""
+    if isinstance(node, Velocity):
+        return Counter([(node,)]) + Counter({(node, *chain): n for chain, n in chains(node.x).items()})
+    if isinstance(node, Noise):
+        return Counter([(node,)])
+    ways = node.parents if passes_gradient(node) else ()
+    return sum((chains(parent) for parent in ways), Counter[tuple[Node, ...]]())
+
+
+@given(plans(5, ops=("leap", "velocity", "connect", "discount", "detach", "scale", "renoise", "noise"), outputs=1))
+def test_the_terms_are_the_chains_of_calls_and_their_number_is_counted(plan: Plan) -> None:
+    """With random times nothing cancels: every chain is a term, the like ones are merged."""
+    expected = chains(plan.outputs[0])
+    expansion = plan.gradient()
+    assert expansion.count == len(expansion.terms) == len(expected)
+    assert {term.calls for term in expansion.terms} == set(expected)
+    short = plan.gradient(limit=1)
+    assert (short.count, len(short.terms)) == (len(expected), 1)
+    assert (f"{len(expected)} in all" in str(short)) == (len(expected) > 1)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import combinations_with_replacement, product
 from typing import Any
 
 import pytest
 
 from trajsurgery import Plan, PlanError, latent, leapalign, noise, recorded
 from trajsurgery.plans.legality import PLAN_RULES, check_sampled, violations
-from trajsurgery.plans.nodes import Advance, Leap, Noise, Scale, Velocity
+from trajsurgery.plans.nodes import Advance, LatentNode, Leap, Noise, Scale, Velocity
 from trajsurgery.plans.rules import RULES
 
+STEPS = 4
 X: Any = latent(3)
 V: Any = X.velocity()
 
@@ -198,3 +200,36 @@ def test_several_broken_rules_are_all_reported() -> None:
     with pytest.raises(PlanError) as err:
         Plan(Leap(X, X, 0).leap(1).leap(9), steps=6)
     assert err.value.rules == ("kinds",)
+
+
+def names(node: LatentNode) -> set[str]:
+    """The rules that a plan of this one output breaks."""
+    return {violation.rule for violation in violations((node,), STEPS)}
+
+
+def test_a_leap_falls_but_for_the_inversion_from_a_renoised_image() -> None:
+    """All pairs of times: an advance never rises, a leap only from a renoised sample, and neither stands still."""
+    for start, to in product(range(1, STEPS + 1), range(1, STEPS + 1)):
+        for x in (latent(start), latent(0).renoise(start), latent(0).renoise(start).discount(0.5), noise()):
+            t, renoised = STEPS if x.t == "T" else start, x.op == "renoise"
+            falls = to < t
+            assert ("falling" in names(x.leap(to))) == (not falls and not (renoised and to > t))
+            assert ("falling" in names(x.advance(to, [x.velocity()], "lagrange"))) == (not falls)
+
+
+def test_an_advance_s_velocities_suit_its_rule() -> None:
+    """All sets of one to three times, with every start and landing, against the rule's words."""
+    for start, to in ((s, to) for s in range(1, STEPS + 1) for to in range(s)):
+        for count in (1, 2, 3):
+            for times in combinations_with_replacement(range(STEPS, 0, -1), count):
+                suits = {
+                    "lagrange": True,
+                    "adams-bashforth": start in times and all(t >= start for t in times),
+                    "euler": start in times and all(to < t <= start for t in times),
+                }
+                for rule, legal in suits.items():
+                    distinct = len(set(times)) == count
+                    advance = latent(start).advance(
+                        to, [latent(t).velocity().scale(1 + i) for i, t in enumerate(times)], rule
+                    )
+                    assert ("supports" not in names(advance)) == (legal and distinct), (start, to, times, rule)

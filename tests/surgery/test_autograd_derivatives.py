@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch.autograd import forward_ad
-from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from trajsurgery.surgery import autograd_functions
 
@@ -41,6 +41,20 @@ def test_forward_ad_scales_the_tangent(run, factor):
     with forward_ad.dual_level():
         tangent = forward_ad.unpack_dual(run(forward_ad.make_dual(X, TANGENT))).tangent
     assert tangent is None if factor == 0 else torch.equal(tangent, factor * TANGENT)
+
+
+@pytest.mark.parametrize("real", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("prediction", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_gradient_has_the_prediction_s_dtype_and_a_tangent_the_value_s(prediction, real):
+    x, value = X.to(prediction), REAL.to(real)
+    connected, pull = vjp(lambda x: autograd_functions.connect(x, value), x)
+    cotangent = TANGENT.to(real)
+    (gradient,) = pull(cotangent)
+    assert (connected.dtype, gradient.dtype) == (real, prediction)
+    assert torch.equal(gradient, cotangent.to(prediction))
+    _, tangent = jvp(lambda x: autograd_functions.connect(x, value), (x,), (TANGENT.to(prediction),))
+    assert tangent.dtype == real
+    assert torch.equal(tangent, TANGENT.to(prediction).to(real))
 
 
 @CASES

@@ -99,12 +99,12 @@ class _Edit(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Call], output: Tensor) -> None:
-        x, value, ctx.edit = inputs
-        ctx.dtype, ctx.value_dtype = x.dtype, value.dtype
+        _, value, ctx.edit = inputs
+        ctx.value_dtype = value.dtype
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return ctx.edit(grad).to(ctx.dtype), None, None
+        return ctx.edit(grad), None, None  # autograd casts it to the dtype of x
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
