@@ -176,3 +176,21 @@ def test_samples_at_times_between_which_something_changes_are_refused() -> None:
     apply(PerSample([leapalign(6, 3), leapalign(5, 2)]), *tail)
     with pytest.raises(SamplerError, match="one setting"):
         apply(PerSample([leapalign(6, 3), leapalign(3, 2)]), *tail)
+
+
+def test_an_iteration_before_the_first_changes_nothing() -> None:
+    """Where prepared latents are not what the loop begins with, a replay of the first call makes one call before it."""
+    torch.set_num_threads(1)
+    small = sd3(torch.float64)
+
+    def guidance_at_once(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe._guidance_scale = 2.0
+        return {}
+
+    with operate(small.pipe) as surgery:
+        small(callback_on_step_end=guidance_at_once)
+    surgery.field.record.doubled = True
+    x = surgery.trajectory
+    with torch.no_grad():
+        for t in (6, 5):
+            assert torch.equal(surgery.field(x[t], x.sigma(t)), x.velocity(t)), t
