@@ -13,6 +13,7 @@ from trajsurgery import (
     backward,
     draft_lv,
     drtune,
+    flowbp_sparse,
     latent,
     leapalign,
     leaps,
@@ -265,3 +266,22 @@ def test_under_split_the_call_on_noise_and_what_follows_are_made_again_and_cost_
     handle.remove()
     assert plan.cost(surgery.trajectory).staged == (STEPS, 3)
     assert (len(calls) - forward) * STEPS == 2 * forward  # two calls of the loop, each with its guidance passes
+
+
+@pytest.mark.parametrize("memory", ["retain", "recompute", "split"])
+def test_gains_of_flowbp_are_those_of_the_scheduler_s_own_times(small: Small, memory: Any) -> None:
+    """Flux's times are shifted by the number of its image tokens, which no plan knows before the call."""
+    params = list(small.pipe.transformer.parameters())
+    grads: list[list[torch.Tensor]] = []
+    for rescale in (0.0, 1.0):
+        with operate(small.pipe, flowbp_sparse(STEPS, {6, 5}, rescale), memory) as surgery:
+            small()
+        for p in params:
+            p.grad = None
+        surgery.outputs[0].sum().backward()
+        grads.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in params])
+    lengths = (small.pipe.scheduler.sigmas[:-1] - small.pipe.scheduler.sigmas[1:]).double()
+    gain = float(lengths.sum() / lengths[:2].sum())
+    assert abs(gain - 3) > 0.1, "even steps would give 3"
+    for plain, scaled in zip(*grads, strict=True):
+        torch.testing.assert_close(scaled, gain * plain, rtol=1e-4, atol=1e-6)
