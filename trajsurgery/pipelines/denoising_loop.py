@@ -67,6 +67,8 @@ class DenoisingLoop:
         """The sample that the loop was handed last."""
         self.version = 0
         """How often that sample had been changed in place by then."""
+        self.kept: set[nodes.Time | None] | None = None
+        """The times whose x_t and v_t stay in the trajectory; None: all."""
         self.count = -1
         """The calls of `scheduler.step` so far; -1 before there is a schedule."""
         self.t = -1
@@ -164,7 +166,7 @@ class DenoisingLoop:
             return output
         self.t -= 1
         self.trajectory.latents[self.t] = real
-        if not self._keeps(self.t + 1):
+        if self.kept is not None and self.t + 1 not in self.kept:
             self.trajectory.drop(self.t + 1)
         next_sample = self._next(real)
         self.given, self.version = next_sample, next_sample._version if self.execution is not None else 0
@@ -197,6 +199,8 @@ class DenoisingLoop:
             schedule.sigmas, {self.t: self.record.start}, {}, schedule.interpolant(), euler=None, start=start
         )
         self.results["trajectory"], self.results["field"] = self.trajectory, PipelineField(self.record, self.trajectory)
+        if self.options.keep is not None:
+            self.kept = {self.t, *self.options.keep, *(node.t for node in (self.plan.nodes if self.plan else ()))}
         if self.plan is not None:
             self.execution = Execution(self.plan, self.trajectory, self.options.generator)
         if self.call is not None and self.call.t != self.t:
@@ -236,11 +240,6 @@ class DenoisingLoop:
         self.execution.settle()
         if given.requires_grad or self.execution.wanted(self.t) is not self.call:
             self.call = None
-
-    def _keeps(self, t: int) -> bool:
-        """Whether the trajectory is to hold x_t and v_t after the step from there."""
-        keep, nodes_of_plan = self.options.keep, () if self.plan is None else self.plan.nodes
-        return keep is None or t == self.trajectory.steps or t in keep or any(node.t == t for node in nodes_of_plan)
 
     def _next(self, real: Tensor) -> Tensor:
         """Return the next sample for the loop: the plan's node where its next call is the plan's, else the sampler's
