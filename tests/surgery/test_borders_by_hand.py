@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import FrozenInstanceError
+from itertools import permutations
 from typing import Any
 
 import pytest
 import sympy
 import torch
 
-from trajsurgery import Plan, PlanError, SamplerError, apply, latent, leapalign, noise, recorded, rollout, sample
+from trajsurgery import (
+    PerSample,
+    Plan,
+    PlanError,
+    SamplerError,
+    apply,
+    distances,
+    latent,
+    leapalign,
+    noise,
+    recorded,
+    rollout,
+    sample,
+)
 from trajsurgery.plans.closed_form import _multiply
 from trajsurgery.plans.interpolants import InvertedFlow, Polynomial, RectifiedFlow, Trigonometric
 from trajsurgery.plans.legality import Violation, check_sampled, violations
@@ -195,3 +209,33 @@ def test_noises_are_drawn_after_the_rollout() -> None:
     for _ in range(3):
         torch.rand(1, generator=again)
     assert torch.equal(trajectory.noise(0, 2), torch.randn(1, 3, dtype=torch.float64, generator=again))
+
+
+def test_a_sample_whose_plan_lands_elsewhere_has_no_distance_there() -> None:
+    """For all pairs of times of three steps: [batch] distances, NaN where a sample's own plan does not land."""
+    trajectory = rollout(FIELD, torch.ones(2, 3, dtype=torch.float64), [1, 0.7, 0.4, 0])
+    for first, second in permutations(((3, 2), (3, 1), (2, 1)), 2):
+        by_time = distances(PerSample([leapalign(*first), leapalign(*second)]), trajectory, FIELD)
+        assert {t: (~d.isnan()).tolist() for t, d in by_time.items()} == {
+            t: [t in (first[1], 0), t in (second[1], 0)] for t in {first[1], second[1], 0}
+        }
+
+
+@pytest.mark.parametrize("pair", [(3, 2), (3, 1), (2, 1)])
+def test_split_adds_the_gradient_of_retain(pair: tuple[int, int]) -> None:
+    """With the calls of the rollout, and with calls that are made in the backward pass."""
+    start, times, plan = torch.ones(2, 3, dtype=torch.float64), [1, 0.7, 0.4, 0], leapalign(*pair)
+    trajectory, params = rollout(FIELD, start, times), list(FIELD.parameters())
+    out: Any = apply(plan, trajectory, FIELD)
+    expected = torch.autograd.grad(out.sin().sum(), params)
+    for split in (
+        lambda: sample(plan, FIELD, start, times, memory="split")[0],
+        lambda: apply(plan, trajectory, FIELD, "split"),
+    ):
+        FIELD.zero_grad()
+        out = split()
+        assert torch.equal(out, trajectory[0])
+        out.sin().sum().backward()
+        for p, g in zip(params, expected, strict=True):
+            torch.testing.assert_close(p.grad, g, rtol=1e-13, atol=1e-13)
+    FIELD.zero_grad()
