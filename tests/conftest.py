@@ -24,6 +24,8 @@ settings.register_profile("ci", max_examples=200, derandomize=True, **_SHARED)
 settings.register_profile(
     "mutants", settings.get_profile("ci"), max_examples=15, database=None, phases=(Phase.explicit, Phase.generate)
 )
+# By hand: `python -m tests.thorough`.
+settings.register_profile("thorough", max_examples=5000, database=None, print_blob=True, **_SHARED)
 settings.register_profile("mutation", settings.get_profile("ci"), phases=(Phase.explicit, Phase.generate))
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") == "true" else "dev"))
 

@@ -5,17 +5,18 @@ it.
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.builders import illegal_plans
+from tests.builders.examples import few_examples
 from tests.builders.illegal_plans import STEPS, Mutant
 from trajsurgery import Plan, PlanError, latent, leapalign, recorded, refl
 from trajsurgery.plans.legality import PLAN_RULES, violations
 from trajsurgery.plans.rules import RULES
 from trajsurgery.testing import plans
 
-FEWER = settings(max_examples=50)
+FEWER = few_examples(50)
 
 
 def test_every_rule_has_a_mutation():

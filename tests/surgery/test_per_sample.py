@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.builders import toy_world
+from tests.builders.examples import few_examples
 from tests.builders.pipelines.every import BUILDERS
 from tests.builders.problems import cotangents, distance, outputs, problem, seeded
 from tests.builders.small_transformers import float64_throughout, flux, sd3
@@ -88,7 +89,7 @@ PAIRS = st.lists(
 
 
 @pytest.mark.parametrize("make", [flux, sd3])
-@settings(max_examples=5)
+@few_examples(5)
 @given(PAIRS)
 @example([(4, 1), (3, 2)])
 def test_the_gradient_is_the_sum_of_the_closed_forms_on_transformers(make: Any, pairs: list[tuple[int, int]]) -> None:
