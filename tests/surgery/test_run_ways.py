@@ -57,6 +57,7 @@ DOUBLED = Plan(latent(5).advance(1, [latent(5).velocity().scale(2.0)], "adams-ba
 
 @given(plans(STEPS).filter(lambda plan: "noise" not in str(plan.to_dict())), trajectories(FIELD, STEPS, (DIM,)))
 @example(DOUBLED, rollout(FIELD, START, [1, 0.8, 0.6, 0.4, 0.2, 0]))  # bends: too wide a stencil misses by 3e-8
+@example(Plan(latent(1).leap(0).discount(6.1e-5)), rollout(FIELD, START, [1, 0.8, 0.6, 0.4, 0.2, 0]))  # cancels
 def test_the_public_checker_agrees(plan, trajectory):
     check_gradient(plan, trajectory, FIELD, tolerance=GRADIENT)
 
