@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from trajsurgery.errors import SamplerError
-from trajsurgery.pipelines.callback_changes import CALLBACKS, CallbackChanges
+from trajsurgery.pipelines.callback_changes import CALLBACKS, CallbackChanges, own_containers
 from trajsurgery.pipelines.guidance import GuidanceGradient, GuidancePasses
 from trajsurgery.pipelines.scheduler import Schedule, shadow_attribute
 from trajsurgery.pipelines.timestep_inputs import TimestepInputs
@@ -74,7 +74,7 @@ class CallRecord:
         """Return the record of a call that is about to be made."""
         bound = inspect.signature(inspect.unwrap(base.__call__)).bind(pipe, *args, **kwargs)
         bound.apply_defaults()
-        arguments: dict[str, Any] = _own_containers(dict(bound.arguments))
+        arguments: dict[str, Any] = own_containers(dict(bound.arguments))
         arguments.pop(next(iter(arguments)))
         arguments.update(arguments.pop("kwargs", {}))
         states = {id(g): g.get_state() for g in _generators(arguments)}
@@ -196,7 +196,7 @@ class CallRecord:
         callbacks = {
             name: callback if self.arguments[name] is not None else None for name in CALLBACKS if name in self.arguments
         }
-        return {name: rewound(value) for name, value in _own_containers(self.arguments).items()} | callbacks
+        return {name: rewound(value) for name, value in own_containers(self.arguments).items()} | callbacks
 
 
 def encoder_methods(pipe: Any, base: type) -> Iterator[tuple[Any, str]]:
@@ -245,11 +245,6 @@ def _zeros_for_meta(template: Any) -> Any:
         return value.clone() if isinstance(value, Tensor) else value
 
     return tree_map(filled, template, is_leaf=is_shape)
-
-
-def _own_containers(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Copy the dicts and lists, which loops and callbacks write into; what is in them stays the same."""
-    return tree_map(lambda value: value, arguments)
 
 
 def _generators(arguments: dict[str, Any]) -> list[torch.Generator]:

@@ -42,7 +42,7 @@ class CallbackChanges:
 
         def record(*args: Any, **kwargs: Any) -> Any:
             given: Any = next((a for a in (*args, *kwargs.values()) if isinstance(a, Mapping)), {})
-            before, old, marks = tree_map(_same, vars(pipe)), _marks(vars(pipe)), _marks(given)
+            before, old, marks = own_containers(vars(pipe)), _marks(vars(pipe)), _marks(given)
             result = callback(*args, **kwargs)
             now, new = _marks(vars(pipe)), _marks(result if isinstance(result, Mapping) else {})
             changed = [name for name in old | now if old.get(name) != now.get(name)]
@@ -105,8 +105,9 @@ def _mark(leaf: Any) -> Any:
     return (type(leaf), leaf) if isinstance(leaf, int | float | str | None) else id(leaf)
 
 
-def _same(leaf: Any) -> Any:
-    return leaf
+def own_containers(values: dict[str, Any]) -> dict[str, Any]:
+    """Copy the dicts and lists, which loops and callbacks write into; what is in them stays the same."""
+    return tree_map(lambda leaf: leaf, values)
 
 
 def _copied(value: Any) -> Any:
