@@ -29,7 +29,7 @@ from benchmarks.provenance import provenance
 from trajsurgery.cli.train_command import main as run
 from trajsurgery.evaluation.paired_statistics import in_standard_errors
 from trajsurgery.methods import DRaFTLV, DRTune, LeapAlign, ReFL
-from trajsurgery.reports.run_report import table_rows
+from trajsurgery.runs.reports.run_report import table_rows
 from trajsurgery.training.presets import presets, sd3, wan
 from trajsurgery.training.recipe import Recipe
 

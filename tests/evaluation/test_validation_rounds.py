@@ -22,7 +22,7 @@ from trajsurgery.cli import train_command
 from trajsurgery.cli.train_command import main
 from trajsurgery.evaluation import validation_rounds
 from trajsurgery.evaluation.held_out import evaluate
-from trajsurgery.reports import run_report, validation_report
+from trajsurgery.runs.reports import run_report, validation_report
 from trajsurgery.training import training_loop
 from trajsurgery.training.checkpoints import checkpoint
 from trajsurgery.training.checkpoints.checkpoint import restore_best, resume

@@ -21,7 +21,7 @@ from tests.tolerances import EXACT, STOCK, VALUE
 from trajsurgery.cli.noise_command import main
 from trajsurgery.cli.recipe_script import cli
 from trajsurgery.errors import RecipeError
-from trajsurgery.reports.filmstrip import choose_frames
+from trajsurgery.runs.reports.filmstrip import choose_frames
 from trajsurgery.tiny.pipe import TEXT_LENGTH
 from trajsurgery.training.components import quiet
 from trajsurgery.training.noise.noise_recipe import AscentSettings, NoiseRecipe, presets

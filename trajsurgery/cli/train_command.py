@@ -20,7 +20,7 @@ from trajsurgery.errors import OutOfMemoryError
 from trajsurgery.evaluation import validation_rounds
 from trajsurgery.evaluation.held_out import HeldOutScores, evaluate, needed_prompts
 from trajsurgery.evaluation.paired_statistics import compare
-from trajsurgery.reports import run_report, validation_report
+from trajsurgery.runs.reports import run_report, validation_report
 from trajsurgery.training import components, srpo_support
 from trajsurgery.training.checkpoints.checkpoint import restore_best, resume, save, start_from
 from trajsurgery.training.checkpoints.output_files import lock_folder, storage_errors, write_atomically

@@ -18,5 +18,5 @@ checks/       before a run: settings, files, hardware, one model call
 faults/       what can go wrong, found and named
 noise/        ReNO: optimise the noise of one prompt
 
-It may import everything up to `rewards`, and nothing of evaluation or reports.
+It may import everything up to `rewards`, and nothing of evaluation or runs.
 """

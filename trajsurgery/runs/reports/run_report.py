@@ -14,7 +14,7 @@ from torch.nn import functional
 from trajsurgery.evaluation.calibration import interval
 from trajsurgery.evaluation.held_out import HeldOutScores
 from trajsurgery.evaluation.paired_statistics import in_standard_errors
-from trajsurgery.reports import validation_report
+from trajsurgery.runs.reports import validation_report
 
 BEFORE, AFTER = "#7a8691", "#0b6e99"
 BAR = "bar: two paired standard errors of the gain"

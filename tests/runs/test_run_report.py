@@ -21,8 +21,8 @@ from tests.builders import toy_world
 from trajsurgery.cli.train_command import main
 from trajsurgery.evaluation.held_out import HeldOutScores, evaluate, spread_over_categories
 from trajsurgery.evaluation.paired_statistics import compare, in_standard_errors, paired
-from trajsurgery.reports import run_report
-from trajsurgery.reports.validation_report import smoothed
+from trajsurgery.runs.reports import run_report
+from trajsurgery.runs.reports.validation_report import smoothed
 from trajsurgery.training.checkpoints.checkpoint import resume
 from trajsurgery.training.checkpoints.run_log import METRICS, Log
 from trajsurgery.training.checkpoints.training_state import TrainingState
