@@ -171,8 +171,8 @@ def draw(record: dict[str, Any], path: Path) -> None:
         "split": "operate,\nsplit",
         "retain": "operate,\nretain",
         "by hand": "Algorithm 1\nby hand",
-        "bare T + 2": "bare calls: T forwards\n+ 2 forward-backwards",
-        "bare T": "bare calls: T forwards,\n2 of them with backward",
+        "bare T + 2": "bare calls:\nT forwards +\n2 forward-backwards",
+        "bare T": "bare calls:\nT forwards, 2 of them\nwith backward",
     }
     for place, name in enumerate(labels):
         values = record["seconds"][name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.transformers.transformer_flux import FluxTransformerBlock
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -20,7 +22,9 @@ from tests.builders.small_pipelines import PIPELINES
 from tests.training.test_ranks import exact_world, first_gradient, recipe_of, spawn
 from trajsurgery import LeapAlign, RecipeError, leapalign, operate, tiny
 from trajsurgery.training.anchor import swapped
+from trajsurgery.training.checkpoints.checkpoint import discard
 from trajsurgery.training.checkpoints.training_state import TrainingState
+from trajsurgery.training.checks import compile_trial
 from trajsurgery.training.components import PromptCache
 from trajsurgery.training.model import compilation
 from trajsurgery.training.model.compilation import compile_blocks, compile_decoder, compile_image_tower
@@ -194,3 +198,74 @@ def test_what_has_nothing_to_compile_is_refused() -> None:
 def test_a_run_compiles_what_its_recipe_names(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, RUNS[0], compile=True)
     assert all(block._compiled_call_impl for block in exact_world(recipe).pipe.transformer.transformer_blocks)
+
+
+def compile_trial_of(recipe: Any, world: Any, iterations: int) -> tuple[compile_trial.CompileTrial, str, bool]:
+    """The trial, the line that it says, and whether the blocks are compiled after it."""
+    lines = list[str]()
+    trial = compile_trial.choose(recipe, world, iterations, lines.append)
+    blocks = world.pipe.transformer.transformer_blocks
+    return trial, lines[0], all(block._compiled_call_impl is not None for block in blocks)
+
+
+def slow_unless_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make eager blocks slower than compiled ones, as a GPU's are."""
+    forward = FluxTransformerBlock.forward
+
+    def slow(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            time.sleep(0.03)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(FluxTransformerBlock, "forward", slow)
+
+
+def test_the_trial_keeps_compiled_blocks_that_are_faster_and_a_resumed_run_takes_them_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow_unless_compiled(monkeypatch)
+    recipe = toy_world.recipe(tmp_path)
+    trial, line, compiled = compile_trial_of(recipe, toy_world.world(recipe), 10**6)
+    assert trial.compiled
+    assert compiled
+    assert line.startswith("compiled blocks: ")
+    assert trial.compiled_seconds is not None
+    assert trial.eager_seconds - trial.compiled_seconds >= 0.03 * (recipe.rollout.steps - 1)  # a plan has two calls
+    world, before = toy_world.world(recipe), graphs()
+    assert compile_trial_of(recipe, world, 1) == (trial, line, True)
+    assert graphs() == before  # no second trial
+    discard(tmp_path)
+    assert not compile_trial_of(recipe, world, 1)[0].compiled
+
+
+def test_the_trial_returns_to_eager_blocks_that_are_no_slower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile_trial, "GAIN", 0.2)  # nothing here is five times as fast
+    recipe = toy_world.recipe(tmp_path)
+    world = toy_world.world(recipe)
+    trial, line, compiled = compile_trial_of(recipe, world, 10**6)
+    assert graphs()
+    assert not trial.compiled
+    assert not compiled
+    assert "no faster" in line
+    assert all(parameter.grad is None for parameter in world.module.parameters())
+
+
+def test_a_short_run_and_a_failing_compiler_stay_eager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = toy_world.recipe(tmp_path)
+    assert compile_trial_of(recipe, toy_world.world(recipe), 6)[1:] == ("eager blocks: the run is short", False)
+    assert not graphs()
+    discard(tmp_path)
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(compilation, "BACKEND", refuse)
+    trial, line, compiled = compile_trial_of(recipe, toy_world.world(recipe), 10**6)
+    assert not trial.compiled
+    assert not compiled
+    assert "compiling failed" in line
+
+
+def test_the_trial_is_for_a_gpu(tmp_path: Path) -> None:
+    recipe = toy_world.recipe(tmp_path)
+    assert not compile_trial.applies(recipe, toy_world.world(recipe))

@@ -14,8 +14,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from trajsurgery.errors import RecipeError
-from trajsurgery.runs.reports.filmstrip import draw_filmstrip
 from trajsurgery.rewards.loading import Reward, load_reward, reward_problem, score_one
+from trajsurgery.runs.reports.filmstrip import draw_filmstrip
 from trajsurgery.training import components
 from trajsurgery.training.checkpoints.output_files import lock_folder, write_atomically
 from trajsurgery.training.checks import preflight

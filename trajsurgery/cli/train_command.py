@@ -26,7 +26,7 @@ from trajsurgery.training.checkpoints.checkpoint import restore_best, resume, sa
 from trajsurgery.training.checkpoints.output_files import lock_folder, storage_errors, write_atomically
 from trajsurgery.training.checkpoints.run_log import METRICS, Log
 from trajsurgery.training.checkpoints.training_state import TrainingState
-from trajsurgery.training.checks import preflight, trial
+from trajsurgery.training.checks import compile_trial, preflight, trial
 from trajsurgery.training.distributed import ranks, sharding
 from trajsurgery.training.endings import range_left, range_report
 from trajsurgery.training.faults import missing_gradients
@@ -120,6 +120,10 @@ def _run(recipe: Recipe, scene: components.RunComponents | None, console: Consol
     components.open_prompt_cache(recipe, parts)
     with console.status("one model call forward and backward"):
         trial.check_gradient_is_finite(recipe, parts, partial(console.print, highlight=False))
+    if compile_trial.applies(recipe, parts):
+        with console.status("model calls are timed, eager and compiled"), memory_of("the compile trial"):
+            left = recipe.iterations - training.iteration
+            compile_trial.choose(recipe, parts, left, partial(console.print, highlight=False))
     with console.status("prompts are encoded"), memory_of("encoding the prompts"):
         components.encode_prompts(
             recipe, parts, prompts, (iteration_generator(recipe.seed, number, "prompts") for number in every)

@@ -92,7 +92,10 @@ class Rollout:
     compile: bool = False
     """Compiles the transformer's repeated blocks (torch.compile). On an H100 an iteration of FLUX.1-dev (staged,
     without checkpointing) then takes 2.5 s instead of 3.3, after half a minute of compiling. Images and gradients
-    differ from eager ones by rounding. Off by default: it is not measured for other models and lengths of run."""
+    differ from eager ones by rounding."""
+    compile_trial: bool = True
+    """Where `compile` is off, on a GPU with an unsharded transformer, and where the run is long enough for it to pay:
+    compiles the blocks before the run, measures model calls with and without, and keeps what is faster."""
 
     @property
     def shape(self) -> tuple[int, int] | None:

@@ -32,7 +32,7 @@ from trajsurgery.training.checkpoints.training_state import TrainingState
 from trajsurgery.training.distributed import ranks
 from trajsurgery.training.recipe import Recipe, differences
 
-CHECKPOINTS, BEST = "checkpoints", "best"
+CHECKPOINTS, BEST, COMPILED = "checkpoints", "best", "compiled.json"
 
 _LIBRARIES = ("trajsurgery", "torch", "diffusers", "transformers", "peft")
 _WAYS_OUT = "Pass --overwrite to discard that run, or --output with another folder."
@@ -213,8 +213,9 @@ def _check_same_recipe(recipe: Recipe, about: dict[str, Any]) -> None:
 
 
 def discard(output: Path) -> None:
-    """Delete the checkpoints, the log and the best weights of an earlier run."""
-    (output / METRICS).unlink(missing_ok=True)
+    """Delete the checkpoints, the log, the best weights and the compile trial of an earlier run."""
+    for name in (METRICS, COMPILED):
+        (output / name).unlink(missing_ok=True)
     for folder in (CHECKPOINTS, BEST):
         shutil.rmtree(output / folder, ignore_errors=True)
     for path in output.glob("*.partial"):

@@ -42,7 +42,7 @@ def check_gradient_is_finite(recipe: Recipe, world: RunComponents, tell: Callabl
     """
     try:
         with memory_of("the trial of one model call"):
-            finite = _is_finite(recipe, world)
+            finite = gradient_is_finite(recipe, world)
         if finite:
             return
     except SurgeryError:
@@ -56,14 +56,14 @@ def check_gradient_is_finite(recipe: Recipe, world: RunComponents, tell: Callabl
     for name in kernels:
         try:
             attention.choose(world.module, name, world.device)
-            finite = _is_finite(recipe, world)
+            finite = gradient_is_finite(recipe, world)
         except (RecipeError, RuntimeError):  # it does not run on this card, or not in this dtype
             continue
         if finite:
             tell(f"attention: {name}, since the gradient of diffusers' default kernel is not finite here")
             return
     with _first_not_finite(world.module) as places:
-        _is_finite(recipe, world)
+        gradient_is_finite(recipe, world)
     tried = f" Nor is it with {', '.join(kernels)}." if kernels else ""
     where = f": the first that is not is {places[0]}" if places else ""
     raise RecipeError(
@@ -72,13 +72,18 @@ def check_gradient_is_finite(recipe: Recipe, world: RunComponents, tell: Callabl
     )
 
 
-def _is_finite(recipe: Recipe, world: RunComponents) -> bool:
-    """Whether one call at the last step of a short rollout gives every parameter a finite gradient, on all ranks."""
-    share, memory = ranks.rows(recipe.rollout.batch), recipe.rollout.memory
+def trial_call(recipe: Recipe, world: RunComponents) -> dict[str, Any]:
+    """Return the arguments of a pipeline call of two steps, with as many images as a rollout of this rank has."""
+    share = ranks.rows(recipe.rollout.batch)
     texts = [world.texts[0]] * min(recipe.rollout.at_once or len(share), len(share))
     arguments = {**pipeline_arguments(recipe), **PromptCache(world.pipe, texts[:1], pipeline_arguments(recipe))(texts)}
     generator = as_argument([torch.Generator().manual_seed(i) for i in share[: len(texts)]])
-    call = {**arguments, "num_inference_steps": STEPS, "generator": generator, "output_type": "latent"}
+    return {**arguments, "num_inference_steps": STEPS, "generator": generator, "output_type": "latent"}
+
+
+def gradient_is_finite(recipe: Recipe, world: RunComponents) -> bool:
+    """Whether one call at the last step of a short rollout gives every parameter a finite gradient, on all ranks."""
+    call, memory = trial_call(recipe, world), recipe.rollout.memory
     try:
         if memory == "staged" or _enters_again(recipe):
             with operate(world.pipe) as surgery:

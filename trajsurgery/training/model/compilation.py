@@ -34,6 +34,13 @@ def compile_blocks(module: nn.Module) -> None:
     _compile(blocks)
 
 
+def run_eagerly(module: nn.Module) -> None:
+    """Undo `compile_blocks`."""
+    for part in module.modules():
+        part._compiled_call_impl = None  # pyright: ignore[reportPrivateUsage]
+    torch.compiler.reset()
+
+
 def compile_decoder(vae: Any) -> None:
     """Compile a VAE's decoder, before its calls are wrapped for checkpointing."""
     if not isinstance(getattr(vae, "decoder", None), nn.Module):
