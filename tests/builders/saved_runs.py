@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,14 @@ from torch import Tensor
 from trajsurgery.training.checkpoints.checkpoint import list_checkpoints, saved_tensors
 from trajsurgery.training.checkpoints.run_log import METRICS, Log
 from trajsurgery.training.checkpoints.tensor_folder import read_state
+
+NOT_REPEATED = ("seconds", "parts", "memory")
+"""What of a line of metrics.jsonl differs when a run is repeated."""
+
+
+def repeated(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What of a log is the same when a run is repeated."""
+    return [{name: value for name, value in line.items() if name not in NOT_REPEATED} for line in lines]
 
 
 def load_checkpoint(output: Path) -> dict[str, Any]:
@@ -42,5 +51,5 @@ def assert_same_run(a: Path, b: Path) -> None:
         assert all(map(equal_with_nan, tensors(first[name]), tensors(second[name]))), name
     for name in ("iteration", "skipped", "in_a_row", "looked", "ema", "early_stopping"):
         assert first[name] == second[name], name
-    logs = [[{k: v for k, v in line.items() if k != "seconds"} for line in Log(f / METRICS).read()] for f in (a, b)]
+    logs = [repeated(Log(folder / METRICS).read()) for folder in (a, b)]
     assert logs[0] == logs[1]

@@ -15,7 +15,7 @@ from matplotlib.image import imread
 from torch import Tensor
 
 from tests.builders import toy_world
-from tests.builders.saved_runs import load_checkpoint
+from tests.builders.saved_runs import load_checkpoint, repeated
 from tests.training.test_checkpoint import Killed, assert_same_run, killed_at
 from trajsurgery import RecipeError
 from trajsurgery.cli import train_command
@@ -105,8 +105,7 @@ def test_validation_uses_the_averaged_weights_and_changes_no_draw(tmp_path: Path
     for name in ("weights", "averages"):
         assert all(torch.equal(value, guarded[name][key]) for key, value in unguarded[name].items()), name
     logs = [[r for r in Log(f / METRICS).read() if r["kind"] == "iteration"] for f in (plain.output, settings.output)]
-    first, second = ([{**r, "seconds": 0} for r in log] for log in logs)
-    assert first == second
+    assert repeated(logs[0]) == repeated(logs[1])
     assert not (settings.output / "best").exists()
 
 
@@ -161,7 +160,7 @@ def test_a_killed_run_with_guards_resumes_bit_for_bit(tmp_path: Path, monkeypatc
     monkeypatch.setattr(toy_world, "world", lambda settings: replace(build_world(settings), **changes))
     whole, interrupted = (recipe(tmp_path / name, anchor=5.0) for name in ("whole", "torn"))
     training = train_and_validate(whole)
-    for number in (3, 6):
+    for number in (3, 5):
         killed_at(
             interrupted,
             number,

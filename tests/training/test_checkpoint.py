@@ -23,7 +23,7 @@ from trajsurgery.training.checkpoints.run_log import METRICS, Log
 from trajsurgery.training.checkpoints.training_state import TrainingState
 from trajsurgery.training.recipe import Method, Recipe
 from trajsurgery.training.settings import Optimiser, Trained
-from trajsurgery.training.training_loop import StepRecord, train
+from trajsurgery.training.training_loop import train
 
 
 class Killed(BaseException):
@@ -35,19 +35,21 @@ def killed_at(
     number: int,
     validating: Callable[[Any, TrainingState], Callable[[], bool]] = lambda *_: lambda: True,
 ) -> None:
-    """Train up to an iteration, stop without saving, and leave a torn line at the end of the log."""
+    """Train up to an iteration, stop in the next one without saving, and leave a torn line at the end of the log."""
     world = toy_world.world(recipe)
     training = TrainingState.start(recipe, world.module)
 
-    def watch(record: StepRecord) -> None:
-        if record.iteration == number:
+    def draw(count: int, generator: torch.Generator) -> list[str]:
+        if training.iteration == number:
             raise Killed
+        return toy_world.draw(count, generator)
 
+    world = replace(world, draw=draw)
     resume(recipe, training)
     training.before = training.before or evaluate(recipe, world).to_dict()
     save(recipe, training)
     with pytest.raises(Killed):
-        train(recipe, world, training, watch, validating(world, training))
+        train(recipe, world, training, lambda _: None, validating(world, training))
     with (recipe.output / METRICS).open("a") as log:
         log.write('{"kind": "iteration", "itera')
 

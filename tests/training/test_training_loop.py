@@ -103,7 +103,7 @@ def test_the_log_has_a_line_an_iteration(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [record.iteration for record in records]
     names = ("kind", "iteration", "reward", "loss", "grad_norm", "clamped", "weight", "closed", "skipped", "times")
-    assert lines[0].keys() == {*names, "seconds", "idle", "bad", "anchor"}
+    assert lines[0].keys() == {*names, "seconds", "idle", "bad", "anchor", "distance", "parts", "memory"}
     plan = recipe.method.draw(recipe.rollout.steps, iteration_generator(recipe.seed, 1, "plan"))
     assert lines[0]["times"] == sorted({n.t for n in plan.nodes if n.op == "velocity"}, reverse=True)
     assert 0 <= lines[0]["clamped"] <= 1

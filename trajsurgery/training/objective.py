@@ -30,6 +30,8 @@ class Weights:
     """[batch], above 0."""
     clamped: Tensor
     """0-dim: the share of distances below tau."""
+    distance: Tensor
+    """0-dim: the mean distance; 0 where nothing is measured."""
 
 
 def landings(plan: Plan, trajectory: Trajectory) -> tuple[int, ...]:
@@ -90,13 +92,15 @@ def weights(
         return Weights(
             torch.cat([sample_weights.w for sample_weights in weights_of_samples]),
             torch.stack([sample_weights.clamped for sample_weights in weights_of_samples]).mean(),
+            torch.stack([sample_weights.distance for sample_weights in weights_of_samples]).mean(),
         )
     times = measured_landings(weights_at, landings(plan, trajectory)) if weights_at != "none" else ()
     if not times:
         latents = trajectory[0]
-        return Weights(latents.new_ones(len(latents), dtype=torch.float32), latents.new_zeros((), dtype=torch.float32))
+        zero = latents.new_zeros((), dtype=torch.float32)
+        return Weights(latents.new_ones(len(latents), dtype=torch.float32), zero, zero)
     d = torch.stack([distances[t].detach() for t in times])
-    return Weights(1 / d.clamp(min=tau).sum(0), (d <= tau).float().mean())
+    return Weights(1 / d.clamp(min=tau).sum(0), (d <= tau).float().mean(), d.float().mean())
 
 
 def hinge(scores: Tensor, threshold: float) -> Tensor:

@@ -17,7 +17,7 @@ from trajsurgery.surgery.parameters import Fields
 from trajsurgery.training import objective, srpo_support
 from trajsurgery.training.components import RunComponents, pipeline_arguments
 from trajsurgery.training.faults.bad_numbers import first_not_finite
-from trajsurgery.training.faults.memory_errors import memory_of
+from trajsurgery.training.iteration_parts import part
 from trajsurgery.training.recipe import Recipe
 
 ExtraGradient = Callable[[Surgery, float], Tensor]
@@ -77,32 +77,32 @@ def add_gradient(
         hold: adds a further gradient, such as the anchor's.
 
     Returns:
-        [6]: reward, loss, clamped share, weight, closed share, the figure of `hold`; and for each sample the place of
-            its first number that is not finite (`bad_numbers.first_not_finite`).
+        [7]: reward, loss, clamped share, weight, closed share, distance, the figure of `hold`; and for each sample the
+            place of its first number that is not finite (`bad_numbers.first_not_finite`).
     """
     texts, renoise, share = inputs.texts, inputs.renoise, inputs.share
-    with memory_of("the rollout"):
+    with part("the rollout"):
         images, outputs, leap_distances, surgery, fields = _sample(recipe, world, plan, inputs)
         decoded = [images, *(surgery.decode(x) for x in outputs[1:])]
     sample_seeds = [generator.initial_seed() for generator in renoise]
     rewards = srpo_support.output_rewards(recipe, plan, world.reward, inputs.seed, sample_seeds)
-    with memory_of("the reward"):
+    with part("the reward"):
         scores = [grade(_without_nan(image), texts) for image, grade in zip(decoded, rewards, strict=True)]
     weights = objective.weights(plan, surgery.trajectory, leap_distances, recipe.weights_at, recipe.objective.tau)
     loss = objective.loss(scores, weights.w, lambda_)
-    with memory_of("the gradient of reward and decoder"):
+    with part("the gradient of reward and decoder"):
         cotangents = objective.cotangents(loss * share, outputs)
-    with memory_of("the gradient sweep"):
+    with part("the gradient sweep"):
         if recipe.rollout.memory == "staged":
             backward(plan, surgery.trajectory, fields, cotangents, generator=renoise, check=False)
         else:
             torch.autograd.backward(outputs, cotangents)
         extra = hold(surgery, share) if hold else loss.detach() * 0
-    with torch.no_grad(), memory_of("the reward"):
+    with torch.no_grad(), part("the reward"):
         reward = scores[0] if plan.exact else world.reward(_without_nan(surgery.decode(surgery.trajectory[0])), texts)
         bad = first_not_finite(surgery.trajectory, (outputs, decoded, (*scores, reward), cotangents))
         closed = (torch.stack([score.detach() for score in scores]) >= lambda_).float().mean()
-        figures = reward.mean(), loss.detach(), weights.clamped, weights.w.mean(), closed, extra
+        figures = reward.mean(), loss.detach(), weights.clamped, weights.w.mean(), closed, weights.distance, extra
         return torch.stack(figures).float(), bad
 
 
@@ -119,15 +119,15 @@ def add_shared_gradient(
     All of them output the rollout's x_0. The loss is the mean over plans, each with its own similarity weights.
     """
     texts, renoise, share = inputs.texts, inputs.renoise, inputs.share
-    with memory_of("the rollout"), operate(world.pipe, keep=inputs.keep) as surgery:
+    with part("the rollout"), operate(world.pipe, keep=inputs.keep) as surgery:
         call = {"num_inference_steps": recipe.rollout.steps, **pipeline_arguments(recipe), **inputs.arguments}
         world.pipe(**call, output_type="latent")
     x_0, tail = surgery.trajectory[0].detach().requires_grad_(), (surgery.trajectory, surgery.field)
     image = surgery.decode(x_0)
-    with memory_of("the reward"):
+    with part("the reward"):
         score = world.reward(_without_nan(image), texts)
     loss = objective.loss([score], torch.ones_like(score), lambda_)
-    with memory_of("the gradient of reward and decoder"):
+    with part("the gradient of reward and decoder"):
         (unweighted,) = objective.cotangents(loss * share / len(plans), (x_0,))
     weights_of_plans: list[objective.Weights] = []
     for plan in plans:
@@ -136,20 +136,21 @@ def add_shared_gradient(
             objective.weights(plan, surgery.trajectory, leap_distances, recipe.weights_at, recipe.objective.tau)
         )
         cotangent = unweighted * weights_of_plans[-1].w.to(unweighted).view(-1, *[1] * (unweighted.dim() - 1))
-        with memory_of("the gradient sweep"):
+        with part("the gradient sweep"):
             if recipe.rollout.memory == "staged":
                 backward(plan, *tail, cotangent, generator=renoise, check=False)
             else:
                 torch.autograd.backward(apply(plan, *tail, recipe.rollout.memory, generator=renoise), cotangent)
-    with memory_of("the gradient sweep"):
+    with part("the gradient sweep"):
         extra = hold(surgery, share) if hold else loss.detach() * 0
     with torch.no_grad():
         w = torch.stack([weights.w for weights in weights_of_plans]).mean(0)
         clamped = torch.stack([weights.clamped for weights in weights_of_plans]).mean()
+        distance = torch.stack([weights.distance for weights in weights_of_plans]).mean()
         loss = objective.loss([score], w, lambda_)
         bad = first_not_finite(surgery.trajectory, ((x_0,), (image,), (score,), (unweighted,)))
         closed = (score >= lambda_).float().mean()
-        return torch.stack([score.mean(), loss, clamped, w.mean(), closed, extra]).float(), bad
+        return torch.stack([score.mean(), loss, clamped, w.mean(), closed, distance, extra]).float(), bad
 
 
 def _sample(

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from types import FrameType
-from typing import Literal
 
 import torch
 
 from trajsurgery.errors import RecipeError
 from trajsurgery.plans.nodes import Velocity
+from trajsurgery.plans.per_sample import PerSample
+from trajsurgery.plans.plan import Plan
 from trajsurgery.surgery.deferred_checks import deferred_checks
 from trajsurgery.training import endings
 from trajsurgery.training.averages import update_averages
@@ -24,8 +25,8 @@ from trajsurgery.training.checkpoints.training_state import TrainingState
 from trajsurgery.training.components import PromptCache, RunComponents, draw_batch_prompts, hinge_threshold
 from trajsurgery.training.distributed import ranks, sharding
 from trajsurgery.training.faults import missing_gradients
-from trajsurgery.training.faults.bad_numbers import BadNumbers, name_bad_numbers
-from trajsurgery.training.faults.memory_errors import memory_of
+from trajsurgery.training.faults.bad_numbers import name_bad_numbers
+from trajsurgery.training.iteration_parts import PartTimes, part, part_times, peak_memory
 from trajsurgery.training.optimisers import set_rate, step
 from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.step_gradient import (
@@ -36,42 +37,15 @@ from trajsurgery.training.step_gradient import (
     plan_of_samples,
     times_of_plans,
 )
+from trajsurgery.training.step_record import StepRecord
 
 PATIENCE = 3
 """So many iterations in a row without a finite gradient stop the run."""
 
+FIGURES = 7
+"""What a rollout's gradient says of it (step_gradient.add_gradient)."""
+
 _PURPOSES = ("plan", "prompts", "noise", "renoise")
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One line of metrics.jsonl. Means are over the batch."""
-
-    kind: Literal["iteration"] = field(default="iteration", kw_only=True)
-    iteration: int
-    """From 1."""
-    reward: float
-    """Of the generated images x_0, whatever the plan's output is."""
-    loss: float
-    grad_norm: float
-    """Before clipping."""
-    clamped: float
-    """The share of distances below tau. Near 1, tau is too large and weights no longer differ."""
-    weight: float
-    closed: float
-    """The share of scores at or above lambda, which give no gradient."""
-    skipped: bool
-    """Whether loss or gradient were not finite, so that nothing changed."""
-    times: tuple[int, ...]
-    """Times of the plan's model calls."""
-    seconds: float
-    idle: tuple[str, ...] | None = None
-    """Trained parameters without gradient (missing_gradients.py); looked for once, in the first iteration with a loss.
-    """
-    bad: tuple[BadNumbers, ...] = ()
-    """Of a skipped iteration: where numbers first were not finite, with prompts and seeds."""
-    anchor: float | None = None
-    """mean (v - v_base)^2 at a drawn time (anchor.py), if there is an anchor. It is not part of `loss`."""
 
 
 def iteration_generator(seed: int, iteration: int, purpose: str) -> torch.Generator:
@@ -98,11 +72,32 @@ def train(
     watch: Callable[[StepRecord], None],
     validate: Callable[[], bool] = lambda: True,
 ) -> bool:
-    """Run the remaining iterations; return whether the run is complete (False: interrupted, and saved).
+    """Run the remaining iterations; return whether the run is complete, as `iterate` does.
 
     Args:
-        watch: called with each iteration's record, once it is in the log.
+        watch: called with each iteration's record.
+    """
+    steps = iterate(recipe, world, training, validate)
+    while True:
+        try:
+            watch(next(steps))
+        except StopIteration as end:
+            return end.value
+
+
+def iterate(
+    recipe: Recipe, world: RunComponents, training: TrainingState, validate: Callable[[], bool] = lambda: True
+) -> Generator[StepRecord, None, bool]:
+    """Run the remaining iterations; yield each one's record, once it is in the log and its checkpoint is written.
+
+    Closing the generator before its end saves the run. Ctrl-C and SIGTERM end it after the current iteration, also
+    while the caller works on a record.
+
+    Args:
         validate: called before each iteration; False stops the run early.
+
+    Returns:
+        Whether the run is complete (False: interrupted, and saved).
 
     Raises:
         DivergedError: three iterations in a row had no finite loss and gradient.
@@ -120,11 +115,16 @@ def train(
             figures = record.loss, record.grad_norm, record.weight, record.closed
             training.loss_range.update(record.iteration, *figures)
             log.append(asdict(record))
-            watch(record)
+            if training.in_a_row < PATIENCE and training.iteration % recipe.save_every == 0 and training.finite:
+                save(recipe, training)
+            try:
+                yield record
+            except GeneratorExit:
+                if training.saved != training.position and training.finite:
+                    save(recipe, training)
+                raise
             if training.in_a_row >= PATIENCE:
                 endings.give_up(recipe, training, record.bad)
-            if training.iteration % recipe.save_every == 0 and training.finite:
-                save(recipe, training)
         if not training.finite:
             endings.give_up(recipe, training, record.bad if record else ())
         if training.saved != training.position:
@@ -140,6 +140,18 @@ def training_step(
     recipe: Recipe, world: RunComponents, embeddings: PromptCache, training: TrainingState, lambda_: float
 ) -> StepRecord:
     """Run one iteration: draw plans, sample the batch in one or more rollouts, step the optimizer once."""
+    with part_times(world.device) as times:
+        return _training_step(recipe, world, embeddings, training, lambda_, times)
+
+
+def _training_step(
+    recipe: Recipe,
+    world: RunComponents,
+    embeddings: PromptCache,
+    training: TrainingState,
+    lambda_: float,
+    times: PartTimes,
+) -> StepRecord:
     began, number = time.monotonic(), training.iteration + 1
     draws = {purpose: iteration_generator(recipe.seed, number, purpose) for purpose in _PURPOSES}
     plans = draw_plans(recipe, draws["plan"])
@@ -148,7 +160,7 @@ def training_step(
     seed = int(torch.randint(2**62, (), generator=draws["renoise"]))
     rows = ranks.rows(len(texts))
     at_once = min(recipe.rollout.at_once or len(rows), len(rows))
-    sums = torch.zeros(6 + len(texts), device=world.device)  # six figures, and a place for each sample
+    sums = torch.zeros(FIGURES + len(texts), device=world.device)  # the figures, and a place for each sample
     anchor, keep = training.anchor, None if training.anchor else times_of_plans(plans)
     add_anchor = anchor and (
         lambda surgery, share: anchor.add_gradient(surgery.field, surgery.trajectory, number, share)
@@ -156,17 +168,17 @@ def training_step(
     with missing_gradients.clear_untouched_gradients(training.parameters), deferred_checks() as checks:
         for start in rows[::at_once]:
             end = min(start + at_once, rows.stop)
-            part = texts[start:end]
-            arguments = {**embeddings(part), "generator": as_argument(noise[start:end])}
-            inputs = RolloutInputs(part, arguments, renoise[start:end], seed, len(part) / len(texts), keep)
+            chosen = texts[start:end]
+            arguments = {**embeddings(chosen), "generator": as_argument(noise[start:end])}
+            inputs = RolloutInputs(chosen, arguments, renoise[start:end], seed, len(chosen) / len(texts), keep)
             part_plans = [plan_of_samples(plan, start, end) for plan in plans]
             sharding.reduce_in(world.module, last=end == rows.stop)
             if len(part_plans) == 1:
                 figures, bad = add_gradient(recipe, world, part_plans[0], inputs, lambda_, add_anchor)
             else:
                 figures, bad = add_shared_gradient(recipe, world, part_plans, inputs, lambda_, add_anchor)
-            sums[:6] += figures * inputs.share
-            sums[6 + start : 6 + end] = bad
+            sums[:FIGURES] += figures * inputs.share
+            sums[FIGURES + start : FIGURES + end] = bad
     sharding.reduce_gradients(world.module, recipe.gather)
     sharding.release(world.module)
     sharding.reduce_copies(training.parameters)
@@ -177,21 +189,41 @@ def training_step(
     on_device = (norm.reshape(1).to(sums), sums, checks.flags(sums))
     grad_norm, *numbers = torch.cat(on_device).tolist()  # the iteration's one wait for the device
     checks.raise_failed(numbers[len(sums) :])
-    reward, loss, clamped, weight, closed, anchor_figure = numbers[:6]
-    places = [int(place) for place in numbers[6 : len(sums)]]
+    times.read_device()
+    reward, loss, clamped, weight, closed, distance, anchor_figure = numbers[:FIGURES]
+    places = [int(place) for place in numbers[FIGURES : len(sums)]]
     checked = {"the loss": loss, "the anchor's gradient": anchor_figure, "the transformer's gradient": grad_norm}
     is_finite = {name: math.isfinite(value) for name, value in checked.items()}
     seeds = [generator.initial_seed() for generator in noise]
     bad_numbers = name_bad_numbers(places, is_finite, texts, seeds)
     idle = _idle(training) if not bad_numbers and loss > 0 and not training.looked else None
-    with memory_of("the optimiser's step"):
+    with part("the optimiser's step"):
         skipped = _step(recipe, training, not bad_numbers)
     training.steps += not skipped and grad_norm > 0
-    nodes = {n for plan in plans for n in plan.nodes}
-    times = sorted({n.t for n in nodes if isinstance(n, Velocity) and isinstance(n.t, int)}, reverse=True)
-    seconds = round(time.monotonic() - began, 4)
-    record = reward, loss, grad_norm, clamped, weight, closed, skipped, tuple(times), seconds, idle, bad_numbers
-    return StepRecord(number, *record, anchor_figure if anchor else None)
+    return StepRecord(
+        number,
+        reward,
+        loss,
+        grad_norm,
+        clamped,
+        weight,
+        closed,
+        skipped,
+        called_times(plans),
+        round(time.monotonic() - began, 4),
+        idle,
+        bad_numbers,
+        anchor_figure if anchor else None,
+        distance,
+        {name: round(seconds, 4) for name, seconds in times.seconds.items()},
+        round(peak_memory(world.device), 3),
+    )
+
+
+def called_times(plans: Sequence[Plan | PerSample]) -> tuple[int, ...]:
+    """Return the times of the plans' model calls, noise first."""
+    nodes = {node for plan in plans for node in plan.nodes}
+    return tuple(sorted({n.t for n in nodes if isinstance(n, Velocity) and isinstance(n.t, int)}, reverse=True))
 
 
 _NOTHING = "no parameter of the transformer received a gradient: something between it and the reward detaches."
