@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from trajsurgery.plans.plan import noise as noise
     from trajsurgery.plans.plan import recorded as recorded
     from trajsurgery.plans.step_gain import StepGain as StepGain
+    from trajsurgery.runs.callbacks import TrainerCallback as TrainerCallback
+    from trajsurgery.runs.trainer import Trainer as Trainer
     from trajsurgery.surgery.api import apply as apply
     from trajsurgery.surgery.api import backward as backward
     from trajsurgery.surgery.api import distances as distances
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from trajsurgery.surgery.api import sample as sample
     from trajsurgery.surgery.api import values as values
     from trajsurgery.surgery.trajectory import Trajectory as Trajectory
+    from trajsurgery.training.recipe import Recipe as Recipe
 
 _NAMES = {
     "errors": "PlanError RecipeError RewardError SamplerError SurgeryError",
@@ -50,6 +53,9 @@ _NAMES = {
     "SRPO WholeTrajectory draft_k draft_lv drtune flowbp_bridge flowbp_lagrange flowbp_sparse leapalign leaps refl "
     "reno srpo whole_trajectory",
     "dry_run": "MemoryPlan plan_memory",
+    "runs.callbacks": "TrainerCallback",
+    "runs.trainer": "Trainer",
+    "training.recipe": "Recipe",
 }
 _MODULE = {name: module for module, names in _NAMES.items() for name in names.split()}
 _PACKAGES = ("testing", "tiny")

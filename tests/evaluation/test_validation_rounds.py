@@ -18,10 +18,10 @@ from tests.builders import toy_world
 from tests.builders.saved_runs import load_checkpoint, repeated
 from tests.training.test_checkpoint import Killed, assert_same_run, killed_at
 from trajsurgery import RecipeError
-from trajsurgery.cli import train_command
 from trajsurgery.cli.train_command import main
 from trajsurgery.evaluation import validation_rounds
 from trajsurgery.evaluation.held_out import evaluate
+from trajsurgery.runs import trainer
 from trajsurgery.runs.reports import run_report, validation_report
 from trajsurgery.training import training_loop
 from trajsurgery.training.checkpoints import checkpoint
@@ -232,7 +232,7 @@ def test_early_stopping_counts_from_the_best() -> None:
 def test_what_the_guards_need_is_reported_before_images_are_sampled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: Any, missing: Any, message: str
 ) -> None:
-    monkeypatch.setattr(train_command, "evaluate", lambda *_: pytest.fail("images were sampled"))
+    monkeypatch.setattr(trainer, "evaluate", lambda *_: pytest.fail("images were sampled"))
     settings = recipe(tmp_path, **changes)
     with pytest.raises(RecipeError, match=message):
         main(settings, replace(world(settings), **missing))

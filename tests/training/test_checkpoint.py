@@ -84,7 +84,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path, monkeypatch: pytest
     recipe = toy_world.recipe(tmp_path, iterations=2)
     first = main(recipe, toy_world.world(recipe))
     log = (tmp_path / METRICS).read_text()
-    monkeypatch.setattr("trajsurgery.cli.train_command.train", lambda *_: pytest.fail("it trained again"))
+    monkeypatch.setattr("trajsurgery.runs.trainer.iterate", lambda *_: pytest.fail("it trained again"))
     assert main(recipe, toy_world.world(recipe)) == json.loads(json.dumps(first))
     assert (tmp_path / METRICS).read_text() == log
     monkeypatch.undo()

@@ -16,6 +16,7 @@ from tests.builders import toy_world
 from tests.pipelines.test_encoders import with_text
 from trajsurgery import RecipeError, tiny
 from trajsurgery.cli import train_command
+from trajsurgery.runs import results, trainer
 from trajsurgery.tiny import sd3
 from trajsurgery.tiny.pipe import WEIGHTS
 from trajsurgery.training.encodings.prompt_cache import PromptCache, free_text_encoders
@@ -81,12 +82,13 @@ def test_a_run_frees_its_encoders_before_the_first_image(keep: bool, tmp_path: P
     recipe = toy_world.recipe(tmp_path, iterations=1)
     recipe = replace(recipe, train=replace(recipe.train, keep_encoders=keep))
     world, encoders_freed = toy_world.world(recipe), list[bool]()
-    evaluate = train_command.evaluate
+    evaluate = trainer.evaluate
 
     def recording(*args: Any) -> Any:
         encoders_freed.append(world.pipe.text_encoder is None)
         return evaluate(*args)
 
-    monkeypatch.setattr(train_command, "evaluate", recording)
+    for module in (trainer, results):
+        monkeypatch.setattr(module, "evaluate", recording)
     assert train_command.main(recipe, world) is not None
     assert encoders_freed == [not keep] * 2

@@ -17,6 +17,7 @@ from tests.builders.problems import distance
 from tests.builders.saved_runs import load_checkpoint, tensors
 from trajsurgery import DRaFTLV, DRTune, LeapAlign, RecipeError, ReFL
 from trajsurgery.cli import train_command
+from trajsurgery.runs import trainer
 from trajsurgery.training.checkpoints.run_log import METRICS, Log
 from trajsurgery.training.checkpoints.training_state import TrainingState
 from trajsurgery.training.components import PromptCache, RunComponents, check_reward, pipeline_arguments
@@ -271,7 +272,7 @@ def test_an_unusable_reward_is_refused_before_images_are_sampled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reward: Any, message: str
 ) -> None:
     recipe = toy_world.recipe(tmp_path)
-    monkeypatch.setattr(train_command, "evaluate", lambda *_: pytest.fail("images were sampled"))
+    monkeypatch.setattr(trainer, "evaluate", lambda *_: pytest.fail("images were sampled"))
     with pytest.raises(RecipeError, match=message):
         train_command.main(recipe, replace(toy_world.world(recipe), reward=reward))
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from tests.builders import toy_world
 from trajsurgery import DRaFTLV, RecipeError, SamplerError
 from trajsurgery.cli import train_command
+from trajsurgery.runs import trainer
 from trajsurgery.training.checks import trial
 from trajsurgery.training.components import check_reward
 from trajsurgery.training.settings import Guards
@@ -87,7 +88,7 @@ def test_a_run_without_a_working_kernel_ends_before_any_image(
     tmp_path: Path, kernels: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernels[NATIVE], kernels[MATH] = faulty(kernels[NATIVE]), faulty(kernels[MATH])
-    monkeypatch.setattr(train_command, "evaluate", lambda *_: pytest.fail("images were sampled"))
+    monkeypatch.setattr(trainer, "evaluate", lambda *_: pytest.fail("images were sampled"))
     recipe = toy_world.recipe(tmp_path)
     with pytest.raises(RecipeError, match=r"Nor is it with _native_math"):
         train_command.main(recipe, toy_world.world(recipe))
@@ -127,7 +128,7 @@ def drifting_world(settings: Any) -> Any:
 def test_a_loop_that_cannot_be_replayed_is_refused_before_any_image_if_the_run_replays_it(
     changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_command, "evaluate", lambda *_: pytest.fail("images were sampled"))
+    monkeypatch.setattr(trainer, "evaluate", lambda *_: pytest.fail("images were sampled"))
     recipe = toy_world.recipe(tmp_path)
     rollout = replace(recipe.rollout, **changes.get("rollout", {}))
     recipe = replace(recipe, **{**changes, "rollout": rollout})

@@ -123,8 +123,7 @@ def _load_users_reward(name: str, device: torch.device) -> Reward:
     """Import MODULE:NAME or FILE.py:NAME; call it if it is a class, or a function that makes a reward."""
     target = _import_users_reward(name)
     try:
-        reward: Any = target() if _makes_a_reward(target) else target
-        reward = reward.to(device) if isinstance(reward, nn.Module) else reward
+        reward: Any = on_device(target() if _makes_a_reward(target) else target, device)
     except SurgeryError:
         raise
     except Exception as error:
@@ -132,6 +131,11 @@ def _load_users_reward(name: str, device: torch.device) -> Reward:
     if not callable(reward):
         raise RecipeError(f"reward {name!r} is {type(reward).__name__}, which can't be called: {_USERS}.")
     return cast(Reward, reward)
+
+
+def on_device(reward: Any, device: torch.device) -> Any:
+    """Return a reward, moved to a device if it is a module."""
+    return reward.to(device) if isinstance(reward, nn.Module) else reward
 
 
 def reward_problem(reward: str) -> str | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trajsurgery.errors import RecipeError
-from trajsurgery.rewards.loading import Reward, load_reward, mixture_weights, quiet_rewards, score_one
+from trajsurgery.rewards.loading import Reward, load_reward, mixture_weights, on_device, quiet_rewards, score_one
 from trajsurgery.training.distributed import ranks, sharding
 from trajsurgery.training.encodings.prompt_cache import PromptCache, free_text_encoders, open_folder
 from trajsurgery.training.model import attention, compilation, lora, precision, vae_decoding
@@ -91,28 +91,42 @@ def encode_prompts(
         free_text_encoders(world.pipe)
 
 
-def load(recipe: Recipe) -> RunComponents:
-    """Load what the recipe names.
+def load(
+    recipe: Recipe,
+    pipe: Any = None,
+    reward: Reward | None = None,
+    texts: Sequence[str] | None = None,
+    heldout: tuple[Prompt, ...] | None = None,
+) -> RunComponents:
+    """Load what the recipe names, but for what is given.
+
+    Args:
+        pipe: a diffusers pipeline; it is prepared as the recipe says.
+        texts: training prompts, which are drawn uniformly.
 
     Raises:
         RecipeError: an unknown name; `preflight.check_recipe` reports all of them, and sooner.
     """
     with quiet():
-        pipe = prepare_pipeline(load_pipeline(recipe.source, ranks.choose_device(recipe.device), recipe.train), recipe)
-        scorers = {
-            name: load_reward(name, pipe.transformer.device) for name in (recipe.reward, *held_out_scorers(recipe))
-        }
-    texts, draw = _training_prompts(recipe)
+        if pipe is None:
+            pipe = load_pipeline(recipe.source, ranks.choose_device(recipe.device), recipe.train)
+        pipe = prepare_pipeline(pipe, recipe)
+        device = pipe.transformer.device
+        scorer = load_reward(recipe.reward, device) if reward is None else on_device(reward, device)
+        scorers = {name: load_reward(name, device) for name in held_out_scorers(recipe)}
+    training_texts, draw_texts = _training_prompts(recipe) if texts is None else _uniform(texts)
     world = _embedded_world(recipe.heldout)
-    if world is not None:
+    if heldout is not None:
+        pass
+    elif world is not None:
         heldout = tuple(Prompt(str(p.text), str(p.category)) for p in world.prompts(recipe.evaluation.split))
     else:
         heldout = read_prompts(recipe.heldout)
     judge = None if world is None or EMBEDDED.get(recipe.model) != recipe.heldout else _rule_judge(world.judge)
-    reward = scorers.pop(recipe.reward)
     if recipe.compile_reward:
-        compilation.compile_image_tower(recipe.reward, reward)
-    return RunComponents(pipe, reward, texts, draw, heldout, judge, scorers, _validation_prompts(recipe, world))
+        compilation.compile_image_tower(recipe.reward, scorer)
+    validation = _validation_prompts(recipe, world)
+    return RunComponents(pipe, scorer, training_texts, draw_texts, heldout, judge, scorers, validation)
 
 
 def _validation_prompts(recipe: Recipe, world: Any) -> tuple[Prompt, ...]:
@@ -191,8 +205,16 @@ def _training_prompts(recipe: Recipe) -> tuple[tuple[str, ...], Draw]:
         texts = tuple(str(p.text) for p in world.prompts("train"))
         ratio = {"ratio": world.EVEN_RATIO} if recipe.prompts == "tiny:even" else {}
         return texts, lambda count, g: [str(p.text) for p in world.prompts("train", generator=g, count=count, **ratio)]
-    texts = tuple(prompt.text for prompt in read_prompts(recipe.prompts))
-    return texts, lambda count, g: [texts[i] for i in torch.randint(len(texts), (count,), generator=g).tolist()]
+    return _uniform([prompt.text for prompt in read_prompts(recipe.prompts)])
+
+
+def _uniform(texts: Sequence[str]) -> tuple[tuple[str, ...], Draw]:
+    """Return training prompts that are drawn uniformly, and the function that draws them."""
+
+    def draw(count: int, generator: torch.Generator) -> list[str]:
+        return [str(texts[i]) for i in torch.randint(len(texts), (count,), generator=generator).tolist()]
+
+    return tuple(texts), draw
 
 
 def _rule_judge(judge: Any) -> Judge:

@@ -27,6 +27,8 @@ from trajsurgery.training.settings import (
     WeightsAt,
 )
 
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
+
 Method = (
     methods.LeapAlign
     | methods.DRTune
@@ -106,6 +108,9 @@ class Recipe:
     """Newest checkpoints that are kept. If the last one is damaged, a run goes on from the one before."""
     output: Path = Path("outputs/leapalign_flux")
     """Where everything is written. A run that was interrupted there goes on."""
+    tracker: tuple[TrackerName, ...] = ()
+    """Trackers that get scalars, pictures and settings as the run goes, beside metrics.jsonl. They need the extra
+    `trackers`."""
     prompt_cache: str = "auto"
     """A folder for encoded prompts, which ranks and later runs share; auto is `prompt-cache` beside the output folder,
     or none for the embedded models, which encode in no time; none leaves them in the host's memory, of each rank."""
@@ -123,6 +128,7 @@ class Recipe:
     hardware: Hardware = field(default_factory=Hardware)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "output", Path(self.output))  # a text will do
         self._bounds()
 
     def _bounds(self) -> None:
@@ -142,6 +148,8 @@ class Recipe:
             "evaluation.steps": self.evaluation.steps,
             "evaluation.batch": self.evaluation.batch,
             "evaluation.pictures": self.evaluation.pictures,
+            "evaluation.sheet_every": self.evaluation.sheet_every,
+            "evaluation.sheet_images": self.evaluation.sheet_images,
             "guards.every": self.guards.every,
             "guards.images": self.guards.images,
             "guards.patience": self.guards.patience,
@@ -227,6 +235,9 @@ FREE = (
     "prompt_cache",
     "prompt_cache_limit",
     "evaluation.pictures",
+    "evaluation.sheet_every",
+    "evaluation.sheet_images",
+    "tracker",
     "dry_run",
     "fit",
     "hardware.gpus",

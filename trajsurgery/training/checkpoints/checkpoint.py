@@ -60,6 +60,8 @@ def save(recipe: Recipe, training: TrainingState) -> None:
             if other != in_range:
                 shutil.rmtree(other)
         _delete_unused_best(recipe.output)
+    if training.on_save is not None:
+        training.on_save(folder)
 
 
 def save_best(recipe: Recipe, training: TrainingState) -> None:

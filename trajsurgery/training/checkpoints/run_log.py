@@ -40,6 +40,11 @@ class Log:
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
+    def final(self) -> dict[str, Any] | None:
+        """Return the evaluation at the end of the log, if there is one."""
+        lines = self.read()
+        return lines[-1] if lines and lines[-1]["kind"] == "evaluation" else None
+
     def cut(self, iteration: int, look: int = -1) -> None:
         """Drop the lines after an iteration and after a validation round, and a torn last line."""
         last = {"iteration": iteration, "look": look}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,6 +54,8 @@ class TrainingState:
     """Since when the loss is out of its range."""
     saved: tuple[int, int] | None = None
     """`position` of the last checkpoint."""
+    on_save: Callable[[Path], None] | None = None
+    """Called with the folder of each checkpoint that is written."""
 
     @classmethod
     def start(cls, recipe: Recipe, module: nn.Module) -> TrainingState:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 from pathlib import Path
 
 import torch
@@ -35,20 +36,23 @@ _FLUX = (
 )
 
 
-def check_recipe(recipe: Recipe) -> None:
+def check_recipe(recipe: Recipe, given: Container[str] = ()) -> None:
     """Raise if the recipe can't run on this machine.
+
+    Args:
+        given: fields whose objects the caller has: they are not looked for.
 
     Raises:
         RecipeError: everything that is missing, what the run would need, and what to do.
     """
-    scorers = dict.fromkeys((recipe.reward, *(recipe.evaluation.metrics or ())))
-    named = model_problem(recipe.source), *map(reward_problem, scorers)
+    rewards = () if "reward" in given else (recipe.reward,)
     problems = (
         _method_problem(recipe),
-        _judge_problem(recipe.reward),
+        *map(_judge_problem, rewards),
         _device_problem(recipe),
-        *named,
-        *_prompt_problems(recipe),
+        None if "model" in given else model_problem(recipe.source),
+        *map(reward_problem, dict.fromkeys((*rewards, *(recipe.evaluation.metrics or ())))),
+        *_prompt_problems(recipe, given),
     )
     missing = [line for line in problems if line]
     if missing:
@@ -138,12 +142,16 @@ def model_problem(source: ModelSource) -> str | None:
     return model_folder.model_problem(source, (*EMBEDDED, *PARAMETERS))
 
 
-def _prompt_problems(recipe: Recipe) -> list[str]:
+def _prompt_problems(recipe: Recipe, given: Container[str]) -> list[str]:
     flags = {"prompts": ("training", recipe.prompts), "heldout": ("held-out", recipe.heldout)}
     if recipe.guards.every is not None and recipe.guards.prompts is not None:
         flags["guards.prompts"] = ("validation", recipe.guards.prompts)
     embedded = (*EMBEDDED.values(), "tiny:even")
-    problems = {flag: (kind, prompts_problem(path)) for flag, (kind, path) in flags.items() if path not in embedded}
+    problems = {
+        flag: (kind, prompts_problem(path))
+        for flag, (kind, path) in flags.items()
+        if path not in embedded and flag not in given
+    }
     return [
         f"no {kind} prompts: {problem} Pass --{flag} FILE." for flag, (kind, problem) in problems.items() if problem
     ]

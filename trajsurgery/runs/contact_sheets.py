@@ -1,0 +1,36 @@
+"""Contact sheets: pictures of fixed held-out prompts every so many iterations, from the same noise."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from trajsurgery.evaluation.held_out import HeldOutScores, evaluate
+from trajsurgery.training.anchor import swapped
+from trajsurgery.training.checkpoints.training_state import TrainingState
+from trajsurgery.training.components import RunComponents
+from trajsurgery.training.distributed import ranks
+from trajsurgery.training.recipe import Recipe
+
+SHEETS = "sheets"
+
+
+def is_due(recipe: Recipe, iteration: int) -> bool:
+    """Whether a sheet is to be made after an iteration, and is not there yet. All ranks agree."""
+    every = recipe.evaluation.sheet_every
+    if every is None or (iteration % every and iteration != recipe.iterations):
+        return False
+    return not ranks.any_rank((recipe.output / SHEETS / f"{iteration:06d}").exists())
+
+
+def make_sheet(recipe: Recipe, components: RunComponents, training: TrainingState) -> HeldOutScores:
+    """Make the pictures with the averaged weights, save them, and return them with their rewards."""
+    count = recipe.evaluation.sheet_images
+    few = replace(recipe, evaluation=replace(recipe.evaluation, images=count, pictures=count))
+    only_reward = replace(components, judge=None, metrics={})
+    with swapped(training.module, training.ema.shadow_params):
+        scores = evaluate(few, only_reward)
+    if ranks.is_main():
+        from trajsurgery.runs.reports.saved_pictures import save_sheet  # PENDING
+
+        save_sheet(recipe.output, training.iteration, scores.texts, scores.pictures, scores.reward.tolist())
+    return scores
