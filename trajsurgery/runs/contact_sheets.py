@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from trajsurgery.evaluation.held_out import HeldOutScores, evaluate
+from trajsurgery.runs.reports.saved_pictures import save_sheet
 from trajsurgery.training.anchor import swapped
+from trajsurgery.training.checkpoints.checkpoint import SHEETS
 from trajsurgery.training.checkpoints.training_state import TrainingState
 from trajsurgery.training.components import RunComponents
 from trajsurgery.training.distributed import ranks
 from trajsurgery.training.recipe import Recipe
-
-SHEETS = "sheets"
 
 
 def is_due(recipe: Recipe, iteration: int) -> bool:
@@ -30,7 +30,5 @@ def make_sheet(recipe: Recipe, components: RunComponents, training: TrainingStat
     with swapped(training.module, training.ema.shadow_params):
         scores = evaluate(few, only_reward)
     if ranks.is_main():
-        from trajsurgery.runs.reports.saved_pictures import save_sheet  # PENDING
-
         save_sheet(recipe.output, training.iteration, scores.texts, scores.pictures, scores.reward.tolist())
     return scores

@@ -12,6 +12,7 @@ from trajsurgery.evaluation import validation_rounds
 from trajsurgery.evaluation.held_out import HeldOutScores, evaluate
 from trajsurgery.evaluation.paired_statistics import compare
 from trajsurgery.runs.reports import run_report
+from trajsurgery.runs.reports.saved_pictures import save_samples
 from trajsurgery.training.checkpoints.checkpoint import restore_best
 from trajsurgery.training.checkpoints.output_files import storage_errors, write_atomically
 from trajsurgery.training.checkpoints.run_log import Log
@@ -49,6 +50,7 @@ def save_results(recipe: Recipe, parts: RunComponents, training: TrainingState, 
         with storage_errors(recipe.output / "samples.png"):
             run_report.draw_samples(recipe.output / "samples.png", run_title(recipe, training), before, after)
             plan.draw(recipe.output / "plan.svg")
+        save_samples(recipe.output, before, after)
     counts = {"iterations": training.iteration, "skipped": training.skipped, "range": range_left(recipe, training)}
     return {**compare(before, after), **counts, **validation_rounds.guards_summary(recipe, parts, training)}
 

@@ -194,7 +194,7 @@ class Evaluation:
     """Which prompts of the embedded world; settings are chosen on validation."""
     metrics: tuple[str, ...] | None = None
     """Further scorers of the images, named as a reward is, that no gradient climbs; else those of the world."""
-    sheet_every: int | None = None
+    sheet_every: int | None = 50
     """Iterations between contact sheets: pictures of the same held-out prompts by the averaged weights, in sheets/."""
     sheet_images: int = 8
     """How many pictures a sheet has."""
