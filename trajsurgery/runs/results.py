@@ -24,11 +24,18 @@ from trajsurgery.training.model import lora
 from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.training_loop import iteration_generator
 
+ONE_TIME = ("overwrite", "dry_run", "fit")
+"""Flags that a run's recipe.yaml leaves out: a command with that file would discard the run."""
+
 
 def save_recipe(recipe: Recipe) -> None:
-    """Write recipe.json, which `trajsurgery evaluate` and `--config` read."""
-    text = json.dumps(recipe.to_dict(), indent=1) + "\n"
-    write_atomically(recipe.output / "recipe.json", lambda path: path.write_text(text))
+    """Write recipe.json, which `trajsurgery evaluate` reads, and recipe.yaml, which `--config` takes."""
+    import yaml
+
+    settings = recipe.to_dict()
+    write_atomically(recipe.output / "recipe.json", lambda path: path.write_text(json.dumps(settings, indent=1) + "\n"))
+    kept = {name: value for name, value in settings.items() if name not in ONE_TIME}
+    write_atomically(recipe.output / "recipe.yaml", lambda path: path.write_text(yaml.safe_dump(kept, sort_keys=False)))
 
 
 def save_results(recipe: Recipe, parts: RunComponents, training: TrainingState, console: Console) -> dict[str, Any]:
