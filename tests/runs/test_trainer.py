@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tests.builders import toy_world
 from tests.builders.saved_runs import assert_same_run, repeated
-from trajsurgery import Recipe, RecipeError, Trainer, TrainerCallback
+from trajsurgery import SRPO, DRaFTLV, LeapAlign, Recipe, RecipeError, Trainer, TrainerCallback, WholeTrajectory
+from trajsurgery.runs.gradient_terms import term_norms
 from trajsurgery.training.checkpoints.checkpoint import list_checkpoints
 from trajsurgery.training.checkpoints.run_log import METRICS, Log
 from trajsurgery.training.settings import Evaluation, Guards, Rollout
@@ -198,3 +199,23 @@ def test_a_trainer_runs_once(tmp_path: Path) -> None:
     trainer.train()
     with pytest.raises(RecipeError, match="has run"):
         trainer.train()
+
+
+def test_the_norms_of_the_gradient_s_terms_follow_alpha(tmp_path: Path) -> None:
+    """Alpha scales the nested term alone (Eq. 10)."""
+    norms = list[dict[str, float]]()
+    for alpha in (0.0, 0.3, 0.6):
+        recipe = toy_world.recipe(tmp_path, LeapAlign(alpha=alpha))
+        terms = term_norms(recipe, toy_world.world(recipe), 3)
+        assert terms is not None
+        norms.append(terms)
+    assert "nested once" not in norms[0] or norms[0]["nested once"] == 0
+    assert norms[1]["nested once"] > 0
+    assert norms[2]["nested once"] == pytest.approx(2 * norms[1]["nested once"], rel=1e-4)
+    assert {round(each["single-step"] / norms[0]["single-step"], 5) for each in norms} == {1.0}
+
+
+@pytest.mark.parametrize("method", [WholeTrajectory(), SRPO(), DRaFTLV()], ids=lambda m: type(m).__name__)
+def test_terms_that_are_many_or_drawn_are_not_measured(method: Any, tmp_path: Path) -> None:
+    recipe = toy_world.recipe(tmp_path, method)
+    assert term_norms(recipe, toy_world.world(recipe), 1) is None

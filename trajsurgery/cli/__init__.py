@@ -16,6 +16,7 @@ from trajsurgery.cli import recipe_names
 from trajsurgery.cli.command_line import exit_code
 from trajsurgery.cli.doctor import Doctor, examine
 from trajsurgery.cli.method_commands import Explain, Prove, explain, prove
+from trajsurgery.cli.report_commands import Compare, Report, compare, report
 from trajsurgery.evaluation.options import Evaluate, Score
 
 
@@ -40,6 +41,8 @@ Command = (
     | Annotated[PlanMemory, tyro.conf.subcommand("plan-memory", prefix_name=False)]
     | Annotated[Score, tyro.conf.subcommand("score", prefix_name=False)]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate", prefix_name=False)]
+    | Annotated[Report, tyro.conf.subcommand("report", prefix_name=False)]
+    | Annotated[Compare, tyro.conf.subcommand("compare", prefix_name=False)]
     | Annotated[Explain, tyro.conf.subcommand("explain", prefix_name=False)]
     | Annotated[Prove, tyro.conf.subcommand("prove", prefix_name=False)]
     | Annotated[Doctor, tyro.conf.subcommand("doctor", prefix_name=False)]
@@ -74,6 +77,8 @@ def _evaluate(options: Evaluate, console: Console) -> int:
 RUN: dict[type, Callable[[Any, Console], int]] = {
     Score: _score,
     Evaluate: _evaluate,
+    Report: report,
+    Compare: compare,
     Explain: explain,
     Prove: prove,
     Doctor: examine,

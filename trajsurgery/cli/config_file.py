@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from trajsurgery.errors import RecipeError, suggest
+from trajsurgery.training.recipe import flat_settings
 
 KINDS = ".yaml, .yml, .toml or .json"
 
@@ -21,7 +22,7 @@ def config_words(path: Path) -> list[str]:
     Raises:
         RecipeError: there is no such file, or it is no mapping of settings.
     """
-    return [word for name, value in flat_settings(read_config(path)) for word in _words(name, value)]
+    return [word for name, value in flat_settings(read_config(path)).items() for word in _words(name, value)]
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -53,19 +54,10 @@ def check_names(path: Path, recipe: Mapping[str, Any]) -> None:
     Raises:
         RecipeError: which, and the nearest that there is.
     """
-    known = [name for name, _ in flat_settings(recipe)]
-    for name, _ in flat_settings(read_config(path)):
+    known = flat_settings(recipe)
+    for name in flat_settings(read_config(path)):
         if name not in known and name != "method":
             raise RecipeError(f"--config {path}: there is no setting {name!r}.{suggest(name, known)}")
-
-
-def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield ("rollout.steps", 25) for each setting of a nested mapping."""
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from flat_settings(value, f"{prefix}{name}.")  # pyright: ignore[reportUnknownArgumentType]
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _words(name: str, value: Any) -> list[str]:

@@ -13,7 +13,7 @@ from trajsurgery.dry_run.fake_pipeline import PipelineSpec
 from trajsurgery.dry_run.model_costs import prepare_decoder
 from trajsurgery.errors import RecipeError
 from trajsurgery.training.model.precision import KEPT, kept_in
-from trajsurgery.training.recipe import EMBEDDED, Recipe
+from trajsurgery.training.recipe import EMBEDDED, Recipe, flat_settings
 
 NOT_OF_A_RUN = ("dry_run", "fit", "hardware.")
 """Fields that only the dry run reads."""
@@ -120,7 +120,7 @@ def _base(name: Any) -> Callable[[Recipe], Recipe]:
 
 def flags(before: Recipe, after: Recipe) -> list[str]:
     """Return the command line's flags that make one recipe of another, such as `--rollout.at-once 1`."""
-    old, new = (_flat(asdict(recipe)) for recipe in (before, after))
+    old, new = (flat_settings(asdict(recipe)) for recipe in (before, after))
     changed = [name for name in new if new[name] != old.get(name) and not name.startswith(NOT_OF_A_RUN)]
     return [_flag(name.replace("_", "-"), new[name]) for name in changed]
 
@@ -130,10 +130,3 @@ def _flag(name: str, value: Any) -> str:
         group, dot, last = name.rpartition(".")
         return f"--{name}" if value else f"--{group}{dot}no-{last}"
     return f"--{name} {value}"
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = dict[str, Any]()
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat

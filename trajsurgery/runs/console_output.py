@@ -7,22 +7,19 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from torch import Tensor
 
 from trajsurgery.evaluation.validation_rounds import ValidationResult
-from trajsurgery.runs.callbacks import TrainerCallback
+from trajsurgery.runs.callbacks import TrainerCallback, TrainerView
 from trajsurgery.runs.reports import run_report, validation_report
 from trajsurgery.training.checkpoints.run_log import METRICS, Log
 from trajsurgery.training.endings import range_report
 from trajsurgery.training.faults import missing_gradients
 from trajsurgery.training.progress_bar import Advance, progress_bar
 from trajsurgery.training.step_record import StepRecord
-
-if TYPE_CHECKING:
-    from trajsurgery.runs.trainer import Trainer
 
 WINDOW = 20
 """Iterations of the moving means."""
@@ -39,12 +36,12 @@ class ConsoleOutput(TrainerCallback):
         self._advance: Advance | None = None
         self._recent = deque[StepRecord](maxlen=WINDOW)
 
-    def on_train_begin(self, trainer: Trainer) -> None:
+    def on_train_begin(self, trainer: TrainerView) -> None:
         recipe, state = trainer.recipe, trainer.state
         bar = progress_bar(self.console, type(recipe.method).__name__, recipe.iterations, state.iteration)
         self._advance = self._stack.enter_context(bar)
 
-    def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
+    def on_step_end(self, trainer: TrainerView, record: StepRecord) -> None:
         assert self._advance is not None
         self._recent.append(record)
         self._advance(figures=self._figures(trainer, record), now=record.skipped)
@@ -55,7 +52,7 @@ class ConsoleOutput(TrainerCallback):
             times = ", ".join(map(str, record.times))
             self._warn(f"iteration {record.iteration} skipped: {bad}; the plan's times are {times}", "bold red")
 
-    def _figures(self, trainer: Trainer, record: StepRecord) -> str:
+    def _figures(self, trainer: TrainerView, record: StepRecord) -> str:
         """Return the figures beside the bar: means over the last iterations, and what stands now."""
         seconds = sum(r.seconds for r in self._recent)
         rate = len(self._recent) * trainer.recipe.rollout.batch / seconds if seconds else 0.0
@@ -67,16 +64,16 @@ class ConsoleOutput(TrainerCallback):
         parts += [f"[bold red]skipped {trainer.state.skipped}[/]"] if trainer.state.skipped else []
         return " ".join(parts)
 
-    def on_sheet(self, trainer: Trainer, iteration: int, prompts: Sequence[str], images: Tensor) -> None:
+    def on_sheet(self, trainer: TrainerView, iteration: int, prompts: Sequence[str], images: Tensor) -> None:
         self.console.print(f"iteration {iteration}: pictures in {trainer.recipe.output / 'sheets'}", highlight=False)
 
-    def on_evaluate(self, trainer: Trainer, record: Mapping[str, Any]) -> None:
+    def on_evaluate(self, trainer: TrainerView, record: Mapping[str, Any]) -> None:
         if record["kind"] == "look":
             self.heldout = record["reward"]
             line = validation_report.validation_line(ValidationResult(**record))
             self.console.print(line, highlight=False, soft_wrap=True)
 
-    def on_train_end(self, trainer: Trainer, evaluation: Mapping[str, Any] | None) -> None:
+    def on_train_end(self, trainer: TrainerView, evaluation: Mapping[str, Any] | None) -> None:
         self.on_exit(trainer)
         if evaluation is None:
             iteration = trainer.state.iteration
@@ -84,7 +81,7 @@ class ConsoleOutput(TrainerCallback):
         else:
             self._summary(trainer.recipe.output, evaluation, trainer.remark)
 
-    def on_exit(self, trainer: Trainer) -> None:
+    def on_exit(self, trainer: TrainerView) -> None:
         self._stack.close()
 
     def _warn(self, text: str, style: str) -> None:
@@ -104,7 +101,7 @@ class ConsoleOutput(TrainerCallback):
         if left := range_report(output, evaluation.get("range")):
             self._warn(left, "bold red")
         self.console.print(
-            f"{evaluation['seconds']:.0f} s. In {output}: samples.png, reward.png, heldout.png, plan.svg, "
+            f"{evaluation['seconds']:.0f} s. In {output}: report.html, samples.png, reward.png, heldout.png, plan.svg, "
             "metrics.jsonl, transformer/" + (f"\n{remark}" if remark else ""),
             highlight=False,
         )

@@ -57,12 +57,15 @@ def save_results(recipe: Recipe, parts: RunComponents, training: TrainingState, 
         with storage_errors(recipe.output / "samples.png"):
             run_report.draw_samples(recipe.output / "samples.png", run_title(recipe, training), before, after)
             plan.draw(recipe.output / "plan.svg")
+        text = f"{plan}\n\n{plan.gradient()}\n"
+        write_atomically(recipe.output / "plan.txt", lambda path: path.write_text(text, encoding="utf-8"))
         save_samples(recipe.output, before, after)
     counts = {"iterations": training.iteration, "skipped": training.skipped, "range": range_left(recipe, training)}
     return {**compare(before, after), **counts, **validation_rounds.guards_summary(recipe, parts, training)}
 
 
 def run_title(recipe: Recipe, training: TrainingState) -> str:
+    """Return the title of a run's pictures."""
     length = f"{training.iteration} iterations of {recipe.rollout.batch}"
     return f"{type(recipe.method).__name__} on {recipe.model}, {length}"
 

@@ -20,6 +20,7 @@ from trajsurgery.runs import contact_sheets, results
 from trajsurgery.runs.callbacks import TrainerCallback
 from trajsurgery.runs.console_output import ConsoleOutput
 from trajsurgery.runs.own_parts import OwnParts
+from trajsurgery.runs.reports.html_report import write_report
 from trajsurgery.runs.run_info import write_run_info
 from trajsurgery.training import srpo_support
 from trajsurgery.training.checkpoints.checkpoint import resume, save, start_from
@@ -148,14 +149,19 @@ class Trainer:
         self._prepare(began)
         self._event("on_train_begin")
         if not (yield from self._iterations()):
-            self._event("on_train_end", None)
+            self._end(None)
             return
         evaluation = results.save_results(self.recipe, self.components, self.state, self.console)
         self.evaluation = {**evaluation, "seconds": round(spent + time.monotonic() - began, 1)}
         self.log.append(self.evaluation)
         results.draw_results(self.recipe, self.state, self.evaluation, self.log)
         self._event("on_evaluate", self.evaluation)
-        self._event("on_train_end", self.evaluation)
+        self._end(self.evaluation)
+
+    def _end(self, evaluation: dict[str, Any] | None) -> None:
+        if ranks.is_main():
+            write_report(self.recipe.output)
+        self._event("on_train_end", evaluation)
 
     def _load(self) -> None:
         """Load pipeline, rewards and prompts, and check them."""

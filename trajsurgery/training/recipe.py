@@ -251,9 +251,9 @@ FREE = (
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """What two recipes' dicts differ in, "name: value there, value here", but for what may."""
-    defaults = _flat(_plain(asdict(Recipe())))  # of what a run of an earlier version knew nothing of
-    a, b = {n: v for n, v in defaults.items() if not n.startswith("method.")} | _flat(there), _flat(here)
-    return changed_settings(a, b, FREE)
+    defaults = flat_settings(_plain(asdict(Recipe())))  # of what a run of an earlier version knew nothing of
+    saved = {name: value for name, value in defaults.items() if not name.startswith("method.")} | flat_settings(there)
+    return changed_settings(saved, flat_settings(here), FREE)
 
 
 def changed_settings(saved: Mapping[str, Any], settings: Mapping[str, Any], free: Container[str] = ()) -> list[str]:
@@ -270,8 +270,9 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, inner in value.items():
-        found |= _flat(inner, f"{prefix}{name}.") if isinstance(inner, Mapping) else {prefix + name: inner}
-    return found
+def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return {"rollout.steps": 25, ...} of a nested mapping."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= flat_settings(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat

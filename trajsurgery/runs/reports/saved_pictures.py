@@ -9,7 +9,7 @@ A video is an animated WebP file.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +44,16 @@ def save_samples(output: Path, before: HeldOutScores, after: HeldOutScores, coun
     _write_json(folder / "samples.json", entries)
 
 
-def save_sheet(output: Path, iteration: int, prompts: Sequence[str], images: Tensor, rewards: Sequence[float]) -> None:
-    """Write the pictures of a contact sheet, and sheet.json with prompts and rewards.
+def save_sheet(output: Path, iteration: int, scores: HeldOutScores, terms: Mapping[str, float] | None) -> None:
+    """Write the pictures of a contact sheet, then sheet.json with prompts, rewards and the gradient's terms.
 
     Args:
-        images: UInt8[images 3 h w]; of videos UInt8[images frames 3 h w].
+        terms: gradient norms by kind of term, if they were measured.
     """
     folder = output / SHEETS / f"{iteration:06d}"
-    files = [save_picture(image, folder / f"{number:02d}").name for number, image in enumerate(images)]
-    sheet = {"iteration": iteration, "prompts": list(prompts), "rewards": list(rewards), "files": files}
-    _write_json(folder / "sheet.json", sheet)
+    files = [save_picture(image, folder / f"{number:02d}").name for number, image in enumerate(scores.pictures)]
+    sheet = {"iteration": iteration, "prompts": scores.texts, "rewards": scores.reward.tolist(), "files": files}
+    _write_json(folder / "sheet.json", {**sheet, "terms": terms})
 
 
 def save_picture(picture: Tensor, path: Path) -> Path:
