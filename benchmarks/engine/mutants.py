@@ -30,6 +30,7 @@ from matplotlib.figure import Figure
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks.engine.cosmic_ray_mutants import Mutant, possible_changes
+from benchmarks.engine.equivalent_mutants import EQUIVALENT
 from benchmarks.engine.forked_tests import ForkedTests, Outcome
 from benchmarks.provenance import provenance
 
@@ -63,6 +64,7 @@ TESTS = (
         "surgery/test_run_errors.py",
     ),
     *("surgery/test_bad_arguments.py", "plans/test_closed_form_paper.py"),
+    *("plans/test_step_gain.py", "surgery/test_per_sample_by_hand.py"),
 )
 """The selection, as paths below tests/."""
 
@@ -73,7 +75,11 @@ RUN_FIRST = {
         "surgery/test_autograd_derivatives.py",
     ),
     "plans/closed_form.py": ("plans/test_closed_form_by_hand.py", "surgery/test_borders_by_hand.py"),
-    "plans/derivatives.py": ("plans/test_closed_form_by_hand.py", "surgery/test_borders_by_hand.py"),
+    "plans/derivatives.py": (
+        "plans/test_closed_form_by_hand.py",
+        "surgery/test_borders_by_hand.py",
+        "plans/test_step_gain.py",
+    ),
     "plans/interpolants.py": ("plans/test_closed_form_by_hand.py", "surgery/test_borders_by_hand.py"),
     "plans/legality.py": ("plans/test_rules_by_hand.py", "surgery/test_borders_by_hand.py"),
     "plans/rules.py": ("plans/test_rules_by_hand.py", "surgery/test_borders_by_hand.py"),
@@ -223,43 +229,6 @@ def draw_picture(outcomes: list[tuple[Mutant, Outcome]], title: str) -> None:
     figure.suptitle(title, fontsize=11)
     figure.savefig(RESULTS / "mutants.png", dpi=130)
 
-
-EQUIVALENT: dict[tuple[str, str, str], str] = {
-    (
-        "surgery/autograd_functions.py",
-        "@staticmethod",
-        "",
-    ): "torch calls a Function's methods on its class, where a plain function is alike.",
-    ("plans/rules.py", "if len(set(times)) < len(times):", "if len(set(times)) != len(times):"): (
-        "a set never has more members than the list that it is made of."
-    ),
-    (
-        "plans/interpolants.py",
-        "(powers[p - 1] if p > 0 else 0) - (root * powers[p] if p < len(powers) else 0)",
-        "(powers[p - 1] if p > 0 else 0) - (root * powers[p] if p is not len(powers) else 0)",
-    ): "p is never above the number of powers, and Python keeps one object of each small int.",
-    (
-        "plans/closed_form.py",
-        "if isinstance(a, sympy.Add) and sympy.sympify(b).is_number:",
-        "if isinstance(a, sympy.Add) or sympy.sympify(b).is_number:",
-    ): "the factors are swapped in more cases, and their product is the same.",
-    (
-        "plans/closed_form.py",
-        "found, count = found | more if found else more, count + self.below[parent]",
-        "found, count = found ^ more if found else more, count + self.below[parent]",
-    ): "the two sets have nothing in common there.",
-    (
-        "plans/closed_form.py",
-        "if found & more:  # a call on two ways: they are merged, and may cancel",
-        "if not found & more:  # a call on two ways: they are merged, and may cancel",
-    ): "every node is then counted as one whose ways merge, which gives the same count in more time.",
-    (
-        "plans/derivatives.py",
-        "ws = dict(zip(order, found, strict=True))",
-        "ws = dict(zip(order, found, strict=False))",
-    ): ("there are as many weights as supports."),
-}
-"""(file, line, changed line): why no test can see the change."""
 
 if __name__ == "__main__":
     sys.exit(main(tyro.cli(Options, description=__doc__)))

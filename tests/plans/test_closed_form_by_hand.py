@@ -11,7 +11,19 @@ import sympy
 import torch
 from hypothesis import given
 
-from trajsurgery import Plan, Polynomial, RectifiedFlow, Trigonometric, latent, leapalign, noise, recorded
+from tests.builders.linear_field import X3, Counted
+from trajsurgery import (
+    Plan,
+    PlanError,
+    Polynomial,
+    RectifiedFlow,
+    Trigonometric,
+    latent,
+    leapalign,
+    noise,
+    recorded,
+    rollout,
+)
 from trajsurgery.plans.derivatives import QuadratureWeight, simplify
 from trajsurgery.plans.graph import passes_gradient
 from trajsurgery.plans.interpolants import Interpolant, weights
@@ -94,6 +106,8 @@ def test_terms_are_counted_listed_and_limited() -> None:
     some = plan.gradient(limit=3)
     assert (some.count, len(some.terms)) == (15, 3)
     assert plan.gradient(limit=0).terms == []
+    with pytest.raises(PlanError, match=r"15 terms, 3 of them listed.*limit=15"):
+        some.evaluate(rollout(Counted(), torch.ones(1, 1, dtype=torch.float64), [1.0, 0.75, 0.5, 0.25, 0.0]), None, X3)
     assert len(plan.gradient(limit=15).terms) == 15
     two = Plan(latent(2).leap(0), latent(1).leap(0), latent(3).leap(1).leap(0))
     assert two.gradient().count == len(two.gradient().terms) == 5
@@ -197,6 +211,20 @@ def test_numbers_replace_symbols() -> None:
     assert substituted.count == 3
     exact = plan.gradient(sigmas=[1, sympy.Rational(3, 4), sympy.Rational(1, 2), 0])
     assert [str(term.coefficient) for term in exact.terms] == ["-1/2", "-1/2", "1/16"]
+
+
+def test_a_term_that_vanishes_at_the_sampler_s_times_stays_as_a_zero() -> None:
+    """From k to 0 through velocities at k and k / 2 the trapezoid is the midpoint rule."""
+    expansion = Plan(latent("k").advance(0, [latent("k").velocity(), latent("j").velocity()])).gradient()
+    numeric = Plan(latent(2).advance(0, [latent(2).velocity(), latent(1).velocity()])).gradient()
+    assert expansion.count == 2
+    coefficients = [float(term.coefficient) for term in numeric.numbers([1.0, 0.5, 0.0]).terms]
+    assert sorted(coefficients) == [-1.0, 0.0]
+
+
+def test_an_interpolant_says_its_shares() -> None:
+    with pytest.raises(TypeError, match="shares"):
+        Interpolant()  # pyright: ignore[reportAbstractUsage]
 
 
 def chains(node: Node) -> Counter[tuple[Node, ...]]:

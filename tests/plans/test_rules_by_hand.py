@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import FrozenInstanceError
 from itertools import combinations_with_replacement, product
 from string import ascii_letters
 from typing import Any
@@ -240,3 +241,44 @@ def test_every_name_but_that_of_the_first_time_may_stand_for_a_factor() -> None:
     for name in (*ascii_letters, "S9", "TT", "T_"):
         assert ("factor-type" in names(X.discount(name).leap(0))) == (name == "T")
         assert ("factor-type" in names(X.leap(0, velocity=V.scale(name)))) == (name == "T")
+
+
+def test_names_wait_for_their_numbers_in_every_rule_of_an_advance() -> None:
+    """What a name stands for is checked when it is bound; numbers beside an unbound start wait with it."""
+    x: Any = latent(3)
+    for rule in ("adams-bashforth", "euler"):
+        plan = Plan(x.advance(0, [latent("s").velocity()], rule=rule))
+        with pytest.raises(PlanError):
+            plan.at(s=1) if rule == "adams-bashforth" else plan.at(s=4)
+        assert plan.at(s=3).nodes
+        Plan(latent("k").advance(0, [at(3)], rule=rule))
+    above = latent(2).advance(0, [at(3)], rule="adams-bashforth")
+    assert [text for _, text in _broken(above)] == ["velocities at t = [3], none at the latent's t = 2"]
+
+
+def _broken(node: Any) -> list[tuple[Any, str]]:
+    """The rules that a node breaks, each with what was received."""
+    return [(rule, text) for rule in RULES.values() if isinstance(node, rule.on) for text in rule.broken(node, STEPS)]
+
+
+def test_one_mistake_breaks_one_rule_once() -> None:
+    assert [rule.id for rule, _ in _broken(Scale(V, float("-inf")))] == ["finite"]
+    assert [rule.id for rule, _ in _broken(Scale(V, float("inf")))] == ["finite"]
+    assert [rule.id for rule, _ in _broken(Noise(STEPS + 5))][:1] != []
+    assert "noise at t = 9 of T = 4" in [text for _, text in _broken(Noise(STEPS + 5))]
+    assert "noise at t = 2 of T = 4" in [text for _, text in _broken(Noise(2))]
+
+
+def test_rules_can_t_be_changed() -> None:
+    with pytest.raises(FrozenInstanceError):
+        RULES["kinds"].id = "other"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_equal_times_and_words_are_equal_whatever_objects_they_are() -> None:
+    """Python keeps one object of each small int and of each word of the source, but not of those that are read."""
+    many, name, rollout_draw = int("300"), "".join(["na", "me"]), "".join(["roll", "out"])
+    for start, to in ((300, many), (name, "".join(["na", "me"]))):
+        with pytest.raises(PlanError) as error:
+            Plan(latent(start).leap(to))  # pyright: ignore[reportArgumentType]
+        assert error.value.rules == ("falling",)
+    assert Plan(latent(0).renoise(1, rollout_draw).leap(0)).nodes  # pyright: ignore[reportArgumentType]
