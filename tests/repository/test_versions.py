@@ -9,7 +9,7 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[2]
 DECLARED = tomllib.loads((ROOT / "pyproject.toml").read_text())
 OLDEST = dict(line.split("==") for line in (ROOT / "constraints/oldest.txt").read_text().splitlines() if "==" in line)
-TESTED = ("parquet", "judges", "remote", "test")
+TESTED = ("parquet", "judges", "remote", "trackers", "test")
 
 
 def test_each_lower_bound_is_the_release_that_make_test_oldest_installs() -> None:

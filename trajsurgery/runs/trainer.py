@@ -22,6 +22,7 @@ from trajsurgery.runs.console_output import ConsoleOutput
 from trajsurgery.runs.own_parts import OwnParts
 from trajsurgery.runs.reports.html_report import write_report
 from trajsurgery.runs.run_info import write_run_info
+from trajsurgery.runs.trackers import TrackerCallback, check_trackers
 from trajsurgery.training import srpo_support
 from trajsurgery.training.checkpoints.checkpoint import resume, save, start_from
 from trajsurgery.training.checkpoints.output_files import lock_folder
@@ -68,7 +69,8 @@ class Trainer:
         self._own = OwnParts(pipe, reward, prompts, heldout)
         self.recipe = self._own.named(recipe)
         self.console = console or Console(quiet=not ranks.is_main())
-        self.callbacks: list[TrainerCallback] = [ConsoleOutput(self.console), *callbacks]
+        trackers = [TrackerCallback(recipe.tracker)] if recipe.tracker else []
+        self.callbacks: list[TrainerCallback] = [ConsoleOutput(self.console), *trackers, *callbacks]
         self.should_stop = False
         """Set it to end the run after the current iteration."""
         self.evaluation: dict[str, Any] | None = None
@@ -126,6 +128,7 @@ class Trainer:
         """Lock the folder for the run; close the callbacks; say what takes less memory if there was not enough."""
         if self._parts is None:
             preflight.check_recipe(self.recipe, self._own.fields)
+        check_trackers(self.recipe)
         ranks.rows(self.recipe.rollout.batch)  # raises if they can't be divided
         try:
             with lock_folder(self.recipe.output):

@@ -32,7 +32,7 @@ from trajsurgery.training.checkpoints.training_state import TrainingState
 from trajsurgery.training.distributed import ranks
 from trajsurgery.training.recipe import Recipe, differences
 
-CHECKPOINTS, BEST, COMPILED, SHEETS = "checkpoints", "best", "compiled.json", "sheets"
+CHECKPOINTS, BEST, COMPILED, SHEETS, TRACKER_ID = "checkpoints", "best", "compiled.json", "sheets", "tracker_id"
 
 _LIBRARIES = ("trajsurgery", "torch", "diffusers", "transformers", "peft")
 _WAYS_OUT = "Pass --overwrite to discard that run, or --output with another folder."
@@ -216,7 +216,7 @@ def _check_same_recipe(recipe: Recipe, about: dict[str, Any]) -> None:
 
 def discard(output: Path) -> None:
     """Delete the checkpoints, the log, the best weights, the compile trial and the contact sheets of an earlier run."""
-    for name in (METRICS, COMPILED):
+    for name in (METRICS, COMPILED, TRACKER_ID):
         (output / name).unlink(missing_ok=True)
     for folder in (CHECKPOINTS, BEST, SHEETS):
         shutil.rmtree(output / folder, ignore_errors=True)
