@@ -4,7 +4,7 @@
     python -m benchmarks.engine.mutants
 
 A mutant is a copy of the package with one operator, number, comparison, keyword or decorator changed. Every mutant runs
-the same selection of tests (`TESTS`, at most ten seconds of one core) until the first failure, in a fork of a process
+the same selection of tests (`TESTS`, about ten seconds of one core) until the first failure, in a fork of a process
 that has loaded torch already. Mutants that do not compile or that change annotations only are not drawn. Outcomes are
 logged line by line in outputs/mutants.jsonl, so that an interrupted run continues; mutants.json and mutants.png are
 written to results/. `EQUIVALENT` gives the reason why no test can see a remaining survivor. About six minutes on one
@@ -98,7 +98,7 @@ class Options:
 
     sample: int = 300
     seed: int = 0
-    limit: int = 10
+    limit: int = 20
     """CPU seconds after which a mutant counts as hanging."""
     only: str = ""
     """Only mutants of files whose path contains this; results are then printed and not written."""

@@ -15,6 +15,7 @@ from tyro.conf import Positional
 from trajsurgery.cli import recipe_names
 from trajsurgery.cli.command_line import exit_code
 from trajsurgery.cli.doctor import Doctor, examine
+from trajsurgery.cli.export_command import Export, export
 from trajsurgery.cli.method_commands import Explain, Prove, explain, prove
 from trajsurgery.cli.report_commands import Compare, Report, compare, report
 from trajsurgery.evaluation.options import Evaluate, Score
@@ -43,6 +44,7 @@ Command = (
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate", prefix_name=False)]
     | Annotated[Report, tyro.conf.subcommand("report", prefix_name=False)]
     | Annotated[Compare, tyro.conf.subcommand("compare", prefix_name=False)]
+    | Annotated[Export, tyro.conf.subcommand("export", prefix_name=False)]
     | Annotated[Explain, tyro.conf.subcommand("explain", prefix_name=False)]
     | Annotated[Prove, tyro.conf.subcommand("prove", prefix_name=False)]
     | Annotated[Doctor, tyro.conf.subcommand("doctor", prefix_name=False)]
@@ -78,6 +80,7 @@ RUN: dict[type, Callable[[Any, Console], int]] = {
     Score: _score,
     Evaluate: _evaluate,
     Report: report,
+    Export: export,
     Compare: compare,
     Explain: explain,
     Prove: prove,
