@@ -142,7 +142,7 @@ def test_doctor_finds_what_is_here_and_the_command_for_what_is_not(
     monkeypatch.setattr(doctor, "version", without)
     findings = {finding.what: finding for finding in doctor.packages()}
     assert findings["tyro"] == ("tyro", "broken", "pip install 'tyro'")
-    assert findings["bitsandbytes"] == ("bitsandbytes", "missing", "pip install 'trajsurgery[quantised]'")
+    assert findings["bitsandbytes"] == ("bitsandbytes", "missing", "pip install 'trajsurgery[gpu]'")
     assert "pytest" not in findings
 
 

@@ -73,7 +73,7 @@ def packages() -> Iterator[Finding]:
     for requirement in requires("trajsurgery") or ():
         name = re.split(r"[\s<>=!~;\[]", requirement, maxsplit=1)[0]
         extra = re.search(r"extra == ['\"](\w+)['\"]", requirement)
-        if name == "trajsurgery" or (extra and extra[1] in ("dev", "docs", "originals", "test")):
+        if name == "trajsurgery" or (extra and extra[1] in ("dev", "docs", "originals", "quantised", "test")):
             continue
         try:
             yield Finding(name, "ok", version(name))

@@ -17,7 +17,7 @@ from trajsurgery.training.settings import Optimiser
 MOMENTS = {"adamw": 8.0, "adamw8bit": 2 * (1 + 4 / 256), "adafactor": 0.0}
 """Bytes of a parameter's moments; those of 8 bits have a float32 scale for each 256 of them."""
 
-EIGHT_BIT = "torchao is not installed, which has the 8-bit AdamW: pip install 'trajsurgery[quantised]'."
+EIGHT_BIT = "torchao is not installed, which has the 8-bit AdamW: pip install 'trajsurgery[gpu]'."
 
 
 def make_optimiser(settings: Optimiser, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:

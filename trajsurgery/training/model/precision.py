@@ -59,7 +59,7 @@ def quantisation(trained: Trained) -> Any:
         return None
     package = PACKAGES[trained.base]
     if find_spec(package) is None:
-        raise RecipeError(f"--train.base {trained.base} needs {package}: pip install 'trajsurgery[quantised]'.")
+        raise RecipeError(f"--train.base {trained.base} needs {package}: pip install 'trajsurgery[gpu]'.")
     from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
     from diffusers.quantizers.quantization_config import BitsAndBytesConfig, TorchAoConfig
 
