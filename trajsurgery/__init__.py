@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trajsurgery.dry_run import MemoryPlan as MemoryPlan
     from trajsurgery.dry_run import plan_memory as plan_memory
+    from trajsurgery.errors import DivergedError as DivergedError
+    from trajsurgery.errors import OutOfMemoryError as OutOfMemoryError
+    from trajsurgery.errors import OutputError as OutputError
     from trajsurgery.errors import PlanError as PlanError
     from trajsurgery.errors import RecipeError as RecipeError
     from trajsurgery.errors import RewardError as RewardError
@@ -40,7 +43,7 @@ if TYPE_CHECKING:
     from trajsurgery.training.recipe import Recipe as Recipe
 
 _NAMES = {
-    "errors": "PlanError RecipeError RewardError SamplerError SurgeryError",
+    "errors": "DivergedError OutOfMemoryError OutputError PlanError RecipeError RewardError SamplerError SurgeryError",
     "plans.interpolants": "Interpolant Polynomial RectifiedFlow Trigonometric",
     "plans.plan": "Plan latent noise recorded",
     "plans.per_sample": "PerSample",
@@ -59,6 +62,8 @@ _NAMES = {
 }
 _MODULE = {name: module for module, names in _NAMES.items() for name in names.split()}
 _PACKAGES = ("testing", "tiny")
+_RENAMED: dict[str, tuple[str, str]] = {}
+"""{former name: (its name now, the minor version without it)}: they work for one minor version, with a warning."""
 
 __version__ = "0.1.0"
 __all__ = [*_MODULE]  # pyright: ignore[reportUnsupportedDunderAll]
@@ -67,6 +72,13 @@ __all__ = [*_MODULE]  # pyright: ignore[reportUnsupportedDunderAll]
 def __getattr__(name: str) -> Any:
     if name in _PACKAGES:
         return import_module(f"trajsurgery.{name}")
+    if name in _RENAMED:
+        from warnings import warn
+
+        now, last = _RENAMED[name]
+        text = f"trajsurgery.{name} is now trajsurgery.{now}; the former name works until {last}"
+        warn(text, DeprecationWarning, stacklevel=2)
+        name = now
     if name not in _MODULE:
         from trajsurgery.errors import suggest
 
