@@ -41,6 +41,13 @@ if TYPE_CHECKING:
     from trajsurgery.surgery.api import values as values
     from trajsurgery.surgery.trajectory import Trajectory as Trajectory
     from trajsurgery.training.recipe import Recipe as Recipe
+    from trajsurgery.training.settings import Decoder as Decoder
+    from trajsurgery.training.settings import Evaluation as Evaluation
+    from trajsurgery.training.settings import Guards as Guards
+    from trajsurgery.training.settings import Objective as Objective
+    from trajsurgery.training.settings import Optimiser as Optimiser
+    from trajsurgery.training.settings import Rollout as Rollout
+    from trajsurgery.training.settings import Trained as Trained
 
 _NAMES = {
     "errors": "DivergedError OutOfMemoryError OutputError PlanError RecipeError RewardError SamplerError SurgeryError",
@@ -59,6 +66,7 @@ _NAMES = {
     "runs.callbacks": "TrainerCallback",
     "runs.trainer": "Trainer",
     "training.recipe": "Recipe",
+    "training.settings": "Decoder Evaluation Guards Objective Optimiser Rollout Trained",
 }
 _MODULE = {name: module for module, names in _NAMES.items() for name in names.split()}
 _PACKAGES = ("testing", "tiny")

@@ -42,6 +42,7 @@ class OwnParts:
         names: dict[str, Any] = {}
         if self.pipe is not None:
             names["model"] = str(getattr(self.pipe, "name_or_path", None) or type(self.pipe).__name__)
+            names["train"] = replace(recipe.train, keep_encoders=True)  # the pipeline is the caller's, and stays whole
         if self.reward is not None:
             names["reward"] = str(getattr(self.reward, "__qualname__", None) or type(self.reward).__qualname__)
         names |= {name: GIVEN for name in ("prompts", "heldout") if getattr(self, name) is not None}

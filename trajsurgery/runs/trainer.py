@@ -46,9 +46,11 @@ class Trainer:
 
     Args:
         recipe: what to train, on which reward, for how long.
-        pipe: a diffusers pipeline, instead of the one that `recipe.model` names.
+        pipe: a diffusers pipeline, instead of the one that `recipe.model` names. Its transformer trains; it stays
+            usable, with its text encoders.
         reward: reward(images, prompts) -> scores, instead of the one that `recipe.reward` names.
-        prompts, heldout: texts to train on and to evaluate on, instead of the recipe's files.
+        prompts: texts to train on, instead of the recipe's file.
+        heldout: texts to evaluate on, likewise.
         callbacks: their events, see `TrainerCallback`.
         components: all of this at once, prepared (`trajsurgery.training.components.load`).
         console: where to print; Console(quiet=True) prints nothing. By default the first process prints.
