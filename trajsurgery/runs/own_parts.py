@@ -8,6 +8,7 @@ from typing import Any
 
 from trajsurgery.errors import RecipeError
 from trajsurgery.rewards.loading import Reward
+from trajsurgery.tiny.pipe import FOLDERS
 from trajsurgery.training.prompts import Prompt
 from trajsurgery.training.recipe import Recipe
 
@@ -41,7 +42,7 @@ class OwnParts:
             )
         names: dict[str, Any] = {}
         if self.pipe is not None:
-            names["model"] = str(getattr(self.pipe, "name_or_path", None) or type(self.pipe).__name__)
+            names["model"] = _model_name(self.pipe)
             names["train"] = replace(recipe.train, keep_encoders=True)  # the pipeline is the caller's, and stays whole
         if self.reward is not None:
             names["reward"] = str(getattr(self.reward, "__qualname__", None) or type(self.reward).__qualname__)
@@ -58,3 +59,10 @@ class OwnParts:
     def heldout_prompts(self) -> tuple[Prompt, ...] | None:
         """The held-out prompts, of one category."""
         return None if self.heldout is None else tuple(map(Prompt, self.heldout))
+
+
+def _model_name(pipe: Any) -> str:
+    """Return where a pipeline was loaded from: an embedded model's name, a folder, a hub id; else its class."""
+    place = str(getattr(pipe, "name_or_path", None) or type(pipe).__name__)
+    embedded = {str(folder): "tiny" if name == "flux" else f"tiny:{name}" for name, folder in FOLDERS.items()}
+    return embedded.get(place, place)

@@ -70,7 +70,7 @@ class Trainer:
     ) -> None:
         self._own = OwnParts(pipe, reward, prompts, heldout)
         self.recipe = self._own.named(recipe)
-        self.console = console or Console(quiet=not ranks.is_main())
+        self.console = console or Console(quiet=not ranks.is_main(), force_jupyter=False)  # plain lines in a notebook
         trackers = [TrackerCallback(recipe.tracker)] if recipe.tracker else []
         self.callbacks: list[TrainerCallback] = [ConsoleOutput(self.console), *trackers, *callbacks]
         self.should_stop = False

@@ -56,7 +56,7 @@ def write_report(folder: Path) -> Path:
 
 def title(run: RunFolder) -> str:
     """Return the page's title."""
-    return f"{run.method} on {run.recipe.get('model', 'a model that was not recorded')}"
+    return f"{run.method} on {Path(run.recipe.get('model', 'a model that was not recorded')).name}"
 
 
 def subtitle(run: RunFolder) -> str:
