@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
+import pty
+import re
+import subprocess
+import sys
+import termios
+from pathlib import Path
 
 from rich.console import Console
 
@@ -38,3 +46,36 @@ def test_a_terminal_shows_the_last_figures() -> None:
     assert "40/40" in text
     assert "reward 0.4" in text
     assert "s left" not in text
+
+
+RUN = """
+import sys
+from pathlib import Path
+from tests.builders import toy_world
+from trajsurgery import Trainer
+recipe = toy_world.recipe(Path(sys.argv[1]), iterations=3)
+Trainer(recipe, components=toy_world.world(recipe)).train()
+"""
+
+
+def test_a_run_on_a_real_terminal_shows_its_figures(tmp_path: Path) -> None:
+    """A pseudo-terminal of 80 columns: a bar that moves, figures that are not cut, and the table in the end."""
+    main, child = pty.openpty()
+    termios.tcsetwinsize(child, (40, 80))
+    command = [sys.executable, "-c", RUN, str(tmp_path / "run")]
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "80"}
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(command, cwd=root, env=environment, stdout=child, stderr=subprocess.STDOUT) as process:
+        os.close(child)
+        printed = b""
+        with contextlib.suppress(OSError):  # how a pseudo-terminal says that the other side is closed
+            while piece := os.read(main, 4096):
+                printed += piece
+    os.close(main)
+    assert process.returncode == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", printed.decode())
+    assert "held-out images of the untuned model" in text
+    assert re.search(r"LeapAlign ━+[^\n]* 3/3 ", text)
+    assert re.search(r"reward -?0\.\d{4} loss \d+\.\d{3} \|g\| [\d.e-]+ [\d.]+ images/s [\d.]+ GiB", text)
+    assert "paired SE" in text
+    assert "report.html" in text

@@ -25,6 +25,14 @@ WINDOW = 20
 """Iterations of the moving means."""
 
 
+def default_console(quiet: bool) -> Console:
+    """Return a console: a terminal's, or plain lines in a log and in a notebook."""
+    console = Console(quiet=quiet)
+    if not console.is_jupyter:
+        return console
+    return Console(quiet=quiet, force_jupyter=False, force_terminal=False, width=console.width)
+
+
 class ConsoleOutput(TrainerCallback):
     """Prints to a console."""
 

@@ -18,7 +18,7 @@ from trajsurgery.evaluation.held_out import evaluate, needed_prompts
 from trajsurgery.rewards.loading import Reward
 from trajsurgery.runs import contact_sheets, results
 from trajsurgery.runs.callbacks import TrainerCallback
-from trajsurgery.runs.console_output import ConsoleOutput
+from trajsurgery.runs.console_output import ConsoleOutput, default_console
 from trajsurgery.runs.own_parts import OwnParts
 from trajsurgery.runs.reports.html_report import write_report
 from trajsurgery.runs.run_info import write_run_info
@@ -70,7 +70,7 @@ class Trainer:
     ) -> None:
         self._own = OwnParts(pipe, reward, prompts, heldout)
         self.recipe = self._own.named(recipe)
-        self.console = console or Console(quiet=not ranks.is_main(), force_jupyter=False)  # plain lines in a notebook
+        self.console = console or default_console(quiet=not ranks.is_main())
         trackers = [TrackerCallback(recipe.tracker)] if recipe.tracker else []
         self.callbacks: list[TrainerCallback] = [ConsoleOutput(self.console), *trackers, *callbacks]
         self.should_stop = False

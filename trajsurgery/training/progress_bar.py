@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from typing import Protocol
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 WINDOW = 3600.0
 """Seconds over which the speed is measured: an iteration may take minutes."""
@@ -19,13 +20,22 @@ class Advance(Protocol):
     def __call__(self, count: int = 1, figures: str = "", now: bool = False) -> None: ...
 
 
+class _WithFigures(Progress):
+    """A bar, and the latest figures on a line of their own, so that neither is cut on a narrow terminal."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Yield the two lines."""
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            yield Text.from_markup(f"  {task.fields['figures']}", overflow="ellipsis")
+
+
 @contextmanager
 def progress_bar(console: Console, label: str, total: int, completed: int = 0) -> Generator[Advance]:
     """Show how much is done, the latest figures, and the time left."""
-    columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(),
-               TextColumn("{task.fields[figures]}"), TimeRemainingColumn())  # fmt: skip
+    columns = TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn()
     terminal = console.is_terminal
-    with Progress(*columns, console=console, disable=not terminal, speed_estimate_period=WINDOW) as progress:
+    with _WithFigures(*columns, console=console, disable=not terminal, speed_estimate_period=WINDOW) as progress:
         progress.add_task(label, total=total, completed=completed, figures="")
         task = progress.tasks[0]
 
