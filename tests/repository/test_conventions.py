@@ -26,7 +26,7 @@ MOST_ENTRIES = 15
 OWNERS: dict[str, str] = {
     "networkx": "plans",
     "sympy": "plans",
-    "diffusers": "pipelines tiny training evaluation dry_run",
+    "diffusers": "pipelines tiny training evaluation dry_run runs",
     "matplotlib": "plans runs",
 }
 """Third-party packages: the packages of the library that may import them."""
