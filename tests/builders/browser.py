@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -16,13 +16,15 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt in
 
 
 @contextmanager
-def opened(file: Path, width: int = 1200, scheme: str = "light") -> Generator[tuple[Any, list[str]]]:
+def opened(
+    file: Path, width: int = 1200, scheme: Literal["light", "dark"] = "light"
+) -> Generator[tuple[Any, list[str]]]:
     """A page, and what went wrong on it so far: console messages, errors, requests beyond the file."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme, reduced_motion="reduce")
         faults = list[str]()
         page.on("console", lambda m: faults.append(m.text) if m.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: faults.append(str(error)))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import math
 import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -21,9 +24,10 @@ from trajsurgery import RecipeError, Trainer
 from trajsurgery.cli import main
 from trajsurgery.evaluation.held_out import HeldOutScores
 from trajsurgery.runs.reports.comparison_page import figures_table, read_runs, settings_table, write_comparison
+from trajsurgery.runs.reports.embedded_pictures import data_uri
 from trajsurgery.runs.reports.html_report import REPORT, write_report
 from trajsurgery.runs.reports.run_folder import RunFolder
-from trajsurgery.runs.reports.saved_pictures import save_samples
+from trajsurgery.runs.reports.saved_pictures import save_picture, save_samples, save_sheet
 from trajsurgery.training.prompts import Prompt
 from trajsurgery.training.settings import Evaluation, Guards
 
@@ -85,9 +89,14 @@ def test_a_run_leaves_a_page_with_everything_that_it_recorded(run: Path) -> None
         assert words in page.text
 
 
+def chart_data(page: Path) -> dict[str, Any]:
+    """The figures that plotly draws, by name."""
+    text = page.read_text(encoding="utf-8")
+    return json.loads(text.split('id="chart-data">')[1].split("</script>")[0])
+
+
 def test_the_curves_are_the_log_s(run: Path) -> None:
-    text = (run / REPORT).read_text(encoding="utf-8")
-    figures = json.loads(text.split('id="chart-data">')[1].split("</script>")[0])
+    figures = chart_data(run / REPORT)
     records = RunFolder.read(run).iterations
     assert figures["reward"]["data"][0]["y"] == [record["reward"] for record in records]
     assert figures["times"]["data"][0]["y"] == [
@@ -113,6 +122,30 @@ def test_a_page_is_made_of_what_is_there(run: Path, tmp_path: Path) -> None:
     assert "iterations so far" in page.text
     (folder / "metrics.jsonl").write_text("")
     assert Page(write_report(folder)).sections == {"summary", "reproduce"}
+
+
+def test_a_run_whose_numbers_left_their_range_has_a_page(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "diverged"
+    shutil.copytree(run, folder)
+    path = folder / "sheets/000004/sheet.json"
+    sheet = json.loads(path.read_text())
+    sheet |= {"rewards": [math.nan, *sheet["rewards"][1:]], "terms": dict.fromkeys(sheet["terms"], math.inf)}
+    path.write_text(json.dumps(sheet))
+    page = Page(write_report(folder))
+    assert page.plots == CHARTS
+    assert page.text.count("not finite") == 1
+    assert chart_data(folder / REPORT)["terms"]["data"][0]["y"][2] is None
+
+
+def test_a_curve_of_one_iteration_is_a_point(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "short"
+    shutil.copytree(run, folder)
+    path = folder / "metrics.jsonl"
+    lines = [line for line in path.read_text().splitlines(keepends=True) if '"iteration", "iteration": 1,' in line]
+    path.write_text("".join(lines))
+    curve = chart_data(write_report(folder))["loss"]["data"][0]
+    assert (curve["mode"], len(curve["x"])) == ("markers", 1)
+    assert chart_data(run / REPORT)["loss"]["data"][0]["mode"] == "lines"
 
 
 @pytest.mark.parametrize("what", ["absent", "empty"])
@@ -146,9 +179,56 @@ def test_pictures_are_saved_as_they_are_and_videos_move(tmp_path: Path) -> None:
 
 
 def test_large_pictures_are_scaled_down(tmp_path: Path) -> None:
-    save_samples(tmp_path, *[scores(torch.zeros(1, 3, 600, 1200, dtype=torch.uint8))] * 2)
+    large = scores(torch.zeros(1, 3, 600, 1200, dtype=torch.uint8))
+    save_samples(tmp_path, large, large)
     with Image.open(tmp_path / "samples/after/000.png") as picture:
         assert picture.size == (512, 256)
+
+
+def test_scores_that_are_not_finite_are_null_in_the_files(tmp_path: Path) -> None:
+    held_out = replace(scores(torch.zeros(2, 3, 8, 8, dtype=torch.uint8)), reward=torch.tensor([math.nan, 1.0]))
+    save_samples(tmp_path, held_out, held_out)
+    save_sheet(tmp_path, 7, held_out, {"nested once": math.inf})
+    entries = json.loads((tmp_path / "samples/samples.json").read_text())
+    assert [entry["after"]["reward"] for entry in entries] == [None, 1.0]
+    sheet = json.loads((tmp_path / "sheets/000007/sheet.json").read_text())
+    assert (sheet["rewards"], sheet["terms"]) == ([None, 1.0], {"nested once": None})
+
+
+def embedded(path: Path, side: int) -> tuple[str, bytes]:
+    """Type and content of a picture on the page."""
+    head, content = data_uri(path, side).split(";base64,")
+    return head, base64.b64decode(content)
+
+
+def test_small_pictures_drawings_and_damaged_ones_are_embedded_as_they_are(tmp_path: Path) -> None:
+    noise = torch.randint(256, (3, 128, 100), dtype=torch.uint8)
+    small = save_picture(noise, tmp_path / "small")
+    assert embedded(small, 64) == ("data:image/png", small.read_bytes())
+    for name, kind, content in (("a.svg", "image/svg+xml", b"<svg/>"), ("torn.png", "image/png", b"torn")):
+        (tmp_path / name).write_bytes(content)
+        assert embedded(tmp_path / name, 64) == (f"data:{kind}", content)
+
+
+@pytest.mark.parametrize("frames", [1, 5])
+def test_large_pictures_are_embedded_as_small_webp(tmp_path: Path, frames: int) -> None:
+    """A page of a run on 1024 px holds some 200 pictures: as PNG of 512 px they'd be 80 MB."""
+    noise = torch.rand(frames, 3, 6, 12, generator=torch.Generator().manual_seed(0))
+    smooth = (255 * torch.nn.functional.interpolate(noise, scale_factor=50, mode="bilinear")).to(torch.uint8)
+    path = save_picture(smooth if frames > 1 else smooth[0], tmp_path / "large")
+    kind, content = embedded(path, 256)
+    assert kind == "data:image/webp"
+    assert len(content) < path.stat().st_size / 3
+    with Image.open(path) as saved, Image.open(io.BytesIO(content)) as shown:
+        assert (saved.size, shown.size) == ((512, 256), (256, 128))
+        assert getattr(shown, "n_frames", 1) == frames
+        if frames > 1:
+            shown.seek(frames - 1)
+            saved.seek(frames - 1)
+            shown.load()
+            assert shown.info["duration"] == 125
+        expected = np.array(saved.convert("RGB").resize((256, 128)), dtype=float)
+        assert np.abs(np.array(shown.convert("RGB"), dtype=float) - expected).mean() < 6
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +264,7 @@ def test_runs_are_compared(run: Path, second: Path, tmp_path: Path, capsys: pyte
 
 @needs_browser
 @pytest.mark.parametrize("width, scheme", [(1200, "light"), (1200, "dark"), (390, "light")])
-def test_a_browser_shows_the_report(run: Path, width: int, scheme: str) -> None:
+def test_a_browser_shows_the_report(run: Path, width: int, scheme: Literal["light", "dark"]) -> None:
     with opened(run / REPORT, width, scheme) as (page, faults):
         assert page.title() == "LeapAlign on tiny"
         assert page.locator(".plot .main-svg").count() >= len(CHARTS)

@@ -38,7 +38,14 @@ class Chart:
 def line(x: Sequence[Any], y: Sequence[Any], name: str, colour: str, **more: Any) -> dict[str, Any]:
     """Return a trace of a curve."""
     style = {"color": colour, "width": 2}
-    return {"type": "scatter", "mode": "lines", "x": x, "y": y, "name": name, "line": style} | more
+    return {
+        "type": "scatter",
+        "mode": "lines" if len(x) > 1 else "markers",
+        "x": x,
+        "y": y,
+        "name": name,
+        "line": style,
+    } | more
 
 
 def curve(

@@ -8,8 +8,9 @@ from typing import Any
 
 from trajsurgery.errors import RecipeError
 from trajsurgery.runs.reports.charts import COLOURS, Chart, line
-from trajsurgery.runs.reports.html_page import Block, Page, block_html, data_uri, write_page
-from trajsurgery.runs.reports.html_report import duration, figure_cells
+from trajsurgery.runs.reports.embedded_pictures import FRAME_SIDE, data_uri
+from trajsurgery.runs.reports.html_page import Block, Page, block_html, write_page
+from trajsurgery.runs.reports.html_report import duration, figure_cells, score_text
 from trajsurgery.runs.reports.run_folder import RunFolder
 from trajsurgery.runs.reports.run_report import table_rows
 from trajsurgery.runs.reports.saved_pictures import SAMPLES
@@ -120,4 +121,4 @@ def _pictures(runs: Mapping[str, RunFolder]) -> Block | None:
 
 def _frame(run: RunFolder, side: Mapping[str, Any]) -> dict[str, str] | None:
     path = run.path / SAMPLES / side["file"]
-    return {"uri": data_uri(path), "label": f"{side['reward']:.3f}"} if path.exists() else None
+    return {"uri": data_uri(path, FRAME_SIDE), "label": score_text(side["reward"])} if path.exists() else None

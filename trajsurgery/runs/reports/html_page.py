@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from trajsurgery.runs.reports.charts import Chart
 from trajsurgery.training.checkpoints.output_files import write_atomically
 
 PAGE = Path(__file__).parent / "page"
-TYPES = {".png": "image/png", ".webp": "image/webp", ".svg": "image/svg+xml"}
 
 
 @dataclass(frozen=True)
@@ -76,16 +74,11 @@ def write_page(path: Path, page: Page) -> Path:
             blocks=page.blocks,
             sections=[(block.anchor, block.name) for block in page.blocks],
             footer=page.footer,
-            css=Markup((PAGE / "page.css").read_text()),
-            script=Markup((PAGE / "page.js").read_text()),
+            css=Markup((PAGE / "page.css").read_text(encoding="utf-8")),
+            script=Markup((PAGE / "page.js").read_text(encoding="utf-8")),
             plotly=Markup(get_plotlyjs()),
             figures=Markup(figures.replace("<", "\\u003c")),  # no text of a prompt ends the element
         )
     )
     write_atomically(path, lambda partial: partial.write_text(html, encoding="utf-8"))
     return path
-
-
-def data_uri(path: Path) -> str:
-    """Return a picture as a data URI."""
-    return f"data:{TYPES[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from trajsurgery.runs.reports.charts import Chart, all_charts
-from trajsurgery.runs.reports.html_page import Block, Page, block_html, data_uri, write_page
+from trajsurgery.runs.reports.embedded_pictures import FRAME_SIDE, data_uri
+from trajsurgery.runs.reports.html_page import Block, Page, block_html, write_page
 from trajsurgery.runs.reports.run_folder import RunFolder
 from trajsurgery.runs.reports.run_report import remarks, table_rows, verdict
 from trajsurgery.runs.reports.saved_pictures import SAMPLES
@@ -117,7 +118,12 @@ def _samples(run: RunFolder) -> Block | None:
 
 def _side(folder: Path, side: Mapping[str, Any]) -> dict[str, str]:
     mark = {True: " ✓", False: " ✗", None: ""}[side.get("correct")]
-    return {"uri": data_uri(folder / side["file"]), "label": f"{side['reward']:.3f}{mark}"}
+    return {"uri": data_uri(folder / side["file"]), "label": f"{score_text(side['reward'])}{mark}"}
+
+
+def score_text(score: float | None) -> str:
+    """Return a picture's score as text; a score that is not finite stands in the files as null."""
+    return "not finite" if score is None else f"{score:.3f}"
 
 
 def _filmstrip(run: RunFolder) -> Block | None:
@@ -138,7 +144,8 @@ def sheet_frame(sheet: Mapping[str, Any], number: int, prompt: str) -> dict[str,
     path = Path(sheet["folder"]) / sheet["files"][number] if same else None
     if path is None or not path.exists():
         return None
-    return {"uri": data_uri(path), "label": f"{sheet['rewards'][number]:.3f}", "iteration": sheet["iteration"]}
+    label = score_text(sheet["rewards"][number])
+    return {"uri": data_uri(path, FRAME_SIDE), "label": label, "iteration": sheet["iteration"]}
 
 
 def figure_cells(record: Mapping[str, Any], name: str) -> list[str]:

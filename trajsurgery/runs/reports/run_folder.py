@@ -80,7 +80,7 @@ class RunFolder:
 
 
 def _json(path: Path) -> Any:
-    """Return what a file holds; {} if there is none.
+    """Return what a file holds, numbers that are not finite as None; {} if there is none.
 
     Raises:
         RecipeError: it is no JSON.
@@ -88,6 +88,6 @@ def _json(path: Path) -> Any:
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
     except ValueError as error:
         raise RecipeError(f"{path} is no JSON ({error}): remove it, or restore it from the run.") from error

@@ -19,6 +19,7 @@ from trajsurgery.evaluation.held_out import HeldOutScores
 from trajsurgery.runs.reports.run_report import choose_pictures
 from trajsurgery.training.checkpoints.checkpoint import SHEETS
 from trajsurgery.training.checkpoints.output_files import storage_errors, write_atomically
+from trajsurgery.training.checkpoints.run_log import finite_or_none
 
 SAMPLES = "samples"
 SIDE = 512
@@ -80,4 +81,5 @@ def save_picture(picture: Tensor, path: Path) -> Path:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    write_atomically(path, lambda partial: partial.write_text(json.dumps(value, indent=1) + "\n"))
+    text = json.dumps(finite_or_none(value), indent=1, allow_nan=False) + "\n"
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))

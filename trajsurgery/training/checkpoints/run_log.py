@@ -54,13 +54,14 @@ class Log:
 
 
 def _line(record: Mapping[str, Any]) -> str:
-    return json.dumps(_finite(record), allow_nan=False) + "\n"
+    return json.dumps(finite_or_none(record), allow_nan=False) + "\n"
 
 
-def _finite(value: Any) -> Any:
+def finite_or_none(value: Any) -> Any:
+    """Return a value of JSON with None for numbers that are not finite, which JSON can't hold."""
     if isinstance(value, Mapping):
-        return {name: _finite(inner) for name, inner in value.items()}
+        return {name: finite_or_none(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
         items: Iterable[Any] = value
-        return [_finite(inner) for inner in items]
+        return [finite_or_none(inner) for inner in items]
     return None if isinstance(value, float) and not math.isfinite(value) else value
