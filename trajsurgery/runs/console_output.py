@@ -39,7 +39,7 @@ class ConsoleOutput(TrainerCallback):
     def __init__(self, console: Console) -> None:
         self.console = console
         self.heldout: float | None = None
-        """The newest mean reward on validation prompts, or of a contact sheet where there are no validation rounds."""
+        """The newest mean reward on validation prompts (`--guards.every`)."""
         self._stack = ExitStack()
         self._advance: Advance | None = None
         self._recent = deque[StepRecord](maxlen=WINDOW)
