@@ -13,6 +13,7 @@ function withTheme(layout) {
     height: 300,
     margin: { l: 56, r: 14, t: 36, b: 44 },
     hovermode: "x unified",
+    hoverdistance: -1, // also between two points that are far apart, as in a short run
     ...layout,
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
