@@ -1,8 +1,8 @@
 # trajsurgery on an NVIDIA GPU. torch's wheel brings the CUDA libraries, the host the driver.
 #
 #   docker build -t trajsurgery .
-#   docker run --gpus all -v "$PWD/outputs:/home/runner/outputs" trajsurgery train leapalign-flux
-#   docker run --gpus all -v "$HF_HOME:/hub" -v "$PWD:/home/runner" trajsurgery train leapalign-flux --preset lora-80gb \
+#   docker run --gpus all -v "$PWD/outputs:/runs/outputs" trajsurgery train leapalign-flux
+#   docker run --gpus all -v "$HF_HOME:/hub" -v "$PWD:/runs" trajsurgery train leapalign-flux --preset lora-80gb \
 #       --prompts train.txt --heldout test.txt
 FROM nvidia/cuda:12.8.1-base-ubuntu24.04
 
@@ -17,8 +17,8 @@ COPY trajsurgery /src/trajsurgery
 COPY recipes /src/recipes
 RUN pip install --no-cache-dir '/src[gpu,judges,parquet,remote,trackers]' && rm -r /src
 
-RUN useradd --create-home runner && mkdir -p /hub && chown runner /hub
+RUN useradd --create-home runner && mkdir -p /runs /hub && chown runner /runs /hub
 USER runner
-WORKDIR /home/runner
+WORKDIR /runs
 ENTRYPOINT ["trajsurgery"]
 CMD ["doctor"]

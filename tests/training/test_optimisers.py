@@ -17,7 +17,7 @@ from trajsurgery import RecipeError
 from trajsurgery.training.averages import start_averages, update_averages
 from trajsurgery.training.components import load_pipeline, prepare_pipeline
 from trajsurgery.training.model import precision
-from trajsurgery.training.optimisers import make_optimiser, set_rate
+from trajsurgery.training.optimisers import make_optimiser, rate_remark, set_rate
 from trajsurgery.training.settings import Optimiser, Trained
 from trajsurgery.training.training_loop import training_step
 
@@ -180,3 +180,9 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "find_spec", lambda _: None)
     with pytest.raises(RecipeError, match=r"--train\.base nf4 needs bitsandbytes: pip install"):
         precision.quantisation(Trained("lora", base="nf4"))
+
+
+def test_a_rate_that_is_low_for_adapters_is_told() -> None:
+    assert "low for adapters" in str(rate_remark(Trained("lora"), Optimiser(rate=3e-5)))
+    assert rate_remark(Trained("lora"), Optimiser(rate=1e-4)) is None
+    assert rate_remark(Trained(), Optimiser(rate=3e-5)) is None

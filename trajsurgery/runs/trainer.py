@@ -32,6 +32,7 @@ from trajsurgery.training.checks import compile_trial, preflight, trial
 from trajsurgery.training.components import RunComponents, check_reward, encode_prompts, load, open_prompt_cache
 from trajsurgery.training.distributed import ranks
 from trajsurgery.training.faults.memory_errors import memory_of
+from trajsurgery.training.optimisers import rate_remark
 from trajsurgery.training.prompts import repetitions
 from trajsurgery.training.recipe import Recipe
 from trajsurgery.training.step_record import StepRecord
@@ -176,6 +177,8 @@ class Trainer:
             with memory_of("loading"):
                 self._parts = load(recipe, own.pipe, own.reward, own.prompts, own.heldout_prompts)
         parts = self._parts
+        if line := rate_remark(recipe.train, recipe.optimiser):
+            self.console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
         for source, texts in {recipe.prompts: parts.texts, recipe.heldout: [p.text for p in parts.heldout]}.items():
             if line := repetitions(source, texts):
                 self.console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)

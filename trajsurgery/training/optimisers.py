@@ -12,12 +12,25 @@ import torch
 from torch import Tensor, nn
 
 from trajsurgery.errors import RecipeError
-from trajsurgery.training.settings import Optimiser
+from trajsurgery.training.settings import Optimiser, Trained
 
 MOMENTS = {"adamw": 8.0, "adamw8bit": 2 * (1 + 4 / 256), "adafactor": 0.0}
 """Bytes of a parameter's moments; those of 8 bits have a float32 scale for each 256 of them."""
 
+LOW_FOR_ADAPTERS = 1e-4
+"""The rate of the LoRA presets."""
+
 EIGHT_BIT = "torchao is not installed, which has the 8-bit AdamW: pip install 'trajsurgery[gpu]'."
+
+
+def rate_remark(trained: Trained, settings: Optimiser) -> str | None:
+    """Return a line on a rate that is low for adapters; None if it is not."""
+    if trained.what != "lora" or settings.rate >= LOW_FOR_ADAPTERS:
+        return None
+    return (
+        f"--optimiser.rate {settings.rate:g} is low for adapters, which begin at zero: the presets for LoRA take "
+        f"{LOW_FOR_ADAPTERS:g}."
+    )
 
 
 def make_optimiser(settings: Optimiser, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:

@@ -202,7 +202,7 @@ def parts(run: RunFolder) -> Chart | None:
         return None
     x, names = [r["iteration"] for r in records], list(dict.fromkeys(n for r in records for n in r["parts"]))
     columns = {name: [r["parts"].get(name, 0.0) for r in records] for name in names}
-    columns["the rest"] = [max(0.0, r["seconds"] - sum(r["parts"].values())) for r in records]
+    columns["the rest"] = [max(0.0, (r["seconds"] or 0.0) - sum(r["parts"].values())) for r in records]
     traces = [
         line(x, smoothed(values), name, colour, stackgroup="parts", line={"color": colour, "width": 0.5})
         for (name, values), colour in zip(columns.items(), COLOURS * 3)
