@@ -92,5 +92,10 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         'if found and found[-1].rule == "kinds":',
         'if found and found[-1].rule is "kinds":',
     ): "both are the same word of the source.",
+    (
+        "surgery/execution.py",
+        "recorded, differentiable = faithful(plan.outputs, lambda _: False), needs_gradient(plan.outputs)",
+        "recorded, differentiable = faithful(plan.outputs, lambda _: True), needs_gradient(plan.outputs)",
+    ): "it asks for calls at T, before which no leap can stand.",
 }
 """(file, line, changed line): why no test can see the change."""
