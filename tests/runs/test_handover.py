@@ -139,6 +139,8 @@ def test_a_lora_file_says_what_it_is(runs: dict[str, Path], tmp_path: Path) -> N
         metadata = file.metadata()
     assert {"model": "tiny", "reward": "tiny", "rank": "4", "alpha": "4"}.items() <= metadata.items()
     assert json.loads(metadata["method"])["name"] == "LeapAlign"
+    adapter = json.loads(metadata["lora_adapter_metadata"])  # what diffusers reads
+    assert (adapter["transformer.r"], adapter["transformer.lora_alpha"]) == (4, 4)
     pipe = tiny.pipeline()
     pipe.load_lora_weights(str(folder), local_files_only=True)
     assert pipe.transformer.peft_config["default_0"].r == 4
@@ -196,6 +198,17 @@ def test_what_can_t_be_written_is_refused(
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
     assert main(["export", str(runs["full"]), "--to", str(tmp_path / "full")]) == 1
+
+
+def test_a_model_that_comfyui_knows_by_other_names_is_refused(
+    runs: dict[str, Path], tmp_path: Path, capsys: Any
+) -> None:
+    words = ["--form", "comfyui", "--model", "tiny:wan"]
+    assert main(["export", str(runs["lora"]), "--to", str(tmp_path / "out"), *words]) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "of WanTransformer3DModel ComfyUI knows the layers by other names" in said
+    assert "Take --form merged or lora" in said
+    assert not (tmp_path / "out/comfyui_lora.safetensors").exists()
 
 
 class Hub(BaseHTTPRequestHandler):
