@@ -195,6 +195,7 @@ def test_what_can_t_be_written_is_refused(
         (run / "recipe.json").write_text((runs["full"] / "recipe.json").read_text())
     assert main(["export", str(run), "--to", str(tmp_path / "out"), *words]) == 1
     assert message in " ".join(capsys.readouterr().out.split())
+    assert not list(tmp_path.glob("out*"))  # nothing half written
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
     assert main(["export", str(runs["full"]), "--to", str(tmp_path / "full")]) == 1

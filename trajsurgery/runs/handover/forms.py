@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -33,15 +34,21 @@ def export(run: RunFolder, folder: Path, form: Form, model: str | None = None) -
     trained = str(run.recipe.get("train", {}).get("what", "full"))
     check_form(run, folder, form, trained)
     source = ModelSource(model or run.recipe["model"], run.recipe.get("model_variant"), run.recipe.get("transformer"))
+    partial = folder.with_name(f"{folder.name}.partial")
     writers: dict[str, Callable[[], list[str]]] = {
-        "diffusers": lambda: _write_pipeline(tuned_pipeline(run, source, fuse=True), folder),
-        "merged": lambda: _write_transformer(tuned_pipeline(run, source, fuse=True), folder),
-        "lora": lambda: _write_lora(run, folder),
-        "comfyui": lambda: _write_comfyui(run, source, folder),
+        "diffusers": lambda: _write_pipeline(tuned_pipeline(run, source, fuse=True), partial),
+        "merged": lambda: _write_transformer(tuned_pipeline(run, source, fuse=True), partial),
+        "lora": lambda: _write_lora(run, partial),
+        "comfyui": lambda: _write_comfyui(run, source, partial),
     }
-    with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        return writers[form]()
+    try:
+        with storage_errors(folder):
+            partial.mkdir(parents=True, exist_ok=True)
+            names = writers[form]()
+            partial.replace(folder)  # whole or not at all
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return names
 
 
 def check_form(run: RunFolder, folder: Path, form: Form, trained: str) -> None:
