@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -219,3 +220,9 @@ def test_the_norms_of_the_gradient_s_terms_follow_alpha(tmp_path: Path) -> None:
 def test_terms_that_are_many_or_drawn_are_not_measured(method: Any, tmp_path: Path) -> None:
     recipe = toy_world.recipe(tmp_path, method)
     assert term_norms(recipe, toy_world.world(recipe), 1) is None
+
+
+def test_scores_that_are_not_finite_have_no_terms_and_stop_nothing(tmp_path: Path) -> None:
+    recipe = toy_world.recipe(tmp_path)
+    world = replace(toy_world.world(recipe), reward=lambda images, _: images.mean((1, 2, 3)) * float("nan"))
+    assert term_norms(recipe, world, 1) is None

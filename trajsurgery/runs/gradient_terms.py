@@ -26,7 +26,7 @@ def term_norms(recipe: Recipe, components: RunComponents, iteration: int) -> dic
 
     The cotangent is that of the loss with its hinge open, so that scores above lambda count too. None where it can't be
     had cheaply: with sharded weights, several ranks, plans with many terms, several outputs or noise of their own, or
-    SRPO's guided velocities.
+    SRPO's guided velocities; and where the loss's gradient is not finite.
     """
     plan = _plan_of(recipe, iteration)
     trained = [p for p in components.module.parameters() if p.requires_grad]
@@ -44,11 +44,14 @@ def term_norms(recipe: Recipe, components: RunComponents, iteration: int) -> dic
         components.pipe(**call, generator=as_argument(generators))
     trajectory, field = surgery.trajectory, surgery.field
     x_0 = trajectory[0].detach().requires_grad_()
-    score = components.reward(surgery.decode(x_0), texts)
+    score = components.reward(torch.nan_to_num(surgery.decode(x_0), nan=0.5, posinf=1.0, neginf=0.0), texts)
     landed = distances(plan, trajectory, field) if recipe.weights_at != "none" else {}
     weights = objective.weights(plan, trajectory, landed, recipe.weights_at, recipe.objective.tau)
     loss = objective.loss([score], weights.w, float(score.detach().max()) + 1)
-    return expansion.evaluate(trajectory, field, objective.cotangents(loss, (x_0,))[0], trained).by_kind
+    (cotangent,) = objective.cotangents(loss, (x_0,))
+    if not bool(cotangent.isfinite().all()):
+        return None
+    return expansion.evaluate(trajectory, field, cotangent, trained).by_kind
 
 
 def _plan_of(recipe: Recipe, iteration: int) -> Plan | None:
