@@ -317,3 +317,31 @@ def test_a_browser_shows_a_comparison(run: Path, second: Path, tmp_path: Path) -
         assert names == ["first", "second"]
         assert page.evaluate("document.documentElement.scrollWidth") == 390
         assert faults == []
+
+
+@needs_browser
+def test_a_browser_plays_videos(run: Path, tmp_path: Path) -> None:
+    """Of the picture of a moving square the browser shows different frames after a while."""
+    folder = tmp_path / "video"
+    shutil.copytree(run, folder)
+    shutil.rmtree(folder / "samples")
+    video = torch.zeros(1, 8, 3, 16, 16, dtype=torch.uint8)
+    for frame in range(8):
+        video[0, frame, :, :, 2 * frame : 2 * frame + 2] = 255
+    save_samples(folder, scores(video), scores(video))
+    save_sheet(folder, 7, scores(video), None)
+    with opened(write_report(folder)) as (page, faults):
+        assert page.locator("img").evaluate_all("all => all.every(i => i.complete && i.naturalWidth > 0)")
+        assert page.locator(".pair img").first.get_attribute("src").startswith("data:image/webp")
+        picture, seen = page.locator(".pair .compare").first, set[bytes]()
+        picture.scroll_into_view_if_needed()
+        for _ in range(20):
+            seen.add(picture.screenshot())
+            page.wait_for_timeout(60)
+        assert len(seen) > 2
+        assert faults == []
+
+
+def test_a_contact_sheet_is_also_one_picture(run: Path) -> None:
+    with Image.open(run / "sheets/000002/sheet.png") as sheet:
+        assert sheet.size == (3 * 18 + 2, 16 + 4)  # three pictures of 16 pixels, with borders of 2

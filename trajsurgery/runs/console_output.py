@@ -15,6 +15,7 @@ from torch import Tensor
 from trajsurgery.evaluation.validation_rounds import ValidationResult
 from trajsurgery.runs.callbacks import TrainerCallback, TrainerView
 from trajsurgery.runs.reports import run_report, validation_report
+from trajsurgery.training.checkpoints.checkpoint import SHEETS
 from trajsurgery.training.checkpoints.run_log import METRICS, Log
 from trajsurgery.training.endings import range_report
 from trajsurgery.training.faults import missing_gradients
@@ -73,7 +74,8 @@ class ConsoleOutput(TrainerCallback):
         return " ".join(parts)
 
     def on_sheet(self, trainer: TrainerView, iteration: int, prompts: Sequence[str], images: Tensor) -> None:
-        self.console.print(f"iteration {iteration}: pictures in {trainer.recipe.output / 'sheets'}", highlight=False)
+        path = trainer.recipe.output / SHEETS / f"{iteration:06d}" / "sheet.png"
+        self.console.print(f"iteration {iteration}: {path}", highlight=False, soft_wrap=True)
 
     def on_evaluate(self, trainer: TrainerView, record: Mapping[str, Any]) -> None:
         if record["kind"] == "look":

@@ -1,7 +1,7 @@
 """Pictures of a run as files, which report.html shows: held-out pairs, and contact sheets of fixed prompts.
 
     samples/before/000.png  samples/after/000.png  samples/samples.json
-    sheets/000050/00.png    sheets/000050/sheet.json
+    sheets/000050/00.png    sheets/000050/sheet.png    sheets/000050/sheet.json
 
 A video is an animated WebP file.
 """
@@ -46,19 +46,26 @@ def save_samples(output: Path, before: HeldOutScores, after: HeldOutScores, coun
 
 
 def save_sheet(output: Path, iteration: int, scores: HeldOutScores, terms: Mapping[str, float] | None) -> None:
-    """Write the pictures of a contact sheet, then sheet.json with prompts, rewards and the gradient's terms.
+    """Write the pictures of a contact sheet, all of them in sheet.png, then sheet.json with prompts and rewards.
 
     Args:
         terms: gradient norms by kind of term, if they were measured.
     """
     folder = output / SHEETS / f"{iteration:06d}"
+    from torchvision.utils import make_grid
+
     files = [save_picture(image, folder / f"{number:02d}").name for number, image in enumerate(scores.pictures)]
+    still = scores.pictures if scores.pictures.dim() == 4 else scores.pictures[:, 0]  # of a video the first frame
+    save_picture(make_grid(still, nrow=4, pad_value=255), folder / "sheet", side=4 * SIDE)
     sheet = {"iteration": iteration, "prompts": scores.texts, "rewards": scores.reward.tolist(), "files": files}
     _write_json(folder / "sheet.json", {**sheet, "terms": terms})
 
 
-def save_picture(picture: Tensor, path: Path) -> Path:
+def save_picture(picture: Tensor, path: Path, side: int = SIDE) -> Path:
     """Write an image [3 h w] as PNG, or a video [frames 3 h w] as animated WebP; return the path with its ending.
+
+    Args:
+        side: of a larger picture the longer side is scaled down to this, in pixels.
 
     Raises:
         OutputError: the file system refuses.
@@ -68,7 +75,7 @@ def save_picture(picture: Tensor, path: Path) -> Path:
     frames = picture if picture.dim() == 4 else picture[None]
     images = [Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy()) for frame in frames]
     for image in images:
-        image.thumbnail((SIDE, SIDE))
+        image.thumbnail((side, side))
     path = path.with_suffix(".webp" if picture.dim() == 4 else ".png")
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
