@@ -102,7 +102,7 @@ def presets(method: Method, output: str) -> dict[str, Recipe]:
             method=method,
             prompts="tiny:even",
             objective=Objective(threshold=0.45, tau=0.02),
-            evaluation=Evaluation(pictures=480),
+            evaluation=Evaluation(pictures=480, sheet_every=75),
             output=Path(output),
         ),
         "paper": paper(method, f"{output}_paper"),
@@ -127,7 +127,7 @@ def sd3(method: Method, output: str) -> dict[str, Recipe]:
             rollout=Rollout(guidance=1.5),
             optimiser=Optimiser(rate=3e-5),
             iterations=150,
-            evaluation=Evaluation(pictures=480),
+            evaluation=Evaluation(pictures=480, sheet_every=75),
             output=Path(output),
         ),
         "paper": replace(
