@@ -16,6 +16,7 @@ from torch import Tensor
 from tests.builders import toy_world
 from tests.builders.saved_runs import assert_same_run, repeated
 from trajsurgery import SRPO, DRaFTLV, LeapAlign, Recipe, RecipeError, Trainer, TrainerCallback, WholeTrajectory
+from trajsurgery.runs import contact_sheets
 from trajsurgery.runs.gradient_terms import term_norms
 from trajsurgery.training.checkpoints.checkpoint import list_checkpoints
 from trajsurgery.training.checkpoints.run_log import METRICS, Log
@@ -226,3 +227,15 @@ def test_scores_that_are_not_finite_have_no_terms_and_stop_nothing(tmp_path: Pat
     recipe = toy_world.recipe(tmp_path)
     world = replace(toy_world.world(recipe), reward=lambda images, _: images.mean((1, 2, 3)) * float("nan"))
     assert term_norms(recipe, world, 1) is None
+
+
+def test_a_sheet_goes_without_terms_where_memory_does_not_suffice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(contact_sheets, "term_norms", full)
+    recipe = toy_world.recipe(tmp_path, iterations=1)
+    assert trainer_of(recipe).train() is not None
+    assert json.loads((tmp_path / "sheets/000001/sheet.json").read_text())["terms"] is None

@@ -12,6 +12,7 @@ from trajsurgery.training.checkpoints.checkpoint import SHEETS
 from trajsurgery.training.checkpoints.training_state import TrainingState
 from trajsurgery.training.components import RunComponents
 from trajsurgery.training.distributed import ranks
+from trajsurgery.training.faults.memory_errors import is_out_of_memory
 from trajsurgery.training.recipe import Recipe
 
 
@@ -33,7 +34,17 @@ def make_sheet(recipe: Recipe, components: RunComponents, training: TrainingStat
     only_reward = replace(components, judge=None, metrics={})
     with swapped(training.module, training.ema.shadow_params):
         scores = evaluate(few, only_reward)
-    terms = term_norms(recipe, components, training.iteration)
+    terms = _terms_if_they_fit(recipe, components, training.iteration)
     if ranks.is_main():
         save_sheet(recipe.output, training.iteration, scores, terms)
     return scores
+
+
+def _terms_if_they_fit(recipe: Recipe, components: RunComponents, iteration: int) -> dict[str, float] | None:
+    """Return the norms of the gradient's terms; None where memory does not suffice, which a training step may need."""
+    try:
+        return term_norms(recipe, components, iteration)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None

@@ -22,7 +22,7 @@ MOST_NUMBERS = 4 * 10**8
 
 
 def term_norms(recipe: Recipe, components: RunComponents, iteration: int) -> dict[str, float] | None:
-    """Return {"single-step": norm, "nested once": norm, ...} of the plan of an iteration, on two held-out prompts.
+    """Return {"single-step": norm, "nested once": norm, ...} of an iteration's plan, on up to two held-out prompts.
 
     The cotangent is that of the loss with its hinge open, so that scores above lambda count too. None where it can't be
     had cheaply: with sharded weights, several ranks, plans with many terms, several outputs or noise of their own, or
@@ -36,7 +36,8 @@ def term_norms(recipe: Recipe, components: RunComponents, iteration: int) -> dic
     numbers = len(expansion.terms) * sum(p.numel() for p in trained)
     if expansion.count > len(expansion.terms) or numbers > MOST_NUMBERS:
         return None
-    texts = [prompt.text for prompt in components.heldout[:IMAGES]]
+    count = min(IMAGES, recipe.rollout.at_once or IMAGES)  # no more at once than the run's own rollouts have
+    texts = [prompt.text for prompt in components.heldout[:count]]
     generators = sample_generators(iteration_generator(recipe.seed, iteration, "noise"), len(texts))
     call = {**pipeline_arguments(recipe), **PromptCache(components.pipe, texts, pipeline_arguments(recipe))(texts)}
     with torch.no_grad(), operate(components.pipe) as surgery:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,12 +67,7 @@ def save_results(recipe: Recipe, parts: RunComponents, training: TrainingState, 
 def run_title(recipe: Recipe, training: TrainingState) -> str:
     """Return the title of a run's pictures."""
     length = f"{training.iteration} iterations of {recipe.rollout.batch}"
-    return f"{type(recipe.method).__name__} on {model_label(recipe.model)}, {length}"
-
-
-def model_label(model: str) -> str:
-    """Return a model's name for titles: of a folder its own name, without the path."""
-    return Path(model).name if Path(model).is_absolute() else model
+    return f"{type(recipe.method).__name__} on {run_report.model_label(recipe.model)}, {length}"
 
 
 def draw_results(recipe: Recipe, training: TrainingState, evaluation: dict[str, Any], log: Log) -> None:

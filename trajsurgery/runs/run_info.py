@@ -7,17 +7,16 @@ import platform
 import shlex
 import sys
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from trajsurgery.training.checkpoints.checkpoint import library_versions
 from trajsurgery.training.checkpoints.output_files import write_atomically
 from trajsurgery.training.distributed import ranks
 
 RUN_INFO = "run.json"
-LIBRARIES = ("trajsurgery", "torch", "diffusers", "transformers", "peft")
 
 
 def write_run_info(output: Path, device: torch.device) -> None:
@@ -25,7 +24,7 @@ def write_run_info(output: Path, device: torch.device) -> None:
     started = datetime.now().astimezone().isoformat(timespec="seconds")
     info: dict[str, Any] = {
         "command": this_command(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        "versions": library_versions(),
         "machine": machine(device),
         "processes": ranks.count(),
         "started": started,

@@ -11,7 +11,7 @@ from trajsurgery.runs.reports.charts import Chart, all_charts
 from trajsurgery.runs.reports.embedded_pictures import FRAME_SIDE, data_uri
 from trajsurgery.runs.reports.html_page import Block, Page, block_html, write_page
 from trajsurgery.runs.reports.run_folder import RunFolder
-from trajsurgery.runs.reports.run_report import remarks, table_rows, verdict
+from trajsurgery.runs.reports.run_report import model_label, remarks, table_rows, verdict
 from trajsurgery.runs.reports.saved_pictures import SAMPLES
 
 REPORT = "report.html"
@@ -57,7 +57,7 @@ def write_report(folder: Path) -> Path:
 
 def title(run: RunFolder) -> str:
     """Return the page's title."""
-    return f"{run.method} on {Path(run.recipe.get('model', 'a model that was not recorded')).name}"
+    return f"{run.method} on {model_label(run.recipe.get('model', 'a model that was not recorded'))}"
 
 
 def subtitle(run: RunFolder) -> str:

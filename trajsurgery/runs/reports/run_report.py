@@ -21,6 +21,11 @@ BAR = "bar: two paired standard errors of the gain"
 RULES = {"rule": "rule-based score", "junk": "junk pixels"}
 
 
+def model_label(model: str) -> str:
+    """Return a model's name for titles: of a folder its own name, without the path."""
+    return Path(model).name if Path(model).is_absolute() else model
+
+
 def draw_curve(path: Path, title: str, records: Sequence[Mapping[str, Any]]) -> Path:
     """Draw the training reward, its moving mean, and the held-out reward before and after.
 

@@ -38,6 +38,11 @@ _LIBRARIES = ("trajsurgery", "torch", "diffusers", "transformers", "peft")
 _WAYS_OUT = "Pass --overwrite to discard that run, or --output with another folder."
 
 
+def library_versions() -> dict[str, str]:
+    """Return the versions that a run depends on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}}
+
+
 def save(recipe: Recipe, training: TrainingState) -> None:
     """Write a checkpoint; delete older ones but `recipe.keep`, and the one from before the loss left its range.
 
@@ -48,7 +53,7 @@ def save(recipe: Recipe, training: TrainingState) -> None:
         "iteration": training.iteration,
         "best": training.early_stopping.best,
         "recipe": recipe.to_dict(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
+        "versions": library_versions(),
         "processes": ranks.count(),
     }
     folder = _numbered(recipe.output / CHECKPOINTS, training.iteration)
