@@ -20,7 +20,7 @@ from trajsurgery.runs import contact_sheets
 from trajsurgery.runs.gradient_terms import term_norms
 from trajsurgery.training.checkpoints.checkpoint import list_checkpoints
 from trajsurgery.training.checkpoints.run_log import METRICS, Log
-from trajsurgery.training.settings import Evaluation, Guards, Rollout
+from trajsurgery.training.settings import Evaluation, Guards, Rollout, Trained
 from trajsurgery.training.step_record import StepRecord
 
 
@@ -239,3 +239,21 @@ def test_a_sheet_goes_without_terms_where_memory_does_not_suffice(
     recipe = toy_world.recipe(tmp_path, iterations=1)
     assert trainer_of(recipe).train() is not None
     assert json.loads((tmp_path / "sheets/000001/sheet.json").read_text())["terms"] is None
+
+
+def test_a_pipeline_given_again_goes_on_with_its_adapters(tmp_path: Path) -> None:
+    """The first trainer leaves its adapters in the caller's pipeline; the second reads them from the checkpoint."""
+    recipe = toy_world.recipe(tmp_path, train=Trained("lora", rank=2), iterations=3)
+    pipe = toy_world.pipeline()
+    objects: dict[str, Any] = {
+        "pipe": pipe,
+        "reward": toy_world.LikesRed(),
+        "heldout": ["a circle"],
+        "prompts": ["a square"],
+    }
+    for record in Trainer(recipe, **objects, console=Console(quiet=True)):
+        if record.iteration == 1:
+            break
+    second = Trainer(recipe, **objects, console=Console(quiet=True))
+    assert [record.iteration for record in second] == [2, 3]
+    assert list(pipe.transformer.peft_config) == ["default"]

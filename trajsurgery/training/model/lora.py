@@ -41,6 +41,10 @@ def set_trainable(module: Any, trained: Trained, seed: int = 0) -> None:
 def _add_adapters(module: Any, trained: Trained, seed: int) -> None:
     from peft import LoraConfig
 
+    if list(getattr(module, "peft_config", ())) == [
+        "default"
+    ]:  # of an earlier run with this module, which has saved them
+        module.unload_lora()
     layers = target_layers(module, trained.targets)
     if not layers:
         linear = sorted({n.rpartition(".")[2] for n, m in module.named_modules() if isinstance(m, nn.Linear)})
